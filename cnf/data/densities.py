@@ -1,0 +1,258 @@
+"""Distributions with an exact log-density: the interface, and mixtures of Gaussians."""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+ROWS_PER_CHUNK = 2048
+"""Points whose log-density is computed at once; bounds the memory of a call."""
+
+
+@dataclass(frozen=True)
+class RandomNumbers:
+    """Float64 random numbers on the CPU from one generator."""
+
+    generator: torch.Generator | None
+    """None stands for torch's global generator."""
+
+    def uniform(self, *shape: int) -> Float[Tensor, "..."]:
+        """Uniform numbers from 0 (included) to 1 (excluded)."""
+        return torch.rand(shape, generator=self.generator, dtype=torch.float64, device="cpu")
+
+    def normal(self, *shape: int) -> Float[Tensor, "..."]:
+        """Standard normal numbers."""
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64, device="cpu")
+
+    def integers(self, end: int, n: int) -> Int[Tensor, "n"]:
+        """Uniform integers from 0 (included) to `end` (excluded)."""
+        return torch.randint(end, (n,), generator=self.generator, device="cpu")
+
+
+class ToyDensity(ABC):
+    """Distribution with a sampler and the exact log-density of what it samples.
+
+    The difference of its `log_prob` and a model's, averaged over its samples, is the distance
+    (Kullback-Leibler divergence) of the model from the truth in nats.
+
+    Attributes:
+        features: Size of the last axis of a point.
+        extent: Smallest and largest value of each feature in turn, (xmin, xmax, ymin, ymax) in the
+            plane, of a box that holds all but a millionth of the probability; suggested for plots.
+    """
+
+    features: int
+    extent: tuple[float, ...]
+
+    def sample(
+        self, n: int, *, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "n features"]:
+        """Independent points, on the CPU and in torch's default dtype.
+
+        Args:
+            n: Number of points.
+            generator: Source of randomness on the CPU; torch's global generator if None.
+
+        Raises:
+            ValueError: If `n` is not an integer of at least 0.
+        """
+        if not isinstance(n, int) or n < 0:
+            raise ValueError(f"n must be an integer of at least 0; got {n!r}.")
+        return self._draw(n, RandomNumbers(generator)).to(torch.get_default_dtype())
+
+    @torch.no_grad()
+    def log_prob(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch"]:
+        """Log-density in nats; -inf outside the support.
+
+        Computed in float64 on the CPU, returned with the dtype and device of `x`. It carries no
+        gradient.
+
+        Args:
+            x: Points.
+
+        Raises:
+            TypeError: If `x` is not a tensor of a floating-point dtype.
+            ValueError: If the last axis of `x` is not `features` long, or `x` is not finite.
+        """
+        _check_points(x, self.features)
+        rows = x.to("cpu", torch.float64).reshape(-1, self.features)
+        chunks = [self._log_prob(chunk) for chunk in rows.split(ROWS_PER_CHUNK)]
+        return torch.cat(chunks).reshape(x.shape[:-1]).to(x)
+
+    @abstractmethod
+    def entropy(self) -> float:
+        """Differential entropy in nats: the mean of `-log_prob` over samples."""
+
+    @abstractmethod
+    def _draw(self, n: int, random: RandomNumbers) -> Float[Tensor, "n features"]:
+        """Independent points in float64."""
+
+    @abstractmethod
+    def _log_prob(self, x: Float[Tensor, "rows features"]) -> Float[Tensor, "rows"]:
+        """Log-density of a chunk of finite float64 points."""
+
+
+def _check_points(x: Tensor, features: int) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor of a floating-point dtype; got {type(x).__name__}.")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be a tensor of a floating-point dtype; got {x.dtype}.")
+    if x.ndim == 0 or x.shape[-1] != features:
+        raise ValueError(f"x must have shape (*batch, {features}); got {tuple(x.shape)}.")
+    bad = (~x.reshape(-1, features).isfinite().all(dim=-1)).nonzero().flatten()
+    if len(bad) > 0:
+        raise ValueError(
+            f"x must be finite; {len(bad)} of its points are not, the first at row {int(bad[0])}."
+        )
+
+
+def entropy_on_plane(density: ToyDensity, step: float) -> float:
+    """Entropy in nats of a density on the plane, by the trapezoid rule over its `extent`.
+
+    For a density smoothed by normal noise the error falls faster than any power of `step`; three
+    quarters of the noise's standard deviation leave less than 1e-4 nats.
+
+    Args:
+        density: Density with two features.
+        step: Distance of neighbouring grid points.
+    """
+    left, right, bottom, top = density.extent
+    grid = torch.cartesian_prod(
+        torch.arange(left, right + step, step, dtype=torch.float64),
+        torch.arange(bottom, top + step, step, dtype=torch.float64),
+    )
+    return float(torch.special.entr(density.log_prob(grid).exp()).sum()) * step**2
+
+
+class GaussianMixture(ToyDensity):
+    """Mixture of normal distributions in any dimension.
+
+    Args:
+        means: Centre of each component.
+        covariances: Covariance matrix of each component.
+        weights: Probability of each component up to a common factor; equal if None.
+
+    Raises:
+        TypeError: If an argument is not a tensor of a floating-point dtype.
+        ValueError: If the shapes do not fit, a number is not finite, a covariance matrix is not
+            symmetric and positive definite, or the weights are negative or all zero.
+
+    Example:
+        >>> standard = GaussianMixture(torch.zeros(1, 2), torch.eye(2).expand(1, 2, 2))
+        >>> round(standard.entropy(), 4)
+        2.8379
+    """
+
+    def __init__(
+        self,
+        means: Float[Tensor, "components features"],
+        covariances: Float[Tensor, "components features features"],
+        weights: Float[Tensor, "components"] | None = None,
+    ) -> None:
+        _check_floats("means", means, ("components", "features"))
+        components, features = means.shape
+        _check_floats("covariances", covariances, (components, features, features))
+        if weights is None:
+            weights = means.new_ones(components)
+        _check_floats("weights", weights, (components,))
+        if bool((weights < 0).any()) or not bool((weights > 0).any()):
+            raise ValueError(f"weights must be at least 0 and not all 0; got {weights.tolist()}.")
+        self.features = features
+        self._means = means.detach().to("cpu", torch.float64)
+        self._factors = _cholesky(covariances.detach().to("cpu", torch.float64))
+        weights = weights.detach().to("cpu", torch.float64)
+        self._weights = weights / weights.sum()
+        spread = 5 * self._factors.norm(dim=-1)
+        low = (self._means - spread).amin(dim=0)
+        high = (self._means + spread).amax(dim=0)
+        self.extent = tuple(torch.stack((low, high), dim=-1).flatten().tolist())
+
+    def entropy(self, *, draws: int = 2**16) -> float:
+        r"""Entropy in nats: closed form for one component, else partly Monte Carlo.
+
+        .. math:: H = \sum_k w_k H(N_k) + \mathbb{E}_{k, x} \log \frac{N_k(x)}{p(x)}
+
+        The mean on the right, the information that a point holds about its component, is taken
+        over draws from a generator with a fixed seed. Its standard error is the standard deviation
+        of the logarithm divided by the square root of `draws`: below 0.004 nats where that
+        deviation is below 1, and next to nothing for components far apart.
+
+        Args:
+            draws: Number of draws, for more than one component.
+        """
+        log_scales = self._factors.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1)
+        each = self.features / 2 * math.log(2 * math.pi * math.e) + log_scales
+        within = float(self._weights @ each)
+        if len(self._weights) == 1:
+            return within
+        random = RandomNumbers(torch.Generator("cpu").manual_seed(0))
+        labels = self._draw_labels(draws, random)
+        x = self._draw_given(labels, random)
+        information = 0.0
+        for rows, own in zip(x.split(ROWS_PER_CHUNK), labels.split(ROWS_PER_CHUNK), strict=True):
+            joint = self._log_prob_of_components(rows)
+            given = joint.gather(-1, own[:, None]).squeeze(-1) - self._weights[own].log()
+            information += float((given - joint.logsumexp(dim=-1)).sum()) / draws
+        return within + information
+
+    def _draw(self, n: int, random: RandomNumbers) -> Float[Tensor, "n features"]:
+        return self._draw_given(self._draw_labels(n, random), random)
+
+    def _draw_labels(self, n: int, random: RandomNumbers) -> Int[Tensor, "n"]:
+        # torch.multinomial refuses n = 0.
+        labels = torch.searchsorted(self._weights.cumsum(0), random.uniform(n), right=True)
+        return labels.clamp(max=len(self._weights) - 1)
+
+    def _draw_given(
+        self, labels: Int[Tensor, "n"], random: RandomNumbers
+    ) -> Float[Tensor, "n features"]:
+        noise = random.normal(len(labels), self.features, 1)
+        return self._means[labels] + (self._factors[labels] @ noise).squeeze(-1)
+
+    def _log_prob(self, x: Float[Tensor, "rows features"]) -> Float[Tensor, "rows"]:
+        return self._log_prob_of_components(x).logsumexp(dim=-1)
+
+    def _log_prob_of_components(
+        self, x: Float[Tensor, "rows features"]
+    ) -> Float[Tensor, "rows components"]:
+        """Logarithm of weight times density, for each component."""
+        offsets = (x - self._means[:, None]).mT
+        whitened = torch.linalg.solve_triangular(self._factors, offsets, upper=False)
+        log_scales = self._factors.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1)
+        log_peaks = self._weights.log() - log_scales - self.features / 2 * math.log(2 * math.pi)
+        return log_peaks - whitened.square().sum(dim=-2).mT / 2
+
+
+def _check_floats(name: str, value: Tensor, shape: tuple[int | str, ...]) -> None:
+    """Raise unless a finite floating-point tensor of that shape; a name stands for any size."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        came = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a tensor of a floating-point dtype; got {came}.")
+    fits = len(value.shape) == len(shape) and all(
+        size > 0 if isinstance(expected, str) else size == expected
+        for size, expected in zip(value.shape, shape, strict=True)
+    )
+    if not fits:
+        expected = ", ".join(map(str, shape))
+        raise ValueError(f"{name} must have shape ({expected}); got {tuple(value.shape)}.")
+    if not bool(value.isfinite().all()):
+        raise ValueError(f"{name} must be finite; got {value.tolist()}.")
+
+
+def _cholesky(
+    covariances: Float[Tensor, "components features features"],
+) -> Float[Tensor, "components features features"]:
+    factors, failed = torch.linalg.cholesky_ex(covariances)
+    # Relative to the variances, so that rounding in float32 is forgiven at any scale.
+    asymmetry = (covariances - covariances.mT).abs().amax(dim=(-2, -1))
+    scale = covariances.diagonal(dim1=-2, dim2=-1).amax(dim=-1)
+    bad = ((failed != 0) | (asymmetry > 1e-6 * scale)).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"covariances must be symmetric and positive definite; component {bad[0]} is "
+            f"{covariances[bad[0]].tolist()}."
+        )
+    return factors

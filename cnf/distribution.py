@@ -1,0 +1,170 @@
+"""A flow given a context, as a torch distribution."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Transform, constraints
+
+from cnf._checks import check_sample_shape
+from cnf.bases import Base
+
+
+class DensityModel(Protocol):
+    """What a `FlowDistribution` needs of a flow."""
+
+    features: int
+    base: Base
+
+    def log_prob(
+        self, x: Tensor, context: Tensor | None, *, generator: torch.Generator | None
+    ) -> Tensor: ...
+
+    def rsample(
+        self, shape: torch.Size, context: Tensor | None, *, generator: torch.Generator | None
+    ) -> Tensor: ...
+
+    def rsample_and_log_prob(
+        self, shape: torch.Size, context: Tensor | None, *, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def to_base(self, x: Tensor, context: Tensor | None) -> Tensor: ...
+
+    def to_data(self, z: Tensor, context: Tensor | None) -> Tensor: ...
+
+    def to_base_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]: ...
+
+    def to_data_and_ladj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]: ...
+
+
+class FlowDistribution(Distribution):
+    """A flow given a context: draws of shape ``sample_shape + batch_shape + event_shape``.
+
+    Made by calling a flow, ``flow(context)``, as with zuko's flows. The batch shape is that of
+    the context, ``()`` without one; `expand` gives another.
+
+    Args:
+        flow: The flow.
+        context: What it is conditioned on, ``(*batch, context_features)``.
+        batch_shape: Batch shape when there is no context.
+
+    Example:
+        >>> from cnf import CNF
+        >>> distribution = CNF(2)().expand((4,))
+        >>> distribution.sample((3,)).shape
+        torch.Size([3, 4, 2])
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 - torch's own form
+    support = constraints.real_vector
+    has_rsample = True
+
+    def __init__(
+        self,
+        flow: DensityModel,
+        context: Tensor | None = None,
+        batch_shape: torch.Size = torch.Size(),
+    ) -> None:
+        self.flow = flow
+        self.context = context
+        super().__init__(
+            batch_shape if context is None else context.shape[:-1],
+            torch.Size([flow.features]),
+            validate_args=False,  # the flow checks what comes in
+        )
+
+    def __repr__(self) -> str:
+        shapes = f"batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)}"
+        return f"{type(self).__name__}({type(self.flow).__name__}, {shapes})"
+
+    def expand(
+        self, batch_shape: torch.Size | tuple[int, ...], _instance: Any = None
+    ) -> "FlowDistribution":
+        """The same distribution for a larger batch; the draws are independent."""
+        del _instance
+        shape = torch.Size(batch_shape)
+        if self.context is None:
+            torch.empty(self.batch_shape).expand(shape)  # torch's own check of the shape
+            return FlowDistribution(self.flow, batch_shape=shape)
+        return FlowDistribution(self.flow, self.context.expand(*shape, self.context.shape[-1]))
+
+    @property
+    def base(self) -> Distribution:
+        """The distribution at t = 0, of the same batch shape."""
+        return self.flow.base(self.batch_shape)
+
+    @property
+    def transform(self) -> "FlowTransform":
+        """The map from data to base."""
+        return FlowTransform(self.flow, self.context)
+
+    def log_prob(self, value: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Log-density of `value`, in nats; the batch shape broadcasts against its own."""
+        log_prob = self.flow.log_prob(value, self.context, generator=generator)
+        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
+
+    def sample(
+        self,
+        sample_shape: torch.Size | tuple[int, ...] | int = torch.Size(),
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw without gradient."""
+        with torch.no_grad():
+            return self.rsample(sample_shape, generator=generator)
+
+    def rsample(
+        self,
+        sample_shape: torch.Size | tuple[int, ...] | int = torch.Size(),
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw differentiably."""
+        return self.flow.rsample(self._shape(sample_shape), self.context, generator=generator)
+
+    def rsample_and_log_prob(
+        self,
+        sample_shape: torch.Size | tuple[int, ...] | int = torch.Size(),
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw differentiably, with the log-density in nats, in one solve."""
+        shape = self._shape(sample_shape)
+        return self.flow.rsample_and_log_prob(shape, self.context, generator=generator)
+
+    def _shape(self, sample_shape: torch.Size | tuple[int, ...] | int) -> torch.Size:
+        shape = check_sample_shape(sample_shape)
+        return shape + self.batch_shape if self.context is None else shape
+
+
+class FlowTransform(Transform):
+    """The map of a flow from data to base, as a torch transform.
+
+    Args:
+        flow: The flow.
+        context: What it is conditioned on.
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, flow: DensityModel, context: Tensor | None = None) -> None:
+        super().__init__()
+        self.flow = flow
+        self.context = context
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.flow.to_base(x, self.context)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self.flow.to_data(y, self.context)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """log|det dz/dx| at `x`, in nats."""
+        del y
+        return self.call_and_ladj(x)[1]
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The map of `x` and its ladj, in one solve."""
+        return self.flow.to_base_and_ladj(x, self.context)

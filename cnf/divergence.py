@@ -1,0 +1,155 @@
+"""Divergence of a vector field: exact, or estimated with random probes."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cnf._checks import check_count
+from cnf.vector_fields import VectorField
+
+_NOISES = ("rademacher", "gaussian")
+
+
+@dataclass(frozen=True)
+class FieldEvaluation:
+    """What one evaluation of a vector field yields; everything along a path is made from these."""
+
+    t: Tensor
+    """Time, 0-dim or ``(*batch,)``."""
+    x: Tensor
+    """Points, ``(*batch, features)``."""
+    velocity: Tensor
+    """dx/dt, ``(*batch, features)``."""
+    divergence: Tensor
+    """Trace of dv/dx or an unbiased estimate of it, ``(*batch,)``."""
+
+
+class Divergence(ABC):
+    r"""How the divergence of a vector field is computed: the sum of :math:`p^\top J p` over probes.
+
+    Probes are drawn once for each solve and passed to every evaluation, so that the ODE stays
+    deterministic.
+    """
+
+    @property
+    @abstractmethod
+    def is_exact(self) -> bool:
+        """Whether the divergence is exact up to rounding, rather than an unbiased estimate."""
+
+    @abstractmethod
+    def draw_probes(
+        self, x: Float[Tensor, "*batch features"], *, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "probes *batch features"] | None:
+        """Probes for one solve that starts at `x`; None if no random ones are needed."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        vector_field: VectorField,
+        t: Float[Tensor, "*t_batch"],
+        x: Float[Tensor, "*batch features"],
+        probes: Float[Tensor, "probes *batch features"] | None,
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+    ) -> FieldEvaluation:
+        """Evaluate the field and its divergence at `x`, once."""
+
+
+@dataclass(frozen=True)
+class Exact(Divergence):
+    """The exact divergence: in closed form where the field has one, else over the standard basis.
+
+    The latter costs one Jacobian product for each feature.
+
+    Example:
+        >>> from cnf.vector_fields import MLPField
+        >>> Exact()(MLPField(2), torch.tensor(0.0), torch.zeros(3, 2), None).divergence.shape
+        torch.Size([3])
+    """
+
+    @property
+    def is_exact(self) -> bool:
+        """True."""
+        return True
+
+    def draw_probes(
+        self, x: Float[Tensor, "*batch features"], *, generator: torch.Generator | None = None
+    ) -> None:
+        """None: nothing here is random."""
+        del x, generator
+
+    def __call__(
+        self,
+        vector_field: VectorField,
+        t: Float[Tensor, "*t_batch"],
+        x: Float[Tensor, "*batch features"],
+        probes: None = None,
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+    ) -> FieldEvaluation:
+        """Evaluate the field and its divergence at `x`, once."""
+        del probes
+        velocity, divergence = vector_field.velocity_and_divergence(t, x, context)
+        return FieldEvaluation(t, x, velocity, divergence)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hutchinson(Divergence):
+    r"""Unbiased estimate of the divergence from random probes.
+
+    .. math:: \nabla \cdot v = \mathbb{E}_p \, p^\top (\partial v / \partial x) \, p
+        \quad\text{for}\quad \mathbb{E}\, p p^\top = I
+
+    Costs `probes` Jacobian products, however many features; the variance falls as 1 / `probes`.
+    Rademacher probes have entries of exactly ±1 and never a larger variance than Gaussian ones.
+
+    Raises:
+        TypeError: If `probes` is not an int.
+        ValueError: If `noise` is unknown or `probes` less than 1.
+
+    References:
+        Hutchinson (1990), A stochastic estimator of the trace of the influence matrix.
+        Grathwohl et al. (2019), FFJORD, section 3.1. https://arxiv.org/abs/1810.01367
+
+    Example:
+        >>> Hutchinson(probes=8).draw_probes(torch.zeros(5, 2)).shape
+        torch.Size([8, 5, 2])
+    """
+
+    noise: str = "rademacher"
+    """Distribution of the probes: "rademacher" or "gaussian"."""
+    probes: int = 1
+    """Number of probes for each row."""
+
+    def __post_init__(self) -> None:
+        if self.noise not in _NOISES:
+            raise ValueError(f"noise must be one of {', '.join(_NOISES)}; got {self.noise!r}.")
+        check_count("probes", self.probes)
+
+    @property
+    def is_exact(self) -> bool:
+        """False: the divergence is an unbiased estimate."""
+        return False
+
+    def draw_probes(
+        self, x: Float[Tensor, "*batch features"], *, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "probes *batch features"]:
+        """Random probes for each row of `x`."""
+        shape = (self.probes, *x.shape)
+        if self.noise == "gaussian":
+            return torch.randn(shape, generator=generator, dtype=x.dtype, device=x.device)
+        signs = torch.randint(0, 2, shape, generator=generator, dtype=x.dtype, device=x.device)
+        return 2 * signs - 1
+
+    def __call__(
+        self,
+        vector_field: VectorField,
+        t: Float[Tensor, "*t_batch"],
+        x: Float[Tensor, "*batch features"],
+        probes: Float[Tensor, "probes *batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+    ) -> FieldEvaluation:
+        """Evaluate the field and the estimate of its divergence at `x`, once."""
+        velocity, products = vector_field.velocity_and_products(t, x, probes, context)
+        return FieldEvaluation(t, x, velocity, (probes * products).sum(-1).mean(0))

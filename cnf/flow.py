@@ -1,0 +1,377 @@
+"""A flow: a base distribution and a chain of transforms; CNF, the flow that follows an ODE."""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cnf._checks import (
+    check_context,
+    check_count,
+    check_sample_shape,
+    check_vectors,
+    joint_batch_shape,
+)
+from cnf.bases import Base, StandardNormal
+from cnf.distribution import FlowDistribution
+from cnf.divergence import Divergence
+from cnf.ode import ODESolver
+from cnf.transforms import ContinuousTransform, Likelihood, Transform
+from cnf.trajectory import follow
+from cnf.vector_fields import MLPField
+
+_STRONGEST_FIRST: tuple[Likelihood, ...] = ("exact", "estimate", "lower_bound")
+
+AnyFlow = TypeVar("AnyFlow", bound="Flow")
+
+
+class Flow(nn.Module):
+    """A density model: `base`, reached from the data through `transforms`.
+
+    ``log p(x) = log base(z) + ladj`` in nats, where z and ladj are what the transforms make of x.
+    A call with a context ``(*batch, context_features)`` broadcasts it against x; sampling gives
+    ``sample_shape + batch + (features,)``. Everything random takes a `generator`.
+
+    Args:
+        transforms: From data to base.
+        base: Distribution at the base; None for a standard normal.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If the parts do not fit together.
+
+    References:
+        Papamakarios et al. (2021), Normalizing Flows for Probabilistic Modeling and Inference.
+        https://arxiv.org/abs/1912.02762
+    """
+
+    def __init__(self, transforms: Iterable[Transform], base: Base | None = None) -> None:
+        super().__init__()
+        chain = list(transforms)
+        for transform in chain:
+            if not isinstance(transform, Transform):
+                raise TypeError(
+                    f"transforms must be cnf transforms; got {type(transform).__name__}."
+                )
+        if base is None:
+            if not chain:
+                raise ValueError("transforms must not be empty when base is None.")
+            base = StandardNormal(chain[0].features)
+        if not isinstance(base, Base):
+            raise TypeError(
+                f"base must be a cnf.bases.Base, such as StandardNormal; got {type(base).__name__}."
+            )
+        self.base = base
+        self.transforms = nn.ModuleList(chain)
+        self.features = base.features
+        self.context_features = _agreed_context_features(chain)
+        if any(transform.features != base.features for transform in chain):
+            sizes = [transform.features for transform in chain]
+            raise ValueError(
+                f"transforms and base must have the same features; got {sizes} and {base.features}."
+            )
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """What `log_prob` is: the weakest of "exact", "estimate" and "lower_bound" of the parts."""
+        kinds = [transform.likelihood for transform in self.transforms]
+        return max(kinds, key=_STRONGEST_FIRST.index, default="exact")
+
+    def using(
+        self: AnyFlow, *, solver: ODESolver | None = None, divergence: Divergence | None = None
+    ) -> AnyFlow:
+        """The same flow, sharing every parameter, with another solver or divergence.
+
+        Example:
+            >>> flow = CNF(2)
+            >>> precise = flow.using(solver=ODESolver(rtol=1e-7, atol=1e-7))
+        """
+        transforms = [
+            part.using(solver=solver, divergence=divergence)
+            if isinstance(part, ContinuousTransform)
+            else part
+            for part in self.transforms
+        ]
+        return self._with_parts(transforms, self.base)
+
+    @classmethod
+    def _with_parts(cls: type[AnyFlow], transforms: Iterable[Transform], base: Base) -> AnyFlow:
+        """A flow of this class from its parts; a subclass may only add a constructor."""
+        flow = cls.__new__(cls)
+        Flow.__init__(flow, transforms, base)
+        return flow
+
+    def forward(
+        self, context: Float[Tensor, "*batch context_features"] | None = None
+    ) -> FlowDistribution:
+        """The flow given a context, as a `torch.distributions.Distribution`."""
+        check_context(context, self.context_features, like=self._like())
+        return FlowDistribution(self, context)
+
+    def log_prob(
+        self,
+        x: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "*joint_batch"]:
+        """Log-density of `x`, in nats.
+
+        Args:
+            x: Points, ``(*batch, features)``.
+            context: What the density is conditioned on, if the flow is conditional.
+            generator: Source of the probes, if the divergence is an estimate.
+
+        Raises:
+            TypeError: If `x` or `context` is not a tensor.
+            ValueError: If either has a wrong shape, dtype or device, or holds NaN or inf.
+            ODEError: If a solve fails.
+        """
+        z, ladj = self.to_base_and_ladj(x, context, generator=generator)
+        return self.base.log_prob(z) + ladj
+
+    def sample(
+        self,
+        sample_shape: int | Sequence[int] = (),
+        context: Float[Tensor, "*batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "*shape features"]:
+        """Draw from the flow, without gradient; see `rsample`."""
+        with torch.no_grad():
+            return self.rsample(sample_shape, context, generator=generator)
+
+    def rsample(
+        self,
+        sample_shape: int | Sequence[int] = (),
+        context: Float[Tensor, "*batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "*shape features"]:
+        """Draw from the flow, differentiably.
+
+        Args:
+            sample_shape: Number or shape of the draws for each context.
+            context: What the density is conditioned on, if the flow is conditional.
+            generator: Source of the base points.
+
+        Returns:
+            Draws, ``(*sample_shape, *batch, features)``.
+
+        Raises:
+            TypeError: If `sample_shape` is not a number or shape, or `context` not a tensor.
+            ValueError: If a size is negative or the context does not fit.
+            ODEError: If a solve fails.
+        """
+        z = self._draw_base(sample_shape, context, generator)
+        for transform in reversed(self.transforms):
+            z = transform.to_data(z, context)
+        return z
+
+    def sample_and_log_prob(
+        self,
+        sample_shape: int | Sequence[int] = (),
+        context: Float[Tensor, "*batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*shape features"], Float[Tensor, "*shape"]]:
+        """Draws and their log-densities in nats from one solve, without gradient."""
+        with torch.no_grad():
+            return self.rsample_and_log_prob(sample_shape, context, generator=generator)
+
+    def rsample_and_log_prob(
+        self,
+        sample_shape: int | Sequence[int] = (),
+        context: Float[Tensor, "*batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*shape features"], Float[Tensor, "*shape"]]:
+        """Draws and their log-densities in nats from one solve, differentiably."""
+        z = self._draw_base(sample_shape, context, generator)
+        x, ladj = self._chain_to_data(z, context, generator)
+        return x, self.base.log_prob(z) - ladj
+
+    def to_base(
+        self,
+        x: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+    ) -> Float[Tensor, "*joint_batch features"]:
+        """From data to base."""
+        x = self._admit("x", x, context)
+        for transform in self.transforms:
+            x = transform.to_base(x, context)
+        return x
+
+    def to_data(
+        self,
+        z: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+    ) -> Float[Tensor, "*joint_batch features"]:
+        """From base to data."""
+        z = self._admit("z", z, context)
+        for transform in reversed(self.transforms):
+            z = transform.to_data(z, context)
+        return z
+
+    def to_base_and_ladj(
+        self,
+        x: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*joint_batch features"], Float[Tensor, "*joint_batch"]]:
+        """From data to base: z and log|det dz/dx|, in nats."""
+        x = self._admit("x", x, context)
+        total = x.new_zeros(x.shape[:-1])
+        for transform in self.transforms:
+            x, ladj = transform.to_base_and_ladj(x, context, generator=generator)
+            total = total + ladj
+        return x, total
+
+    def to_data_and_ladj(
+        self,
+        z: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*joint_batch features"], Float[Tensor, "*joint_batch"]]:
+        """From base to data: x and log|det dx/dz|, in nats."""
+        return self._chain_to_data(self._admit("z", z, context), context, generator)
+
+    def trajectory(
+        self,
+        x_or_z: Float[Tensor, "*batch features"],
+        times: Float[Tensor, " times"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+    ) -> Float[Tensor, "times *joint_batch features"]:
+        """States along the path, in the units of the data.
+
+        Args:
+            x_or_z: Where the path starts: data if ``times[0]`` is 1, base points if it is 0.
+            times: Strictly increasing or decreasing, within [0, 1]. Several blocks in a row
+                share the time between them evenly.
+            context: What the density is conditioned on, if the flow is conditional.
+
+        Returns:
+            The state at each time. What lies between the ODE and the data, such as a
+            `Standardize`, is applied to every state, those at t = 0 included.
+
+        Raises:
+            TypeError: If an argument is not a tensor.
+            ValueError: If an argument does not fit, or the flow has no path because a discrete
+                transform stands on the base side of a continuous one.
+            ODEError: If a solve fails.
+        """
+        x_or_z = self._admit("x_or_z", x_or_z, context)
+        return follow(list(self.transforms), x_or_z, times, context)
+
+    def _chain_to_data(
+        self, z: Tensor, context: Tensor | None, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        total = z.new_zeros(z.shape[:-1])
+        for transform in reversed(self.transforms):
+            z, ladj = transform.to_data_and_ladj(z, context, generator=generator)
+            total = total + ladj
+        return z, total
+
+    def _draw_base(
+        self,
+        sample_shape: int | Sequence[int],
+        context: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        shape = check_sample_shape(sample_shape)
+        check_context(context, self.context_features, like=self._like())
+        batch = torch.Size() if context is None else context.shape[:-1]
+        return self.base.rsample(shape + batch, generator=generator)
+
+    def _admit(self, name: str, x: Tensor, context: Tensor | None) -> Tensor:
+        """The public door: check both tensors, and give `x` the joint batch shape."""
+        like = self._like()
+        check_vectors(name, x, self.features, like=like)
+        check_context(context, self.context_features, like=like)
+        return x.expand(*joint_batch_shape(x, context), self.features)
+
+    def _like(self) -> Tensor:
+        return next(itertools.chain(self.parameters(), self.buffers()))
+
+
+class CNF(Flow):
+    """Continuous normalizing flow: a `Flow` whose transforms follow an ODE.
+
+    Names a composition and adds nothing to `Flow`: `transforms`, then `blocks` times a
+    `ContinuousTransform` along an `MLPField`, then `base`.
+
+    Args:
+        features: Size of x.
+        context_features: Size of the context; 0 for an unconditional density.
+        hidden_features: Widths of the hidden layers. With one or two, the likelihood is exact at
+            about the price of an evaluation, in any dimension.
+        layer: Kind of the time-conditioned layers; see `MLPField`.
+        activation: Activation, or one for each hidden layer; see `MLPField`.
+        frequency: Initial scale of a sinusoidal first layer; see `MLPField`.
+        divergence: How the divergence is computed; None for `Exact`.
+        solver: How the ODE is solved; None for `ODESolver()`.
+        blocks: Number of vector fields in a row.
+        base: Distribution at t = 0; None for a standard normal.
+        transforms: Applied before the ODE on the way from data to base; almost always
+            ``[Standardize.from_data(x)]``.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range or the parts do not fit together.
+
+    References:
+        Chen et al. (2018), https://arxiv.org/abs/1806.07366; Grathwohl et al. (2019), FFJORD,
+        https://arxiv.org/abs/1810.01367
+
+    Example:
+        >>> flow = CNF(2, context_features=3)
+        >>> flow.log_prob(torch.zeros(5, 2), context=torch.zeros(5, 3)).shape
+        torch.Size([5])
+        >>> flow.sample(10, context=torch.zeros(5, 3)).shape
+        torch.Size([10, 5, 2])
+    """
+
+    def __init__(
+        self,
+        features: int,
+        context_features: int = 0,
+        *,
+        hidden_features: Sequence[int] = (128, 128),
+        layer: str = "concatsquash",
+        activation: str | Sequence[str] = ("sin", "silu"),
+        frequency: float | None = None,
+        divergence: Divergence | None = None,
+        solver: ODESolver | None = None,
+        blocks: int = 1,
+        base: Base | None = None,
+        transforms: Iterable[Transform] = (),
+    ) -> None:
+        check_count("blocks", blocks)
+        continuous = [
+            ContinuousTransform(
+                MLPField(
+                    features,
+                    context_features,
+                    hidden_features=hidden_features,
+                    layer=layer,
+                    activation=activation,
+                    frequency=frequency,
+                ),
+                divergence=divergence,
+                solver=solver,
+            )
+            for _ in range(blocks)
+        ]
+        super().__init__([*transforms, *continuous], base)
+
+
+def _agreed_context_features(transforms: Sequence[Transform]) -> int:
+    sizes = {transform.context_features for transform in transforms} - {0}
+    if len(sizes) > 1:
+        raise ValueError(f"transforms must agree on context_features; got {sorted(sizes)}.")
+    return sizes.pop() if sizes else 0

@@ -1,0 +1,242 @@
+"""How an ordinary differential equation is solved; the only module that talks to torchdiffeq."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cnf._checks import check_count, name_rows, non_finite_rows
+
+State = tuple[Tensor, ...]
+RightHandSide = Callable[[Tensor, State], State]
+
+_GRADIENTS = ("adjoint", "backprop")
+
+
+class ODEError(RuntimeError):
+    """A solve failed: the message says where, after how many evaluations, for which rows, and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ODESolver:
+    """How the ODE is solved: settings that can be shared, compared and saved.
+
+    Raises:
+        TypeError: If `steps` or `max_evaluations` is not an int.
+        ValueError: If a setting is out of range or two of them do not fit together.
+
+    References:
+        Chen et al. (2018), Neural Ordinary Differential Equations, for the adjoint.
+        https://arxiv.org/abs/1806.07366
+        Kidger et al. (2021), "Hey, that's not an ODE", for its seminorm.
+        https://arxiv.org/abs/2009.09457
+
+    Example:
+        >>> ODESolver(method="rk4", steps=20)
+        ODESolver(method='rk4', rtol=1e-05, atol=1e-05, steps=20, gradient='adjoint', max_evaluations=10000)
+    """
+
+    method: str = "dopri5"
+    """Any method name of the installed torchdiffeq; `methods()` lists them."""
+    rtol: float = 1e-5
+    """Relative tolerance of every part of the state, ladj included; for adaptive methods."""
+    atol: float = 1e-5
+    """Absolute tolerance, likewise."""
+    steps: int | None = None
+    """Number of equal steps; for fixed-step methods, which need it, only."""
+    gradient: Literal["adjoint", "backprop"] = "adjoint"
+    """"adjoint" solves a second ODE backwards: memory does not grow with the evaluations, and the
+    gradient has an error of the order of the tolerance. "backprop" differentiates the steps taken:
+    exact for them and faster, with memory for every evaluation."""
+    max_evaluations: int = 10_000
+    """Budget of one solve, its backward pass included; spending it raises an `ODEError`."""
+
+    def __post_init__(self) -> None:
+        kinds = methods()
+        if self.method not in kinds:
+            raise ValueError(f"method must be one of {', '.join(kinds)}; got {self.method!r}.")
+        for name in ("rtol", "atol"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite; got {value}.")
+        if self.gradient not in _GRADIENTS:
+            raise ValueError(f"gradient must be one of {_GRADIENTS}; got {self.gradient!r}.")
+        check_count("max_evaluations", self.max_evaluations)
+        self._check_kind(kinds[self.method])
+
+    def _check_kind(self, kind: str) -> None:
+        if kind == "fixed":
+            if self.steps is None:
+                raise ValueError(f"method {self.method!r} takes fixed steps; give steps=.")
+            check_count("steps", self.steps)
+        elif self.steps is not None:
+            raise ValueError(
+                f"method {self.method!r} chooses its own steps; got steps={self.steps}. "
+                "Leave steps out, or choose a fixed-step method such as 'rk4'."
+            )
+        if kind == "external" and self.gradient == "backprop":
+            raise ValueError(
+                f"method {self.method!r} leaves torch, which backprop cannot follow; "
+                "use gradient='adjoint'."
+            )
+
+    def solve(
+        self,
+        rhs: RightHandSide,
+        state: State,
+        times: Float[Tensor, " times"],
+        *,
+        parameters: Sequence[Tensor] = (),
+    ) -> State:
+        """Follow dstate/dt = rhs(t, state) through the given times.
+
+        Args:
+            rhs: Takes a 0-dim time and the state, returns the derivative of each of its tensors.
+            state: The state at ``times[0]``: tensors whose first holds rows, ``(*batch, features)``.
+            times: At least two times, strictly increasing or decreasing.
+            parameters: Every tensor, other than the state and times, that `rhs` depends on and
+                that may need a gradient. The adjoint gives none to a tensor not named here.
+
+        Returns:
+            The state at each time: tensors with a first axis of ``len(times)`` more.
+
+        Raises:
+            ODEError: If the solve fails.
+        """
+        from torchdiffeq import odeint, odeint_adjoint
+
+        watch = _Watch(rhs, self)
+        arguments: dict[str, Any] = {
+            "method": self.method,
+            "rtol": self.rtol,
+            "atol": self.atol,
+            "options": self._options(times, end=times[-1:]),
+        }
+        needs_gradient = torch.is_grad_enabled() and any(
+            tensor.requires_grad for tensor in (*state, times, *parameters)
+        )
+        if self.gradient == "adjoint" and needs_gradient:
+            # The adjoint solves back from time to time, so each one is an end.
+            options = self._options(times, end=times[:-1].flip(0))
+            solution = odeint_adjoint(
+                watch.function,
+                state,
+                times,
+                **arguments,
+                adjoint_options={**options, "norm": "seminorm"},
+                adjoint_params=tuple(parameters),
+            )
+        else:
+            solution = odeint(watch.function, state, times, **arguments)
+        watch.check_end(solution, times)
+        return tuple(solution)
+
+    def _options(self, times: Tensor, end: Tensor) -> dict[str, Any]:
+        kind = methods()[self.method]
+        if kind == "adaptive":
+            # Land on the end: left alone, torchdiffeq steps past it and interpolates, which
+            # evaluates the field outside [0, 1] and costs an order of accuracy.
+            return {"step_t": end.detach()}
+        if kind == "fixed":
+            span = (times[-1] - times[0]).abs().detach()
+            return {"grid_constructor": lambda _f, _y, t: self._grid(t, span)}
+        return {}
+
+    def _grid(self, times: Tensor, span: Tensor) -> Tensor:
+        """Equal steps through `times`, as many as `steps` makes of `span`, that meet each time."""
+        assert self.steps is not None  # noqa: S101 - for mypy: checked when self was made
+        pieces = [times[:1]]
+        for start, end in zip(times[:-1], times[1:], strict=True):
+            share = float((end - start).abs().detach() / span)
+            count = max(1, math.ceil(self.steps * share - 1e-4))
+            fraction = torch.linspace(0, 1, count + 1, dtype=times.dtype, device=times.device)[1:]
+            pieces.append(torch.cat([start + (end - start) * fraction[:-1], end[None]]))
+        return torch.cat(pieces)
+
+
+def methods() -> dict[str, str]:
+    """The methods that the installed torchdiffeq offers: name -> "adaptive", "fixed" or "external".
+
+    Example:
+        >>> methods()["dopri5"]
+        'adaptive'
+    """
+    from torchdiffeq._impl.odeint import SOLVERS
+    from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver
+    from torchdiffeq._impl.solvers import FixedGridODESolver
+
+    def kind(solver: type) -> str:
+        if issubclass(solver, RKAdaptiveStepsizeODESolver):
+            return "adaptive"
+        return "fixed" if issubclass(solver, FixedGridODESolver) else "external"
+
+    return {name: kind(solver) for name, solver in SOLVERS.items()}
+
+
+class _Watch:
+    """Watches one solve: keeps to the budget and explains a failure before torchdiffeq asserts.
+
+    `function` is the right-hand side to hand over. Its callbacks run at the start of each step,
+    forward and in the adjoint's backward pass.
+    """
+
+    def __init__(self, rhs: RightHandSide, solver: ODESolver) -> None:
+        self.solver = solver
+        self.evaluations = 0
+        self.last: tuple[Tensor, Tensor, Tensor] | None = None
+
+        def function(t: Tensor, state: State) -> State:
+            if self.evaluations >= solver.max_evaluations:
+                raise self.error(
+                    t, f"spent its budget of max_evaluations={solver.max_evaluations}"
+                )
+            self.evaluations += 1
+            rates = rhs(t, state)
+            self.last = (t.detach(), state[0].detach(), rates[0].detach())
+            return rates
+
+        self.function: Any = function
+        if methods()[solver.method] != "external":
+            self.function.callback_step = self._before_step
+            self.function.callback_step_adjoint = self._before_step
+
+    def _before_step(self, t: Tensor, state: Any, dt: Tensor) -> None:
+        if not t.abs() + dt.abs() > t.abs():
+            raise self.error(t, "needs steps too small for the time to advance")
+        if not all(part.isfinite().all() for part in state):
+            raise self.error(t, "reached NaN or inf")
+
+    def check_end(self, solution: State, times: Tensor) -> None:
+        if len(solution[0]) != len(times):
+            raise self.error(times[-1], "stopped early")
+        if not all(part.isfinite().all() for part in solution):
+            raise self.error(times[-1], "reached NaN or inf")
+
+    def error(self, t: Tensor, what: str) -> ODEError:
+        return ODEError(
+            f"the solve with {self.solver.method} {what}, at t = {abs(float(t)):.6g} after "
+            f"{self.evaluations} evaluations; {self._diagnosis()}"
+        )
+
+    def _diagnosis(self) -> str:
+        if self.last is None:
+            return "the vector field was not evaluated."
+        _, x, velocity = self.last
+        bad = non_finite_rows(velocity) | non_finite_rows(x)
+        if bad.any():
+            return (
+                f"the state or the velocity is not finite in {name_rows(bad)}. The field may be "
+                "undefined there or grow without bound: bound its output, standardise the data, "
+                "or lower the learning rate."
+            )
+        speed = velocity.norm(dim=-1)
+        fastest = speed >= 0.5 * speed.max()
+        return (
+            f"the velocity is largest, {float(speed.max()):.3g}, in {name_rows(fastest)}. The field "
+            "may be stiff: loosen rtol and atol, raise max_evaluations, use float64, or take a "
+            "fixed-step method; in training, lower the learning rate or regularise."
+        )

@@ -1,0 +1,387 @@
+"""Pictures of two-dimensional flows: tensors and callables in, a matplotlib figure out.
+
+Matplotlib is imported when the first figure is made, and neither pyplot nor a global setting is
+used. A picture goes into the panel `ax`, or into a new figure without one.
+"""
+
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import matplotlib.axes
+    import matplotlib.figure
+
+Number: TypeAlias = int | float
+Extent: TypeAlias = Sequence[Number]
+"""The rectangle that a picture shows: xmin, xmax, ymin, ymax."""
+
+_ORANGE, _BLUE, _GREY, _BLACK = "#d95f02", "#2b5c8a", "#8a8a8a", "#000004"
+_TITLE, _TEXT = 10, 8
+
+
+def figure_grid(
+    rows: int, columns: int, *, panel_size: Number = 3.2
+) -> tuple["matplotlib.figure.Figure", list[list["matplotlib.axes.Axes"]]]:
+    """A figure of empty panels, `panel_size` inches each, and its axes as a list for each row.
+
+    Raises:
+        ValueError: If `rows` or `columns` is less than 1, or `panel_size` is not positive.
+
+    Example:
+        >>> figure, axes = figure_grid(1, 2)
+        >>> plot_samples(torch.randn(100, 2), ax=axes[0][1]) is figure
+        True
+    """
+    if rows < 1 or columns < 1:
+        raise ValueError(f"rows and columns must be at least 1; got {rows} and {columns}.")
+    if not 0 < panel_size < math.inf:
+        raise ValueError(f"panel_size must be positive and finite; got {panel_size}.")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(columns * panel_size, rows * panel_size), layout="constrained")
+    return figure, [list(row) for row in figure.subplots(rows, columns, squeeze=False)]
+
+
+def save_figure(figure: "matplotlib.figure.Figure", path: str | os.PathLike[str]) -> None:
+    """Writes a figure as PNG, whole or not at all; makes missing folders, replaces an old file.
+
+    Raises:
+        ValueError: If `path` does not end in ".png".
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"path must end in .png; got {str(path)!r}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, hence on the same file system, where a rename is atomic.
+    with tempfile.TemporaryDirectory(prefix=".figure-", dir=path.parent) as folder:
+        unfinished = Path(folder) / path.name
+        figure.savefig(unfinished, format="png", dpi=200)
+        unfinished.replace(path)
+
+
+def plot_density(
+    log_prob: Callable[[Float[Tensor, "n 2"]], Float[Tensor, " n"]],
+    extent: Extent,
+    *,
+    log: bool = False,
+    resolution: int = 200,
+    ax: "matplotlib.axes.Axes | None" = None,
+    title: str | None = None,
+) -> "matplotlib.figure.Figure":
+    """Image of a density, evaluated at the centre of each pixel.
+
+    Args:
+        log_prob: Log-densities (n,) in nats of points (n, 2), which come in chunks, without
+            gradient, in torch's default dtype and on its default device. May be -inf.
+        extent: The rectangle (xmin, xmax, ymin, ymax).
+        log: Show the log-density, down to 12 nats below its maximum: tails and false bridges
+            between modes, which the density hides, are seen there.
+        resolution: Number of pixels along each axis.
+        ax: Panel to draw into.
+        title: Text above the panel.
+
+    Raises:
+        ValueError: If `extent` or `resolution` makes no grid, or `log_prob` returns a wrong shape,
+            NaN, values too large for a picture or, with `log`, -inf everywhere.
+    """
+    points = _grid_points(extent, resolution).to(torch.empty(()))
+    chunks = torch.split(points, 16_384)
+    values = torch.cat([_evaluate("log_prob", log_prob, (len(x),), x) for x in chunks])
+    image = values.clamp(min=values.max().item() - 12) if log else values.exp()
+    if not image.isfinite().all():
+        raise ValueError(
+            "log_prob must return values that make a finite picture; "
+            f"got values from {values.min():g} to {values.max():g}."
+        )
+    floor = image.min().item() if log else 0.0
+    return _show_density(image.reshape(resolution, resolution), extent, floor, ax, title)
+
+
+def plot_samples(
+    x: Float[Tensor, "n features"],
+    *,
+    extent: Extent | None = None,
+    ax: "matplotlib.axes.Axes | None" = None,
+    title: str | None = None,
+) -> "matplotlib.figure.Figure":
+    """Histogram of samples with the look and units of `plot_density`; points if fewer than 1000.
+
+    Args:
+        x: Samples (n, 2).
+        extent: The rectangle (xmin, xmax, ymin, ymax), by default a square around the samples.
+            Samples outside are not drawn, but the histogram is still normalised by all of them.
+        ax: Panel to draw into.
+        title: Text above the panel.
+
+    Raises:
+        ValueError: If `x` is empty, not finite or not (n, 2), or `extent` is no rectangle.
+    """
+    points = _checked_points("x", x, 2)
+    extent = _square_around(points) if extent is None else _checked_extent(extent)
+    if len(points) >= 1000:
+        return _show_density(_histogram(points, extent), extent, 0.0, ax, title)
+    ax = _new_panel() if ax is None else ax
+    across, up = points.T.numpy()
+    ax.scatter(across, up, s=5, color="#fcbf8c", alpha=0.8, linewidths=0)
+    ax.set_facecolor(_BLACK)
+    return _finish_plane(ax, extent, title)
+
+
+def plot_trajectories(
+    states: Float[Tensor, "times n features"],
+    *,
+    extent: Extent | None = None,
+    ax: "matplotlib.axes.Axes | None" = None,
+    title: str | None = None,
+) -> "matplotlib.figure.Figure":
+    """Paths of samples from the base, where t = 0, to the data, where t = 1.
+
+    Args:
+        states: Points (times, n, 2) of n paths, the base first.
+        extent: The rectangle (xmin, xmax, ymin, ymax), by default a square around the paths.
+        ax: Panel to draw into.
+        title: Text above the panel.
+
+    Raises:
+        ValueError: If `states` is empty, not finite or not (times, n, 2), or `extent` is no
+            rectangle.
+    """
+    paths = _checked_points("states", states, 3)
+    extent = _square_around(paths.flatten(0, 1)) if extent is None else _checked_extent(extent)
+    ax = _new_panel() if ax is None else ax
+    ax.plot(*paths.movedim(-1, 0).numpy(), color=_GREY, alpha=0.4, linewidth=0.6)
+    base, data = paths[0].numpy(), paths[-1].numpy()
+    look: dict[str, Any] = {"marker": "o", "linestyle": "none", "markersize": 3}
+    ax.plot(*base.T, color=_BLUE, markerfacecolor="white", label="base, t = 0", **look)
+    ax.plot(*data.T, color=_ORANGE, label="data, t = 1", **look)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, fontsize=_TEXT, frameon=False)
+    return _finish_plane(ax, extent, title)
+
+
+def plot_vector_field(
+    vector_field: Callable[[Float[Tensor, ""], Float[Tensor, "n 2"]], Float[Tensor, "n 2"]],
+    times: Float[Tensor, " times"],
+    extent: Extent,
+    *,
+    resolution: int = 20,
+    title: str | None = None,
+) -> "matplotlib.figure.Figure":
+    """Arrows of a vector field, a panel for each time, length and colour on one scale.
+
+    Args:
+        vector_field: Velocities (n, 2) at a time and points (n, 2), which have the dtype and
+            device of `times`. Called without gradient.
+        times: Times of the panels.
+        extent: The rectangle (xmin, xmax, ymin, ymax).
+        resolution: Number of arrows along each axis.
+        title: Text above all panels.
+
+    Raises:
+        ValueError: If an argument is unusable or a velocity is not finite.
+    """
+    if times.ndim != 1 or len(times) == 0 or not times.isfinite().all():
+        raise ValueError(f"times must be finite and of shape (times,), not empty; got {times}.")
+    x = _grid_points(extent, resolution).to(times)
+    arrows = torch.stack([_evaluate("vector_field", vector_field, x.shape, t, x) for t in times])
+    if not arrows.isfinite().all():
+        raise ValueError("vector_field must return finite velocities; got NaN or infinity.")
+    columns = min(len(times), 5)
+    figure, axes = figure_grid(math.ceil(len(times) / columns), columns)
+    if title is not None:
+        figure.suptitle(title, fontsize=_TITLE)
+    panels = [ax for row in axes for ax in row]
+    for ax in panels[len(times) :]:
+        ax.remove()
+    fastest = arrows.norm(dim=-1).max().item() or 1.0
+    cell = min(extent[1] - extent[0], extent[3] - extent[2]) / resolution
+    for ax, t, velocity in zip(panels, times.tolist(), arrows, strict=False):
+        _draw_arrows(ax, x, velocity, fastest, cell)
+        _finish_plane(ax, extent, f"t = {t:.3g}")
+    return figure
+
+
+def plot_training(
+    history_columns: Mapping[str, Sequence[Number | None]],
+    *,
+    reference: Number | None = None,
+    ax: "matplotlib.axes.Axes | None" = None,
+    title: str | None = None,
+) -> "matplotlib.figure.Figure":
+    """Loss against step, its running median and the validation losses.
+
+    Values not measured (None or not finite) leave no mark; single spikes may leave the panel.
+
+    Args:
+        history_columns: Columns "step" and "loss" and perhaps "validation", losses in nats.
+        reference: Loss of a perfect model, which is the entropy of the truth, in nats.
+        ax: Panel to draw into.
+        title: Text above the panel.
+
+    Raises:
+        ValueError: If a column is missing or of another length, no loss is finite, or
+            `reference` is not.
+    """
+    steps, losses = _measured(history_columns, "loss")
+    if len(losses) == 0:
+        raise ValueError('history_columns must hold a finite "loss"; got none.')
+    if reference is not None and not math.isfinite(reference):
+        raise ValueError(f"reference must be finite; got {reference}.")
+    places, medians = _running_median(losses)
+    ax = _new_panel(width=5.2) if ax is None else ax
+    ax.plot(steps, losses, color=_BLUE, alpha=0.25, linewidth=0.6)
+    ax.plot(steps[places], medians, color=_BLUE, linewidth=1.6, label="loss, running median")
+    shown = [*np.quantile(losses, [0.01, 0.99]), *medians]
+    if "validation" in history_columns:
+        steps, validation = _measured(history_columns, "validation")
+        ax.plot(steps, validation, "o", color=_ORANGE, markersize=3.5, label="validation")
+        shown.extend(validation)
+    if reference is not None:
+        ax.axhline(reference, color=_BLACK, linewidth=0.9, ls="--", label="entropy of the truth")
+        shown.append(reference)
+    return _finish_training(ax, float(min(shown)), float(max(shown)), title)
+
+
+def _checked_extent(extent: Extent) -> Extent:
+    finite = len(extent) == 4 and all(math.isfinite(bound) for bound in extent)
+    if not finite or extent[0] >= extent[1] or extent[2] >= extent[3]:
+        raise ValueError(
+            "extent must be finite (xmin, xmax, ymin, ymax) with xmin < xmax and ymin < ymax; "
+            f"got {tuple(extent)}."
+        )
+    return extent
+
+
+def _checked_points(name: str, points: Tensor, ndim: int) -> Tensor:
+    if points.ndim != ndim or points.shape[-1] != 2 or points.numel() == 0:
+        shape = "(n, 2)" if ndim == 2 else "(times, n, 2)"
+        raise ValueError(f"{name} must have shape {shape}, not empty; got {tuple(points.shape)}.")
+    if not points.isfinite().all():
+        raise ValueError(f"{name} must be finite; got {(~points.isfinite()).sum()} other numbers.")
+    return points.detach().cpu().double()
+
+
+def _square_around(points: Tensor) -> Extent:
+    low, high = points.amin(dim=0), points.amax(dim=0)
+    x, y = ((low + high) / 2).tolist()
+    half = 0.525 * (high - low).max().item() or 1.0
+    return (x - half, x + half, y - half, y + half)
+
+
+def _grid_points(extent: Extent, resolution: int) -> Tensor:
+    """Centres of the cells of `extent`, row by row from below, each row from the left."""
+    left, right, bottom, top = _checked_extent(extent)
+    if resolution < 1:
+        raise ValueError(f"resolution must be at least 1; got {resolution}.")
+    centres = (torch.arange(resolution, dtype=torch.float64, device="cpu") + 0.5) / resolution
+    y, x = bottom + (top - bottom) * centres, left + (right - left) * centres
+    return torch.cartesian_prod(y, x).flip(-1)
+
+
+def _evaluate(
+    name: str, function: Callable[..., Tensor], shape: Sequence[int], *arguments: Tensor
+) -> Tensor:
+    with torch.no_grad():
+        value = function(*arguments)
+    if value.shape != tuple(shape):
+        raise ValueError(
+            f"{name} must return shape {tuple(shape)} for points of shape "
+            f"{tuple(arguments[-1].shape)}; got {tuple(value.shape)}."
+        )
+    return value.cpu().double()
+
+
+def _histogram(points: Tensor, extent: Extent) -> Tensor:
+    """Estimated density in each cell, rows from below."""
+    bins = min(200, math.isqrt(len(points) // 4))
+    left, right, bottom, top = extent
+    x, y = points.T.numpy()
+    counts, _, _ = np.histogram2d(y, x, bins=bins, range=[(bottom, top), (left, right)])
+    return torch.from_numpy(counts) * bins**2 / (len(x) * (right - left) * (top - bottom))
+
+
+def _show_density(
+    image: Tensor,
+    extent: Extent,
+    floor: float,
+    ax: "matplotlib.axes.Axes | None",
+    title: str | None,
+) -> "matplotlib.figure.Figure":
+    ax = _new_panel() if ax is None else ax
+    left, right, bottom, top = extent
+    shown = ax.imshow(image.numpy(), extent=(left, right, bottom, top), origin="lower")
+    shown.set(cmap="magma", clim=(floor, image.max().item()), interpolation="bilinear")
+    return _finish_plane(ax, extent, title)
+
+
+def _draw_arrows(
+    ax: "matplotlib.axes.Axes", x: Tensor, velocity: Tensor, fastest: float, cell: float
+) -> None:
+    """Arrows in the units of the plane; a velocity of `fastest` is one and a half cells long."""
+    look: dict[str, Any] = {"cmap": "viridis", "clim": (0.0, fastest), "width": 0.005}
+    units: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": fastest / (1.5 * cell)}
+    speed = velocity.norm(dim=-1).numpy()
+    ax.quiver(*x.cpu().T.numpy(), *velocity.T.numpy(), speed, pivot="mid", **units, **look)
+
+
+def _measured(
+    columns: Mapping[str, Sequence[Number | None]], name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The column `name` where it is finite, after its steps."""
+    if not {"step", name} <= columns.keys():
+        raise ValueError(f'history_columns must hold "step" and "{name}"; got {list(columns)}.')
+    steps, values = (np.array(columns[key], dtype=float) for key in ("step", name))
+    if steps.shape != values.shape or not np.isfinite(steps).all():
+        raise ValueError(
+            f'history_columns must hold a finite "step" for each "{name}"; '
+            f"got {len(steps)} and {len(values)}."
+        )
+    measured = np.isfinite(values)
+    return steps[measured], values[measured]
+
+
+def _running_median(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Indices, 400 at most, and medians over a fiftieth of the run around them."""
+    half = max(2, len(values) // 100)
+    places = np.unique(np.linspace(0, len(values) - 1, 400).astype(int))
+    medians = [np.median(values[max(0, place - half) : place + half + 1]) for place in places]
+    return places, np.array(medians)
+
+
+def _new_panel(width: float = 3.2) -> "matplotlib.axes.Axes":
+    figure, axes = figure_grid(1, 1)
+    figure.set_size_inches(width, 3.2)
+    return axes[0][0]
+
+
+def _finish_plane(
+    ax: "matplotlib.axes.Axes", extent: Extent, title: str | None
+) -> "matplotlib.figure.Figure":
+    ax.set(xlim=extent[:2], ylim=extent[2:], aspect="equal", xticks=[], yticks=[])
+    ax.spines[:].set(color="#c0c0c0", linewidth=0.6)
+    if title is not None:
+        ax.set_title(title, fontsize=_TITLE)
+    return ax.figure.figure  # of a subfigure, the figure around it
+
+
+def _finish_training(
+    ax: "matplotlib.axes.Axes", low: float, high: float, title: str | None
+) -> "matplotlib.figure.Figure":
+    margin = 0.06 * (high - low) or 1.0
+    ax.set(ylim=(low - margin, high + margin), xmargin=0.02)
+    ax.set_xlabel("step", fontsize=_TEXT)
+    ax.set_ylabel("loss (nats)", fontsize=_TEXT)
+    ax.tick_params(labelsize=_TEXT)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(loc="upper right", fontsize=_TEXT, frameon=False)
+    if title is not None:
+        ax.set_title(title, fontsize=_TITLE)
+    return ax.figure.figure

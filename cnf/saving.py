@@ -1,0 +1,175 @@
+"""Saving a flow to one file, and building it again from that file alone.
+
+The file is safetensors: the tensors, and in its metadata a JSON description of the parts and
+settings. It holds data, never code: only classes of this package are built from it.
+"""
+
+import dataclasses
+import inspect
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import nn
+
+from cnf.bases import StandardNormal
+from cnf.divergence import Exact, Hutchinson
+from cnf.flow import CNF, Flow
+from cnf.ode import ODESolver
+from cnf.transforms import Affine, ContinuousTransform, Standardize
+from cnf.vector_fields import LinearField, MLPField
+
+FORMAT_VERSION = 1
+
+_CLASSES: dict[str, type] = {
+    cls.__name__: cls
+    for cls in (
+        *(CNF, Flow, StandardNormal),
+        *(Affine, ContinuousTransform, Standardize),
+        *(LinearField, MLPField),
+        *(Exact, Hutchinson, ODESolver),
+    )
+}
+
+
+def save(flow: Flow, path: str | os.PathLike[str]) -> None:
+    """Write a flow to `path`, atomically: the file is complete or as it was before.
+
+    Args:
+        flow: A flow made of parts of this package.
+        path: Where to; the folder must exist. The custom is the suffix ``.safetensors``.
+
+    Raises:
+        TypeError: If `flow` is not a flow, or has a part that this package did not define. Save
+            the ``state_dict()`` of such a flow instead, and rebuild it in your own code.
+        OSError: If the file cannot be written.
+
+    Example:
+        >>> flow = CNF(2)
+        >>> folder = tempfile.mkdtemp()
+        >>> save(flow, f"{folder}/flow.safetensors")
+        >>> load(f"{folder}/flow.safetensors").features
+        2
+    """
+    if not isinstance(flow, Flow):
+        raise TypeError(f"flow must be a cnf.Flow; got {type(flow).__name__}.")
+    description = {"format": FORMAT_VERSION, "flow": _describe(flow)}
+    tensors = {name: value.detach().contiguous() for name, value in flow.state_dict().items()}
+    write_atomically(path, to_safetensors(tensors, metadata={"cnf": json.dumps(description)}))
+
+
+def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Flow:
+    """Read a flow that `save` wrote.
+
+    Args:
+        path: The file.
+        device: Where the flow shall be.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, was not written by `save`, or by a newer version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {str(path)!r} to load a flow from.")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"{str(path)!r} is not a safetensors file, or is cut short ({error}). "
+            "Restore it from a copy, or save the flow again."
+        ) from error
+    if "cnf" not in metadata:
+        raise ValueError(f"{str(path)!r} was not written by cnf.save; it describes no flow.")
+    return _build(_read_description(path, metadata["cnf"]), tensors, path).to(device)
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file so that a crash leaves the old one or the new one, never half.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(temporary).chmod(0o666 & ~umask)  # mkstemp makes files private
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _read_description(path: Path, text: str) -> Any:
+    description = json.loads(text)
+    if description["format"] > FORMAT_VERSION:
+        raise ValueError(
+            f"{str(path)!r} has format {description['format']}, newer than the {FORMAT_VERSION} "
+            "that this version of cnf reads. Upgrade cnf-flows."
+        )
+    return description["flow"]
+
+
+def _build(description: Any, tensors: dict[str, torch.Tensor], path: Path) -> Flow:
+    try:
+        with torch.device("meta" if not tensors else "cpu"):
+            flow = _rebuild(description)
+        dtypes = {value.dtype for value in tensors.values() if value.is_floating_point()}
+        for dtype in dtypes:
+            flow.to(dtype)
+        flow.load_state_dict(tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{str(path)!r} does not describe a flow of this version of cnf: {error}"
+        ) from error
+    assert isinstance(flow, Flow)  # noqa: S101 - the root of every description
+    return flow
+
+
+def _describe(value: Any) -> Any:
+    """JSON for a setting or part: a part is its class and its constructor's arguments."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple | nn.ModuleList):
+        return [_describe(item) for item in value]
+    name = type(value).__name__
+    if _CLASSES.get(name) is not type(value):
+        raise TypeError(
+            f"only parts of cnf can be saved with their settings; got {type(value).__qualname__}. "
+            "Save flow.state_dict() instead, and rebuild the flow in your own code."
+        )
+    return {"class": name, **{key: _describe(getattr(value, key)) for key in _settings(type(value))}}
+
+
+def _rebuild(description: Any) -> Any:
+    if isinstance(description, list):
+        return [_rebuild(item) for item in description]
+    if not isinstance(description, dict):
+        return description
+    cls = _CLASSES[description["class"]]
+    settings = {key: _rebuild(value) for key, value in description.items() if key != "class"}
+    if issubclass(cls, Flow):
+        return cls._with_parts(settings["transforms"], settings["base"])
+    return cls(**settings)
+
+
+def _settings(cls: type) -> list[str]:
+    """Names of the settings that a part is rebuilt from, each also an attribute."""
+    if issubclass(cls, Flow):
+        return ["transforms", "base"]
+    if dataclasses.is_dataclass(cls):
+        return [field.name for field in dataclasses.fields(cls)]
+    return [name for name in inspect.signature(cls).parameters]

@@ -1,0 +1,79 @@
+"""The path of a flow through time, from base to data or back."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cnf.transforms import ContinuousTransform, Transform
+
+
+def follow(
+    transforms: Sequence[Transform],
+    start: Float[Tensor, "*batch features"],
+    times: Float[Tensor, " times"],
+    context: Float[Tensor, "*c_batch context_features"] | None,
+) -> Float[Tensor, "times *batch features"]:
+    """States at `times` along the chain `transforms`, in the units of the data.
+
+    `Flow.trajectory` documents the arguments.
+
+    Raises:
+        TypeError: If `times` is not a tensor.
+        ValueError: If `times` does not fit, or the chain has no path.
+        ODEError: If a solve fails.
+    """
+    _check_times(times)
+    count = sum(isinstance(part, ContinuousTransform) for part in transforms)
+    discrete, blocks = transforms[: len(transforms) - count], transforms[len(transforms) - count :]
+    if count == 0 or any(isinstance(part, ContinuousTransform) for part in discrete):
+        raise ValueError(
+            "a trajectory needs a flow that ends, on its base side, in its continuous transforms; "
+            f"got {[type(part).__name__ for part in transforms]} from data to base."
+        )
+    times = times.to(start)
+    if times[0] == 1:
+        for part in discrete:
+            start = part.to_base(start, context)
+    else:
+        blocks = blocks[::-1]
+    states = _follow_blocks(blocks, start, times, context)
+    for part in reversed(discrete):
+        states = part.to_data(states, context)
+    return states
+
+
+def _follow_blocks(
+    blocks: Sequence[Transform], state: Tensor, times: Tensor, context: Tensor | None
+) -> Tensor:
+    """Go through `blocks` in this order; each takes an equal share of the time."""
+    passed = [state.unsqueeze(0)]
+    progress = (times[1:] - times[0]).abs() * len(blocks)
+    for i, block in enumerate(blocks):
+        inside = progress[(progress > i) & (progress <= i + 1)] - i
+        stops = torch.cat([inside.new_zeros(1), inside])
+        goes_on = bool((progress > i + 1).any())
+        if goes_on and stops[-1] < 1:
+            stops = torch.cat([stops, stops.new_ones(1)])
+        states = block.trajectory(state, stops if times[0] == 0 else 1 - stops, context)
+        passed.append(states[1 : 1 + len(inside)])
+        if not goes_on:
+            break
+        state = states[-1]
+    return torch.cat(passed)
+
+
+def _check_times(times: Tensor) -> None:
+    if not isinstance(times, Tensor):
+        raise TypeError(f"times must be a torch.Tensor; got {type(times).__name__}.")
+    if times.ndim != 1 or len(times) < 2:
+        raise ValueError(f"times must be 1-D with at least 2 times; got {tuple(times.shape)}.")
+    steps = times.diff()
+    if not ((steps > 0).all() or (steps < 0).all()):
+        raise ValueError("times must be strictly increasing or strictly decreasing.")
+    first, last = float(times[0]), float(times[-1])
+    if first not in (0.0, 1.0) or not 0 <= last <= 1:
+        raise ValueError(
+            f"times must start at 0 (base) or 1 (data) and stay within [0, 1]; got {first} … {last}."
+        )

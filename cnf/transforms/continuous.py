@@ -1,0 +1,170 @@
+"""The transform that follows an ordinary differential equation."""
+
+import warnings
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cnf.divergence import Divergence, Exact
+from cnf.ode import ODESolver, RightHandSide, State
+from cnf.transforms.base import Likelihood, Transform
+from cnf.vector_fields import VectorField
+
+_MANY_FEATURES = 64
+
+
+class ContinuousTransform(Transform):
+    r"""Follows dx/dt = v(t, x | context), from the base at t = 0 to the data at t = 1.
+
+    The ladj is the integral of the divergence of v along the path, from where the call starts to
+    where it ends: :math:`-\int_0^1 \nabla \cdot v \, dt` towards the base.
+
+    Args:
+        vector_field: The field v.
+        divergence: How its divergence is computed; None for `Exact`.
+        solver: How the ODE is solved; None for `ODESolver()`.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+
+    References:
+        Chen et al. (2018), Neural Ordinary Differential Equations, theorem 1.
+        https://arxiv.org/abs/1806.07366
+
+    Example:
+        >>> from cnf.vector_fields import LinearField
+        >>> transform = ContinuousTransform(LinearField(features=2))
+        >>> transform.to_base(torch.ones(2))
+        tensor([1., 1.])
+    """
+
+    def __init__(
+        self,
+        vector_field: VectorField,
+        *,
+        divergence: Divergence | None = None,
+        solver: ODESolver | None = None,
+    ) -> None:
+        _check_type("vector_field", vector_field, VectorField, "wrap a network in ModuleField")
+        if divergence is not None:
+            _check_type("divergence", divergence, Divergence, "use Exact() or Hutchinson()")
+        if solver is not None:
+            _check_type("solver", solver, ODESolver, "use ODESolver(method=...)")
+        super().__init__(vector_field.features, vector_field.context_features)
+        self.vector_field = vector_field
+        self.divergence = divergence
+        self.solver = ODESolver() if solver is None else solver
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """Exact to solver tolerance, or an unbiased estimate."""
+        return "exact" if self.divergence is None or self.divergence.is_exact else "estimate"
+
+    def using(
+        self, *, solver: ODESolver | None = None, divergence: Divergence | None = None
+    ) -> "ContinuousTransform":
+        """The same transform, sharing its vector field, with another solver or divergence."""
+        return ContinuousTransform(
+            self.vector_field,
+            divergence=self.divergence if divergence is None else divergence,
+            solver=self.solver if solver is None else solver,
+        )
+
+    def to_base_and_ladj(
+        self,
+        x: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+        """Solve from t = 1 to 0: z and the ladj, in nats, for each row."""
+        return self._move_with_ladj(x, context, 1.0, 0.0, generator)
+
+    def to_data_and_ladj(
+        self,
+        z: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+        """Solve from t = 0 to 1: x and the ladj, in nats, for each row."""
+        return self._move_with_ladj(z, context, 0.0, 1.0, generator)
+
+    def to_base(
+        self,
+        x: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+    ) -> Float[Tensor, "*batch features"]:
+        """Solve from t = 1 to 0, without the ladj and its cost."""
+        return self.trajectory(x, x.new_tensor([1.0, 0.0]), context)[-1]
+
+    def to_data(
+        self,
+        z: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+    ) -> Float[Tensor, "*batch features"]:
+        """Solve from t = 0 to 1, without the ladj and its cost."""
+        return self.trajectory(z, z.new_tensor([0.0, 1.0]), context)[-1]
+
+    def trajectory(
+        self,
+        x: Float[Tensor, "*batch features"],
+        times: Float[Tensor, " times"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+    ) -> Float[Tensor, "times *batch features"]:
+        """States at `times`, strictly increasing or decreasing, that start at `x`."""
+
+        def rhs(t: Tensor, state: State) -> State:
+            return (self.vector_field(t, state[0], context),)
+
+        (states,) = self._solve(rhs, (x,), times, context)
+        return states
+
+    def _move_with_ladj(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        start: float,
+        end: float,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor]:
+        divergence = self.divergence
+        if divergence is None:
+            divergence = Exact()
+            self._warn_if_unwise()
+        probes = divergence.draw_probes(x, generator=generator)
+
+        def rhs(t: Tensor, state: State) -> State:
+            evaluation = divergence(self.vector_field, t, state[0], probes, context)
+            return evaluation.velocity, evaluation.divergence
+
+        state = (x, x.new_zeros(x.shape[:-1]))
+        moved, ladj = self._solve(rhs, state, x.new_tensor([start, end]), context)
+        return moved[-1], ladj[-1]
+
+    def _solve(
+        self, rhs: RightHandSide, state: State, times: Tensor, context: Tensor | None
+    ) -> State:
+        if state[0].numel() == 0:
+            return tuple(part.expand(len(times), *part.shape) for part in state)
+        parameters = tuple(self.vector_field.parameters())
+        if context is not None:
+            parameters = (*parameters, context)
+        return self.solver.solve(rhs, state, times, parameters=parameters)
+
+    def _warn_if_unwise(self) -> None:
+        if self.features > _MANY_FEATURES and not self.vector_field.has_closed_form_divergence:
+            warnings.warn(
+                f"the exact divergence costs {self.features} Jacobian products for each evaluation "
+                "of this vector field; choose divergence=Hutchinson() for an unbiased estimate, or "
+                "divergence=Exact() to keep it without this warning.",
+                stacklevel=2,
+            )
+
+
+def _check_type(name: str, value: object, expected: type, remedy: str) -> None:
+    if not isinstance(value, expected):
+        raise TypeError(
+            f"{name} must be a {expected.__name__}; got {type(value).__name__}. Perhaps {remedy}."
+        )

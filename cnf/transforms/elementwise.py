@@ -1,0 +1,130 @@
+"""Transforms that act on each feature alone."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cnf._checks import check_vectors
+from cnf.transforms.base import Transform
+
+
+class Affine(Transform):
+    """Learnable scaling and shift of each feature: ``x = loc + exp(log_scale) * z``.
+
+    Args:
+        features: Size of x.
+
+    Raises:
+        TypeError: If `features` is not an int.
+        ValueError: If `features` is less than 1.
+
+    Example:
+        >>> Affine(2).to_base(torch.tensor([3.0, -1.0]))
+        tensor([ 3., -1.], grad_fn=<MulBackward0>)
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        self.loc = nn.Parameter(torch.zeros(features))
+        self.log_scale = nn.Parameter(torch.zeros(features))
+
+    def to_base_and_ladj(
+        self,
+        x: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+        """Subtract the shift and divide by the scale."""
+        del context, generator
+        return _standardized(x, self.loc, self.log_scale)
+
+    def to_data_and_ladj(
+        self,
+        z: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+        """Multiply by the scale and add the shift."""
+        del context, generator
+        return _restored(z, self.loc, self.log_scale)
+
+
+class Standardize(Transform):
+    """Fixed scaling that gives the data mean 0 and standard deviation 1: ``x = mean + std * z``.
+
+    Made by `from_data`; until then, or until a state is loaded, it is the identity.
+
+    Args:
+        features: Size of x.
+
+    Raises:
+        TypeError: If `features` is not an int.
+        ValueError: If `features` is less than 1.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 10.0], [3.0, 30.0]])
+        >>> Standardize.from_data(x).mean
+        tensor([ 2., 20.])
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("log_std", torch.zeros(features))
+        self.mean: Tensor
+        self.log_std: Tensor
+
+    @classmethod
+    def from_data(cls, x: Float[Tensor, "rows features"]) -> "Standardize":
+        """The standardisation of the rows of `x`, in its dtype and on its device.
+
+        Raises:
+            TypeError: If `x` is not a tensor.
+            ValueError: If `x` is not a finite floating tensor of shape ``(rows, features)`` with
+                at least two rows, or a feature is constant.
+        """
+        if isinstance(x, Tensor) and (x.ndim != 2 or len(x) < 2):
+            raise ValueError(
+                f"x must have shape (rows, features) with at least 2 rows; got {tuple(x.shape)}."
+            )
+        check_vectors("x", x, x.shape[-1] if isinstance(x, Tensor) else 0, like=x)
+        std, mean = torch.std_mean(x.detach(), dim=0)
+        if not (std > 0).all():
+            constant = (std <= 0).nonzero().flatten().tolist()
+            raise ValueError(f"x must vary in every feature; it is constant in {constant}.")
+        transform = cls(x.shape[-1]).to(x)
+        transform.mean.copy_(mean)
+        transform.log_std.copy_(std.log())
+        return transform
+
+    def to_base_and_ladj(
+        self,
+        x: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+        """Subtract the mean and divide by the standard deviation."""
+        del context, generator
+        return _standardized(x, self.mean, self.log_std)
+
+    def to_data_and_ladj(
+        self,
+        z: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+        """Multiply by the standard deviation and add the mean."""
+        del context, generator
+        return _restored(z, self.mean, self.log_std)
+
+
+def _standardized(x: Tensor, loc: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+    return (x - loc) * (-log_scale).exp(), (-log_scale.sum()).expand(x.shape[:-1])
+
+
+def _restored(z: Tensor, loc: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+    return loc + log_scale.exp() * z, log_scale.sum().expand(z.shape[:-1])

@@ -1,0 +1,200 @@
+"""The vector field v(t, x | context) of a continuous flow, and what one evaluation can yield."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cnf._checks import check_count
+
+
+class VectorField(nn.Module, ABC):
+    """Velocity dx/dt at (t, x), given a context; t = 0 is the base and t = 1 the data.
+
+    A subclass defines `forward`; everything else then works by reverse-mode differentiation. A
+    field that knows a cheaper way overrides the methods below.
+
+    Args:
+        features: Size of x.
+        context_features: Size of the context; 0 for none.
+
+    Raises:
+        TypeError: If a size is not an int.
+        ValueError: If `features` is less than 1 or `context_features` less than 0.
+    """
+
+    def __init__(self, features: int, context_features: int = 0) -> None:
+        super().__init__()
+        check_count("features", features)
+        check_count("context_features", context_features, least=0)
+        self.features = features
+        self.context_features = context_features
+
+    @abstractmethod
+    def forward(
+        self,
+        t: Float[Tensor, "*t_batch"],
+        x: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+    ) -> Float[Tensor, "*batch features"]:
+        """Velocity at `x`.
+
+        Args:
+            t: Time, 0-dim or one for each row, ``(*batch,)``.
+            x: Points, ``(*batch, features)``.
+            context: Broadcasts against `x` in its batch axes.
+        """
+
+    @property
+    def has_closed_form_divergence(self) -> bool:
+        """Whether `velocity_and_divergence` costs about one evaluation, however many features."""
+        return False
+
+    def velocity_and_products(
+        self,
+        t: Float[Tensor, "*t_batch"],
+        x: Float[Tensor, "*batch features"],
+        probes: Float[Tensor, "probes *batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "probes *batch features"]]:
+        r"""Velocity, and the product of its Jacobian J = ∂v/∂x with each probe.
+
+        The products are :math:`J^\top p` here, by reverse-mode differentiation; a field that
+        carries tangents forward gives :math:`J p`. Either serves: :math:`p^\top J p` is the same
+        number, and so is the sum of squares over a basis (or its mean over random probes).
+        """
+        with _outside_inference_mode():
+            t, x, probes, context = _usable_by_autograd(t, x, probes, context)
+            differentiable = torch.is_grad_enabled()
+            with torch.enable_grad():
+                point = x if x.requires_grad else x.detach().requires_grad_()
+                velocity = self(t, point, context)
+                products = [
+                    _vector_jacobian_product(velocity, point, probe, differentiable)
+                    for probe in probes
+                ]
+        stacked = torch.stack(products) if products else torch.zeros_like(probes)
+        return (velocity if differentiable else velocity.detach()), stacked
+
+    def velocity_and_divergence(
+        self,
+        t: Float[Tensor, "*t_batch"],
+        x: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+        """Velocity and its exact divergence: here the trace over the standard basis."""
+        probes = standard_basis(x)
+        velocity, products = self.velocity_and_products(t, x, probes, context)
+        return velocity, (probes * products).sum(-1).sum(0)
+
+    def _announce_evaluation(self) -> None:
+        """Run the forward pre-hooks, in an override that does not go through ``__call__``."""
+        for hook in self._forward_pre_hooks.values():
+            hook(self, ())
+
+
+class ModuleField(VectorField):
+    """Any network as a vector field.
+
+    Args:
+        network: Module called as ``network(t, x)``, or as ``network(t, x, context)`` if
+            `context_features` is not 0, that returns the velocity, of the shape of x.
+        features: Size of x.
+        context_features: Size of the context; 0 for none.
+
+    Raises:
+        TypeError: If `network` is not a module.
+        ValueError: If a size is out of range or, when called, the velocity has the wrong shape.
+
+    Example:
+        >>> class Spiral(torch.nn.Module):
+        ...     def forward(self, t, x):
+        ...         return torch.stack([-x[..., 1], x[..., 0]], -1) - 0.5 * x
+        >>> field = ModuleField(Spiral(), features=2)
+        >>> field.velocity_and_divergence(torch.tensor(0.0), torch.ones(1, 2))[1]
+        tensor([-1.])
+    """
+
+    def __init__(self, network: nn.Module, features: int, context_features: int = 0) -> None:
+        super().__init__(features, context_features)
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"network must be a torch.nn.Module; got {type(network).__name__}.")
+        self.network = network
+
+    def forward(
+        self,
+        t: Float[Tensor, "*t_batch"],
+        x: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+    ) -> Float[Tensor, "*batch features"]:
+        """Velocity at `x`, as the network gives it."""
+        velocity = self.network(t, x) if context is None else self.network(t, x, context)
+        if not isinstance(velocity, Tensor) or velocity.shape != x.shape:
+            got = tuple(velocity.shape) if isinstance(velocity, Tensor) else type(velocity).__name__
+            raise ValueError(f"network must return the shape of x, {tuple(x.shape)}; got {got}.")
+        return velocity
+
+
+class EvaluationCount:
+    """Number of vector-field evaluations (nfe) seen so far, in `value`."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def _add(self, *_: object) -> None:
+        self.value += 1
+
+
+@contextmanager
+def count_evaluations(module: nn.Module) -> Iterator[EvaluationCount]:
+    """Count the evaluations of every vector field in `module`, backward passes included.
+
+    Example:
+        >>> from cnf import CNF
+        >>> flow = CNF(2)
+        >>> with count_evaluations(flow) as nfe:
+        ...     log_prob = flow.log_prob(torch.zeros(1, 2))
+        >>> nfe.value > 0
+        True
+    """
+    count = EvaluationCount()
+    fields = [part for part in module.modules() if isinstance(part, VectorField)]
+    handles = [field.register_forward_pre_hook(count._add) for field in fields]
+    try:
+        yield count
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def standard_basis(x: Float[Tensor, "*batch features"]) -> Float[Tensor, "features *batch features"]:
+    """The unit vectors as probes: one for each feature, the same for each row."""
+    features = x.shape[-1]
+    basis = torch.eye(features, dtype=x.dtype, device=x.device)
+    return basis.view(features, *(1,) * (x.ndim - 1), features).expand(features, *x.shape)
+
+
+def _vector_jacobian_product(
+    velocity: Tensor, x: Tensor, probe: Tensor, differentiable: bool
+) -> Tensor:
+    if not velocity.requires_grad:
+        return torch.zeros_like(x)
+    (product,) = torch.autograd.grad(
+        velocity, x, probe, create_graph=differentiable, retain_graph=True, allow_unused=True
+    )
+    return torch.zeros_like(x) if product is None else product
+
+
+@contextmanager
+def _outside_inference_mode() -> Iterator[None]:
+    grad_enabled = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(grad_enabled):
+        yield
+
+
+def _usable_by_autograd(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Copies of tensors that were made in inference mode: autograd cannot save those."""
+    return [x.clone() if x is not None and x.is_inference() else x for x in tensors]

@@ -1,0 +1,93 @@
+"""The linear vector field, whose flow is known in closed form."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cnf.vector_fields.base import VectorField
+
+
+class LinearField(VectorField):
+    """``A x + b + C c``, constant in time: the oracle of the tests, and a fast Gaussian flow.
+
+    Args:
+        features: Size of x.
+        context_features: Size of the context; 0 for none.
+
+    Raises:
+        TypeError: If a size is not an int.
+        ValueError: If a size is out of range.
+
+    Example:
+        >>> field = LinearField(features=1)
+        >>> _ = torch.nn.init.constant_(field.weight, 2.0)
+        >>> x, ladj = field.solution(torch.ones(1), start=0.0, end=1.0)
+        >>> ladj
+        tensor(2., grad_fn=<ExpandBackward0>)
+    """
+
+    def __init__(self, features: int, context_features: int = 0) -> None:
+        super().__init__(features, context_features)
+        self.weight = nn.Parameter(torch.zeros(features, features))
+        self.bias = nn.Parameter(torch.zeros(features))
+        if context_features:
+            self.context_weight = nn.Parameter(torch.zeros(features, context_features))
+
+    def forward(
+        self,
+        t: Float[Tensor, "*t_batch"],  # noqa: ARG002 - the field is constant in time
+        x: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+    ) -> Float[Tensor, "*batch features"]:
+        """Velocity at `x`."""
+        return x @ self.weight.T + self._offset(context)
+
+    @property
+    def has_closed_form_divergence(self) -> bool:
+        """True: the divergence is the trace of A."""
+        return True
+
+    def velocity_and_products(
+        self,
+        t: Float[Tensor, "*t_batch"],
+        x: Float[Tensor, "*batch features"],
+        probes: Float[Tensor, "probes *batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "probes *batch features"]]:
+        """Velocity, and A p for each probe p."""
+        return self(t, x, context), probes @ self.weight.T
+
+    def velocity_and_divergence(
+        self,
+        t: Float[Tensor, "*t_batch"],
+        x: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+        """Velocity, and the trace of A for each row."""
+        return self(t, x, context), self.weight.trace().expand(x.shape[:-1])
+
+    def solution(
+        self,
+        x: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        start: float,
+        end: float,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+        r"""Where the flow takes `x` from `start` to `end`, and the ladj: both exact.
+
+        The state is :math:`e^{hA} x + \int_0^h e^{sA} ds \, (b + C c)` with h = end - start, and the
+        ladj :math:`h \, \mathrm{tr} A`.
+        """
+        duration = end - start
+        d = self.features
+        block = torch.zeros(2 * d, 2 * d, dtype=x.dtype, device=x.device)
+        block[:d, :d] = self.weight
+        block[:d, d:] = torch.eye(d, dtype=x.dtype, device=x.device)
+        exponential = torch.linalg.matrix_exp(duration * block)
+        propagator, integral = exponential[:d, :d], exponential[:d, d:]
+        moved = x @ propagator.T + self._offset(context) @ integral.T
+        return moved, (duration * self.weight.trace()).expand(x.shape[:-1])
+
+    def _offset(self, context: Tensor | None) -> Tensor:
+        return self.bias if context is None else self.bias + context @ self.context_weight.T
