@@ -1,9 +1,10 @@
 """Checks of what users pass in: one message format, used once at the public door."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _ROWS_NAMED = 5
 
@@ -46,7 +47,8 @@ def check_vectors(name: str, x: Tensor, features: int, *, like: Tensor) -> None:
         )
     if not x.is_floating_point():
         raise ValueError(
-            f"{name} must have a floating dtype; got {x.dtype}. Convert it with {name}.to({like.dtype})."
+            f"{name} must have a floating dtype; got {x.dtype}. "
+            f"Convert it with {name}.to({like.dtype})."
         )
     if x.ndim < 1 or x.shape[-1] != features:
         raise ValueError(f"{name} must have shape (*batch, {features}); got {tuple(x.shape)}.")
@@ -67,12 +69,18 @@ def check_vectors(name: str, x: Tensor, features: int, *, like: Tensor) -> None:
         )
 
 
+def reference_tensor(module: nn.Module) -> Tensor:
+    """A tensor of the module, whose dtype and device its inputs must have."""
+    return next(itertools.chain(module.parameters(), module.buffers()))
+
+
 def check_context(context: Tensor | None, context_features: int, *, like: Tensor) -> None:
-    """Refuse a context that is missing, superfluous, or not of shape ``(*batch, context_features)``.
+    """Refuse a context that is missing, superfluous, or not ``(*batch, context_features)``.
 
     Raises:
         TypeError: If `context` is not a tensor.
-        ValueError: If it is missing or superfluous, or its dtype, device, shape or a value is wrong.
+        ValueError: If it is missing or superfluous, or its dtype, device, shape or a value is
+            wrong.
     """
     if context_features == 0:
         if context is not None:
@@ -98,7 +106,7 @@ def joint_batch_shape(x: Tensor, context: Tensor | None) -> torch.Size:
     if context is None:
         return x.shape[:-1]
     try:
-        return torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
+        return torch.Size(torch.broadcast_shapes(x.shape[:-1], context.shape[:-1]))
     except RuntimeError:
         raise ValueError(
             "the batch shapes of x and context must broadcast; "

@@ -1,8 +1,9 @@
 """Base distributions: where a flow starts, at t = 0."""
 
-from abc import ABC, abstractmethod
-
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ class Base(nn.Module, ABC):
         """Draws of batch shape `shape`."""
 
     @abstractmethod
-    def forward(self, batch_shape: torch.Size = torch.Size()) -> Distribution:
+    def distribution(self, batch_shape: Sequence[int] = ()) -> Distribution:
         """The same as a `torch.distributions.Distribution`."""
 
 
@@ -80,7 +81,7 @@ class StandardNormal(Base):
             device=self.loc.device,
         )
 
-    def forward(self, batch_shape: torch.Size = torch.Size()) -> Distribution:
+    def distribution(self, batch_shape: Sequence[int] = ()) -> Distribution:
         """The same as a `torch.distributions.Distribution`."""
         loc = self.loc.expand(*batch_shape, self.features)
         return Independent(Normal(loc, torch.ones_like(loc), validate_args=False), 1)

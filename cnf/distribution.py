@@ -1,40 +1,16 @@
 """A flow given a context, as a torch distribution."""
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Transform, constraints
 
 from cnf._checks import check_sample_shape
-from cnf.bases import Base
 
-
-class DensityModel(Protocol):
-    """What a `FlowDistribution` needs of a flow."""
-
-    features: int
-    base: Base
-
-    def log_prob(
-        self, x: Tensor, context: Tensor | None, *, generator: torch.Generator | None
-    ) -> Tensor: ...
-
-    def rsample(
-        self, shape: torch.Size, context: Tensor | None, *, generator: torch.Generator | None
-    ) -> Tensor: ...
-
-    def rsample_and_log_prob(
-        self, shape: torch.Size, context: Tensor | None, *, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def to_base(self, x: Tensor, context: Tensor | None) -> Tensor: ...
-
-    def to_data(self, z: Tensor, context: Tensor | None) -> Tensor: ...
-
-    def to_base_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]: ...
-
-    def to_data_and_ladj(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]: ...
+if TYPE_CHECKING:
+    import cnf.flow
 
 
 class FlowDistribution(Distribution):
@@ -61,14 +37,14 @@ class FlowDistribution(Distribution):
 
     def __init__(
         self,
-        flow: DensityModel,
+        flow: "cnf.flow.Flow",
         context: Tensor | None = None,
-        batch_shape: torch.Size = torch.Size(),
+        batch_shape: Sequence[int] = (),
     ) -> None:
         self.flow = flow
         self.context = context
         super().__init__(
-            batch_shape if context is None else context.shape[:-1],
+            torch.Size(batch_shape) if context is None else context.shape[:-1],
             torch.Size([flow.features]),
             validate_args=False,  # the flow checks what comes in
         )
@@ -77,9 +53,7 @@ class FlowDistribution(Distribution):
         shapes = f"batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)}"
         return f"{type(self).__name__}({type(self.flow).__name__}, {shapes})"
 
-    def expand(
-        self, batch_shape: torch.Size | tuple[int, ...], _instance: Any = None
-    ) -> "FlowDistribution":
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "FlowDistribution":
         """The same distribution for a larger batch; the draws are independent."""
         del _instance
         shape = torch.Size(batch_shape)
@@ -91,7 +65,7 @@ class FlowDistribution(Distribution):
     @property
     def base(self) -> Distribution:
         """The distribution at t = 0, of the same batch shape."""
-        return self.flow.base(self.batch_shape)
+        return self.flow.base.distribution(self.batch_shape)
 
     @property
     def transform(self) -> "FlowTransform":
@@ -105,7 +79,7 @@ class FlowDistribution(Distribution):
 
     def sample(
         self,
-        sample_shape: torch.Size | tuple[int, ...] | int = torch.Size(),
+        sample_shape: int | Sequence[int] = (),
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
@@ -115,7 +89,7 @@ class FlowDistribution(Distribution):
 
     def rsample(
         self,
-        sample_shape: torch.Size | tuple[int, ...] | int = torch.Size(),
+        sample_shape: int | Sequence[int] = (),
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
@@ -124,7 +98,7 @@ class FlowDistribution(Distribution):
 
     def rsample_and_log_prob(
         self,
-        sample_shape: torch.Size | tuple[int, ...] | int = torch.Size(),
+        sample_shape: int | Sequence[int] = (),
         *,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -132,7 +106,7 @@ class FlowDistribution(Distribution):
         shape = self._shape(sample_shape)
         return self.flow.rsample_and_log_prob(shape, self.context, generator=generator)
 
-    def _shape(self, sample_shape: torch.Size | tuple[int, ...] | int) -> torch.Size:
+    def _shape(self, sample_shape: int | Sequence[int]) -> torch.Size:
         shape = check_sample_shape(sample_shape)
         return shape + self.batch_shape if self.context is None else shape
 
@@ -149,7 +123,7 @@ class FlowTransform(Transform):
     codomain = constraints.real_vector
     bijective = True
 
-    def __init__(self, flow: DensityModel, context: Tensor | None = None) -> None:
+    def __init__(self, flow: "cnf.flow.Flow", context: Tensor | None = None) -> None:
         super().__init__()
         self.flow = flow
         self.context = context

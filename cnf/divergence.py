@@ -85,7 +85,7 @@ class Exact(Divergence):
         vector_field: VectorField,
         t: Float[Tensor, "*t_batch"],
         x: Float[Tensor, "*batch features"],
-        probes: None = None,
+        probes: Float[Tensor, "probes *batch features"] | None = None,
         context: Float[Tensor, "*c_batch context_features"] | None = None,
     ) -> FieldEvaluation:
         """Evaluate the field and its divergence at `x`, once."""
@@ -147,9 +147,11 @@ class Hutchinson(Divergence):
         vector_field: VectorField,
         t: Float[Tensor, "*t_batch"],
         x: Float[Tensor, "*batch features"],
-        probes: Float[Tensor, "probes *batch features"],
+        probes: Float[Tensor, "probes *batch features"] | None,
         context: Float[Tensor, "*c_batch context_features"] | None = None,
     ) -> FieldEvaluation:
         """Evaluate the field and the estimate of its divergence at `x`, once."""
+        if probes is None:
+            raise ValueError("probes must be what draw_probes returned; got None.")
         velocity, products = vector_field.velocity_and_products(t, x, probes, context)
         return FieldEvaluation(t, x, velocity, (probes * products).sum(-1).mean(0))

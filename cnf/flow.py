@@ -1,8 +1,7 @@
 """A flow: a base distribution and a chain of transforms; CNF, the flow that follows an ODE."""
 
-import itertools
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from jaxtyping import Float
@@ -14,13 +13,14 @@ from cnf._checks import (
     check_sample_shape,
     check_vectors,
     joint_batch_shape,
+    reference_tensor,
 )
 from cnf.bases import Base, StandardNormal
 from cnf.distribution import FlowDistribution
 from cnf.divergence import Divergence
 from cnf.ode import ODESolver
-from cnf.transforms import ContinuousTransform, Likelihood, Transform
 from cnf.trajectory import follow
+from cnf.transforms import ContinuousTransform, Likelihood, Transform
 from cnf.vector_fields import MLPField
 
 _STRONGEST_FIRST: tuple[Likelihood, ...] = ("exact", "estimate", "lower_bound")
@@ -75,9 +75,14 @@ class Flow(nn.Module):
             )
 
     @property
+    def chain(self) -> list[Transform]:
+        """The transforms as a list, from data to base."""
+        return cast("list[Transform]", list(self.transforms))
+
+    @property
     def likelihood(self) -> Likelihood:
         """What `log_prob` is: the weakest of "exact", "estimate" and "lower_bound" of the parts."""
-        kinds = [transform.likelihood for transform in self.transforms]
+        kinds = [transform.likelihood for transform in self.chain]
         return max(kinds, key=_STRONGEST_FIRST.index, default="exact")
 
     def using(
@@ -93,7 +98,7 @@ class Flow(nn.Module):
             part.using(solver=solver, divergence=divergence)
             if isinstance(part, ContinuousTransform)
             else part
-            for part in self.transforms
+            for part in self.chain
         ]
         return self._with_parts(transforms, self.base)
 
@@ -108,7 +113,7 @@ class Flow(nn.Module):
         self, context: Float[Tensor, "*batch context_features"] | None = None
     ) -> FlowDistribution:
         """The flow given a context, as a `torch.distributions.Distribution`."""
-        check_context(context, self.context_features, like=self._like())
+        check_context(context, self.context_features, like=reference_tensor(self))
         return FlowDistribution(self, context)
 
     def log_prob(
@@ -167,7 +172,7 @@ class Flow(nn.Module):
             ODEError: If a solve fails.
         """
         z = self._draw_base(sample_shape, context, generator)
-        for transform in reversed(self.transforms):
+        for transform in reversed(self.chain):
             z = transform.to_data(z, context)
         return z
 
@@ -201,7 +206,7 @@ class Flow(nn.Module):
     ) -> Float[Tensor, "*joint_batch features"]:
         """From data to base."""
         x = self._admit("x", x, context)
-        for transform in self.transforms:
+        for transform in self.chain:
             x = transform.to_base(x, context)
         return x
 
@@ -212,7 +217,7 @@ class Flow(nn.Module):
     ) -> Float[Tensor, "*joint_batch features"]:
         """From base to data."""
         z = self._admit("z", z, context)
-        for transform in reversed(self.transforms):
+        for transform in reversed(self.chain):
             z = transform.to_data(z, context)
         return z
 
@@ -226,7 +231,7 @@ class Flow(nn.Module):
         """From data to base: z and log|det dz/dx|, in nats."""
         x = self._admit("x", x, context)
         total = x.new_zeros(x.shape[:-1])
-        for transform in self.transforms:
+        for transform in self.chain:
             x, ladj = transform.to_base_and_ladj(x, context, generator=generator)
             total = total + ladj
         return x, total
@@ -266,13 +271,13 @@ class Flow(nn.Module):
             ODEError: If a solve fails.
         """
         x_or_z = self._admit("x_or_z", x_or_z, context)
-        return follow(list(self.transforms), x_or_z, times, context)
+        return follow(self.chain, x_or_z, times, context)
 
     def _chain_to_data(
         self, z: Tensor, context: Tensor | None, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
         total = z.new_zeros(z.shape[:-1])
-        for transform in reversed(self.transforms):
+        for transform in reversed(self.chain):
             z, ladj = transform.to_data_and_ladj(z, context, generator=generator)
             total = total + ladj
         return z, total
@@ -284,19 +289,16 @@ class Flow(nn.Module):
         generator: torch.Generator | None,
     ) -> Tensor:
         shape = check_sample_shape(sample_shape)
-        check_context(context, self.context_features, like=self._like())
+        check_context(context, self.context_features, like=reference_tensor(self))
         batch = torch.Size() if context is None else context.shape[:-1]
         return self.base.rsample(shape + batch, generator=generator)
 
     def _admit(self, name: str, x: Tensor, context: Tensor | None) -> Tensor:
         """The public door: check both tensors, and give `x` the joint batch shape."""
-        like = self._like()
+        like = reference_tensor(self)
         check_vectors(name, x, self.features, like=like)
         check_context(context, self.context_features, like=like)
         return x.expand(*joint_batch_shape(x, context), self.features)
-
-    def _like(self) -> Tensor:
-        return next(itertools.chain(self.parameters(), self.buffers()))
 
 
 class CNF(Flow):
@@ -336,7 +338,7 @@ class CNF(Flow):
         torch.Size([10, 5, 2])
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the settings of its parts, in one place
         self,
         features: int,
         context_features: int = 0,

@@ -1,5 +1,6 @@
 """How an ordinary differential equation is solved; the only module that talks to torchdiffeq."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ _GRADIENTS = ("adjoint", "backprop")
 
 
 class ODEError(RuntimeError):
-    """A solve failed: the message says where, after how many evaluations, for which rows, and why."""
+    """A solve failed: the message says when, after how many evaluations, for which rows and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +37,8 @@ class ODESolver:
         https://arxiv.org/abs/2009.09457
 
     Example:
-        >>> ODESolver(method="rk4", steps=20)
-        ODESolver(method='rk4', rtol=1e-05, atol=1e-05, steps=20, gradient='adjoint', max_evaluations=10000)
+        >>> ODESolver(method="rk4", steps=20).gradient
+        'adjoint'
     """
 
     method: str = "dopri5"
@@ -96,7 +97,7 @@ class ODESolver:
 
         Args:
             rhs: Takes a 0-dim time and the state, returns the derivative of each of its tensors.
-            state: The state at ``times[0]``: tensors whose first holds rows, ``(*batch, features)``.
+            state: The state at ``times[0]``: tensors; the first holds rows, ``(*batch, features)``.
             times: At least two times, strictly increasing or decreasing.
             parameters: Every tensor, other than the state and times, that `rhs` depends on and
                 that may need a gradient. The adjoint gives none to a tensor not named here.
@@ -150,7 +151,7 @@ class ODESolver:
         """Equal steps through `times`, as many as `steps` makes of `span`, that meet each time."""
         assert self.steps is not None  # noqa: S101 - for mypy: checked when self was made
         pieces = [times[:1]]
-        for start, end in zip(times[:-1], times[1:], strict=True):
+        for start, end in itertools.pairwise(times):
             share = float((end - start).abs().detach() / span)
             count = max(1, math.ceil(self.steps * share - 1e-4))
             fraction = torch.linspace(0, 1, count + 1, dtype=times.dtype, device=times.device)[1:]
@@ -191,15 +192,14 @@ class _Watch:
 
         def function(t: Tensor, state: State) -> State:
             if self.evaluations >= solver.max_evaluations:
-                raise self.error(
-                    t, f"spent its budget of max_evaluations={solver.max_evaluations}"
-                )
+                budget = f"max_evaluations={solver.max_evaluations}"
+                raise self.error(t, f"spent its budget of {budget}")
             self.evaluations += 1
             rates = rhs(t, state)
             self.last = (t.detach(), state[0].detach(), rates[0].detach())
             return rates
 
-        self.function: Any = function
+        self.function: Any = function  # Any: torchdiffeq looks for callbacks on it
         if methods()[solver.method] != "external":
             self.function.callback_step = self._before_step
             self.function.callback_step_adjoint = self._before_step
@@ -236,7 +236,7 @@ class _Watch:
         speed = velocity.norm(dim=-1)
         fastest = speed >= 0.5 * speed.max()
         return (
-            f"the velocity is largest, {float(speed.max()):.3g}, in {name_rows(fastest)}. The field "
-            "may be stiff: loosen rtol and atol, raise max_evaluations, use float64, or take a "
-            "fixed-step method; in training, lower the learning rate or regularise."
+            f"the velocity is largest, {float(speed.max()):.3g}, in {name_rows(fastest)}. The "
+            "field may be stiff: loosen rtol and atol, raise max_evaluations, use float64, or "
+            "take a fixed-step method; in training, lower the learning rate or regularise."
         )

@@ -160,9 +160,11 @@ def plot_trajectories(
     ax = _new_panel() if ax is None else ax
     ax.plot(*paths.movedim(-1, 0).numpy(), color=_GREY, alpha=0.4, linewidth=0.6)
     base, data = paths[0].numpy(), paths[-1].numpy()
-    look: dict[str, Any] = {"marker": "o", "linestyle": "none", "markersize": 3}
-    ax.plot(*base.T, color=_BLUE, markerfacecolor="white", label="base, t = 0", **look)
-    ax.plot(*data.T, color=_ORANGE, label="data, t = 1", **look)
+    look: dict[str, Any] = {"marker": "o", "linestyle": "none", "markeredgewidth": 0.7}
+    ax.plot(
+        *base.T, color=_BLUE, markerfacecolor="white", markersize=3, label="base, t = 0", **look
+    )
+    ax.plot(*data.T, color=_ORANGE, markersize=2.3, label="data, t = 1", **look)
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, fontsize=_TEXT, frameon=False)
     return _finish_plane(ax, extent, title)
 
@@ -178,9 +180,8 @@ def plot_vector_field(
     """Arrows of a vector field, a panel for each time, length and colour on one scale.
 
     Args:
-        vector_field: Velocities (n, 2) at a time and points (n, 2), which have the dtype and
-            device of `times`. Called without gradient.
-        times: Times of the panels.
+        vector_field: Velocities (n, 2) at a time (0-dim) and points (n, 2), without gradient.
+        times: Times of the panels, whose dtype and device the points have too.
         extent: The rectangle (xmin, xmax, ymin, ymax).
         resolution: Number of arrows along each axis.
         title: Text above all panels.
@@ -195,16 +196,16 @@ def plot_vector_field(
     if not arrows.isfinite().all():
         raise ValueError("vector_field must return finite velocities; got NaN or infinity.")
     columns = min(len(times), 5)
-    figure, axes = figure_grid(math.ceil(len(times) / columns), columns)
+    figure, _ = figure_grid(math.ceil(len(times) / columns), columns)
     if title is not None:
         figure.suptitle(title, fontsize=_TITLE)
-    panels = [ax for row in axes for ax in row]
-    for ax in panels[len(times) :]:
+    for ax in figure.axes[len(times) :]:
         ax.remove()
-    fastest = arrows.norm(dim=-1).max().item() or 1.0
+    speeds = arrows.norm(dim=-1)
+    fast = speeds.quantile(0.9).item() or speeds.max().item() or 1.0
     cell = min(extent[1] - extent[0], extent[3] - extent[2]) / resolution
-    for ax, t, velocity in zip(panels, times.tolist(), arrows, strict=False):
-        _draw_arrows(ax, x, velocity, fastest, cell)
+    for ax, t, velocity in zip(figure.axes, times.tolist(), arrows, strict=True):
+        _draw_arrows(ax, x, velocity, fast, cell)
         _finish_plane(ax, extent, f"t = {t:.3g}")
     return figure
 
@@ -296,7 +297,7 @@ def _evaluate(
             f"{name} must return shape {tuple(shape)} for points of shape "
             f"{tuple(arguments[-1].shape)}; got {tuple(value.shape)}."
         )
-    return value.cpu().double()
+    return value.detach().cpu().double()  # a divergence may have turned the gradient on
 
 
 def _histogram(points: Tensor, extent: Extent) -> Tensor:
@@ -323,11 +324,11 @@ def _show_density(
 
 
 def _draw_arrows(
-    ax: "matplotlib.axes.Axes", x: Tensor, velocity: Tensor, fastest: float, cell: float
+    ax: "matplotlib.axes.Axes", x: Tensor, velocity: Tensor, fast: float, cell: float
 ) -> None:
-    """Arrows in the units of the plane; a velocity of `fastest` is one and a half cells long."""
-    look: dict[str, Any] = {"cmap": "viridis", "clim": (0.0, fastest), "width": 0.005}
-    units: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": fastest / (1.5 * cell)}
+    """Arrows in the units of the plane: at the speed `fast` one cell long, in the top colour."""
+    look: dict[str, Any] = {"cmap": "viridis_r", "clim": (0.0, fast), "width": 0.005}
+    units: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": fast / cell}
     speed = velocity.norm(dim=-1).numpy()
     ax.quiver(*x.cpu().T.numpy(), *velocity.T.numpy(), speed, pivot="mid", **units, **look)
 

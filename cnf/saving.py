@@ -125,17 +125,15 @@ def _read_description(path: Path, text: str) -> Any:
 
 def _build(description: Any, tensors: dict[str, torch.Tensor], path: Path) -> Flow:
     try:
-        with torch.device("meta" if not tensors else "cpu"):
-            flow = _rebuild(description)
-        dtypes = {value.dtype for value in tensors.values() if value.is_floating_point()}
-        for dtype in dtypes:
-            flow.to(dtype)
+        with torch.random.fork_rng(devices=[]):  # the initial weights are not kept
+            flow: Flow = _rebuild(description)
+        for value in tensors.values():
+            flow.to(value.dtype)
         flow.load_state_dict(tensors)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{str(path)!r} does not describe a flow of this version of cnf: {error}"
         ) from error
-    assert isinstance(flow, Flow)  # noqa: S101 - the root of every description
     return flow
 
 
@@ -151,7 +149,10 @@ def _describe(value: Any) -> Any:
             f"only parts of cnf can be saved with their settings; got {type(value).__qualname__}. "
             "Save flow.state_dict() instead, and rebuild the flow in your own code."
         )
-    return {"class": name, **{key: _describe(getattr(value, key)) for key in _settings(type(value))}}
+    return {
+        "class": name,
+        **{key: _describe(getattr(value, key)) for key in _settings(type(value))},
+    }
 
 
 def _rebuild(description: Any) -> Any:
@@ -172,4 +173,4 @@ def _settings(cls: type) -> list[str]:
         return ["transforms", "base"]
     if dataclasses.is_dataclass(cls):
         return [field.name for field in dataclasses.fields(cls)]
-    return [name for name in inspect.signature(cls).parameters]
+    return list(inspect.signature(cls).parameters)

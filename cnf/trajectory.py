@@ -25,9 +25,9 @@ def follow(
         ODEError: If a solve fails.
     """
     _check_times(times)
-    count = sum(isinstance(part, ContinuousTransform) for part in transforms)
-    discrete, blocks = transforms[: len(transforms) - count], transforms[len(transforms) - count :]
-    if count == 0 or any(isinstance(part, ContinuousTransform) for part in discrete):
+    blocks = [part for part in transforms if isinstance(part, ContinuousTransform)]
+    discrete = transforms[: len(transforms) - len(blocks)]
+    if not blocks or any(isinstance(part, ContinuousTransform) for part in discrete):
         raise ValueError(
             "a trajectory needs a flow that ends, on its base side, in its continuous transforms; "
             f"got {[type(part).__name__ for part in transforms]} from data to base."
@@ -45,7 +45,7 @@ def follow(
 
 
 def _follow_blocks(
-    blocks: Sequence[Transform], state: Tensor, times: Tensor, context: Tensor | None
+    blocks: Sequence[ContinuousTransform], state: Tensor, times: Tensor, context: Tensor | None
 ) -> Tensor:
     """Go through `blocks` in this order; each takes an equal share of the time."""
     passed = [state.unsqueeze(0)]
@@ -75,5 +75,6 @@ def _check_times(times: Tensor) -> None:
     first, last = float(times[0]), float(times[-1])
     if first not in (0.0, 1.0) or not 0 <= last <= 1:
         raise ValueError(
-            f"times must start at 0 (base) or 1 (data) and stay within [0, 1]; got {first} … {last}."
+            f"times must start at 0 (base) or 1 (data), and stay within [0, 1]; "
+            f"they go from {first} to {last}."
         )

@@ -4,6 +4,7 @@ import io
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -157,6 +158,21 @@ def test_callables_are_called_without_gradient():
     assert asked == [False, False]
 
 
+def test_callables_may_turn_the_gradient_on():
+    weight = torch.ones((), requires_grad=True)
+
+    @torch.enable_grad()
+    def log_prob(x):
+        return -weight * x.square().sum(dim=-1)
+
+    @torch.enable_grad()
+    def vector_field(t, x):
+        return weight * x
+
+    assert panel(plot_density(log_prob, EXTENT, resolution=5)).images
+    assert panel(plot_vector_field(vector_field, torch.zeros(1), EXTENT)).collections
+
+
 def test_sample_image_integrates_to_the_fraction_inside():
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(5000, 2, generator=generator, dtype=torch.float64) * 2
@@ -184,6 +200,13 @@ def test_samples_of_a_density_look_like_the_density():
     assert image.get_cmap().name == expected.get_cmap().name
     assert rendered_brightness(ax, [MODE])[0] > 400
     assert rendered_brightness(ax, [(-1.0, 2.5)])[0] < 20
+
+
+def test_pictures_without_any_density_are_black():
+    outside = panel(plot_samples(torch.full((2000, 2), 9.0), extent=EXTENT))
+    nowhere = panel(plot_density(lambda x: x[:, 0] * 0 - math.inf, EXTENT))
+    for ax in (outside, nowhere):
+        assert rendered_brightness(ax, [(0.0, 0.0), MODE]).max() < 20
 
 
 def test_few_samples_are_drawn_as_points_where_they_are():
@@ -399,6 +422,24 @@ def test_a_failing_figure_leaves_the_old_file_and_nothing_else(tmp_path):
     ax.set_title("$\\unknowncommand$")  # fails only when it is drawn
 
     with pytest.raises(ValueError, match="unknowncommand"):
+        save_figure(figure, path)
+
+    assert path.read_bytes() == b"old"
+    assert [child.name for child in tmp_path.iterdir()] == ["picture.png"]
+
+
+def test_a_half_written_picture_is_never_seen(tmp_path, monkeypatch):
+    path = tmp_path / "picture.png"
+    path.write_bytes(b"old")
+    figure, _ = figure_grid(1, 1)
+
+    def fill_the_disk(file, **_):
+        Path(file).write_bytes(b"half")
+        assert path.read_bytes() == b"old"
+        raise OSError("disk full")
+
+    monkeypatch.setattr(figure, "savefig", fill_the_disk)
+    with pytest.raises(OSError, match="disk full"):
         save_figure(figure, path)
 
     assert path.read_bytes() == b"old"

@@ -61,7 +61,7 @@ class MaximumLikelihood(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, ""]:
         """The loss of a minibatch; `generator` draws the probes."""
-        flow = Flow([self._for_training(part) for part in self.flow.transforms], self.flow.base)
+        flow = Flow(map(self._for_training, self.flow.chain), self.flow.base)
         return -flow.log_prob(x, context, generator=generator).mean()
 
     def _for_training(self, transform: Transform) -> Transform:

@@ -148,9 +148,9 @@ class ContinuousTransform(Transform):
     ) -> State:
         if state[0].numel() == 0:
             return tuple(part.expand(len(times), *part.shape) for part in state)
-        parameters = tuple(self.vector_field.parameters())
+        parameters: list[Tensor] = list(self.vector_field.parameters())
         if context is not None:
-            parameters = (*parameters, context)
+            parameters.append(context)
         return self.solver.solve(rhs, state, times, parameters=parameters)
 
     def _warn_if_unwise(self) -> None:

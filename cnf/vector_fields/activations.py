@@ -1,4 +1,4 @@
-"""Smooth activations together with their slopes, for closed-form and forward-carried derivatives."""
+"""Smooth activations and their slopes, for closed-form and forward-carried derivatives."""
 
 import math
 from collections.abc import Callable

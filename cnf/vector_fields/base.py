@@ -67,7 +67,8 @@ class VectorField(nn.Module, ABC):
         number, and so is the sum of squares over a basis (or its mean over random probes).
         """
         with _outside_inference_mode():
-            t, x, probes, context = _usable_by_autograd(t, x, probes, context)
+            t, x, probes = (_usable_by_autograd(tensor) for tensor in (t, x, probes))
+            context = None if context is None else _usable_by_autograd(context)
             differentiable = torch.is_grad_enabled()
             with torch.enable_grad():
                 point = x if x.requires_grad else x.detach().requires_grad_()
@@ -170,7 +171,9 @@ def count_evaluations(module: nn.Module) -> Iterator[EvaluationCount]:
             handle.remove()
 
 
-def standard_basis(x: Float[Tensor, "*batch features"]) -> Float[Tensor, "features *batch features"]:
+def standard_basis(
+    x: Float[Tensor, "*batch features"],
+) -> Float[Tensor, "features *batch features"]:
     """The unit vectors as probes: one for each feature, the same for each row."""
     features = x.shape[-1]
     basis = torch.eye(features, dtype=x.dtype, device=x.device)
@@ -195,6 +198,6 @@ def _outside_inference_mode() -> Iterator[None]:
         yield
 
 
-def _usable_by_autograd(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Copies of tensors that were made in inference mode: autograd cannot save those."""
-    return [x.clone() if x is not None and x.is_inference() else x for x in tensors]
+def _usable_by_autograd(x: Tensor) -> Tensor:
+    """A copy of a tensor that was made in inference mode: autograd cannot save those."""
+    return x.clone() if x.is_inference() else x

@@ -18,7 +18,7 @@ class AffineMap(NamedTuple):
     weight: Tensor
     """Shape ``(out, in)``."""
     gate: Tensor | None
-    """Shape ``(out,)`` or ``(*batch, out)``; None stands for ones."""
+    """Shape ``(*batch, out)``, where rows differ in it; None stands for ones."""
     bias: Tensor
     """Shape ``(out,)`` or ``(*batch, out)``."""
 
@@ -57,6 +57,12 @@ class TimeLinear(nn.Module, ABC):
         self.linear = nn.Linear(in_features, out_features)
         self.context_features = context_features
         self.gate_context = gate_context
+
+    def reset_parameters(self) -> None:
+        """Draw the initial weights, as torch does for linear layers."""
+        for module in self.children():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
 
     @abstractmethod
     def forward(
@@ -147,8 +153,10 @@ class ConcatSquashLinear(TimeLinear):
     ) -> AffineMap:
         """The affine map at this time and context."""
         gate = self.gate(_time_and_context(t, context if self.gate_context else None)).sigmoid()
-        shift = self.shift(_time_and_context(t, context))
-        return AffineMap(self.linear.weight, gate, gate * self.linear.bias + shift)
+        bias = gate * self.linear.bias + self.shift(_time_and_context(t, context))
+        if gate.ndim == 1:  # the same for each row: cheaper on the weight than on every row
+            return AffineMap(gate.unsqueeze(-1) * self.linear.weight, None, bias)
+        return AffineMap(self.linear.weight, gate, bias)
 
 
 def _time_and_context(

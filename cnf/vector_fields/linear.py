@@ -76,8 +76,8 @@ class LinearField(VectorField):
     ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
         r"""Where the flow takes `x` from `start` to `end`, and the ladj: both exact.
 
-        The state is :math:`e^{hA} x + \int_0^h e^{sA} ds \, (b + C c)` with h = end - start, and the
-        ladj :math:`h \, \mathrm{tr} A`.
+        With h = end - start, the state is :math:`e^{hA} x + \int_0^h e^{sA} ds \, (b + C c)` and
+        the ladj :math:`h \, \mathrm{tr} A`.
         """
         duration = end - start
         d = self.features

@@ -1,16 +1,17 @@
 """The fully connected vector field, with its divergence in closed form."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import cast
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from cnf._checks import check_count
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.base import VectorField
-from cnf.vector_fields.layers import LAYERS, AffineMap
+from cnf.vector_fields.layers import LAYERS, AffineMap, TimeLinear
 
 _CLOSED_FORM_DEPTH = 2
 
@@ -24,8 +25,9 @@ class MLPField(VectorField):
     .. math:: \nabla \cdot v = s_2'(a_2)^\top \, (W_2 \odot (W_1 W_3)^\top) \, s_1'(a_1)
 
     with the pre-activations :math:`a_i`: one product more than the velocity takes, in any
-    dimension. With one hidden layer it is :math:`\sum_j s_1'(a_1)_j (W_1 W_2)_{jj}`. Deeper networks
-    carry tangents forward beside the values. Neither needs a second backward pass in training.
+    dimension. With one hidden layer it is :math:`\sum_j s_1'(a_1)_j (W_1 W_2)_{jj}`. Deeper
+    networks carry tangents forward beside the values. Neither needs a second backward pass in
+    training.
 
     The output layer starts at zero, so that a new field is at rest and a new flow the identity.
 
@@ -50,7 +52,8 @@ class MLPField(VectorField):
 
     Example:
         >>> field = MLPField(features=64, hidden_features=(256, 256))
-        >>> velocity, divergence = field.velocity_and_divergence(torch.tensor(0.5), torch.zeros(3, 64))
+        >>> t, x = torch.tensor(0.5), torch.zeros(3, 64)
+        >>> velocity, divergence = field.velocity_and_divergence(t, x)
         >>> velocity.shape, divergence.shape
         (torch.Size([3, 64]), torch.Size([3]))
     """
@@ -74,17 +77,17 @@ class MLPField(VectorField):
         last = len(widths) - 2
         self.layers = nn.ModuleList(
             LAYERS[layer](inputs, outputs, context_features, gate_context=i != last)
-            for i, (inputs, outputs) in enumerate(zip(widths[:-1], widths[1:], strict=True))
+            for i, (inputs, outputs) in enumerate(itertools.pairwise(widths))
         )
         self._activations = [ACTIVATIONS[name] for name in self.activation]
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the initial weights: torch's defaults, but for a sinusoidal first layer and the last."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                module.reset_parameters()
-        first, last = self.layers[0].linear, self.layers[-1].linear
+        """Draw the initial weights: torch's, but for a sinusoidal first layer and the last."""
+        layers = cast("list[TimeLinear]", list(self.layers))
+        for layer in layers:
+            layer.reset_parameters()
+        first, last = layers[0].linear, layers[-1].linear
         if self.activation[0] == "sin":
             nn.init.normal_(first.weight, std=self.frequency)
             nn.init.uniform_(first.bias, -math.pi, math.pi)
@@ -131,8 +134,7 @@ class MLPField(VectorField):
     ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
         """Velocity and its exact divergence, in closed form with one or two hidden layers."""
         *hidden, output = self._affine_maps(t, context)
-        rows_share_gate = output.gate is None or output.gate.ndim == 1
-        if len(hidden) > _CLOSED_FORM_DEPTH or not rows_share_gate:
+        if len(hidden) > _CLOSED_FORM_DEPTH or output.gate is not None:
             return super().velocity_and_divergence(t, x, context)
         self._announce_evaluation()
         slopes = []
@@ -147,11 +149,9 @@ class MLPField(VectorField):
 
 def _divergence(hidden: list[AffineMap], output: AffineMap, slopes: list[Tensor]) -> Tensor:
     """The formula of `MLPField`; `slopes` are the derivatives of the activations times gates."""
-    weight = output.weight if output.gate is None else output.gate.unsqueeze(-1) * output.weight
     if len(hidden) == 1:
-        diagonal = (weight.T * hidden[0].weight).sum(-1)
-        return slopes[0] @ diagonal
-    coupling = hidden[1].weight * (weight.T @ hidden[0].weight.T)
+        return slopes[0] @ (output.weight.T * hidden[0].weight).sum(-1)
+    coupling = hidden[1].weight * (output.weight.T @ hidden[0].weight.T)
     return (slopes[1] * (slopes[0] @ coupling.T)).sum(-1)
 
 
@@ -164,7 +164,7 @@ def _check_widths(hidden_features: Sequence[int]) -> tuple[int, ...]:
     return widths
 
 
-def _check_name(argument: str, name: str, known: dict[str, object]) -> str:
+def _check_name(argument: str, name: str, known: Mapping[str, object]) -> str:
     if name not in known:
         raise ValueError(f"{argument} must be one of {', '.join(known)}; got {name!r}.")
     return name

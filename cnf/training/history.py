@@ -1,0 +1,97 @@
+"""The record of a training run."""
+
+import csv
+import io
+import math
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cnf.plots import plot_training
+from cnf.saving import write_atomically
+
+if TYPE_CHECKING:
+    import matplotlib.figure
+
+
+@dataclass
+class History:
+    """One entry for each step, in every column.
+
+    Example:
+        >>> history = History()
+        >>> history.append(step=1, loss=2.5, learning_rate=1e-3, nfe=14, seconds=0.1)
+        >>> history.loss
+        [2.5]
+    """
+
+    step: list[int] = field(default_factory=list)
+    """Steps taken, from 1."""
+    loss: list[float] = field(default_factory=list)
+    """Loss of the minibatch, before the step."""
+    learning_rate: list[float] = field(default_factory=list)
+    """Learning rate of the step."""
+    nfe: list[int] = field(default_factory=list)
+    """Vector-field evaluations of the step, forward and backward."""
+    seconds: list[float] = field(default_factory=list)
+    """Wall-clock time since the start of training, validation included."""
+    validation: list[float] = field(default_factory=list)
+    """Negative log-likelihood of the validation data after the step, in nats; NaN if not taken."""
+
+    def append(
+        self,
+        *,
+        step: int,
+        loss: float,
+        learning_rate: float,
+        nfe: int,
+        seconds: float,
+        validation: float = math.nan,
+    ) -> None:
+        """Add a step."""
+        row = (step, loss, learning_rate, nfe, seconds, validation)
+        for column, value in zip(self.columns.values(), row, strict=True):
+            column.append(value)
+
+    @property
+    def columns(self) -> dict[str, list[float]]:
+        """The columns by name."""
+        return {column.name: getattr(self, column.name) for column in fields(self)}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the columns as CSV, atomically.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(self.columns)
+        writer.writerows(zip(*self.columns.values(), strict=True))
+        write_atomically(path, text.getvalue().encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "History":
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file was not written by `save`.
+        """
+        history = cls()
+        with Path(path).open(newline="") as file:
+            reader = csv.DictReader(file)
+            if reader.fieldnames != list(history.columns):
+                raise ValueError(
+                    f"{str(path)!r} must have the columns {', '.join(history.columns)}; "
+                    f"got {reader.fieldnames}."
+                )
+            for row in reader:
+                for name, column in history.columns.items():
+                    column.append(int(row[name]) if name in ("step", "nfe") else float(row[name]))
+        return history
+
+    def plot(self) -> "matplotlib.figure.Figure":
+        """Loss and validation against the step."""
+        return plot_training(self.columns)
