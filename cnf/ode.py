@@ -124,7 +124,7 @@ class ODESolver:
             # The adjoint solves back from time to time, so each one is an end.
             options = self._options(times, end=times[:-1].flip(0))
             solution = odeint_adjoint(
-                watch.function,
+                watch,
                 state,
                 times,
                 **arguments,
@@ -132,7 +132,7 @@ class ODESolver:
                 adjoint_params=tuple(parameters),
             )
         else:
-            solution = odeint(watch.function, state, times, **arguments)
+            solution = odeint(watch, state, times, **arguments)
         watch.check_end(solution, times)
         return tuple(solution)
 
@@ -179,30 +179,28 @@ def methods() -> dict[str, str]:
 
 
 class _Watch:
-    """Watches one solve: keeps to the budget and explains a failure before torchdiffeq asserts.
+    """The right-hand side, watched: keeps to the budget and explains a failure.
 
-    `function` is the right-hand side to hand over. Its callbacks run at the start of each step,
-    forward and in the adjoint's backward pass.
+    The callbacks run at the start of each step, forward and in the adjoint's backward pass, and
+    so before torchdiffeq asserts or goes on with NaN.
     """
 
     def __init__(self, rhs: RightHandSide, solver: ODESolver) -> None:
+        self.rhs = rhs
         self.solver = solver
         self.evaluations = 0
-        self.last: tuple[Tensor, Tensor, Tensor] | None = None
-
-        def function(t: Tensor, state: State) -> State:
-            if self.evaluations >= solver.max_evaluations:
-                budget = f"max_evaluations={solver.max_evaluations}"
-                raise self.error(t, f"spent its budget of {budget}")
-            self.evaluations += 1
-            rates = rhs(t, state)
-            self.last = (t.detach(), state[0].detach(), rates[0].detach())
-            return rates
-
-        self.function: Any = function  # Any: torchdiffeq looks for callbacks on it
+        self.last: State | None = None
         if methods()[solver.method] != "external":
-            self.function.callback_step = self._before_step
-            self.function.callback_step_adjoint = self._before_step
+            self.callback_step = self.callback_step_adjoint = self._before_step
+
+    def __call__(self, t: Tensor, state: State) -> State:
+        if self.evaluations >= self.solver.max_evaluations:
+            budget = f"max_evaluations={self.solver.max_evaluations}"
+            raise self.error(t, f"spent its budget of {budget}")
+        self.evaluations += 1
+        rates = self.rhs(t, state)
+        self.last = tuple(part.detach() for part in (*state, *rates))
+        return rates
 
     def _before_step(self, t: Tensor, state: Any, dt: Tensor) -> None:
         if not t.abs() + dt.abs() > t.abs():
@@ -218,22 +216,23 @@ class _Watch:
 
     def error(self, t: Tensor, what: str) -> ODEError:
         return ODEError(
-            f"the solve with {self.solver.method} {what}, at t = {abs(float(t)):.6g} after "
+            f"the solve with {self.solver.method} {what}, at t = {abs(float(t.detach())):.6g} after "
             f"{self.evaluations} evaluations; {self._diagnosis()}"
         )
 
     def _diagnosis(self) -> str:
         if self.last is None:
             return "the vector field was not evaluated."
-        _, x, velocity = self.last
-        bad = non_finite_rows(velocity) | non_finite_rows(x)
+        state, rates = self.last[: len(self.last) // 2], self.last[len(self.last) // 2 :]
+        rows = state[0].shape[:-1]
+        bad = non_finite_rows(torch.cat([part.reshape(*rows, -1) for part in self.last], -1))
         if bad.any():
             return (
-                f"the state or the velocity is not finite in {name_rows(bad)}. The field may be "
-                "undefined there or grow without bound: bound its output, standardise the data, "
-                "or lower the learning rate."
+                f"the state, velocity or divergence is not finite in {name_rows(bad)}. The field "
+                "may be undefined there or grow without bound: bound its output, standardise the "
+                "data, or lower the learning rate."
             )
-        speed = velocity.norm(dim=-1)
+        speed = rates[0].abs().amax(-1)
         fastest = speed >= 0.5 * speed.max()
         return (
             f"the velocity is largest, {float(speed.max()):.3g}, in {name_rows(fastest)}. The "

@@ -29,7 +29,8 @@ class TrainingConfig:
     learning_rate: float = 4e-3
     """Peak learning rate of Adam."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """After rising over the first 2 % of the steps, the rate falls to zero as a half cosine or stays."""
+    """The rate rises over the first 2 % of the steps; then it falls to zero as a half cosine, or
+    stays."""
     gradient_clip: float | None = 10.0
     """Largest norm of the gradient; None for no limit."""
     ema: float | None = None

@@ -1,0 +1,27 @@
+"""Settings of every test."""
+
+from collections.abc import Iterator
+
+import jaxtyping
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> Iterator[None]:
+    """Float64, one thread and a fixed seed; afterwards all as it was."""
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(dtype)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def shapes_unchecked() -> Iterator[None]:
+    """Switch off jaxtyping, which would refuse bad input before our own messages can."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
