@@ -1,8 +1,18 @@
-"""Continuous normalizing flows in PyTorch."""
+"""Continuous normalizing flows in PyTorch: a density model whose transform follows an ODE.
+
+From the top: `fit` (`cnf.training`) minimises an objective (`cnf.objectives`) of a `Flow` or `CNF`
+(`cnf.flow`); a flow is a base (`cnf.bases`) and transforms (`cnf.transforms`), of which
+`ContinuousTransform` follows a vector field (`cnf.vector_fields`) with its divergence
+(`cnf.divergence`) through an `ODESolver` (`cnf.ode`). `save` and `load` (`cnf.saving`) keep a flow
+in one file. Beside them stand toy densities with the truth (`cnf.data`) and plots (`cnf.plots`).
+"""
 
 from cnf.divergence import Exact, Hutchinson
 from cnf.flow import CNF, Flow
+from cnf.objectives import MaximumLikelihood
 from cnf.ode import ODEError, ODESolver
+from cnf.saving import load, save
+from cnf.training import History, TrainingConfig, TrainingError, fit
 from cnf.transforms import Affine, ContinuousTransform, Standardize
 from cnf.vector_fields import LinearField, MLPField, ModuleField, VectorField, count_evaluations
 
@@ -12,13 +22,20 @@ __all__ = [
     "ContinuousTransform",
     "Exact",
     "Flow",
+    "History",
     "Hutchinson",
     "LinearField",
     "MLPField",
+    "MaximumLikelihood",
     "ModuleField",
     "ODEError",
     "ODESolver",
     "Standardize",
+    "TrainingConfig",
+    "TrainingError",
     "VectorField",
     "count_evaluations",
+    "fit",
+    "load",
+    "save",
 ]

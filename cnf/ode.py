@@ -121,8 +121,10 @@ class ODESolver:
             tensor.requires_grad for tensor in (*state, times, *parameters)
         )
         if self.gradient == "adjoint" and needs_gradient:
-            # The adjoint solves back from time to time, so each one is an end.
-            options = self._options(times, end=times[:-1].flip(0))
+            # The adjoint solves back from time to time, so each one is an end. torchdiffeq negates
+            # decreasing times, but not the options that it hands on to the adjoint.
+            sign = 1 if times[0] < times[-1] else -1
+            options = self._options(times, end=sign * times[:-1].flip(0))
             solution = odeint_adjoint(
                 watch,
                 state,
@@ -132,7 +134,10 @@ class ODESolver:
                 adjoint_params=tuple(parameters),
             )
         else:
-            solution = odeint(watch, state, times, **arguments)
+            # Where nothing needs a gradient, a field in reverse mode would leave a graph all the
+            # same, because it differentiates with respect to x.
+            with torch.set_grad_enabled(needs_gradient):
+                solution = odeint(watch, state, times, **arguments)
         watch.check_end(solution, times)
         return tuple(solution)
 

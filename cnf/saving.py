@@ -8,7 +8,6 @@ import dataclasses
 import inspect
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import nn
 
+from cnf._files import write_atomically
 from cnf.bases import StandardNormal
 from cnf.divergence import Exact, Hutchinson
 from cnf.flow import CNF, Flow
@@ -25,6 +25,8 @@ from cnf.transforms import Affine, ContinuousTransform, Standardize
 from cnf.vector_fields import LinearField, MLPField
 
 FORMAT_VERSION = 1
+
+_REMEDY = "Restore it from a copy, or save the flow again."
 
 _CLASSES: dict[str, type] = {
     cls.__name__: cls
@@ -47,10 +49,12 @@ def save(flow: Flow, path: str | os.PathLike[str]) -> None:
     Raises:
         TypeError: If `flow` is not a flow, or has a part that this package did not define. Save
             the ``state_dict()`` of such a flow instead, and rebuild it in your own code.
+        ValueError: If parts of the flow share tensors, which the file could not keep shared.
         OSError: If the file cannot be written.
 
     Example:
         >>> flow = CNF(2)
+        >>> import tempfile
         >>> folder = tempfile.mkdtemp()
         >>> save(flow, f"{folder}/flow.safetensors")
         >>> load(f"{folder}/flow.safetensors").features
@@ -59,6 +63,7 @@ def save(flow: Flow, path: str | os.PathLike[str]) -> None:
     if not isinstance(flow, Flow):
         raise TypeError(f"flow must be a cnf.Flow; got {type(flow).__name__}.")
     description = {"format": FORMAT_VERSION, "flow": _describe(flow)}
+    _refuse_shared(flow)
     tensors = {name: value.detach().contiguous() for name, value in flow.state_dict().items()}
     write_atomically(path, to_safetensors(tensors, metadata={"cnf": json.dumps(description)}))
 
@@ -76,65 +81,65 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") ->
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {str(path)!r} to load a flow from.")
+        raise FileNotFoundError(
+            f"there is no file {str(path)!r} to load a flow from. Check the path, or save a flow."
+        )
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(
-            f"{str(path)!r} is not a safetensors file, or is cut short ({error}). "
-            "Restore it from a copy, or save the flow again."
+            f"{str(path)!r} is not a safetensors file, or is cut short ({error}). {_REMEDY}"
         ) from error
     if "cnf" not in metadata:
-        raise ValueError(f"{str(path)!r} was not written by cnf.save; it describes no flow.")
+        raise ValueError(
+            f"{str(path)!r} was not written by cnf.save; it describes no flow. Build the flow in "
+            "your own code, and give it these tensors by load_state_dict."
+        )
     return _build(_read_description(path, metadata["cnf"]), tensors, path).to(device)
 
 
-def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never half.
-
-    Raises:
-        OSError: If the file cannot be written.
-    """
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)  # mkstemp makes files private
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def _read_description(path: Path, text: str) -> Any:
-    description = json.loads(text)
-    if description["format"] > FORMAT_VERSION:
+    try:
+        description = json.loads(text)
+        version, newer = description["format"], description["format"] > FORMAT_VERSION
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{str(path)!r} has format {description['format']}, newer than the {FORMAT_VERSION} "
-            "that this version of cnf reads. Upgrade cnf-flows."
+            f"{str(path)!r} holds a garbled description of a flow ({error!r}). {_REMEDY}"
+        ) from error
+    if newer:
+        raise ValueError(
+            f"{str(path)!r} has format {version}, newer than the {FORMAT_VERSION} that this "
+            "version of cnf reads. Upgrade cnf-flows."
         )
-    return description["flow"]
+    return description.get("flow")
 
 
 def _build(description: Any, tensors: dict[str, torch.Tensor], path: Path) -> Flow:
     try:
         with torch.random.fork_rng(devices=[]):  # the initial weights are not kept
-            flow: Flow = _rebuild(description)
+            flow = _rebuild(description)
+        if not isinstance(flow, Flow):
+            raise TypeError(f"its description is of a {type(flow).__name__}")
         for value in tensors.values():
             flow.to(value.dtype)
         flow.load_state_dict(tensors)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"{str(path)!r} does not describe a flow of this version of cnf: {error}"
+            f"{str(path)!r} does not describe a flow of this version of cnf "
+            f"({str(error).rstrip('.')}). Load it with the version that saved it. {_REMEDY}"
         ) from error
     return flow
+
+
+def _refuse_shared(flow: Flow) -> None:
+    tensors = flow.state_dict(keep_vars=True)
+    if len({id(tensor) for tensor in tensors.values()}) < len(tensors):
+        raise ValueError(
+            "flow must not share tensors between its parts; a file cannot keep them shared. "
+            "Save flow.state_dict() instead, and rebuild the flow in your own code."
+        )
 
 
 def _describe(value: Any) -> Any:
@@ -160,6 +165,8 @@ def _rebuild(description: Any) -> Any:
         return [_rebuild(item) for item in description]
     if not isinstance(description, dict):
         return description
+    if description["class"] not in _CLASSES:
+        raise ValueError(f"it names the class {description['class']!r}")
     cls = _CLASSES[description["class"]]
     settings = {key: _rebuild(value) for key, value in description.items() if key != "class"}
     if issubclass(cls, Flow):

@@ -20,15 +20,8 @@ ENTROPIES = {
     "2spirals": 2.6435,
     "checkerboard": math.log(32),
 }
+EYE = torch.eye(2)[None]
 SMOOTH = [name for name in TOY_NAMES if name != "checkerboard"]
-
-
-@pytest.fixture(autouse=True)
-def _float64():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
 
 
 def seeded(seed=0):
@@ -82,9 +75,9 @@ def test_counts_of_samples_follow_the_density(name):
 def test_entropy_is_the_mean_of_minus_log_prob(name):
     density = toy_density(name)
 
-    surprise = -density.log_prob(density.sample(10000, generator=seeded(1)))
+    surprise = -density.log_prob(density.sample(5000, generator=seeded(1)))
 
-    standard_error = float(surprise.std()) / 100
+    standard_error = float(surprise.std()) / 5000**0.5
     assert float(surprise.mean()) == pytest.approx(entropy_of(name), abs=4 * standard_error)
 
 
@@ -138,12 +131,12 @@ def test_blurred_sets_are_mixtures_of_many_gaussians(name):
     squares = ((x[:, None] - centres) / noise).square().sum(dim=-1)
     expected = (-squares / 2).logsumexp(dim=-1) - math.log(len(centres) * 2 * math.pi * noise**2)
 
-    torch.testing.assert_close(density.log_prob(x), expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(density.log_prob(x), expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("scale", [0.3, 1, 4, 30, 1000])
+@pytest.mark.parametrize("scale", [0.3, 1, 4, 7, 30, 1000])
 def test_two_spirals_hold_near_and_far(scale):
-    x = scale * torch.tensor([[1.0, 0.3], [-0.2, 0.7], [-0.5, -0.9]])
+    x = scale * torch.tensor([[1.0, 0.3], [-0.2, 0.7], [-0.5, -0.9], [1.0, 0.0]])
     n = 3 * math.pi * (torch.arange(20000) + 0.5) / 20000
     middles = torch.stack((-n * n.cos(), n * n.sin()), dim=-1) / 3
     terms = []
@@ -158,7 +151,7 @@ def test_two_spirals_hold_near_and_far(scale):
 
     expected = torch.cat(terms, dim=-1).logsumexp(dim=-1) - math.log(2)
 
-    torch.testing.assert_close(TwoSpirals().log_prob(x), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(TwoSpirals().log_prob(x), expected, rtol=3e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", SMOOTH)
@@ -330,44 +323,52 @@ def test_names_are_ffjords():
 @pytest.mark.parametrize(
     ("x", "error", "message"),
     [
-        ([[0.0, 0.0]], TypeError, "(?s)x.*Tensor"),
-        (torch.zeros(3, 2, dtype=torch.long), (ValueError, TypeError), "(?s)x.*[Ff]loat"),
+        ([[0.0, 0.0]], TypeError, r"x must be a torch\.Tensor; got list"),
+        (torch.zeros(3, 2, dtype=torch.long), ValueError, "x must have a floating dtype"),
         (torch.zeros(3, 5), ValueError, r"x must have shape \(\*batch, 2\); got \(3, 5\)"),
         (torch.tensor([[0.0, 0.0], [math.nan, 0.0]]), ValueError, "x must be finite.* row 1"),
         (torch.tensor([[0.0, math.inf]]), ValueError, "x must be finite.* row 0"),
     ],
 )
+@pytest.mark.usefixtures("shapes_unchecked")
 def test_bad_points_are_refused(x, error, message):
     with pytest.raises(error, match=message):
         toy_density("moons").log_prob(x)
 
 
+@pytest.mark.usefixtures("shapes_unchecked")
 def test_bad_numbers_of_points_are_refused():
     with pytest.raises(ValueError, match="n must be at least 0; got -1"):
         toy_density("moons").sample(-1)
-    with pytest.raises(TypeError, match=r"(?s)n.*2\.5"):
+    with pytest.raises(TypeError, match=r"n must be an int; got 2\.5"):
         toy_density("moons").sample(2.5)
 
 
 @pytest.mark.parametrize(
     ("means", "covariances", "weights", "message"),
     [
-        (torch.zeros(2), torch.eye(2)[None], None, "means"),
-        (torch.zeros(0, 2), torch.zeros(0, 2, 2), None, "means must have shape"),
-        (torch.zeros(1, 2, dtype=torch.long), torch.eye(2)[None], None, "means"),
-        ([[0.0, 0.0]], torch.eye(2)[None], None, "means"),
-        (torch.zeros(1, 2), torch.eye(3)[None], None, "covariances"),
-        (torch.zeros(1, 2), math.nan * torch.eye(2)[None], None, "covariances must be finite"),
-        (torch.zeros(1, 2), -torch.eye(2)[None], None, "positive definite; component 0"),
+        (torch.zeros(2), EYE, None, r"means must have shape \(components, features\)"),
+        (torch.zeros(0, 2), torch.zeros(0, 2, 2), None, r"means must have .*; got \(0, 2\)"),
+        (torch.zeros(1, 2).long(), EYE, None, "means must have a floating dtype; got torch.int64"),
+        (torch.zeros(1, 2), torch.eye(3)[None], None, r"covariances must have shape \(1, 2, 2\)"),
+        (torch.zeros(1, 2), math.nan * EYE, None, "covariances must be finite"),
+        (torch.zeros(1, 2), -EYE, None, "positive definite; component 0"),
         (torch.zeros(1, 2), torch.tensor([[[1.0, 0.5], [0, 1]]]), None, "must be symmetric"),
-        (torch.zeros(1, 2), torch.eye(2)[None], torch.ones(2), "weights"),
-        (torch.zeros(1, 2), torch.eye(2)[None], -torch.ones(1), "weights must be at least 0"),
-        (torch.zeros(1, 2), torch.eye(2)[None], torch.zeros(1), "not all 0"),
+        (torch.zeros(1, 2), EYE, torch.ones(2), r"weights must have shape \(1\); got \(2,\)"),
+        (torch.zeros(1, 2), EYE, -torch.ones(1), "weights must be at least 0"),
+        (torch.zeros(1, 2), EYE, torch.zeros(1), "not all 0"),
     ],
 )
+@pytest.mark.usefixtures("shapes_unchecked")
 def test_bad_mixtures_are_refused(means, covariances, weights, message):
-    with pytest.raises((ValueError, TypeError), match=message):
+    with pytest.raises(ValueError, match=message):
         GaussianMixture(means, covariances, weights)
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+def test_a_mixture_of_lists_is_refused():
+    with pytest.raises(TypeError, match=r"means must be a torch\.Tensor; got list"):
+        GaussianMixture([[0.0, 0.0]], EYE)
 
 
 def test_bad_curves_are_refused():

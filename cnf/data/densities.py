@@ -43,7 +43,7 @@ class ToyDensity(ABC):
     Attributes:
         features: Size of the last axis of a point.
         extent: Smallest and largest value of each feature in turn, (xmin, xmax, ymin, ymax) in the
-            plane, of a box that holds all but a millionth of the probability; suggested for plots.
+            plane, of a box for plots that holds all but a few millionths of the probability.
     """
 
     features: int

@@ -6,10 +6,10 @@ import math
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from cnf._files import write_atomically
 from cnf.plots import plot_training
-from cnf.saving import write_atomically
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -55,7 +55,7 @@ class History:
             column.append(value)
 
     @property
-    def columns(self) -> dict[str, list[float]]:
+    def columns(self) -> dict[str, list[Any]]:
         """The columns by name."""
         return {column.name: getattr(self, column.name) for column in fields(self)}
 

@@ -30,7 +30,8 @@ _WARM_UP = 0.02
 class TrainingError(RuntimeError):
     """Training stopped because a loss or gradient was not finite, or a solve failed.
 
-    The flow holds the last good weights, and `history` the steps up to there.
+    The flow holds the last good weights, those that last gave a finite loss and gradient, and
+    `history` the steps before the one that failed.
     """
 
     def __init__(self, message: str, history: History) -> None:
@@ -78,6 +79,10 @@ def fit(
             "objective must be a cnf.Flow or an objective with a flow; "
             f"got {type(objective).__name__}."
         )
+    if not isinstance(config, TrainingConfig):
+        raise TypeError(f"config must be a TrainingConfig; got {type(config).__name__}.")
+    if not any(parameter.requires_grad for parameter in flow.parameters()):
+        raise ValueError("objective must have a flow with parameters to train; got none.")
     run = _Run(objective, flow, _as_tensors("data", data, flow), config)
     run.go(None if validation is None else _as_tensors("validation", validation, flow))
     return run.history
@@ -99,7 +104,6 @@ class _Run:
         self.fabric = Fabric(
             accelerator=device.type,
             devices=1 if device.index is None else [device.index],
-            precision="64-true" if data[0].dtype == torch.float64 else "32-true",
         )
         optimizer = torch.optim.Adam(flow.parameters(), lr=config.learning_rate)
         self.objective, self.optimizer = self.fabric.setup(objective, optimizer)
@@ -124,6 +128,7 @@ class _Run:
                     nll = math.nan
                     if validation is not None and self._is_due(step):
                         nll = negative_log_likelihood(self.result, *validation)
+                        self._check_finite("validation loss", nll, step)
                         bar.set_postfix_str(f"validation {nll:.4f}", refresh=False)
                 if nll < best_nll:
                     best, best_nll = _snapshot(self.result), nll
@@ -140,7 +145,7 @@ class _Run:
         """Take one step; `good` receives the weights that it started from."""
         with count_evaluations(self.flow) as nfe:
             loss = self.objective(*next(self.batches), generator=self.probes)
-            self._check_finite("loss", loss, step)
+            self._check_finite("loss", loss.item(), step)
             self.optimizer.zero_grad()
             self.fabric.backward(loss)
         norm = self.fabric.clip_gradients(
@@ -149,7 +154,7 @@ class _Run:
             max_norm=self.config.gradient_clip or math.inf,
             error_if_nonfinite=False,
         )
-        self._check_finite("norm of the gradient", norm, step)
+        self._check_finite("norm of the gradient", cast(Tensor, norm).item(), step)
         for name, value in self.flow.state_dict().items():
             good[name].copy_(value)
         rate = self.scheduler.get_last_lr()[0]
@@ -159,9 +164,9 @@ class _Run:
             self.averaged.update_parameters(self.flow)
         return {"loss": loss.item(), "learning_rate": rate, "nfe": nfe.value}
 
-    def _check_finite(self, name: str, value: Tensor | None, step: int) -> None:
-        if value is not None and not value.isfinite():
-            raise self._error(f"the {name} is {value.item()}", step)
+    def _check_finite(self, name: str, value: float, step: int) -> None:
+        if not math.isfinite(value):
+            raise self._error(f"the {name} is {value}", step)
 
     def _error(self, what: str, step: int) -> TrainingError:
         return TrainingError(

@@ -64,6 +64,12 @@ class TimeLinear(nn.Module, ABC):
             if isinstance(module, nn.Linear):
                 module.reset_parameters()
 
+    def reset_to_zero(self) -> None:
+        """Make this the zero map at every time and context; a gate stays, with nothing to scale."""
+        for name, parameter in self.named_parameters():
+            if not name.startswith("gate."):
+                nn.init.zeros_(parameter)
+
     @abstractmethod
     def forward(
         self,

@@ -87,12 +87,11 @@ class MLPField(VectorField):
         layers = cast("list[TimeLinear]", list(self.layers))
         for layer in layers:
             layer.reset_parameters()
-        first, last = layers[0].linear, layers[-1].linear
+        first = layers[0].linear
         if self.activation[0] == "sin":
             nn.init.normal_(first.weight, std=self.frequency)
             nn.init.uniform_(first.bias, -math.pi, math.pi)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        layers[-1].reset_to_zero()
 
     def forward(
         self,

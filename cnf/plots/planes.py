@@ -1,14 +1,7 @@
-"""Pictures of two-dimensional flows: tensors and callables in, a matplotlib figure out.
-
-Matplotlib is imported when the first figure is made, and neither pyplot nor a global setting is
-used. A picture goes into the panel `ax`, or into a new figure without one.
-"""
+"""Pictures of the plane: densities, samples, paths and vector fields."""
 
 import math
-import os
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -16,56 +9,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cnf.plots.figures import (
+    BLACK,
+    BLUE,
+    GREY,
+    ORANGE,
+    TEXT_SIZE,
+    TITLE_SIZE,
+    Number,
+    figure_grid,
+    new_panel,
+)
+
 if TYPE_CHECKING:
     import matplotlib.axes
     import matplotlib.figure
 
-Number: TypeAlias = int | float
 Extent: TypeAlias = Sequence[Number]
 """The rectangle that a picture shows: xmin, xmax, ymin, ymax."""
-
-_ORANGE, _BLUE, _GREY, _BLACK = "#d95f02", "#2b5c8a", "#8a8a8a", "#000004"
-_TITLE, _TEXT = 10, 8
-
-
-def figure_grid(
-    rows: int, columns: int, *, panel_size: Number = 3.2
-) -> tuple["matplotlib.figure.Figure", list[list["matplotlib.axes.Axes"]]]:
-    """A figure of empty panels, `panel_size` inches each, and its axes as a list for each row.
-
-    Raises:
-        ValueError: If `rows` or `columns` is less than 1, or `panel_size` is not positive.
-
-    Example:
-        >>> figure, axes = figure_grid(1, 2)
-        >>> plot_samples(torch.randn(100, 2), ax=axes[0][1]) is figure
-        True
-    """
-    if rows < 1 or columns < 1:
-        raise ValueError(f"rows and columns must be at least 1; got {rows} and {columns}.")
-    if not 0 < panel_size < math.inf:
-        raise ValueError(f"panel_size must be positive and finite; got {panel_size}.")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(columns * panel_size, rows * panel_size), layout="constrained")
-    return figure, [list(row) for row in figure.subplots(rows, columns, squeeze=False)]
-
-
-def save_figure(figure: "matplotlib.figure.Figure", path: str | os.PathLike[str]) -> None:
-    """Writes a figure as PNG, whole or not at all; makes missing folders, replaces an old file.
-
-    Raises:
-        ValueError: If `path` does not end in ".png".
-    """
-    path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"path must end in .png; got {str(path)!r}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, hence on the same file system, where a rename is atomic.
-    with tempfile.TemporaryDirectory(prefix=".figure-", dir=path.parent) as folder:
-        unfinished = Path(folder) / path.name
-        figure.savefig(unfinished, format="png", dpi=200)
-        unfinished.replace(path)
 
 
 def plot_density(
@@ -129,10 +90,10 @@ def plot_samples(
     extent = _square_around(points) if extent is None else _checked_extent(extent)
     if len(points) >= 1000:
         return _show_density(_histogram(points, extent), extent, 0.0, ax, title)
-    ax = _new_panel() if ax is None else ax
+    ax = new_panel() if ax is None else ax
     across, up = points.T.numpy()
     ax.scatter(across, up, s=5, color="#fcbf8c", alpha=0.8, linewidths=0)
-    ax.set_facecolor(_BLACK)
+    ax.set_facecolor(BLACK)
     return _finish_plane(ax, extent, title)
 
 
@@ -157,15 +118,15 @@ def plot_trajectories(
     """
     paths = _checked_points("states", states, 3)
     extent = _square_around(paths.flatten(0, 1)) if extent is None else _checked_extent(extent)
-    ax = _new_panel() if ax is None else ax
-    ax.plot(*paths.movedim(-1, 0).numpy(), color=_GREY, alpha=0.4, linewidth=0.6)
+    ax = new_panel() if ax is None else ax
+    ax.plot(*paths.movedim(-1, 0).numpy(), color=GREY, alpha=0.4, linewidth=0.6)
     base, data = paths[0].numpy(), paths[-1].numpy()
     look: dict[str, Any] = {"marker": "o", "linestyle": "none", "markeredgewidth": 0.7}
-    ax.plot(
-        *base.T, color=_BLUE, markerfacecolor="white", markersize=3, label="base, t = 0", **look
+    ax.plot(*base.T, color=BLUE, markerfacecolor="white", markersize=3, label="base, t = 0", **look)
+    ax.plot(*data.T, color=ORANGE, markersize=2.3, label="data, t = 1", **look)
+    ax.legend(
+        loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, fontsize=TEXT_SIZE, frameon=False
     )
-    ax.plot(*data.T, color=_ORANGE, markersize=2.3, label="data, t = 1", **look)
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, fontsize=_TEXT, frameon=False)
     return _finish_plane(ax, extent, title)
 
 
@@ -198,7 +159,7 @@ def plot_vector_field(
     columns = min(len(times), 5)
     figure, _ = figure_grid(math.ceil(len(times) / columns), columns)
     if title is not None:
-        figure.suptitle(title, fontsize=_TITLE)
+        figure.suptitle(title, fontsize=TITLE_SIZE)
     for ax in figure.axes[len(times) :]:
         ax.remove()
     speeds = arrows.norm(dim=-1)
@@ -208,47 +169,6 @@ def plot_vector_field(
         _draw_arrows(ax, x, velocity, fast, cell)
         _finish_plane(ax, extent, f"t = {t:.3g}")
     return figure
-
-
-def plot_training(
-    history_columns: Mapping[str, Sequence[Number | None]],
-    *,
-    reference: Number | None = None,
-    ax: "matplotlib.axes.Axes | None" = None,
-    title: str | None = None,
-) -> "matplotlib.figure.Figure":
-    """Loss against step, its running median and the validation losses.
-
-    Values not measured (None or not finite) leave no mark; single spikes may leave the panel.
-
-    Args:
-        history_columns: Columns "step" and "loss" and perhaps "validation", losses in nats.
-        reference: Loss of a perfect model, which is the entropy of the truth, in nats.
-        ax: Panel to draw into.
-        title: Text above the panel.
-
-    Raises:
-        ValueError: If a column is missing or of another length, no loss is finite, or
-            `reference` is not.
-    """
-    steps, losses = _measured(history_columns, "loss")
-    if len(losses) == 0:
-        raise ValueError('history_columns must hold a finite "loss"; got none.')
-    if reference is not None and not math.isfinite(reference):
-        raise ValueError(f"reference must be finite; got {reference}.")
-    places, medians = _running_median(losses)
-    ax = _new_panel(width=5.2) if ax is None else ax
-    ax.plot(steps, losses, color=_BLUE, alpha=0.25, linewidth=0.6)
-    ax.plot(steps[places], medians, color=_BLUE, linewidth=1.6, label="loss, running median")
-    shown = [*np.quantile(losses, [0.01, 0.99]), *medians]
-    if "validation" in history_columns:
-        steps, validation = _measured(history_columns, "validation")
-        ax.plot(steps, validation, "o", color=_ORANGE, markersize=3.5, label="validation")
-        shown.extend(validation)
-    if reference is not None:
-        ax.axhline(reference, color=_BLACK, linewidth=0.9, ls="--", label="entropy of the truth")
-        shown.append(reference)
-    return _finish_training(ax, float(min(shown)), float(max(shown)), title)
 
 
 def _checked_extent(extent: Extent) -> Extent:
@@ -316,7 +236,7 @@ def _show_density(
     ax: "matplotlib.axes.Axes | None",
     title: str | None,
 ) -> "matplotlib.figure.Figure":
-    ax = _new_panel() if ax is None else ax
+    ax = new_panel() if ax is None else ax
     left, right, bottom, top = extent
     shown = ax.imshow(image.numpy(), extent=(left, right, bottom, top), origin="lower")
     shown.set(cmap="magma", clim=(floor, image.max().item()), interpolation="bilinear")
@@ -333,56 +253,11 @@ def _draw_arrows(
     ax.quiver(*x.cpu().T.numpy(), *velocity.T.numpy(), speed, pivot="mid", **units, **look)
 
 
-def _measured(
-    columns: Mapping[str, Sequence[Number | None]], name: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """The column `name` where it is finite, after its steps."""
-    if not {"step", name} <= columns.keys():
-        raise ValueError(f'history_columns must hold "step" and "{name}"; got {list(columns)}.')
-    steps, values = (np.array(columns[key], dtype=float) for key in ("step", name))
-    if steps.shape != values.shape or not np.isfinite(steps).all():
-        raise ValueError(
-            f'history_columns must hold a finite "step" for each "{name}"; '
-            f"got {len(steps)} and {len(values)}."
-        )
-    measured = np.isfinite(values)
-    return steps[measured], values[measured]
-
-
-def _running_median(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Indices, 400 at most, and medians over a fiftieth of the run around them."""
-    half = max(2, len(values) // 100)
-    places = np.unique(np.linspace(0, len(values) - 1, 400).astype(int))
-    medians = [np.median(values[max(0, place - half) : place + half + 1]) for place in places]
-    return places, np.array(medians)
-
-
-def _new_panel(width: float = 3.2) -> "matplotlib.axes.Axes":
-    figure, axes = figure_grid(1, 1)
-    figure.set_size_inches(width, 3.2)
-    return axes[0][0]
-
-
 def _finish_plane(
     ax: "matplotlib.axes.Axes", extent: Extent, title: str | None
 ) -> "matplotlib.figure.Figure":
     ax.set(xlim=extent[:2], ylim=extent[2:], aspect="equal", xticks=[], yticks=[])
     ax.spines[:].set(color="#c0c0c0", linewidth=0.6)
     if title is not None:
-        ax.set_title(title, fontsize=_TITLE)
+        ax.set_title(title, fontsize=TITLE_SIZE)
     return ax.figure.figure  # of a subfigure, the figure around it
-
-
-def _finish_training(
-    ax: "matplotlib.axes.Axes", low: float, high: float, title: str | None
-) -> "matplotlib.figure.Figure":
-    margin = 0.06 * (high - low) or 1.0
-    ax.set(ylim=(low - margin, high + margin), xmargin=0.02)
-    ax.set_xlabel("step", fontsize=_TEXT)
-    ax.set_ylabel("loss (nats)", fontsize=_TEXT)
-    ax.tick_params(labelsize=_TEXT)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(loc="upper right", fontsize=_TEXT, frameon=False)
-    if title is not None:
-        ax.set_title(title, fontsize=_TITLE)
-    return ax.figure.figure

@@ -1,0 +1,64 @@
+"""Figures, their panels and files, and the look that all pictures share."""
+
+import io
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from cnf._files import write_atomically
+
+if TYPE_CHECKING:
+    import matplotlib.axes
+    import matplotlib.figure
+
+Number: TypeAlias = int | float
+
+ORANGE, BLUE, GREY, BLACK = "#d95f02", "#2b5c8a", "#8a8a8a", "#000004"
+TITLE_SIZE, TEXT_SIZE = 10, 8
+
+
+def figure_grid(
+    rows: int, columns: int, *, panel_size: Number = 3.2
+) -> tuple["matplotlib.figure.Figure", list[list["matplotlib.axes.Axes"]]]:
+    """A figure of empty panels, `panel_size` inches each, and its axes as a list for each row.
+
+    Raises:
+        ValueError: If `rows` or `columns` is less than 1, or `panel_size` is not positive.
+
+    Example:
+        >>> figure, axes = figure_grid(1, 2)
+        >>> axes[0][1].figure is figure
+        True
+    """
+    if rows < 1 or columns < 1:
+        raise ValueError(f"rows and columns must be at least 1; got {rows} and {columns}.")
+    if not 0 < panel_size < math.inf:
+        raise ValueError(f"panel_size must be positive and finite; got {panel_size}.")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(columns * panel_size, rows * panel_size), layout="constrained")
+    return figure, [list(row) for row in figure.subplots(rows, columns, squeeze=False)]
+
+
+def save_figure(figure: "matplotlib.figure.Figure", path: str | os.PathLike[str]) -> None:
+    """Write a figure as PNG, whole or not at all; make missing folders, replace an old file.
+
+    Raises:
+        ValueError: If `path` does not end in ".png".
+        OSError: If the file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"path must end in .png; got {str(path)!r}.")
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=200)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, content.getvalue())
+
+
+def new_panel(width: float = 3.2) -> "matplotlib.axes.Axes":
+    """The panel of a new figure, `width` inches wide."""
+    figure, axes = figure_grid(1, 1)
+    figure.set_size_inches(width, 3.2)
+    return axes[0][0]

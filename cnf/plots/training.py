@@ -1,0 +1,93 @@
+"""The picture of a training run."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cnf.plots.figures import BLACK, BLUE, ORANGE, TEXT_SIZE, TITLE_SIZE, Number, new_panel
+
+if TYPE_CHECKING:
+    import matplotlib.axes
+    import matplotlib.figure
+
+
+def plot_training(
+    history_columns: Mapping[str, Sequence[Number | None]],
+    *,
+    reference: Number | None = None,
+    ax: "matplotlib.axes.Axes | None" = None,
+    title: str | None = None,
+) -> "matplotlib.figure.Figure":
+    """Loss against step, its running median and the validation losses.
+
+    Values not measured (None or not finite) leave no mark; single spikes may leave the panel.
+
+    Args:
+        history_columns: Columns "step" and "loss" and perhaps "validation", losses in nats.
+        reference: Loss of a perfect model, which is the entropy of the truth, in nats.
+        ax: Panel to draw into.
+        title: Text above the panel.
+
+    Raises:
+        ValueError: If a column is missing or of another length, no loss is finite, or
+            `reference` is not.
+    """
+    steps, losses = _measured(history_columns, "loss")
+    if len(losses) == 0:
+        raise ValueError('history_columns must hold a finite "loss"; got none.')
+    if reference is not None and not math.isfinite(reference):
+        raise ValueError(f"reference must be finite; got {reference}.")
+    places, medians = _running_median(losses)
+    ax = new_panel(width=5.2) if ax is None else ax
+    ax.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=0.6)
+    ax.plot(steps[places], medians, color=BLUE, linewidth=1.6, label="loss, running median")
+    shown = [*np.quantile(losses, [0.01, 0.99]), *medians]
+    if "validation" in history_columns:
+        steps, validation = _measured(history_columns, "validation")
+        ax.plot(steps, validation, "o", color=ORANGE, markersize=3.5, label="validation")
+        shown.extend(validation)
+    if reference is not None:
+        ax.axhline(reference, color=BLACK, linewidth=0.9, ls="--", label="entropy of the truth")
+        shown.append(reference)
+    return _finish_training(ax, float(min(shown)), float(max(shown)), title)
+
+
+def _measured(
+    columns: Mapping[str, Sequence[Number | None]], name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The column `name` where it is finite, after its steps."""
+    if not {"step", name} <= columns.keys():
+        raise ValueError(f'history_columns must hold "step" and "{name}"; got {list(columns)}.')
+    steps, values = (np.array(columns[key], dtype=float) for key in ("step", name))
+    if steps.shape != values.shape or not np.isfinite(steps).all():
+        raise ValueError(
+            f'history_columns must hold a finite "step" for each "{name}"; '
+            f"got {len(steps)} and {len(values)}."
+        )
+    measured = np.isfinite(values)
+    return steps[measured], values[measured]
+
+
+def _running_median(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Indices, 400 at most, and medians over a fiftieth of the run around them."""
+    half = max(2, len(values) // 100)
+    places = np.unique(np.linspace(0, len(values) - 1, 400).astype(int))
+    medians = [np.median(values[max(0, place - half) : place + half + 1]) for place in places]
+    return places, np.array(medians)
+
+
+def _finish_training(
+    ax: "matplotlib.axes.Axes", low: float, high: float, title: str | None
+) -> "matplotlib.figure.Figure":
+    margin = 0.06 * (high - low) or 1.0
+    ax.set(ylim=(low - margin, high + margin), xmargin=0.02)
+    ax.set_xlabel("step", fontsize=TEXT_SIZE)
+    ax.set_ylabel("loss (nats)", fontsize=TEXT_SIZE)
+    ax.tick_params(labelsize=TEXT_SIZE)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(loc="upper right", fontsize=TEXT_SIZE, frameon=False)
+    if title is not None:
+        ax.set_title(title, fontsize=TITLE_SIZE)
+    return ax.figure.figure

@@ -1,0 +1,1 @@
+"""One module for each claim, run as ``python -m experiments.NAME``."""
