@@ -121,7 +121,7 @@ def check_sample_shape(sample_shape: int | Sequence[int]) -> torch.Size:
         TypeError: If it is neither.
         ValueError: If a size is negative.
     """
-    sizes = (sample_shape,) if isinstance(sample_shape, int) else tuple(sample_shape)
+    sizes = tuple(sample_shape) if isinstance(sample_shape, Sequence) else (sample_shape,)
     if not all(isinstance(size, int) for size in sizes):
         raise TypeError(f"sample_shape must be an int or a shape of ints; got {sample_shape!r}.")
     if any(size < 0 for size in sizes):

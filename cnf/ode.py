@@ -220,8 +220,9 @@ class _Watch:
             raise self.error(times[-1], "reached NaN or inf")
 
     def error(self, t: Tensor, what: str) -> ODEError:
+        time = abs(float(t.detach()))  # torchdiffeq negates decreasing times
         return ODEError(
-            f"the solve with {self.solver.method} {what}, at t = {abs(float(t.detach())):.6g} after "
+            f"the solve with {self.solver.method} {what}, at t = {time:.6g} after "
             f"{self.evaluations} evaluations; {self._diagnosis()}"
         )
 

@@ -23,7 +23,7 @@ from cnf.transforms import Transform
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.layers import LAYERS
 
-PRECISE = ODESolver(rtol=1e-9, atol=1e-9)
+PRECISE = ODESolver(rtol=1e-9, atol=1e-9, gradient="backprop")
 """For laws that hold up to solver tolerance."""
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -92,7 +92,7 @@ TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "continuous user": lambda: ContinuousTransform(
         perturbed(ModuleField(UserNetwork(2), 2)), solver=PRECISE
     ),
-    "continuous rk4": lambda: ContinuousTransform(mlp(), solver=ODESolver(method="rk4", steps=200)),
+    "continuous rk4": lambda: ContinuousTransform(mlp(), solver=ODESolver(method="rk4", steps=40)),
 }
 
 

@@ -14,6 +14,8 @@ from cnf.plots import plot_training
 if TYPE_CHECKING:
     import matplotlib.figure
 
+_KINDS: dict[str, type] = {"step": int, "nfe": int}
+
 
 @dataclass
 class History:
@@ -77,7 +79,7 @@ class History:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If the file was not written by `save`.
+            ValueError: If the file was not written by `save`, or is damaged.
         """
         history = cls()
         with Path(path).open(newline="") as file:
@@ -87,9 +89,14 @@ class History:
                     f"{str(path)!r} must have the columns {', '.join(history.columns)}; "
                     f"got {reader.fieldnames}."
                 )
-            for row in reader:
-                for name, column in history.columns.items():
-                    column.append(int(row[name]) if name in ("step", "nfe") else float(row[name]))
+            try:
+                for row in reader:
+                    history.append(**{name: _KINDS.get(name, float)(row[name]) for name in row})
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{str(path)!r} is damaged in line {reader.line_num} ({error}). "
+                    "Restore it from a copy."
+                ) from error
         return history
 
     def plot(self) -> "matplotlib.figure.Figure":

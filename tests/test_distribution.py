@@ -1,0 +1,100 @@
+"""Laws of a flow as a torch distribution."""
+
+import pytest
+import torch
+from torch.distributions import Distribution, constraints, kl_divergence
+from torch.distributions.transforms import Transform
+from zoo import cnf
+
+from cnf import CNF
+
+
+def test_it_is_a_torch_distribution():
+    distribution = CNF(2, 3)(torch.randn(5, 3))
+    assert isinstance(distribution, Distribution)
+    assert distribution.batch_shape == (5,)
+    assert distribution.event_shape == (2,)
+    assert distribution.has_rsample
+    assert distribution.support is constraints.real_vector
+    assert "batch_shape=(5,), event_shape=(2,)" in repr(distribution)
+
+
+@pytest.mark.parametrize("sample_shape", [(), (4,), (3, 4), 4], ids=str)
+def test_calls_agree_with_those_of_the_flow(sample_shape):
+    flow, context = cnf(2, 3), torch.randn(5, 3)
+    distribution = flow(context)
+
+    def generator():
+        return torch.Generator().manual_seed(1)
+
+    x = distribution.sample(sample_shape, generator=generator())
+    assert torch.equal(x, flow.sample(sample_shape, context, generator=generator()))
+    assert torch.equal(x, distribution.rsample(sample_shape, generator=generator()))
+    assert torch.equal(distribution.log_prob(x), flow.log_prob(x, context))
+    same, log_prob = distribution.rsample_and_log_prob(sample_shape, generator=generator())
+    torch.testing.assert_close(same, x, rtol=0, atol=1e-6)
+    torch.testing.assert_close(log_prob, distribution.log_prob(x), rtol=0, atol=1e-6)
+
+
+def test_expanded_without_context():
+    flow = cnf()
+    distribution = flow().expand((4,))
+    assert distribution.batch_shape == (4,)
+    assert distribution.sample((3,)).shape == (3, 4, 2)
+    assert len(distribution.sample().unique(dim=0)) == 4
+    x = torch.randn(2)
+    torch.testing.assert_close(distribution.log_prob(x), flow.log_prob(x).expand(4))
+    assert distribution.expand((5, 4)).sample().shape == (5, 4, 2)
+    with pytest.raises(RuntimeError, match="expand"):
+        distribution.expand((3,))
+
+
+def test_expanded_with_context():
+    flow, context = cnf(2, 3), torch.randn(4, 3)
+    distribution = flow(context).expand((5, 4))
+    assert distribution.batch_shape == (5, 4)
+    x = torch.randn(5, 4, 2)
+    expected = flow.log_prob(x, context)
+    torch.testing.assert_close(distribution.log_prob(x), expected, rtol=0, atol=1e-6)
+
+
+def test_transform_and_base_make_up_the_density():
+    distribution = cnf(2, 3)(torch.randn(4, 3))
+    transform = distribution.transform
+    assert isinstance(transform, Transform)
+    x = torch.randn(4, 2)
+    z = transform(x)
+    torch.testing.assert_close(transform.inv(z), x, rtol=0, atol=1e-6)
+    ladj = transform.log_abs_det_jacobian(x, z)
+    torch.testing.assert_close(transform.call_and_ladj(x), (z, ladj), rtol=0, atol=1e-6)
+    expected = distribution.base.log_prob(z) + ladj
+    torch.testing.assert_close(distribution.log_prob(x), expected, rtol=0, atol=1e-6)
+    assert distribution.base.batch_shape == (4,)
+
+
+def test_base_distribution_is_the_base_of_the_flow():
+    flow = cnf(3)
+    z = torch.randn(5, 3)
+    torch.testing.assert_close(flow().base.log_prob(z), flow.base.log_prob(z))
+
+
+def test_torch_transformed_distribution_gives_the_same_density():
+    flow = cnf()
+    distribution = flow()
+    composed = torch.distributions.TransformedDistribution(
+        distribution.base, [distribution.transform.inv]
+    )
+    x = torch.randn(5, 2)
+    torch.testing.assert_close(composed.log_prob(x), flow.log_prob(x), rtol=0, atol=1e-6)
+
+
+def test_log_prob_refuses_what_the_flow_refuses():
+    with pytest.raises(ValueError, match="NaN or inf in row 0"):
+        CNF(2)().log_prob(torch.full((1, 2), torch.nan))
+    with pytest.raises(ValueError, match="conditional; got None"):
+        CNF(2, 3)()
+
+
+def test_what_torch_cannot_know_is_refused_as_torch_does():
+    with pytest.raises(NotImplementedError):
+        kl_divergence(CNF(2)(), CNF(2)())

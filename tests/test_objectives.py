@@ -1,0 +1,292 @@
+"""Laws of maximum likelihood: the loss is that of the flow, by the cheapest divergence allowed."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from zoo import FLOWS, PRECISE, UserNetwork, mlp, perturbed, rows_for
+
+from cnf import (
+    CNF,
+    Affine,
+    ContinuousTransform,
+    Exact,
+    Flow,
+    Hutchinson,
+    LinearField,
+    ModuleField,
+    ODESolver,
+    count_evaluations,
+)
+from cnf.objectives import MaximumLikelihood
+
+BACKPROP = ODESolver(rtol=1e-9, atol=1e-9, gradient="backprop")
+DEEP = {"hidden_features": (8, 8, 8), "activation": "tanh"}
+"""A field without closed form for its divergence."""
+
+
+def gradients(loss, flow):
+    return torch.autograd.grad(loss, list(flow.parameters()))
+
+
+def loss_with_seed(objective, x, seed, context=None):
+    return objective(x, context, generator=torch.Generator().manual_seed(seed)).item()
+
+
+def is_random(objective, x):
+    """Whether the loss depends on the generator."""
+    return len({loss_with_seed(objective, x, seed) for seed in range(3)}) > 1
+
+
+def deep_cnf(features, **settings):
+    return perturbed(CNF(features, **DEEP, **settings))
+
+
+@pytest.mark.parametrize("make", FLOWS.values(), ids=FLOWS)
+def test_the_loss_is_minus_the_mean_log_prob_and_so_is_its_gradient(make):
+    flow = make()
+    x, context = rows_for(flow, 4)
+
+    loss = MaximumLikelihood(flow, solver=BACKPROP)(x, context)
+    expected = -flow.log_prob(x, context).mean()
+
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-7)
+    pairs = zip(gradients(loss, flow), gradients(expected, flow), strict=True)
+    for gradient, expected_gradient in pairs:
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("context_features", [0, 3])
+def test_the_loss_of_a_linear_flow_and_its_gradient_have_a_closed_form(context_features):
+    field = perturbed(LinearField(2, context_features))
+    flow = Flow([ContinuousTransform(field)])
+    x, context = rows_for(flow, 5)
+
+    loss = MaximumLikelihood(flow, solver=BACKPROP)(x, context)
+    z, ladj = field.solution(x, context, start=1.0, end=0.0)
+    expected = -(-0.5 * z.square().sum(-1) - math.log(2 * math.pi) + ladj).mean()
+
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-8)
+    pairs = zip(gradients(loss, flow), gradients(expected, flow), strict=True)
+    for gradient, expected_gradient in pairs:
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-6, atol=1e-7)
+
+
+def test_the_default_solver_is_precise_enough_for_a_step():
+    flow = FLOWS["cnf"]()
+    x, _ = rows_for(flow, 50)
+
+    loss, expected = MaximumLikelihood(flow)(x), -flow.log_prob(x).mean()
+
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-2)
+    flat = [torch.cat([g.flatten() for g in gradients(value, flow)]) for value in (loss, expected)]
+    assert torch.cosine_similarity(*flat, dim=0) > 0.999
+
+
+def test_a_flow_without_ode_has_the_same_loss():
+    flow = Flow([perturbed(Affine(3))])
+    x, _ = rows_for(flow, 6)
+    assert torch.equal(MaximumLikelihood(flow)(x), -flow.log_prob(x).mean())
+
+
+RULE = {
+    "closed form, 9 features": (lambda: perturbed(CNF(9, hidden_features=(8, 8))), False),
+    "no closed form, 8 features": (lambda: deep_cnf(8), False),
+    "no closed form, 9 features": (lambda: deep_cnf(9), True),
+    "user's network, 8 features": (
+        lambda: Flow([ContinuousTransform(perturbed(ModuleField(UserNetwork(8), 8)))]),
+        False,
+    ),
+    "user's network, 9 features": (
+        lambda: Flow([ContinuousTransform(perturbed(ModuleField(UserNetwork(9), 9)))]),
+        True,
+    ),
+    "one of two fields is dear": (
+        lambda: Flow(
+            [ContinuousTransform(perturbed(LinearField(9))), *deep_cnf(9).chain],
+        ),
+        True,
+    ),
+    "the flow names Exact": (lambda: deep_cnf(9, divergence=Exact()), False),
+    "the flow names Hutchinson": (
+        lambda: perturbed(CNF(2, hidden_features=(8, 8), divergence=Hutchinson())),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "random"), RULE.values(), ids=RULE)
+def test_the_divergence_is_estimated_only_where_the_exact_one_is_dear_or_the_flow_says_so(
+    make, random
+):
+    flow = make()
+    x, _ = rows_for(flow, 4)
+    assert is_random(MaximumLikelihood(flow), x) is random
+
+
+@pytest.mark.parametrize("divergence", [Exact(), Hutchinson()], ids=str)
+@pytest.mark.parametrize("own", [None, Exact(), Hutchinson()], ids=str)
+def test_the_divergence_of_the_objective_goes_before_that_of_the_flow(divergence, own):
+    flow = deep_cnf(9, divergence=own)
+    x, _ = rows_for(flow, 4)
+    objective = MaximumLikelihood(flow, divergence=divergence)
+    assert is_random(objective, x) is not divergence.is_exact
+
+
+def test_the_loss_by_hutchinson_is_unbiased():
+    flow = deep_cnf(9)
+    x, _ = rows_for(flow, 300)
+    solver = ODESolver(method="rk4", steps=8, gradient="backprop")
+
+    exact = MaximumLikelihood(flow, solver=solver, divergence=Exact())
+    estimate = MaximumLikelihood(flow, solver=solver)
+    with torch.no_grad():
+        losses = torch.tensor([loss_with_seed(estimate, x, seed) for seed in range(20)])
+        expected = exact(x)
+
+    standard_error = losses.std() / math.sqrt(20)
+    assert (losses.mean() - expected).abs() < 4 * standard_error
+    assert standard_error < 0.05
+
+
+def test_the_same_generator_gives_the_same_loss_and_spares_the_global_one():
+    flow = deep_cnf(9)
+    x, _ = rows_for(flow, 4)
+    objective = MaximumLikelihood(flow)
+    before = torch.get_rng_state()
+
+    assert loss_with_seed(objective, x, 3) == loss_with_seed(objective, x, 3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_without_generator_the_probes_are_the_global_ones():
+    flow = deep_cnf(9)
+    x, _ = rows_for(flow, 4)
+    objective = MaximumLikelihood(flow)
+
+    first = objective(x).item()
+
+    assert objective(x).item() != first
+    torch.manual_seed(5)
+    again = objective(x).item()
+    torch.manual_seed(5)
+    assert objective(x).item() == again
+
+
+def test_the_flow_keeps_its_own_solver_and_divergence_and_log_prob():
+    flow = FLOWS["two blocks"]()
+    x, _ = rows_for(flow, 4)
+    parts = [(part, part.solver, part.divergence) for part in flow.chain]
+    before = flow.log_prob(x)
+
+    objective = MaximumLikelihood(flow, solver=BACKPROP, divergence=Hutchinson())
+    objective(x).backward()
+
+    assert objective.flow is flow
+    for part, (old, solver, divergence) in zip(flow.chain, parts, strict=True):
+        assert part is old
+        assert part.solver is solver
+        assert part.divergence is divergence
+    assert torch.equal(flow.log_prob(x), before)
+    assert flow.likelihood == "exact"
+
+
+def test_the_solver_of_the_objective_is_the_one_used():
+    flow = FLOWS["cnf"]()
+    x, _ = rows_for(flow, 4)
+    objective = MaximumLikelihood(
+        flow, solver=ODESolver(method="rk4", steps=5, gradient="backprop")
+    )
+    with count_evaluations(flow) as nfe:
+        loss = objective(x)
+        loss.backward()
+    assert nfe.value == 4 * 5
+
+
+def test_the_default_of_the_objective_is_cheaper_than_a_precise_flow():
+    flow = FLOWS["cnf"]()
+    x, _ = rows_for(flow, 4)
+    with count_evaluations(flow) as training:
+        MaximumLikelihood(flow)(x)
+    with count_evaluations(flow) as reporting:
+        flow.log_prob(x)
+    assert training.value < reporting.value / 2
+
+
+@pytest.mark.parametrize("make", [lambda: deep_cnf(9), FLOWS["cnf"]], ids=["estimate", "exact"])
+def test_the_loss_does_not_depend_on_the_mode(make):
+    flow = make()
+    x, _ = rows_for(flow, 4)
+    objective = MaximumLikelihood(flow)
+    assert loss_with_seed(objective.train(), x, 1) == loss_with_seed(objective.eval(), x, 1)
+
+
+def test_the_parameters_are_those_of_the_flow():
+    flow = FLOWS["cnf with context"]()
+    objective = MaximumLikelihood(flow)
+    objective(*rows_for(flow, 3))
+    assert [id(p) for p in objective.parameters()] == [id(p) for p in flow.parameters()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_loss_has_the_dtype_of_the_flow(dtype):
+    field = mlp().to(dtype)
+    flow = Flow([ContinuousTransform(field, solver=PRECISE)]).to(dtype)
+    x = torch.randn(4, 2, dtype=dtype)
+
+    loss = MaximumLikelihood(flow)(x)
+    loss.backward()
+
+    assert loss.dtype == dtype
+    assert {p.grad.dtype for p in flow.parameters() if p.grad is not None} == {dtype}
+    torch.testing.assert_close(
+        loss.double(), MaximumLikelihood(flow.double())(x.double()), rtol=0, atol=1e-3
+    )
+
+
+def test_rows_count_alike():
+    flow = FLOWS["cnf with context"]()
+    x, context = rows_for(flow, 6)
+    objective = MaximumLikelihood(flow, solver=BACKPROP)
+
+    whole = objective(x, context)
+    halves = [objective(x[part], context[part]) for part in (slice(0, 3), slice(3, 6))]
+
+    torch.testing.assert_close(whole, sum(halves) / 2, rtol=0, atol=1e-7)
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+def test_what_is_no_flow_is_refused():
+    with pytest.raises(TypeError, match=r"flow must be a cnf\.Flow; got Linear"):
+        MaximumLikelihood(nn.Linear(2, 2))
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"solver": "rk4"}, "solver must be a ODESolver; got str"),
+        ({"divergence": "exact"}, "divergence must be a Divergence; got str"),
+    ],
+)
+def test_a_setting_of_the_wrong_type_is_refused(settings, message):
+    with pytest.raises(TypeError, match=message):
+        MaximumLikelihood(CNF(2), **settings)(torch.zeros(3, 2))
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+@pytest.mark.parametrize(
+    ("x", "context", "message"),
+    [
+        (torch.zeros(3, 4), torch.zeros(3, 3), r"x must have shape \(\*batch, 2\); got \(3, 4\)"),
+        (torch.zeros(3, 2), None, r"context must have shape \(\*batch, 3\).*got None"),
+        (torch.zeros(3, 2), torch.zeros(3, 1), r"context must have shape .*got \(3, 1\)"),
+        (torch.full((3, 2), math.nan), torch.zeros(3, 3), "x must be finite.*rows 0, 1, 2"),
+    ],
+)
+def test_bad_rows_are_refused_by_name(x, context, message):
+    objective = MaximumLikelihood(CNF(2, 3).float())
+    context = None if context is None else context.float()
+    with pytest.raises(ValueError, match=message):
+        objective(x.float(), context)

@@ -1,0 +1,491 @@
+"""Laws of saving: a file gives back the same flow, or a message; and it is never half a file."""
+
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from zoo import FLOWS, perturbed, rows_for
+
+from cnf import (
+    CNF,
+    Affine,
+    ContinuousTransform,
+    Exact,
+    Flow,
+    Hutchinson,
+    LinearField,
+    MLPField,
+    ODESolver,
+    Standardize,
+)
+from cnf.bases import StandardNormal
+from cnf.saving import FORMAT_VERSION, load, save
+from cnf.training import TrainingConfig, fit
+from cnf.transforms import Transform
+from cnf.vector_fields.activations import ACTIVATIONS
+from cnf.vector_fields.layers import LAYERS
+
+OPTIONS = {
+    "defaults": {},
+    **{f"layer {layer}": {"layer": layer} for layer in LAYERS},
+    **{f"activation {name}": {"activation": name} for name in ACTIVATIONS},
+    "one hidden layer": {"hidden_features": (5,), "activation": "tanh"},
+    "three hidden layers": {"hidden_features": (5, 6, 7), "activation": ("sin", "silu", "tanh")},
+    "frequency": {"frequency": 0.7},
+    "two blocks": {"blocks": 2},
+    "exact": {"divergence": Exact()},
+    "hutchinson": {"divergence": Hutchinson(noise="gaussian", probes=3)},
+    "tolerances": {"solver": ODESolver(rtol=1e-4, atol=1e-3, max_evaluations=500)},
+    "fixed steps": {"solver": ODESolver(method="rk4", steps=7, gradient="backprop")},
+    "base": {"base": StandardNormal(2)},
+    "context": {"context_features": 3},
+    "transforms": {"transforms": [Standardize(2), Affine(2)]},
+}
+"""Every argument of `CNF`, one at a time."""
+
+SAVABLE = {
+    **{name: make for name, make in FLOWS.items() if name != "user"},
+    **{
+        f"CNF: {name}": lambda settings=settings: perturbed(
+            CNF(2, **{"hidden_features": (6, 5), **settings})
+        )
+        for name, settings in OPTIONS.items()
+    },
+    "linear with context": lambda: Flow(
+        [perturbed(Affine(2)), ContinuousTransform(perturbed(LinearField(2, 3)))]
+    ),
+    "no ODE": lambda: Flow([perturbed(Affine(4))]),
+}
+
+
+def small_cnf():
+    return perturbed(CNF(2, hidden_features=(6, 5)))
+
+
+def log_prob(flow, x, context):
+    """With the same probes at each call."""
+    return flow.log_prob(x, context, generator=torch.Generator().manual_seed(1))
+
+
+def settings(flow):
+    """Class and public settings of every part."""
+    return [
+        (
+            name,
+            type(part),
+            {k: v for k, v in vars(part).items() if not k.startswith("_") and k != "training"},
+        )
+        for name, part in flow.named_modules()
+    ]
+
+
+def global_randomness():
+    """Of torch and numpy; that of Python is drawn upon by beartype while tests run."""
+    kind, keys, *rest = np.random.get_state()
+    return torch.get_rng_state().tolist(), kind, keys.tolist(), rest
+
+
+def description_of(path):
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["cnf"])
+
+
+def rewrite(path, *, description=None, tensors=None):
+    """Put other JSON, given as an object or as text, or other tensors into the file."""
+    with safe_open(path, framework="pt") as file:
+        text = file.metadata()["cnf"]
+        old = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if description is not None:
+        text = description if isinstance(description, str) else json.dumps(description)
+    save_file(old if tensors is None else tensors(old), path, metadata={"cnf": text})
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "flow.safetensors"
+
+
+@pytest.fixture
+def saved(path):
+    """The path of a file that holds `small_cnf()`."""
+    save(small_cnf(), path)
+    return path
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("make", SAVABLE.values(), ids=SAVABLE)
+def test_load_undoes_save_bit_for_bit(make, dtype, path):
+    flow = make().to(dtype)
+    x, context = rows_for(flow, 3)
+    x, context = x.to(dtype), None if context is None else context.to(dtype)
+
+    save(flow, path)
+    loaded = load(path)
+
+    assert type(loaded) is type(flow)
+    assert settings(loaded) == settings(flow)
+    for name, value in flow.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+    assert torch.equal(log_prob(loaded, x, context), log_prob(flow, x, context))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_dtype_of_a_loaded_flow_is_the_saved_one_whatever_the_default(dtype, path):
+    flow = small_cnf().to(dtype)
+    save(flow, path)
+    torch.set_default_dtype(torch.float32)
+
+    loaded = load(path)
+
+    x = torch.ones(2, dtype=dtype)
+    assert torch.equal(loaded.log_prob(x), flow.log_prob(x))
+    assert loaded.sample(generator=torch.Generator().manual_seed(0)).dtype == dtype
+
+
+def test_a_loaded_flow_trains_on_as_the_saved_one_would(path):
+    flow = small_cnf()
+    save(flow, path)
+    loaded = load(path)
+    x = torch.randn(20, 2)
+    config = TrainingConfig(steps=3, batch_size=10, progress=False)
+
+    history, history_loaded = fit(flow, x, config), fit(loaded, x, config)
+
+    assert history_loaded.loss == history.loss
+    for weight, weight_loaded in zip(flow.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(weight_loaded, weight)
+
+
+def test_a_loaded_flow_shares_nothing_with_the_saved_one(saved):
+    first, second = load(saved), load(saved)
+    before = second.log_prob(torch.ones(2))
+    perturbed(first)
+    assert torch.equal(second.log_prob(torch.ones(2)), before)
+
+
+def test_saving_twice_gives_the_same_bytes(tmp_path):
+    flow = small_cnf()
+    save(flow, tmp_path / "a")
+    save(load(tmp_path / "a"), tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.slow
+def test_the_file_alone_suffices(path):
+    flow = small_cnf()
+    x = torch.randn(3, 2)
+    save(flow, str(path))
+    code = f"""
+import torch
+from cnf.saving import load
+print(load({str(path)!r}).log_prob(torch.tensor({x.tolist()}, dtype=torch.float64)).tolist())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == flow.log_prob(x).tolist()
+
+
+def test_saving_and_loading_draw_no_random_number(path):
+    flow = small_cnf()
+    before = global_randomness()
+    save(flow, path)
+    load(path)
+    assert global_randomness() == before
+
+
+CUDA = pytest.param(
+    "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta", CUDA])
+@pytest.mark.parametrize("as_string", [True, False])
+def test_a_flow_is_loaded_on_the_device_asked_for(device, as_string, saved):
+    flow = load(saved, device=device if as_string else torch.device(device))
+    assert {tensor.device.type for tensor in (*flow.parameters(), *flow.buffers())} == {device}
+
+
+def test_the_file_is_safetensors_and_json_and_holds_no_pickle(saved):
+    content = saved.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    description = json.loads(header["__metadata__"]["cnf"])
+
+    assert description["format"] == FORMAT_VERSION
+    assert description["flow"]["class"] == "CNF"
+    assert len(content) == 8 + length + sum(
+        value.nbytes for value in load(saved).state_dict().values()
+    )
+
+
+def test_a_saved_file_has_the_permissions_of_any_new_file(saved, tmp_path):
+    (tmp_path / "other").write_bytes(b"")
+    assert saved.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+class UserFlow(CNF):
+    """A subclass, which a file could not rebuild."""
+
+
+class UserTransform(Affine):
+    """A transform of the user's own."""
+
+
+class UserBase(StandardNormal):
+    """A base of the user's own."""
+
+
+class UserDivergence(Exact):
+    """A divergence of the user's own."""
+
+
+Impostor = type("MLPField", (MLPField,), {})
+
+UNSAVABLE = {
+    "ModuleField": FLOWS["user"],
+    "UserFlow": lambda: UserFlow(2),
+    "UserTransform": lambda: Flow([UserTransform(2)]),
+    "UserBase": lambda: CNF(2, base=UserBase(2)),
+    "UserDivergence": lambda: CNF(2, divergence=UserDivergence()),
+    "MLPField": lambda: Flow([ContinuousTransform(Impostor(2))]),
+}
+
+
+@pytest.mark.parametrize("name", UNSAVABLE)
+def test_a_part_of_the_users_own_is_refused_with_a_remedy_and_leaves_the_old_file(name, saved):
+    before = saved.read_bytes()
+
+    with pytest.raises(TypeError, match=rf"got {name}\. Save flow\.state_dict\(\) instead"):
+        save(UNSAVABLE[name](), saved)
+
+    assert saved.read_bytes() == before
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+def test_only_flows_are_saved(path):
+    with pytest.raises(TypeError, match=r"flow must be a cnf\.Flow; got Linear"):
+        save(nn.Linear(2, 2), path)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("shared", ["transform", "vector field"])
+def test_shared_tensors_are_refused_because_a_file_cannot_keep_them_shared(shared, path):
+    first = ContinuousTransform(LinearField(2))
+    second = first if shared == "transform" else ContinuousTransform(first.vector_field)
+
+    with pytest.raises(ValueError, match="flow must not share tensors between its parts"):
+        save(Flow([first, second]), path)
+
+    assert not path.exists()
+
+
+def test_a_missing_folder_is_an_os_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        save(small_cnf(), tmp_path / "nowhere" / "flow.safetensors")
+
+
+def fail(*_):
+    raise OSError("crash")
+
+
+@pytest.mark.parametrize("where", [(os, "fsync"), (Path, "replace")], ids=["fsync", "replace"])
+@pytest.mark.parametrize("exists", [True, False], ids=["old file", "no file"])
+def test_a_crash_while_writing_leaves_what_was_there_and_nothing_else(
+    where, exists, path, monkeypatch
+):
+    if exists:
+        path.write_bytes(b"old")
+    before = list(path.parent.iterdir())
+    monkeypatch.setattr(*where, fail)
+
+    with pytest.raises(OSError, match="crash"):
+        save(small_cnf(), path)
+
+    assert list(path.parent.iterdir()) == before
+    if exists:
+        assert path.read_bytes() == b"old"
+
+
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(path):
+    path.write_bytes(b"old")
+    flow = small_cnf()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save(flow, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    assert path.read_bytes() == b"old"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def refused(path, *words):
+    """The message of `load`, which names the path, holds the words and offers a remedy."""
+    before = global_randomness()
+    with pytest.raises(ValueError, match=re.escape(repr(str(path)))) as caught:
+        load(path)
+    message = str(caught.value)
+    for word in (*words, r"Restore it|Upgrade|Build the flow"):
+        assert re.search(word, message), message
+    assert global_randomness() == before
+
+
+@pytest.mark.parametrize("part", [0, 1, 7, 8, 9, 100, 0.5, 0.9, -1])
+def test_a_truncated_file_is_refused(part, saved):
+    content = saved.read_bytes()
+    saved.write_bytes(content[: int(part * len(content)) if isinstance(part, float) else part])
+    refused(saved, "is not a safetensors file, or is cut short")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_bytes_are_refused(seed, path):
+    path.write_bytes(np.random.default_rng(seed).bytes(500))
+    refused(path, "is not a safetensors file")
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}], ids=str)
+def test_safetensors_of_another_library_are_refused(metadata, path):
+    save_file(small_cnf().state_dict(), path, metadata=metadata)
+    refused(path, r"was not written by cnf\.save", "load_state_dict")
+
+
+GARBLED = {
+    "empty": "",
+    "cut short": '{"format": 1, "flow": {"cl',
+    "deep": "[" * 100_000,
+    "list": [],
+    "null": "null",
+    "number": 3,
+    "no format": {"flow": {}},
+    "format of text": {"format": "one", "flow": {}},
+    "format null": {"format": None},
+}
+
+
+@pytest.mark.parametrize("description", GARBLED.values(), ids=GARBLED)
+def test_a_garbled_description_is_refused(description, saved):
+    rewrite(saved, description=description)
+    refused(saved, "garbled description")
+
+
+NO_FLOWS = {
+    "nothing": (None, "NoneType"),
+    "text": ("CNF", "str"),
+    "list": ([], "list"),
+    "solver": ({"class": "ODESolver"}, "ODESolver"),
+    "transform": ({"class": "Affine", "features": 2}, "Affine"),
+    "no class": ({}, "class"),
+    "class of a list": ({"class": []}, "unhashable"),
+    "no base": ({"class": "Flow", "transforms": []}, "base"),
+    "base of the wrong kind": (
+        {"class": "Flow", "transforms": [], "base": {"class": "Exact"}},
+        "base must be",
+    ),
+    "transforms of the wrong kind": ({"class": "Flow", "transforms": 3, "base": None}, "int"),
+}
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+@pytest.mark.parametrize(("flow", "word"), NO_FLOWS.values(), ids=NO_FLOWS)
+def test_a_description_of_no_flow_is_refused(flow, word, saved):
+    rewrite(saved, description={"format": FORMAT_VERSION, "flow": flow})
+    refused(saved, "does not describe a flow of this version", word)
+
+
+WRONG_SETTINGS = {
+    "features": (-1, "features must be at least 1"),
+    "hidden_features": ([6, -5], "hidden_features must be at least 1"),
+    "layer": ("round", "layer must be one of"),
+    "surprise": (1, "surprise"),
+    "context_features": (10**30, "context_features|size|overflow|Overflow"),
+}
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+@pytest.mark.parametrize("key", WRONG_SETTINGS)
+def test_a_setting_out_of_range_is_refused(key, saved):
+    value, word = WRONG_SETTINGS[key]
+    description = description_of(saved)
+    description["flow"]["transforms"][0]["vector_field"][key] = value
+    rewrite(saved, description=description)
+    refused(saved, "does not describe a flow of this version", word)
+
+
+def without_one(tensors):
+    return dict(list(tensors.items())[1:])
+
+
+def with_another(tensors):
+    return {**tensors, "surprise": torch.zeros(2)}
+
+
+def with_another_axis(tensors):
+    return {name: value.reshape(1, *value.shape) for name, value in tensors.items()}
+
+
+def of_integers(tensors):
+    return {name: value.long() for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (without_one, "Missing key"),
+        (with_another, "surprise"),
+        (with_another_axis, "size mismatch"),
+        (of_integers, "floating point"),
+    ],
+)
+def test_tensors_that_do_not_fit_the_description_are_refused(change, word, saved):
+    rewrite(saved, tensors=change)
+    refused(saved, "does not describe a flow of this version", word)
+
+
+def test_a_newer_format_is_refused(saved):
+    rewrite(saved, description={**description_of(saved), "format": FORMAT_VERSION + 1})
+    refused(saved, f"has format {FORMAT_VERSION + 1}, newer", "Upgrade")
+
+
+FOREIGN = ["os.mkdir", "mkdir", "Path", "builtins.eval", "Linear", "ModuleField", "UserFlow"]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("place", ["flow", "transform"])
+def test_no_class_from_outside_the_registry_is_built(name, place, saved, tmp_path, monkeypatch):
+    canary = tmp_path / "canary"
+    foreign = {"class": name, "path": str(canary), "features": 2}
+    flow = {"class": "Flow", "transforms": [foreign], "base": None}
+    description = {"format": FORMAT_VERSION, "flow": foreign if place == "flow" else flow}
+    rewrite(saved, description=description)
+
+    refused(saved, re.escape(f"it names the class {name!r}"))
+
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("make", ["nothing", "folder"])
+def test_a_missing_file_is_named(make, path):
+    if make == "folder":
+        path.mkdir()
+    with pytest.raises(FileNotFoundError, match=re.escape(repr(str(path))) + ".*Check the path"):
+        load(path)
+
+
+def test_every_concrete_transform_of_the_package_can_be_saved(path):
+    kinds = {kind for kind in Transform.__subclasses__() if kind.__module__.startswith("cnf.")}
+    saved = {type(part) for make in SAVABLE.values() for part in make().chain}
+    assert kinds <= saved

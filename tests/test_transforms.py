@@ -1,0 +1,178 @@
+"""Laws of transforms: each is undone, and its ladj is that of its map."""
+
+import warnings
+
+import pytest
+import torch
+from laws import every_parameter_matters, ladj_is_slogdet_of_the_jacobian, to_data_undoes_to_base
+from zoo import PRECISE, TRANSFORMS, UserNetwork, mlp, perturbed, rows_for
+
+from cnf import (
+    Affine,
+    ContinuousTransform,
+    Exact,
+    Hutchinson,
+    LinearField,
+    MLPField,
+    ModuleField,
+    ODESolver,
+    Standardize,
+    count_evaluations,
+)
+
+every_transform = pytest.mark.parametrize("make", TRANSFORMS.values(), ids=TRANSFORMS)
+
+
+@every_transform
+@pytest.mark.parametrize("batch", [(), (4,), (3, 2)], ids=str)
+def test_to_data_undoes_to_base(make, batch):
+    transform = make()
+    to_data_undoes_to_base(transform, *rows_for(transform, *batch), atol=1e-6)
+
+
+@every_transform
+def test_ladj_is_slogdet_of_the_jacobian(make):
+    transform = make()
+    ladj_is_slogdet_of_the_jacobian(transform, *rows_for(transform, 3), atol=1e-6)
+
+
+@every_transform
+def test_gradient_reaches_every_parameter(make):
+    transform = make()
+    z, ladj = transform.to_base_and_ladj(*rows_for(transform, 4))
+    if list(transform.parameters()):
+        every_parameter_matters(transform, z.square().sum(-1) + ladj)
+
+
+@every_transform
+def test_dtype_is_kept(make):
+    for dtype in (torch.float32, torch.float64):
+        transform = make().to(dtype)
+        if isinstance(transform, ContinuousTransform):
+            transform = transform.using(solver=ODESolver(rtol=1e-4, atol=1e-4))
+        x, context = rows_for(transform, 3)
+        context = None if context is None else context.to(dtype)
+        z, ladj = transform.to_base_and_ladj(x.to(dtype), context)
+        assert z.dtype == ladj.dtype == transform.to_data(z, context).dtype == dtype
+
+
+@every_transform
+def test_an_empty_batch_gives_an_empty_result(make):
+    transform = make()
+    z, ladj = transform.to_base_and_ladj(*rows_for(transform, 0))
+    assert z.shape == (0, transform.features)
+    assert ladj.shape == (0,)
+
+
+@pytest.mark.parametrize("rate", [0.7, -1.3])
+def test_sign_of_the_ladj(rate):
+    """For v = c x the map to the data expands by e^c in each of d directions."""
+    field = LinearField(3)
+    with torch.no_grad():
+        field.weight.copy_(rate * torch.eye(3))
+    transform = ContinuousTransform(field, solver=PRECISE)
+    z = torch.randn(5, 3)
+
+    x, ladj = transform.to_data_and_ladj(z)
+
+    torch.testing.assert_close(x, z * torch.tensor(rate).exp(), rtol=0, atol=1e-7)
+    torch.testing.assert_close(ladj, torch.full((5,), 3 * rate), rtol=0, atol=1e-7)
+
+
+def test_standardized_data_have_mean_zero_and_standard_deviation_one():
+    x = torch.randn(100, 3) * torch.tensor([1e-3, 1.0, 1e3]) + torch.tensor([5.0, 0.0, -2e3])
+    z = Standardize.from_data(x).to_base(x)
+    torch.testing.assert_close(z.mean(0), torch.zeros(3), rtol=0, atol=1e-9)
+    torch.testing.assert_close(z.std(0), torch.ones(3), rtol=0, atol=1e-12)
+
+
+def test_standardize_keeps_the_dtype_of_its_data():
+    transform = Standardize.from_data(torch.randn(10, 2, dtype=torch.float32))
+    assert transform.mean.dtype == torch.float32
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (torch.randn(1, 2), ValueError, "at least 2 rows; got \\(1, 2\\)"),
+        (torch.randn(5), ValueError, "shape \\(rows, features\\)"),
+        (torch.tensor([[1.0, 2.0], [1.0, 3.0]]), ValueError, "constant in \\[0\\]"),
+        (torch.tensor([[1.0], [torch.nan]]), ValueError, "NaN or inf in row 1"),
+        (torch.tensor([[1], [2]]), ValueError, "floating dtype; got torch.int64"),
+        ([[1.0], [2.0]], TypeError, "torch.Tensor; got list"),
+    ],
+)
+def test_standardize_refuses(x, error, message):
+    with pytest.raises(error, match=message):
+        Standardize.from_data(x)
+
+
+def test_map_without_ladj_does_not_evaluate_a_divergence():
+    class NoDivergence(MLPField):
+        def velocity_and_divergence(self, *_):
+            raise AssertionError
+
+        velocity_and_products = velocity_and_divergence
+
+    transform = ContinuousTransform(perturbed(NoDivergence(2, hidden_features=(4, 4))))
+    z = transform.to_base(torch.randn(3, 2))
+    assert z.isfinite().all()
+    with pytest.raises(AssertionError):
+        transform.to_base_and_ladj(z)
+
+
+def test_using_shares_the_field_and_leaves_the_original():
+    transform = ContinuousTransform(mlp(), solver=PRECISE, divergence=Exact())
+    other = transform.using(divergence=Hutchinson())
+    assert other.vector_field is transform.vector_field
+    assert other.solver == PRECISE
+    assert (transform.likelihood, other.likelihood) == ("exact", "estimate")
+
+
+def test_probes_are_frozen_for_a_solve_and_drawn_from_the_generator():
+    transform = ContinuousTransform(mlp(3), divergence=Hutchinson(), solver=PRECISE)
+    x = torch.randn(4, 3)
+    before = torch.get_rng_state()
+
+    def ladj(seed):
+        return transform.to_base_and_ladj(x, generator=torch.Generator().manual_seed(seed))[1]
+
+    assert torch.equal(ladj(1), ladj(1))
+    assert not torch.equal(ladj(1), ladj(2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_unwise_exact_divergence_warns_and_says_what_to_do():
+    field = ModuleField(UserNetwork(65), 65)
+    solver = ODESolver(method="euler", steps=1)
+    x = torch.randn(1, 65)
+    with pytest.warns(UserWarning, match="65 Jacobian products .* divergence=Hutchinson"):
+        ContinuousTransform(field, solver=solver).to_base_and_ladj(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ContinuousTransform(field, solver=solver, divergence=Exact()).to_base_and_ladj(x)
+        ContinuousTransform(MLPField(65), solver=solver).to_base_and_ladj(x)
+
+
+def test_a_solve_of_an_empty_batch_evaluates_nothing():
+    transform = ContinuousTransform(mlp())
+    with count_evaluations(transform) as nfe:
+        transform.to_base_and_ladj(torch.zeros(0, 2))
+    assert nfe.value == 0
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: ContinuousTransform(torch.nn.Linear(2, 2)), TypeError, "ModuleField"),
+        (lambda: ContinuousTransform(mlp(), solver="rk4"), TypeError, "ODESolver\\(method"),
+        (lambda: ContinuousTransform(mlp(), divergence="exact"), TypeError, "Hutchinson\\(\\)"),
+        (lambda: Affine(0), ValueError, "features must be at least 1; got 0"),
+        (lambda: Affine(2.0), TypeError, "features must be an int; got 2.0"),
+    ],
+)
+def test_constructors_refuse(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
