@@ -194,6 +194,7 @@ class _Watch:
         self.rhs = rhs
         self.solver = solver
         self.evaluations = 0
+        self.first: State | None = None
         self.last: State | None = None
         if methods()[solver.method] != "external":
             self.callback_step = self.callback_step_adjoint = self._before_step
@@ -205,11 +206,14 @@ class _Watch:
         self.evaluations += 1
         rates = self.rhs(t, state)
         self.last = tuple(part.detach() for part in (*state, *rates))
+        self.first = self.last if self.first is None else self.first
         return rates
 
     def _before_step(self, t: Tensor, state: Any, dt: Tensor) -> None:
         if not t.abs() + dt.abs() > t.abs():
-            raise self.error(t, "needs steps too small for the time to advance")
+            # torchdiffeq takes a step of 0 where the size that it computes is not finite.
+            too_small = "needs steps too small for the time to advance"
+            raise self.error(t, "reached NaN or inf" if dt == 0 else too_small)
         if not all(part.isfinite().all() for part in state):
             raise self.error(t, "reached NaN or inf")
 
@@ -227,21 +231,29 @@ class _Watch:
         )
 
     def _diagnosis(self) -> str:
-        if self.last is None:
+        if self.first is None or self.last is None:
             return "the vector field was not evaluated."
-        state, rates = self.last[: len(self.last) // 2], self.last[len(self.last) // 2 :]
-        rows = state[0].shape[:-1]
-        bad = non_finite_rows(torch.cat([part.reshape(*rows, -1) for part in self.last], -1))
+        # The first is asked first: bad in one row, it makes the first step NaN, and so every row.
+        bad = _bad_rows(self.first)
+        if not bad.any():
+            bad = _bad_rows(self.last)
         if bad.any():
             return (
                 f"the state, velocity or divergence is not finite in {name_rows(bad)}. The field "
                 "may be undefined there or grow without bound: bound its output, standardise the "
                 "data, or lower the learning rate."
             )
-        speed = rates[0].abs().amax(-1)
+        velocity = self.last[len(self.last) // 2]
+        speed = velocity.abs().amax(-1)
         fastest = speed >= 0.5 * speed.max()
         return (
             f"the velocity is largest, {float(speed.max()):.3g}, in {name_rows(fastest)}. The "
             "field may be stiff: loosen rtol and atol, raise max_evaluations, use float64, or "
             "take a fixed-step method; in training, lower the learning rate or regularise."
         )
+
+
+def _bad_rows(evaluation: State) -> Tensor:
+    """Mask of the rows in which a state or its rate, as the watch keeps them, is not finite."""
+    rows = evaluation[0].shape[:-1]
+    return non_finite_rows(torch.cat([part.reshape(*rows, -1) for part in evaluation], -1))

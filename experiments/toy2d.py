@@ -14,6 +14,7 @@ import torch
 import tyro
 
 from cnf import CNF, Flow, History, Standardize, TrainingConfig, count_evaluations, fit, save
+from cnf._files import write_atomically
 from cnf.data.toy import TOY_NAMES, ToyDensity, toy_density
 from cnf.plots import (
     figure_grid,
@@ -31,7 +32,7 @@ class Settings:
 
     data: Literal[TOY_NAMES] = "pinwheel"
     """Toy set."""
-    steps: int = 800
+    steps: int = 600
     """Training steps."""
     batch_size: int = 512
     """Rows of a minibatch."""
@@ -100,7 +101,7 @@ def main(settings: Settings) -> Metrics:
     history.save(folder / "history.csv")
     draw(flow, truth, history, folder / "figure.png", seed=settings.seed, coarse=settings.quick)
     metrics = replace(metrics, seconds=time.perf_counter() - started)
-    (folder / "metrics.json").write_text(json.dumps(asdict(metrics), indent=2) + "\n")
+    write_atomically(folder / "metrics.json", json.dumps(asdict(metrics), indent=2).encode())
     print(table(metrics))
     print(f"results in {folder}")
     return metrics
@@ -135,7 +136,10 @@ def table(metrics: Metrics) -> str:
         ("held-out NLL", f"{metrics.nll:.4f} ± {metrics.nll_standard_error:.4f} nats"),
         ("likelihood", metrics.likelihood),
         ("entropy of the truth", f"{metrics.entropy:.4f} nats"),
-        ("KL gap = NLL - entropy", f"{metrics.kl_gap:.4f} ± {metrics.kl_gap_standard_error:.4f} nats"),
+        (
+            "KL gap = NLL - entropy",
+            f"{metrics.kl_gap:.4f} ± {metrics.kl_gap_standard_error:.4f} nats",
+        ),
         ("nfe of a log_prob", str(metrics.nfe)),
         ("training", f"{metrics.training_seconds:.1f} s"),
         ("in all", f"{metrics.seconds:.1f} s"),
@@ -149,7 +153,7 @@ def draw(
 ) -> None:
     """Truth and model side by side, the paths between base and data, and the training curve."""
     generator = torch.Generator().manual_seed(seed)
-    extent, resolution = truth.extent, 40 if coarse else 200
+    extent, resolution = truth.extent, 40 if coarse else 150
     z = flow.base.rsample(torch.Size([150]), generator=generator)
     with torch.no_grad():
         samples = flow.sample(2_000 if coarse else 50_000, generator=generator)

@@ -35,8 +35,8 @@ class ContinuousTransform(Transform):
     Example:
         >>> from cnf.vector_fields import LinearField
         >>> transform = ContinuousTransform(LinearField(features=2))
-        >>> transform.to_base(torch.ones(2))
-        tensor([1., 1.])
+        >>> transform.to_base(torch.ones(2)).tolist()
+        [1.0, 1.0]
     """
 
     def __init__(

@@ -51,6 +51,7 @@ class MLPField(VectorField):
         Functions, https://arxiv.org/abs/2006.09661, for the sinusoidal layer.
 
     Example:
+        >>> import torch
         >>> field = MLPField(features=64, hidden_features=(256, 256))
         >>> t, x = torch.tensor(0.5), torch.zeros(3, 64)
         >>> velocity, divergence = field.velocity_and_divergence(t, x)

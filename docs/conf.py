@@ -1,0 +1,23 @@
+"""Sphinx settings."""
+
+project = "cnf"
+copyright = "2026, the cnf developers"  # noqa: A001 - Sphinx's name
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+myst_enable_extensions = ["dollarmath"]
+autosummary_generate = True
+autodoc_typehints = "none"
+autodoc_member_order = "bysource"
+autodoc_default_options = {"members": True, "show-inheritance": True}
+default_role = "any"
+nitpicky = False
+suppress_warnings = ["ref.any"]
+html_theme = "furo"
+exclude_patterns = ["_build"]
+templates_path = ["_templates"]

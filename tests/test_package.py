@@ -1,0 +1,132 @@
+"""Laws of the package as a whole: what importing it does, and does not do."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import cnf
+
+pytestmark = pytest.mark.slow
+
+
+def run_python(code):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=100
+    )
+
+
+def test_every_public_name_exists_once_in_order():
+    assert all(hasattr(cnf, name) for name in cnf.__all__)
+    assert len(set(cnf.__all__)) == len(cnf.__all__)
+
+
+def test_every_public_object_is_documented():
+    undocumented = [name for name in cnf.__all__ if not getattr(cnf, name).__doc__]
+    assert undocumented == []
+
+
+def test_a_star_import_brings_the_public_names_and_no_others():
+    done = run_python(
+        "before = set(dir()) | {'before'}\n"
+        "from cnf import *\n"
+        "import cnf\n"
+        "assert set(dir()) - before - {'cnf'} == set(cnf.__all__), set(dir()) - before"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+LATE = ["lightning_fabric", "matplotlib", "tyro", "zuko", "sklearn", "torchdiffeq"]
+
+
+def test_importing_cnf_imports_no_library_that_few_need():
+    done = run_python(f"import sys, cnf; print(*[name for name in {LATE} if name in sys.modules])")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
+
+
+def test_importing_every_module_of_cnf_imports_no_library_that_few_need():
+    code = f"""
+import importlib, pkgutil, sys, cnf
+for module in pkgutil.walk_packages(cnf.__path__, "cnf."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+print(*[name for name in {LATE} if name in sys.modules])
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
+
+
+STATE = """
+import json, logging, os, random, sys, warnings, numpy, torch
+
+def state():
+    return {
+        "default dtype": str(torch.get_default_dtype()),
+        "default device": str(torch.get_default_device()),
+        "gradients": torch.is_grad_enabled(),
+        "inference": torch.is_inference_mode_enabled(),
+        "anomalies": torch.is_anomaly_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "cudnn": [torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic],
+        "threads": [torch.get_num_threads(), torch.get_num_interop_threads()],
+        "random of torch": torch.get_rng_state().tolist(),
+        "random of numpy": str(numpy.random.get_state()),
+        "random of Python": str(random.getstate()),
+        "validation": torch.distributions.Distribution._validate_args,
+        "warnings": [str(entry) for entry in warnings.filters],
+        "print options": str(vars(torch._tensor_str.PRINT_OPTS)),
+        "environment": dict(os.environ),
+        "excepthook": str(sys.excepthook),
+        "log level": logging.getLogger().level,
+        "log handlers": len(logging.getLogger().handlers),
+    }
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "code", "expected"),
+    [
+        ("", "import cnf", []),
+        ("", "import cnf.training, cnf.objectives, cnf.saving, cnf.plots", []),
+        (
+            "import torchdiffeq",  # whose import of scipy adds filters of warnings
+            "import cnf\ncnf.CNF(2).log_prob(torch.ones(2)).backward()",
+            ["random of torch"],  # the initial weights
+        ),
+    ],
+    ids=["import", "import training", "import and use"],
+)
+def test_importing_cnf_changes_no_global_state(first, code, expected):
+    done = run_python(f"""{STATE}
+{first}
+before = state()
+{code}
+after = state()
+print(json.dumps([name for name in before if before[name] != after[name]]))
+""")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == expected
+
+
+def test_importing_and_using_cnf_prints_and_warns_nothing():
+    done = run_python(
+        "import warnings; warnings.simplefilter('error')\n"
+        "import torch, cnf\n"
+        "flow = cnf.CNF(2)\n"
+        "flow.log_prob(flow.sample(3)).sum().backward()"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_bad_rows_are_named_without_any_help_from_the_tests():
+    done = run_python(
+        "import cnf, torch\nflow = cnf.CNF(2)\nflow.log_prob(torch.full((3, 2), float('nan')))"
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1
+    assert last.startswith("ValueError: x must be finite")
+    assert "rows 0, 1, 2" in last
