@@ -137,7 +137,7 @@ def test_the_divergence_of_the_objective_goes_before_that_of_the_flow(divergence
 def test_the_loss_by_hutchinson_is_unbiased():
     flow = deep_cnf(9)
     x, _ = rows_for(flow, 300)
-    solver = ODESolver(method="rk4", steps=8, gradient="backprop")
+    solver = ODESolver(method="rk4", steps=4, gradient="backprop")
 
     exact = MaximumLikelihood(flow, solver=solver, divergence=Exact())
     estimate = MaximumLikelihood(flow, solver=solver)

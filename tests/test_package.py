@@ -93,7 +93,7 @@ def state():
         ("", "import cnf", []),
         ("", "import cnf.training, cnf.objectives, cnf.saving, cnf.plots", []),
         (
-            "import torchdiffeq",  # whose import of scipy adds filters of warnings
+            "import torchdiffeq, sympy",  # which bring filters of warnings of their own
             "import cnf\ncnf.CNF(2).log_prob(torch.ones(2)).backward()",
             ["random of torch"],  # the initial weights
         ),

@@ -445,11 +445,13 @@ def test_a_half_written_picture_is_never_seen(tmp_path, monkeypatch):
     assert [child.name for child in tmp_path.iterdir()] == ["picture.png"]
 
 
+@pytest.mark.slow
 def test_importing_plots_imports_no_matplotlib():
     done = run_python("import sys, cnf.plots; assert 'matplotlib' not in sys.modules")
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_drawing_imports_no_pyplot_and_changes_no_setting():
     code = """
 import sys, tempfile, matplotlib, torch

@@ -390,7 +390,7 @@ def stochastic_run(seed, start):
     """A run in which order and probes are drawn, the weights averaged and validated."""
     flow = copy.deepcopy(start)
     x = torch.linspace(-2, 2, 40).reshape(20, 2)
-    settings = config(6, batch_size=8, ema=0.5, validate_every=2, seed=seed)
+    settings = config(4, batch_size=8, ema=0.5, validate_every=2, seed=seed)
     return fit(flow, x, settings, validation=x.flip(0)), weights(flow)
 
 
