@@ -1,14 +1,16 @@
 """Continuous normalizing flows in PyTorch: a density model whose transform follows an ODE.
 
-From the top: `fit` (`cnf.training`) minimises an objective (`cnf.objectives`) of a `Flow` or `CNF`
-(`cnf.flow`); a flow is a base (`cnf.bases`) and transforms (`cnf.transforms`), of which
-`ContinuousTransform` follows a vector field (`cnf.vector_fields`) with its divergence
-(`cnf.divergence`) through an `ODESolver` (`cnf.ode`). `save` and `load` (`cnf.saving`) keep a flow
-in one file. Beside them stand toy densities with the truth (`cnf.data`) and plots (`cnf.plots`).
+From the top: `fit` (`cnf.training`) minimises an objective (`cnf.objectives`) of a `Flow`
+(`cnf.flow`), such as a `CNF` (`cnf.cnf`). A flow is a base (`cnf.bases`) and transforms
+(`cnf.transforms`), of which `ContinuousTransform` follows a vector field (`cnf.vector_fields`) with
+its divergence (`cnf.divergence`) through an `ODESolver` (`cnf.ode`). `save` and `load`
+(`cnf.saving`) keep a flow in one file. Beside them stand toy densities with the truth (`cnf.data`)
+and plots (`cnf.plots`).
 """
 
+from cnf.cnf import CNF
 from cnf.divergence import Exact, Hutchinson
-from cnf.flow import CNF, Flow
+from cnf.flow import Flow
 from cnf.objectives import MaximumLikelihood
 from cnf.ode import ODEError, ODESolver
 from cnf.saving import load, save

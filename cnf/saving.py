@@ -18,8 +18,9 @@ from torch import nn
 
 from cnf._files import write_atomically
 from cnf.bases import StandardNormal
+from cnf.cnf import CNF
 from cnf.divergence import Exact, Hutchinson
-from cnf.flow import CNF, Flow
+from cnf.flow import Flow
 from cnf.ode import ODESolver
 from cnf.transforms import Affine, ContinuousTransform, Standardize
 from cnf.vector_fields import LinearField, MLPField

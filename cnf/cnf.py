@@ -1,0 +1,83 @@
+"""The flow that follows an ordinary differential equation."""
+
+from collections.abc import Iterable, Sequence
+
+from cnf._checks import check_count
+from cnf.bases import Base
+from cnf.divergence import Divergence
+from cnf.flow import Flow
+from cnf.ode import ODESolver
+from cnf.transforms import ContinuousTransform, Transform
+from cnf.vector_fields import MLPField
+
+
+class CNF(Flow):
+    """Continuous normalizing flow: a `Flow` whose transforms follow an ODE.
+
+    Names a composition and adds nothing to `Flow`: `transforms`, then `blocks` times a
+    `ContinuousTransform` along an `MLPField`, then `base`.
+
+    Args:
+        features: Size of x.
+        context_features: Size of the context; 0 for an unconditional density.
+        hidden_features: Widths of the hidden layers. With one or two, the likelihood is exact at
+            about the price of an evaluation, in any dimension.
+        layer: Kind of the time-conditioned layers; see `MLPField`.
+        activation: Activation, or one for each hidden layer; see `MLPField`.
+        frequency: Initial scale of a sinusoidal first layer; see `MLPField`.
+        divergence: How the divergence is computed; None for `Exact`.
+        solver: How the ODE is solved; None for `ODESolver()`.
+        blocks: Number of vector fields in a row.
+        base: Distribution at t = 0; None for a standard normal.
+        transforms: Applied before the ODE on the way from data to base; almost always
+            ``[Standardize.from_data(x)]``.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range or the parts do not fit together.
+
+    References:
+        Chen et al. (2018), https://arxiv.org/abs/1806.07366; Grathwohl et al. (2019), FFJORD,
+        https://arxiv.org/abs/1810.01367
+
+    Example:
+        >>> import torch
+        >>> flow = CNF(2, context_features=3)
+        >>> flow.log_prob(torch.zeros(5, 2), context=torch.zeros(5, 3)).shape
+        torch.Size([5])
+        >>> flow.sample(10, context=torch.zeros(5, 3)).shape
+        torch.Size([10, 5, 2])
+    """
+
+    def __init__(  # noqa: PLR0913 - the settings of its parts, in one place
+        self,
+        features: int,
+        context_features: int = 0,
+        *,
+        hidden_features: Sequence[int] = (128, 128),
+        layer: str = "concatsquash",
+        activation: str | Sequence[str] = ("sin", "silu"),
+        frequency: float | None = None,
+        divergence: Divergence | None = None,
+        solver: ODESolver | None = None,
+        blocks: int = 1,
+        base: Base | None = None,
+        transforms: Iterable[Transform] = (),
+    ) -> None:
+        check_count("blocks", blocks)
+        continuous = [
+            ContinuousTransform(
+                MLPField(
+                    features,
+                    context_features,
+                    hidden_features=hidden_features,
+                    layer=layer,
+                    activation=activation,
+                    frequency=frequency,
+                ),
+                divergence=divergence,
+                solver=solver,
+            )
+            for _ in range(blocks)
+        ]
+        super().__init__([*transforms, *continuous], base)
