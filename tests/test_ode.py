@@ -208,8 +208,7 @@ def test_the_adjoint_takes_the_same_fixed_steps_back(stages, times):
     forward = len(system.seen)
     states[-1].sum().backward()
     assert len(system.seen) == 2 * forward
-    stops = [t for t in system.seen if t in times]
-    assert set(times) <= {*stops, times[0], times[-1]}
+    assert set(times[1:-1]) <= set(system.seen[forward:])
 
 
 @PATH
