@@ -42,7 +42,8 @@ class ODESolver:
     """
 
     method: str = "dopri5"
-    """Any method name of the installed torchdiffeq; `methods()` lists them."""
+    """Any method name of the installed torchdiffeq; `methods()` lists them. Its Adams methods are
+    of high order and stable for small steps only: check them against another."""
     rtol: float = 1e-5
     """Relative tolerance of every part of the state, ladj included; for adaptive methods."""
     atol: float = 1e-5
@@ -115,16 +116,15 @@ class ODESolver:
             "method": self.method,
             "rtol": self.rtol,
             "atol": self.atol,
-            "options": self._options(times, end=times[-1:]),
+            "options": self._options(times, stops=times[1:]),
         }
         needs_gradient = torch.is_grad_enabled() and any(
             tensor.requires_grad for tensor in (*state, times, *parameters)
         )
         if self.gradient == "adjoint" and needs_gradient:
-            # The adjoint solves back from time to time, so each one is an end. torchdiffeq negates
-            # decreasing times, but not the options that it hands on to the adjoint.
+            # torchdiffeq negates decreasing times, but not the options of the adjoint.
             sign = 1 if times[0] < times[-1] else -1
-            options = self._options(times, end=sign * times[:-1].flip(0))
+            options = self._options(times, stops=sign * times[:-1].flip(0))
             solution = odeint_adjoint(
                 watch,
                 state,
@@ -133,6 +133,7 @@ class ODESolver:
                 adjoint_options={**options, "norm": "seminorm"},
                 adjoint_params=tuple(parameters),
             )
+            solution = tuple(map(_FirstOrderOnly.apply, solution))
         else:
             # Where nothing needs a gradient, a field in reverse mode would leave a graph all the
             # same, because it differentiates with respect to x.
@@ -141,12 +142,12 @@ class ODESolver:
         watch.check_end(solution, times)
         return tuple(solution)
 
-    def _options(self, times: Tensor, end: Tensor) -> dict[str, Any]:
+    def _options(self, times: Tensor, stops: Tensor) -> dict[str, Any]:
         kind = methods()[self.method]
         if kind == "adaptive":
-            # Land on the end: left alone, torchdiffeq steps past it and interpolates, which
-            # evaluates the field outside [0, 1] and costs an order of accuracy.
-            return {"step_t": end.detach()}
+            # Land on each time: left alone, torchdiffeq steps past it and interpolates, which
+            # costs accuracy and, at the end, evaluates the field outside [0, 1].
+            return {"step_t": stops.detach()}
         if kind == "fixed":
             span = (times[-1] - times[0]).abs().detach()
             return {"grid_constructor": lambda _f, _y, t: self._grid(t, span)}
@@ -181,6 +182,23 @@ def methods() -> dict[str, str]:
         return "fixed" if issubclass(solver, FixedGridODESolver) else "external"
 
     return {name: kind(solver) for name, solver in SOLVERS.items()}
+
+
+class _FirstOrderOnly(torch.autograd.Function):
+    """Identity that refuses a second derivative: torchdiffeq's adjoint would lose it silently."""
+
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the adjoint gives first derivatives only, and create_graph=True asks for more; "
+                "use ODESolver(gradient='backprop')."
+            )
+        return gradient
 
 
 class _Watch:

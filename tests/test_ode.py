@@ -623,3 +623,29 @@ def test_settings_are_values(solver):
     assert solver != ODESolver(rtol=0.123)
     with pytest.raises(FrozenInstanceError):
         solver.rtol = 1.0
+
+
+def test_the_adjoint_refuses_a_second_derivative():
+    field = perturbed(LinearField(2))
+    x = torch.randn(3, 2, requires_grad=True)
+    transform = ContinuousTransform(field, solver=ODESolver(gradient="adjoint"))
+    z = transform.to_base(x)
+    with pytest.raises(RuntimeError, match=r"first derivatives only.*gradient='backprop'"):
+        torch.autograd.grad(z.square().sum(), x, create_graph=True)
+
+    z = transform.using(solver=ODESolver(gradient="backprop")).to_base(x)
+    (gradient,) = torch.autograd.grad(z.square().sum(), x, create_graph=True)
+    second = torch.autograd.grad(gradient.sum(), field.weight)[0]
+    assert second.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("method", ["dopri5", "dopri8", "bosh3"])
+def test_states_between_the_ends_are_as_accurate_as_the_last(method):
+    field = perturbed(LinearField(2))
+    solver = ODESolver(method=method, rtol=1e-7, atol=1e-7)
+    x = torch.randn(3, 2)
+    times = torch.tensor([0.0, 0.17, 0.5, 0.61, 1.0])
+    states = ContinuousTransform(field, solver=solver).trajectory(x, times)
+    for t, state in zip(times.tolist(), states, strict=True):
+        expected, _ = field.solution(x, start=0.0, end=t)
+        torch.testing.assert_close(state, expected, rtol=0, atol=2e-6)

@@ -743,3 +743,24 @@ def test_a_vector_field_without_forward_cannot_be_made():
 
     with pytest.raises(TypeError, match="abstract"):
         Empty(2)
+
+
+@pytest.mark.parametrize("with_kwargs", [False, True])
+def test_pre_hooks_of_any_kind_fire_once_for_each_evaluation(with_kwargs):
+    field, calls = mlp(), []
+
+    def hook(*arguments):
+        calls.append(arguments)
+
+    field.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
+    t, x = torch.tensor(0.5), torch.randn(3, 2)
+    field(t, x)
+    field.velocity_and_divergence(t, x)
+    field.velocity_and_products(t, x, torch.ones(1, 3, 2))
+    assert len(calls) == 3
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+def test_a_single_width_is_refused():
+    with pytest.raises(TypeError, match=r"widths such as \(128, 128\); got 8"):
+        MLPField(2, hidden_features=8)

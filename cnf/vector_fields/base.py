@@ -93,8 +93,11 @@ class VectorField(nn.Module, ABC):
 
     def _announce_evaluation(self) -> None:
         """Run the forward pre-hooks, in an override that does not go through ``__call__``."""
-        for hook in self._forward_pre_hooks.values():
-            hook(self, ())
+        for key, hook in self._forward_pre_hooks.items():
+            if key in self._forward_pre_hooks_with_kwargs:
+                hook(self, (), {})
+            else:
+                hook(self, ())
 
 
 class ModuleField(VectorField):

@@ -156,6 +156,10 @@ def _divergence(hidden: list[AffineMap], output: AffineMap, slopes: list[Tensor]
 
 
 def _check_widths(hidden_features: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(hidden_features, Sequence):
+        raise TypeError(
+            f"hidden_features must be widths such as (128, 128); got {hidden_features!r}."
+        )
     widths = tuple(hidden_features)
     if not widths:
         raise ValueError("hidden_features must name at least one hidden layer; got ().")
