@@ -688,7 +688,7 @@ def test_bad_contexts_are_refused_by_name(bad, error, message, refuses):
 
 
 @pytest.mark.usefixtures("shapes_unchecked")
-@pytest.mark.parametrize("objective", [nn.Linear(2, 2), None, "flow", lambda x: x], ids=repr)
+@pytest.mark.parametrize("objective", [nn.Linear(2, 2), None, "flow", lambda x: x], ids=["module", "None", "str", "function"])
 def test_an_objective_without_flow_is_refused(objective):
     message = r"objective must be a cnf\.Flow or an objective with a flow; got "
     with pytest.raises(TypeError, match=message + type(objective).__name__):
