@@ -1,7 +1,9 @@
 """Checks of what users pass in: one message format, used once at the public door."""
 
 import itertools
+import operator
 from collections.abc import Sequence
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +73,7 @@ def check_vectors(name: str, x: Tensor, features: int, *, like: Tensor) -> None:
 
 def reference_tensor(module: nn.Module) -> Tensor:
     """A tensor of the module, whose dtype and device its inputs must have."""
-    return next(itertools.chain(module.parameters(), module.buffers()))
+    return next(itertools.chain(module.parameters(), module.buffers()), torch.empty(0))
 
 
 def check_context(context: Tensor | None, context_features: int, *, like: Tensor) -> None:
@@ -122,24 +124,29 @@ def check_sample_shape(sample_shape: int | Sequence[int]) -> torch.Size:
         ValueError: If a size is negative.
     """
     sizes = tuple(sample_shape) if isinstance(sample_shape, Sequence) else (sample_shape,)
-    if not all(isinstance(size, int) for size in sizes):
+    if not all(_is_integer(size) for size in sizes):
         raise TypeError(f"sample_shape must be an int or a shape of ints; got {sample_shape!r}.")
     if any(size < 0 for size in sizes):
         raise ValueError(f"sample_shape must not be negative; got {sample_shape!r}.")
-    return torch.Size(sizes)
+    return torch.Size(map(operator.index, sizes))
 
 
-def check_count(name: str, value: int, *, least: int = 1) -> None:
-    """Refuse what is not an int of at least `least`.
+def check_count(name: str, value: int, *, least: int = 1) -> int:
+    """Refuse what is not an integer, of whatever library, of at least `least`; return an int.
 
     Raises:
         TypeError: If `value` is not an int.
         ValueError: If it is too small.
     """
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not _is_integer(value):
         raise TypeError(f"{name} must be an int; got {value!r}.")
     if value < least:
         raise ValueError(f"{name} must be at least {least}; got {value}.")
+    return operator.index(value)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, SupportsIndex) and not isinstance(value, bool | Tensor)
 
 
 def _shape(value: object) -> object:

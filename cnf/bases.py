@@ -25,8 +25,7 @@ class Base(nn.Module, ABC):
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        check_count("features", features)
-        self.features = features
+        self.features = check_count("features", features)
 
     @abstractmethod
     def log_prob(self, z: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch"]:

@@ -23,7 +23,8 @@ class CNF(Flow):
         hidden_features: Widths of the hidden layers. With one or two, the likelihood is exact at
             about the price of an evaluation, in any dimension.
         layer: Kind of the time-conditioned layers; see `MLPField`.
-        activation: Activation, or one for each hidden layer; see `MLPField`.
+        activation: Activation, or one for each hidden layer; None for a sinusoidal first layer,
+            then silu; see `MLPField`.
         frequency: Initial scale of a sinusoidal first layer; see `MLPField`.
         divergence: How the divergence is computed; None for `Exact`.
         solver: How the ODE is solved; None for `ODESolver()`.
@@ -56,7 +57,7 @@ class CNF(Flow):
         *,
         hidden_features: Sequence[int] = (128, 128),
         layer: str = "concatsquash",
-        activation: str | Sequence[str] = ("sin", "silu"),
+        activation: str | Sequence[str] | None = None,
         frequency: float | None = None,
         divergence: Divergence | None = None,
         solver: ODESolver | None = None,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Transform, constraints
 
-from cnf._checks import check_sample_shape
+from cnf._checks import check_sample_shape, joint_batch_shape
 
 if TYPE_CHECKING:
     import cnf.flow
@@ -74,8 +74,8 @@ class FlowDistribution(Distribution):
 
     def log_prob(self, value: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Log-density of `value`, in nats; the batch shape broadcasts against its own."""
-        log_prob = self.flow.log_prob(value, self.context, generator=generator)
-        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
+        shape = joint_batch_shape(value, torch.empty(*self.batch_shape, 0))
+        return self.flow.log_prob(value, self.context, generator=generator).expand(shape)
 
     def sample(
         self,

@@ -10,16 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cnf._checks import check_count, name_rows, non_finite_rows
+from cnf._checks import check_count
+from cnf._watch import ODEError, RightHandSide, State, SteppingWatch, Watch
 
-State = tuple[Tensor, ...]
-RightHandSide = Callable[[Tensor, State], State]
+__all__ = ["ODEError", "ODESolver", "RightHandSide", "State", "methods"]
 
 _GRADIENTS = ("adjoint", "backprop")
-
-
-class ODEError(RuntimeError):
-    """A solve failed: the message says when, after how many evaluations, for which rows and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +51,8 @@ class ODESolver:
     gradient has an error of the order of the tolerance. "backprop" differentiates the steps taken:
     exact for them and faster, with memory for every evaluation."""
     max_evaluations: int = 10_000
-    """Budget of one solve, its backward pass included; spending it raises an `ODEError`."""
+    """Budget of a solve, and again of each backward pass by the adjoint; spending it raises an
+    `ODEError`."""
 
     def __post_init__(self) -> None:
         kinds = methods()
@@ -92,7 +89,7 @@ class ODESolver:
         state: State,
         times: Float[Tensor, " times"],
         *,
-        parameters: Sequence[Tensor] = (),
+        dependencies: Callable[[], Sequence[Tensor]] = tuple,
     ) -> State:
         """Follow dstate/dt = rhs(t, state) through the given times.
 
@@ -100,40 +97,46 @@ class ODESolver:
             rhs: Takes a 0-dim time and the state, returns the derivative of each of its tensors.
             state: The state at ``times[0]``: tensors; the first holds rows, ``(*batch, features)``.
             times: At least two times, strictly increasing or decreasing.
-            parameters: Every tensor, other than the state and times, that `rhs` depends on and
-                that may need a gradient. The adjoint gives none to a tensor not named here.
+            dependencies: Returns every other tensor that `rhs` depends on. The adjoint gives no
+                gradient to a tensor not named here.
 
         Returns:
             The state at each time: tensors with a first axis of ``len(times)`` more.
 
         Raises:
+            ValueError: If the tolerances are finer than the dtype of the state can tell.
             ODEError: If the solve fails.
         """
         from torchdiffeq import odeint, odeint_adjoint
 
-        watch = _Watch(rhs, self)
+        kind = methods()[self.method]
+        self._check_precision(kind, state[0].dtype)
+        watch = (Watch if kind == "external" else SteppingWatch)(
+            rhs, dependencies, method=self.method, kind=kind, budget=self.max_evaluations
+        )
         arguments: dict[str, Any] = {
             "method": self.method,
             "rtol": self.rtol,
             "atol": self.atol,
-            "options": self._options(times, stops=times[1:]),
+            "options": self._options(kind, times, times[1:]),
         }
+        parameters = tuple(dependencies())
         needs_gradient = torch.is_grad_enabled() and any(
             tensor.requires_grad for tensor in (*state, times, *parameters)
         )
         if self.gradient == "adjoint" and needs_gradient:
             # torchdiffeq negates decreasing times, but not the options of the adjoint.
             sign = 1 if times[0] < times[-1] else -1
-            options = self._options(times, stops=sign * times[:-1].flip(0))
+            options = self._options(kind, times, sign * times[:-1].flip(0), backward=True)
             solution = odeint_adjoint(
                 watch,
                 state,
                 times,
                 **arguments,
                 adjoint_options={**options, "norm": "seminorm"},
-                adjoint_params=tuple(parameters),
+                adjoint_params=parameters,
             )
-            solution = tuple(map(_FirstOrderOnly.apply, solution))
+            solution = watch.backward_once(solution)
         else:
             # Where nothing needs a gradient, a field in reverse mode would leave a graph all the
             # same, because it differentiates with respect to x.
@@ -142,12 +145,22 @@ class ODESolver:
         watch.check_end(solution, times)
         return tuple(solution)
 
-    def _options(self, times: Tensor, stops: Tensor) -> dict[str, Any]:
-        kind = methods()[self.method]
+    def _check_precision(self, kind: str, dtype: torch.dtype) -> None:
+        resolution = torch.finfo(dtype).eps
+        if kind == "adaptive" and max(self.rtol, self.atol) < resolution:
+            raise ValueError(
+                f"rtol and atol must not both be finer than {dtype} can tell, {resolution:.1e}; "
+                f"got {self.rtol} and {self.atol}. Loosen them, or use float32 or float64."
+            )
+
+    def _options(
+        self, kind: str, times: Tensor, stops: Tensor, *, backward: bool = False
+    ) -> dict[str, Any]:
         if kind == "adaptive":
-            # Land on each time: left alone, torchdiffeq steps past it and interpolates, which
-            # costs accuracy and, at the end, evaluates the field outside [0, 1].
-            return {"step_t": stops.detach()}
+            # Land on the end: left alone, torchdiffeq steps past it, evaluates the field outside
+            # [0, 1] and interpolates. Its interpolant is as accurate as the steps of dopri5 only.
+            everywhere = backward or self.method != "dopri5"
+            return {"step_t": (stops if everywhere else stops[-1:]).detach()}
         if kind == "fixed":
             span = (times[-1] - times[0]).abs().detach()
             return {"grid_constructor": lambda _f, _y, t: self._grid(t, span)}
@@ -182,96 +195,3 @@ def methods() -> dict[str, str]:
         return "fixed" if issubclass(solver, FixedGridODESolver) else "external"
 
     return {name: kind(solver) for name, solver in SOLVERS.items()}
-
-
-class _FirstOrderOnly(torch.autograd.Function):
-    """Identity that refuses a second derivative: torchdiffeq's adjoint would lose it silently."""
-
-    @staticmethod
-    def forward(_ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(_ctx: Any, gradient: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the adjoint gives first derivatives only, and create_graph=True asks for more; "
-                "use ODESolver(gradient='backprop')."
-            )
-        return gradient
-
-
-class _Watch:
-    """The right-hand side, watched: keeps to the budget and explains a failure.
-
-    The callbacks run at the start of each step, forward and in the adjoint's backward pass, and
-    so before torchdiffeq asserts or goes on with NaN.
-    """
-
-    def __init__(self, rhs: RightHandSide, solver: ODESolver) -> None:
-        self.rhs = rhs
-        self.solver = solver
-        self.evaluations = 0
-        self.first: State | None = None
-        self.last: State | None = None
-        if methods()[solver.method] != "external":
-            self.callback_step = self.callback_step_adjoint = self._before_step
-
-    def __call__(self, t: Tensor, state: State) -> State:
-        if self.evaluations >= self.solver.max_evaluations:
-            budget = f"max_evaluations={self.solver.max_evaluations}"
-            raise self.error(t, f"spent its budget of {budget}")
-        self.evaluations += 1
-        rates = self.rhs(t, state)
-        self.last = tuple(part.detach() for part in (*state, *rates))
-        self.first = self.last if self.first is None else self.first
-        return rates
-
-    def _before_step(self, t: Tensor, state: Any, dt: Tensor) -> None:
-        if not t.abs() + dt.abs() > t.abs():
-            # torchdiffeq takes a step of 0 where the size that it computes is not finite.
-            too_small = "needs steps too small for the time to advance"
-            raise self.error(t, "reached NaN or inf" if dt == 0 else too_small)
-        if not all(part.isfinite().all() for part in state):
-            raise self.error(t, "reached NaN or inf")
-
-    def check_end(self, solution: State, times: Tensor) -> None:
-        if len(solution[0]) != len(times):
-            raise self.error(times[-1], "stopped early")
-        if not all(part.isfinite().all() for part in solution):
-            raise self.error(times[-1], "reached NaN or inf")
-
-    def error(self, t: Tensor, what: str) -> ODEError:
-        time = abs(float(t.detach()))  # torchdiffeq negates decreasing times
-        return ODEError(
-            f"the solve with {self.solver.method} {what}, at t = {time:.6g} after "
-            f"{self.evaluations} evaluations; {self._diagnosis()}"
-        )
-
-    def _diagnosis(self) -> str:
-        if self.first is None or self.last is None:
-            return "the vector field was not evaluated."
-        # The first is asked first: bad in one row, it makes the first step NaN, and so every row.
-        bad = _bad_rows(self.first)
-        if not bad.any():
-            bad = _bad_rows(self.last)
-        if bad.any():
-            return (
-                f"the state, velocity or divergence is not finite in {name_rows(bad)}. The field "
-                "may be undefined there or grow without bound: bound its output, standardise the "
-                "data, or lower the learning rate."
-            )
-        velocity = self.last[len(self.last) // 2]
-        speed = velocity.abs().amax(-1)
-        fastest = speed >= 0.5 * speed.max()
-        return (
-            f"the velocity is largest, {float(speed.max()):.3g}, in {name_rows(fastest)}. The "
-            "field may be stiff: loosen rtol and atol, raise max_evaluations, use float64, or "
-            "take a fixed-step method; in training, lower the learning rate or regularise."
-        )
-
-
-def _bad_rows(evaluation: State) -> Tensor:
-    """Mask of the rows in which a state or its rate, as the watch keeps them, is not finite."""
-    rows = evaluation[0].shape[:-1]
-    return non_finite_rows(torch.cat([part.reshape(*rows, -1) for part in evaluation], -1))

@@ -43,6 +43,8 @@ _CLASSES: dict[str, type] = {
 def save(flow: Flow, path: str | os.PathLike[str]) -> None:
     """Write a flow to `path`, atomically: the file is complete or as it was before.
 
+    Values are kept, not which of them are frozen: each parameter of a loaded flow is trainable.
+
     Args:
         flow: A flow made of parts of this package.
         path: Where to; the folder must exist. The custom is the suffix ``.safetensors``.
@@ -50,7 +52,8 @@ def save(flow: Flow, path: str | os.PathLike[str]) -> None:
     Raises:
         TypeError: If `flow` is not a flow, or has a part that this package did not define. Save
             the ``state_dict()`` of such a flow instead, and rebuild it in your own code.
-        ValueError: If parts of the flow share tensors, which the file could not keep shared.
+        ValueError: If parts of the flow share tensors, which the file could not keep shared, or
+            have more than one dtype.
         OSError: If the file cannot be written.
 
     Example:
@@ -64,7 +67,7 @@ def save(flow: Flow, path: str | os.PathLike[str]) -> None:
     if not isinstance(flow, Flow):
         raise TypeError(f"flow must be a cnf.Flow; got {type(flow).__name__}.")
     description = {"format": FORMAT_VERSION, "flow": _describe(flow)}
-    _refuse_shared(flow)
+    _refuse_what_a_file_cannot_keep(flow)
     tensors = {name: value.detach().contiguous() for name, value in flow.state_dict().items()}
     write_atomically(path, to_safetensors(tensors, metadata={"cnf": json.dumps(description)}))
 
@@ -134,8 +137,14 @@ def _build(description: Any, tensors: dict[str, torch.Tensor], path: Path) -> Fl
     return flow
 
 
-def _refuse_shared(flow: Flow) -> None:
+def _refuse_what_a_file_cannot_keep(flow: Flow) -> None:
     tensors = flow.state_dict(keep_vars=True)
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"flow must have one dtype; got {sorted(map(str, dtypes))}. "
+            "Convert it with flow.to(torch.float32) or another."
+        )
     if len({id(tensor) for tensor in tensors.values()}) < len(tensors):
         raise ValueError(
             "flow must not share tensors between its parts; a file cannot keep them shared. "

@@ -24,6 +24,9 @@ def follow(
         ValueError: If `times` does not fit, or the chain has no path.
         ODEError: If a solve fails.
     """
+    if not isinstance(times, Tensor):
+        raise TypeError(f"times must be a torch.Tensor; got {type(times).__name__}.")
+    times = times.to(start)
     _check_times(times)
     blocks = [part for part in transforms if isinstance(part, ContinuousTransform)]
     discrete = transforms[: len(transforms) - len(blocks)]
@@ -32,7 +35,6 @@ def follow(
             "a trajectory needs a flow that ends, on its base side, in its continuous transforms; "
             f"got {[type(part).__name__ for part in transforms]} from data to base."
         )
-    times = times.to(start)
     if times[0] == 1:
         for part in discrete:
             start = part.to_base(start, context)
@@ -65,13 +67,13 @@ def _follow_blocks(
 
 
 def _check_times(times: Tensor) -> None:
-    if not isinstance(times, Tensor):
-        raise TypeError(f"times must be a torch.Tensor; got {type(times).__name__}.")
     if times.ndim != 1 or len(times) < 2:
         raise ValueError(f"times must be 1-D with at least 2 times; got {tuple(times.shape)}.")
     steps = times.diff()
     if not ((steps > 0).all() or (steps < 0).all()):
-        raise ValueError("times must be strictly increasing or strictly decreasing.")
+        raise ValueError(
+            f"times must be strictly increasing or strictly decreasing in {times.dtype}."
+        )
     first, last = float(times[0]), float(times[-1])
     if first not in (0.0, 1.0) or not 0 <= last <= 1:
         raise ValueError(

@@ -6,7 +6,7 @@ from torch.distributions import Distribution, constraints, kl_divergence
 from torch.distributions.transforms import Transform
 from zoo import cnf
 
-from cnf import CNF
+from cnf import CNF, count_evaluations
 
 
 def test_it_is_a_torch_distribution():
@@ -98,3 +98,13 @@ def test_log_prob_refuses_what_the_flow_refuses():
 def test_what_torch_cannot_know_is_refused_as_torch_does():
     with pytest.raises(NotImplementedError):
         kl_divergence(CNF(2)(), CNF(2)())
+
+
+def test_rows_that_do_not_fit_the_batch_shape_are_refused_before_the_solve():
+    distribution = CNF(2)().expand((3,))
+    with (
+        count_evaluations(distribution.flow) as nfe,
+        pytest.raises(ValueError, match="must broadcast"),
+    ):
+        distribution.log_prob(torch.randn(4, 2))
+    assert nfe.value == 0

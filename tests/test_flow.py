@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from laws import (
@@ -24,7 +25,7 @@ from cnf import (
     ODESolver,
     Standardize,
 )
-from cnf.bases import StandardNormal
+from cnf.bases import Base, StandardNormal
 
 every_flow = pytest.mark.parametrize("make", FLOWS.values(), ids=FLOWS)
 ADJOINT = ODESolver(rtol=1e-9, atol=1e-9, gradient="adjoint")
@@ -354,3 +355,42 @@ def test_standardization_changes_the_density_by_its_scale():
     standardized = Flow([standardize, *flow.chain])
     expected = flow.log_prob((x - x.mean(0)) / x.std(0)) - x.std(0).log().sum()
     torch.testing.assert_close(standardized.log_prob(x), expected, rtol=0, atol=1e-6)
+
+
+@every_flow
+def test_every_call_takes_an_empty_batch_and_keeps_its_graph(make):
+    flow = make()
+    x, context = rows_for(flow, 0)
+    times = torch.tensor([0.0, 0.5, 1.0])
+    assert flow.trajectory(x, times, context).shape == (3, 0, 2)
+    assert flow.to_data(x, context).shape == (0, 2)
+    assert flow.sample_and_log_prob(3, context)[1].shape[-1] in (0, 3)
+    flow.log_prob(x, context).sum().backward()
+    flow.to_data(x, context).sum().backward()
+    assert all(parameter.grad.abs().sum() == 0 for parameter in flow.parameters())
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+def test_integers_of_numpy_are_integers():
+    flow = CNF(np.int64(2), hidden_features=(np.int64(4), 4))
+    assert flow.sample(np.int64(3)).shape == flow.sample((np.int64(3),)).shape == (3, 2)
+    assert isinstance(flow.features, int)
+    with pytest.raises(TypeError, match="an int or a shape of ints; got True"):
+        flow.sample(True)
+
+
+def test_a_flow_without_tensors_is_checked_against_the_default_dtype():
+    class Uniform(Base):
+        def log_prob(self, z):
+            return torch.where((z.abs() < 1).all(-1), -self.features * math.log(2), -torch.inf)
+
+        def rsample(self, shape, *, generator=None):
+            return 2 * torch.rand(*shape, self.features, generator=generator) - 1
+
+        def distribution(self, batch_shape=()):
+            raise NotImplementedError
+
+    flow = Flow([], Uniform(2))
+    torch.testing.assert_close(flow.log_prob(torch.zeros(3, 2)), torch.full((3,), -math.log(4)))
+    with pytest.raises(ValueError, match=r"dtype torch.float64; got torch.float32"):
+        flow.log_prob(torch.zeros(3, 2, dtype=torch.float32))

@@ -290,3 +290,8 @@ def test_bad_rows_are_refused_by_name(x, context, message):
     context = None if context is None else context.float()
     with pytest.raises(ValueError, match=message):
         objective(x.float(), context)
+
+
+def test_an_empty_minibatch_is_refused():
+    with pytest.raises(ValueError, match=r"x must have at least one row; got shape \(0, 2\)"):
+        MaximumLikelihood(CNF(2))(torch.zeros(0, 2))

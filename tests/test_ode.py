@@ -1,8 +1,10 @@
 """Laws of the solver: accuracy, where it evaluates, gradients, and how it fails."""
 
+import gc
 import math
 import re
-from dataclasses import FrozenInstanceError
+import weakref
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
@@ -149,7 +151,7 @@ def test_an_adaptive_adjoint_is_as_precise_as_its_tolerance(method, times):
     weights = torch.randn(4, 2)
     tolerance = 1e-5 if method in LOW_ORDER else 1e-7
     moved, _ = solver_for(method, tolerance=tolerance).solve(
-        flow_of(field), start(x), torch.tensor(times), parameters=list(field.parameters())
+        flow_of(field), start(x), torch.tensor(times), dependencies=lambda: list(field.parameters())
     )
     expected, _ = field.solution(x, start=times[0], end=times[-1])
     inputs = [x, *field.parameters()]
@@ -252,7 +254,7 @@ def test_gradients_are_those_of_the_closed_form(method, times, gradient):
     inputs = [x, context, *field.parameters()]
     solver = solver_for(method, steps=50, tolerance=1e-10, gradient=gradient)
     solved = solver.solve(
-        flow_of(field, context), start(x), torch.tensor(times), parameters=inputs[1:]
+        flow_of(field, context), start(x), torch.tensor(times), dependencies=lambda: inputs[1:]
     )
     closed = [field.solution(x, context, start=times[0], end=time) for time in times]
     expected = [torch.stack(parts) for parts in zip(*closed, strict=True)]
@@ -363,7 +365,9 @@ def message(what, where):
 
 NOT_FINITE = "reached NaN or inf"
 BOUND = r" The field may be undefined there or grow without bound: bound its output, .*\.$"
-STIFF = r" The field may be stiff: loosen rtol and atol, raise max_evaluations, .*\.$"
+STIFF = (
+    r" The field may be stiff, rough or random: loosen rtol and atol, raise max_evaluations, .*\.$"
+)
 
 
 def beyond_half(times):
@@ -485,7 +489,8 @@ def test_a_spent_budget_is_an_error_before_the_next_evaluation(method, times):
     system, x = swinging()
     solver = solver_for(method, steps=100, tolerance=1e-9, max_evaluations=30)
     what = r"spent its budget of max_evaluations=30, at t = [\d.e+-]+ after 30 evaluations; "
-    with pytest.raises(ODEError, match=rf"the solve with {method} {what}the velocity is .*{STIFF}"):
+    remedy = "take fewer steps" if methods()[method] == "fixed" else f"the velocity is .*{STIFF}"
+    with pytest.raises(ODEError, match=rf"the solve with {method} {what}{remedy}"):
         solver.solve(system, (x,), torch.tensor(times))
     assert len(system.seen) == 30
 
@@ -516,28 +521,132 @@ def test_a_method_that_steps_back_from_inf_stops_at_its_budget():
 
 @DIRECTION
 @pytest.mark.parametrize("method", ["rk4", "dopri5", "scipy_solver"])
-def test_the_budget_holds_for_the_adjoint_too(method, times):
+def test_each_backward_pass_has_the_budget_anew(method, times):
     system, x = swinging()
-    solver_for(method, steps=10).solve(system, (x,), torch.tensor(times))
-    budget = len(system.seen) + 20
-    system.seen.clear()
-    solver = solver_for(method, steps=10, max_evaluations=budget)
+    solver = solver_for(method, steps=10)
     (states,) = solver.solve(system, (x.requires_grad_(),), torch.tensor(times))
-    with pytest.raises(ODEError, match=rf"spent its budget of max_evaluations={budget}, at t = "):
-        states[-1].sum().backward()
-    assert len(system.seen) == budget
+    forward = len(system.seen)
+    loss = states[-1].sum()
+    loss.backward(retain_graph=True)
+    backward = len(system.seen) - forward
+
+    tight = replace(solver, max_evaluations=max(forward, backward))
+    (states,) = tight.solve(system, (x,), torch.tensor(times))
+    for _ in range(3):
+        states[-1].sum().backward(retain_graph=True)
 
 
 @DIRECTION
-@pytest.mark.parametrize("method", ["rk4", "dopri5"])
-def test_nan_that_only_the_adjoint_meets_is_an_error(method, times):
-    def rhs(t, state):
-        return (state[0].square().sqrt(),)  # 0 at 0, where its derivative is NaN
+def test_the_budget_holds_for_the_adjoint_too(times):
+    def rhs(t, state):  # rough once it is differentiated
+        return (state[0] + 1e-3 * torch.sin(3e3 * state[0]),)
 
-    x = torch.zeros(3, 2, requires_grad=True)
-    (states,) = solver_for(method, steps=10).solve(rhs, (x,), torch.tensor(times))
-    with pytest.raises(ODEError, match=f"the solve with {method} {NOT_FINITE}"):
+    x = torch.randn(3, 2, requires_grad=True)
+    solver = ODESolver(rtol=1e-2, atol=1e-2, max_evaluations=60)
+    (states,) = solver.solve(rhs, (x,), torch.tensor(times))
+    what = "the backward solve with dopri5 spent its budget of max_evaluations=60, at t = "
+    with pytest.raises(ODEError, match=what):
         states[-1].sum().backward()
+
+
+@DIRECTION
+@pytest.mark.parametrize("steps", [1, 10])
+@pytest.mark.parametrize("method", ["rk4", "euler", "dopri5", "scipy_solver"])
+def test_nan_that_only_the_adjoint_meets_is_an_error_that_names_the_row(method, steps, times):
+    def rhs(t, state):
+        return (state[0].square().sum(-1, keepdim=True).sqrt() + 0 * state[0],)  # no slope at 0
+
+    x = torch.ones(3, 2)
+    x[1] = 0
+    solver = solver_for(method, steps=steps)
+    (states,) = solver.solve(rhs, (x.requires_grad_(),), torch.tensor(times))
+    what = rf"the backward solve with {method} reached .*the gradient of the field .* in row 1: "
+    with pytest.raises(ODEError, match=what):
+        states[-1].sum().backward()
+
+
+def test_exchanged_parameters_are_an_error_not_a_wrong_gradient():
+    field = LinearField(2)
+    x = torch.randn(3, 2)
+    weight = torch.eye(2, requires_grad=True)
+
+    def gradient(solver):
+        transform = ContinuousTransform(field, solver=solver)
+        call = torch.func.functional_call
+        z = call(_ToBase(transform), {"transform.vector_field.weight": weight}, (x,))
+        return torch.autograd.grad(z.sum(), weight)[0]
+
+    with pytest.raises(RuntimeError, match=r"were exchanged .* use gradient='backprop'"):
+        gradient(ODESolver(gradient="adjoint"))
+
+    expected = torch.autograd.grad((x @ torch.linalg.matrix_exp(-weight).T).sum(), weight)[0]
+    found = gradient(ODESolver(gradient="backprop"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+class _ToBase(torch.nn.Module):
+    def __init__(self, transform):
+        super().__init__()
+        self.transform = transform
+
+    def forward(self, x):
+        return self.transform.to_base(x)
+
+
+class _Odd(torch.nn.Module):
+    """Keeps a tensor in a plain attribute and another in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.plain = torch.randn(2, requires_grad=True)
+        self.register_buffer("scale", torch.ones(2))
+
+    def forward(self, t, x):
+        return torch.sin(x * self.plain) * self.scale
+
+
+def test_the_adjoint_gives_a_gradient_to_a_plain_attribute_of_a_network():
+    network, x = _Odd(), torch.randn(3, 2)
+    found = []
+    for gradient in ("adjoint", "backprop"):
+        solver = ODESolver(rtol=1e-9, atol=1e-9, gradient=gradient)
+        transform = ContinuousTransform(ModuleField(network, 2), solver=solver)
+        found.append(torch.autograd.grad(transform.to_base(x).sum(), network.plain)[0])
+    torch.testing.assert_close(*found, rtol=0, atol=1e-7)
+
+
+def test_a_buffer_changed_before_the_backward_pass_is_an_error():
+    network = _Odd()
+    z = ContinuousTransform(ModuleField(network, 2)).to_base(torch.randn(3, 2))
+    network.scale.mul_(3)
+    with pytest.raises(RuntimeError, match="exchanged or changed between a solve and its backward"):
+        z.sum().backward()
+
+
+@pytest.mark.parametrize("gradient", ["adjoint", "backprop"])
+def test_a_solve_is_freed_without_the_garbage_collector(gradient):
+    field = perturbed(LinearField(2, 3))
+    transform = ContinuousTransform(field, solver=ODESolver(gradient=gradient))
+    gc.collect()
+    gc.disable()
+    try:
+        context = torch.randn(4, 3) + 0
+        alive = weakref.ref(context)
+        transform.to_base(torch.randn(4, 2), context).sum().backward()
+        del context
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(("dtype", "fits"), [("bfloat16", 1e-2), ("float32", 1e-6)])
+def test_tolerances_finer_than_the_dtype_are_refused(dtype, fits):
+    dtype = getattr(torch, dtype)
+    state, times = (torch.ones(1, 1, dtype=dtype),), torch.tensor([0.0, 1.0], dtype=dtype)
+    too_fine = ODESolver(rtol=fits / 100, atol=fits / 100)
+    with pytest.raises(ValueError, match=f"finer than {dtype} can tell"):
+        too_fine.solve(lambda _, state: state, state, times)
+    ODESolver(rtol=fits, atol=fits).solve(lambda _, state: state, state, times)
 
 
 def test_a_row_outside_the_domain_of_a_field_is_named_through_the_transform():

@@ -332,12 +332,17 @@ def test_a_sinusoidal_first_layer_has_the_frequency_as_its_scale_and_any_phase(f
     assert first.bias.std().item() == pytest.approx(math.pi / math.sqrt(3), rel=0.04)
 
 
-def test_only_a_sinusoidal_first_layer_takes_the_frequency():
-    torch.manual_seed(1)
-    silu_first = MLPField(2, activation=("silu", "sin"), frequency=100.0)
-    torch.manual_seed(1)
-    plain = MLPField(2, activation=("silu", "silu"), frequency=1.0)
-    torch.testing.assert_close(silu_first.state_dict(), plain.state_dict(), rtol=0, atol=0)
+@pytest.mark.parametrize("activation", ["tanh", ("silu", "sin")])
+def test_only_a_sinusoidal_first_layer_takes_a_frequency(activation):
+    with pytest.raises(ValueError, match=r"leave it out with the activation '(tanh|silu)'; got 9"):
+        MLPField(2, activation=activation, frequency=9.0)
+    assert MLPField(2, activation=activation).frequency is None
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_the_default_activation_is_sin_then_silu_at_any_depth(depth):
+    field = MLPField(2, hidden_features=(4,) * depth)
+    assert field.activation == ("sin", *("silu",) * (depth - 1))
 
 
 def test_reset_parameters_starts_again():

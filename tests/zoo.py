@@ -54,7 +54,9 @@ class UserNetwork(nn.Module):
 
 def mlp(features: int = 2, context_features: int = 0, **settings: object) -> MLPField:
     """A small, smooth MLP field."""
-    settings = {"hidden_features": (8, 8), "frequency": 1.0, **settings}
+    settings = {"hidden_features": (8, 8), **settings}
+    if settings.get("activation", "sin") in ("sin", ("sin", "silu")):
+        settings.setdefault("frequency", 1.0)
     return perturbed(MLPField(features, context_features, **settings))
 
 

@@ -50,7 +50,7 @@ class ToyDensity(ABC):
     extent: tuple[float, ...]
 
     def sample(
-        self, n: int, *, generator: torch.Generator | None = None
+        self, n: int, generator: torch.Generator | None = None
     ) -> Float[Tensor, "n features"]:
         """Independent points, on the CPU and in torch's default dtype.
 

@@ -60,7 +60,14 @@ class MaximumLikelihood(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, ""]:
-        """The loss of a minibatch; `generator` draws the probes."""
+        """The loss of a minibatch; `generator` draws the probes.
+
+        Raises:
+            ValueError: If the minibatch is empty or does not fit the flow.
+            ODEError: If the solve fails.
+        """
+        if x.numel() == 0:
+            raise ValueError(f"x must have at least one row; got shape {tuple(x.shape)}.")
         flow = Flow(map(self._for_training, self.flow.chain), self.flow.base)
         return -flow.log_prob(x, context, generator=generator).mean()
 

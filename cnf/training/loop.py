@@ -30,13 +30,16 @@ _WARM_UP = 0.02
 class TrainingError(RuntimeError):
     """Training stopped because a loss or gradient was not finite, or a solve failed.
 
-    The flow holds the last good weights, those that last gave a finite loss and gradient, and
-    `history` the steps before the one that failed.
+    The flow holds the weights of the best validation or, without one, the last good weights, those
+    that last gave a finite loss and gradient; `history` holds the steps before the one that failed.
     """
 
     def __init__(self, message: str, history: History) -> None:
-        super().__init__(message)
+        super().__init__(message, history)  # all arguments, so that it can be pickled
         self.history = history
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def fit(
@@ -50,11 +53,13 @@ def fit(
 
     Args:
         objective: A flow, trained by `MaximumLikelihood`, or an objective: a module with a `flow`,
-            whose ``forward(x, context, generator=...)`` returns the loss.
+            whose ``forward(x, context, generator=...)`` returns the loss. Its own parameters are
+            trained too.
         data: Rows ``(rows, features)``, or rows and contexts ``(rows, context_features)``.
         config: Settings.
         validation: Held-out data of the same form. The flow ends with the weights whose
-            negative log-likelihood of them, as `log_prob` gives it, is lowest.
+            negative log-likelihood of them, as `log_prob` gives it, is lowest, also when training
+            is interrupted from the keyboard.
 
     Returns:
         The record of the run.
@@ -62,7 +67,7 @@ def fit(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If the data do not fit the flow, or hold NaN or inf.
-        TrainingError: If training cannot go on; the flow keeps the last good weights.
+        TrainingError: If training cannot go on; the flow keeps the best or last good weights.
 
     Example:
         >>> from cnf import CNF
@@ -81,10 +86,13 @@ def fit(
         )
     if not isinstance(config, TrainingConfig):
         raise TypeError(f"config must be a TrainingConfig; got {type(config).__name__}.")
-    if not any(parameter.requires_grad for parameter in flow.parameters()):
-        raise ValueError("objective must have a flow with parameters to train; got none.")
-    run = _Run(objective, flow, _as_tensors("data", data, flow), config)
-    run.go(None if validation is None else _as_tensors("validation", validation, flow))
+    if not any(parameter.requires_grad for parameter in objective.parameters()):
+        raise ValueError("objective must have parameters to train; got none.")
+    rows = _as_tensors("data", data, flow)
+    held_out = None if validation is None else _as_tensors("validation", validation, flow)
+    with torch.inference_mode(False), torch.enable_grad():
+        run = _Run(objective, flow, rows, config)
+        run.go(held_out)
     return run.history
 
 
@@ -105,7 +113,10 @@ class _Run:
             accelerator=device.type,
             devices=1 if device.index is None else [device.index],
         )
-        optimizer = torch.optim.Adam(flow.parameters(), lr=config.learning_rate)
+        optimizer = torch.optim.Adam(objective.parameters(), lr=config.learning_rate)
+        self.best: dict[str, Tensor] | None = None
+        self.good = _snapshot(objective)
+        self.bare = objective
         self.objective, self.optimizer = self.fabric.setup(objective, optimizer)
         self.scheduler = LambdaLR(optimizer, _schedule(config))
         self.averaged = _average(flow, config.ema)
@@ -118,31 +129,39 @@ class _Run:
         return self.flow if self.averaged is None else cast(Flow, self.averaged.module)
 
     def go(self, validation: tuple[Tensor, ...] | None) -> None:
+        try:
+            self._train(validation)
+        except TrainingError:
+            self.averaged = None  # it may hold a share of the weights that failed
+            raise
+        finally:
+            _restore(self.flow, self.best or _snapshot(self.result))
+            self.optimizer.zero_grad()
+
+    def _train(self, validation: tuple[Tensor, ...] | None) -> None:
         started = time.perf_counter()
-        best, best_nll = None, math.inf
-        good = _snapshot(self.flow)
+        best_nll = math.inf
         with tqdm(total=self.config.steps, disable=not self.config.progress, unit="step") as bar:
             for step in range(1, self.config.steps + 1):
-                with self._keeping(good, step):
-                    entry = self._step(step, good)
+                with self._keeping(step):
+                    entry = self._step(step)
                     nll = math.nan
                     if validation is not None and self._is_due(step):
                         nll = negative_log_likelihood(self.result, *validation)
                         self._check_finite("validation loss", nll, step)
                         bar.set_postfix_str(f"validation {nll:.4f}", refresh=False)
                 if nll < best_nll:
-                    best, best_nll = _snapshot(self.result), nll
+                    self.best, best_nll = _snapshot(self.result), nll
                 seconds = time.perf_counter() - started
                 self.history.append(step=step, **entry, seconds=seconds, validation=nll)
                 bar.set_description(f"loss {entry['loss']:.4f}, nfe {entry['nfe']}", refresh=False)
                 bar.update()
-        _restore(self.flow, best or _snapshot(self.result))
 
     def _is_due(self, step: int) -> bool:
         return step % self.config.validate_every == 0 or step == self.config.steps
 
-    def _step(self, step: int, good: dict[str, Tensor]) -> dict[str, Any]:
-        """Take one step; `good` receives the weights that it started from."""
+    def _step(self, step: int) -> dict[str, Any]:
+        """Take one step; the weights that it starts from are good if they get through it."""
         with count_evaluations(self.flow) as nfe:
             loss = self.objective(*next(self.batches), generator=self.probes)
             self._check_finite("loss", loss.item(), step)
@@ -155,8 +174,8 @@ class _Run:
             error_if_nonfinite=False,
         )
         self._check_finite("norm of the gradient", cast(Tensor, norm).item(), step)
-        for name, value in self.flow.state_dict().items():
-            good[name].copy_(value)
+        for name, value in self.bare.state_dict().items():
+            self.good[name].copy_(value)
         rate = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.scheduler.step()
@@ -171,21 +190,21 @@ class _Run:
     def _error(self, what: str, step: int) -> TrainingError:
         return TrainingError(
             f"training stopped at step {step} of {self.config.steps}: {what}. The flow keeps its "
-            f"last good weights. Settings: {self.config}. Try a lower learning_rate, a smaller "
-            "gradient_clip or a tighter tolerance, and look for outliers in the data.",
+            f"best or last good weights. Settings: {self.config}. Try a lower learning_rate, a "
+            "smaller gradient_clip or a tighter tolerance, and look for outliers in the data.",
             self.history,
         )
 
     @contextlib.contextmanager
-    def _keeping(self, good: dict[str, Tensor], step: int) -> Iterator[None]:
+    def _keeping(self, step: int) -> Iterator[None]:
         """Leave the last good weights in the flow if the step fails."""
         try:
             yield
         except TrainingError:
-            _restore(self.flow, good)
+            _restore(self.bare, self.good)
             raise
         except ODEError as error:
-            _restore(self.flow, good)
+            _restore(self.bare, self.good)
             raise self._error(str(error).rstrip("."), step) from error
 
 

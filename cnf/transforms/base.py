@@ -28,10 +28,8 @@ class Transform(nn.Module, ABC):
 
     def __init__(self, features: int, context_features: int = 0) -> None:
         super().__init__()
-        check_count("features", features)
-        check_count("context_features", context_features, least=0)
-        self.features = features
-        self.context_features = context_features
+        self.features = check_count("features", features)
+        self.context_features = check_count("context_features", context_features, least=0)
 
     @property
     def likelihood(self) -> Likelihood:

@@ -147,11 +147,23 @@ class ContinuousTransform(Transform):
         self, rhs: RightHandSide, state: State, times: Tensor, context: Tensor | None
     ) -> State:
         if state[0].numel() == 0:
-            return tuple(part.expand(len(times), *part.shape) for part in state)
-        parameters: list[Tensor] = list(self.vector_field.parameters())
-        if context is not None:
-            parameters.append(context)
-        return self.solver.solve(rhs, state, times, parameters=parameters)
+            # Nothing to solve, but the graph must reach what it reaches for other batches.
+            nothing = sum(tensor.sum() for tensor in self._dependencies(context)) * 0
+            return tuple(part.expand(len(times), *part.shape) + nothing for part in state)
+        return self.solver.solve(
+            rhs, state, times, dependencies=lambda: self._dependencies(context)
+        )
+
+    def _dependencies(self, context: Tensor | None) -> list[Tensor]:
+        """Every tensor that the velocity depends on, plain attributes of a user's network too."""
+        field = self.vector_field
+        plain = (value for part in field.modules() for value in vars(part).values())
+        return [
+            *field.parameters(),
+            *field.buffers(),
+            *(value for value in plain if isinstance(value, Tensor)),
+            *(() if context is None else (context,)),
+        ]
 
     def _warn_if_unwise(self) -> None:
         if self.features > _MANY_FEATURES and not self.vector_field.has_closed_form_divergence:

@@ -28,10 +28,8 @@ class VectorField(nn.Module, ABC):
 
     def __init__(self, features: int, context_features: int = 0) -> None:
         super().__init__()
-        check_count("features", features)
-        check_count("context_features", context_features, least=0)
-        self.features = features
-        self.context_features = context_features
+        self.features = check_count("features", features)
+        self.context_features = check_count("context_features", context_features, least=0)
 
     @abstractmethod
     def forward(
@@ -45,7 +43,7 @@ class VectorField(nn.Module, ABC):
         Args:
             t: Time, 0-dim or one for each row, ``(*batch,)``.
             x: Points, ``(*batch, features)``.
-            context: Broadcasts against `x` in its batch axes.
+            context: Its batch axes broadcast to those of `x`.
         """
 
     @property
@@ -91,13 +89,13 @@ class VectorField(nn.Module, ABC):
         velocity, products = self.velocity_and_products(t, x, probes, context)
         return velocity, (probes * products).sum(-1).sum(0)
 
-    def _announce_evaluation(self) -> None:
+    def _announce_evaluation(self, t: Tensor, x: Tensor, context: Tensor | None) -> None:
         """Run the forward pre-hooks, in an override that does not go through ``__call__``."""
-        for key, hook in self._forward_pre_hooks.items():
+        for key, hook in list(self._forward_pre_hooks.items()):
             if key in self._forward_pre_hooks_with_kwargs:
-                hook(self, (), {})
+                hook(self, (t, x, context), {})
             else:
-                hook(self, ())
+                hook(self, (t, x, context))
 
 
 class ModuleField(VectorField):
@@ -155,6 +153,8 @@ class EvaluationCount:
 @contextmanager
 def count_evaluations(module: nn.Module) -> Iterator[EvaluationCount]:
     """Count the evaluations of every vector field in `module`, backward passes included.
+
+    Counts those of every thread that uses the module meanwhile.
 
     Example:
         >>> from cnf import CNF

@@ -64,7 +64,8 @@ class LinearField(VectorField):
         context: Float[Tensor, "*c_batch context_features"] | None = None,
     ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
         """Velocity, and the trace of A for each row."""
-        return self(t, x, context), self.weight.trace().expand(x.shape[:-1])
+        velocity = self(t, x, context)
+        return velocity, self.weight.trace().expand(velocity.shape[:-1])
 
     def solution(
         self,

@@ -29,6 +29,9 @@ class MLPField(VectorField):
     networks carry tangents forward beside the values. Neither needs a second backward pass in
     training.
 
+    Where rows differ in t, a gate of the output layer differs too, and the divergence falls back
+    on one product for each feature.
+
     The output layer starts at zero, so that a new field is at rest and a new flow the identity.
 
     Args:
@@ -37,7 +40,7 @@ class MLPField(VectorField):
         hidden_features: Widths of the hidden layers.
         layer: Kind of every layer: a name in `cnf.vector_fields.layers.LAYERS`.
         activation: Name in `cnf.vector_fields.activations.ACTIVATIONS`, for all hidden layers, or
-            one name for each.
+            one name for each; None for "sin" in the first and "silu" in the others.
         frequency: Initial standard deviation of the input weights of a sinusoidal first layer;
             None for ``4 / sqrt(max(1, features - 1))``, which suits standardised data.
 
@@ -66,15 +69,15 @@ class MLPField(VectorField):
         *,
         hidden_features: Sequence[int] = (128, 128),
         layer: str = "concatsquash",
-        activation: str | Sequence[str] = ("sin", "silu"),
+        activation: str | Sequence[str] | None = None,
         frequency: float | None = None,
     ) -> None:
         super().__init__(features, context_features)
         self.hidden_features = _check_widths(hidden_features)
         self.layer = _check_name("layer", layer, LAYERS)
         self.activation = _check_activations(activation, len(self.hidden_features))
-        self.frequency = _check_frequency(frequency, features)
-        widths = (features, *self.hidden_features, features)
+        self.frequency = _check_frequency(frequency, features, self.activation[0])
+        widths = (self.features, *self.hidden_features, self.features)
         last = len(widths) - 2
         self.layers = nn.ModuleList(
             LAYERS[layer](inputs, outputs, context_features, gate_context=i != last)
@@ -89,7 +92,7 @@ class MLPField(VectorField):
         for layer in layers:
             layer.reset_parameters()
         first = layers[0].linear
-        if self.activation[0] == "sin":
+        if self.frequency is not None:
             nn.init.normal_(first.weight, std=self.frequency)
             nn.init.uniform_(first.bias, -math.pi, math.pi)
         layers[-1].reset_to_zero()
@@ -119,7 +122,7 @@ class MLPField(VectorField):
         context: Float[Tensor, "*c_batch context_features"] | None = None,
     ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "probes *batch features"]]:
         """Velocity and J p for each probe p, carried forward beside the values."""
-        self._announce_evaluation()
+        self._announce_evaluation(t, x, context)
         *hidden, output = self._affine_maps(t, context)
         for affine, activation in zip(hidden, self._activations, strict=True):
             x, slope = activation.value_and_slope(affine.value(x))
@@ -136,7 +139,7 @@ class MLPField(VectorField):
         *hidden, output = self._affine_maps(t, context)
         if len(hidden) > _CLOSED_FORM_DEPTH or output.gate is not None:
             return super().velocity_and_divergence(t, x, context)
-        self._announce_evaluation()
+        self._announce_evaluation(t, x, context)
         slopes = []
         for affine, activation in zip(hidden, self._activations, strict=True):
             x, slope = activation.value_and_slope(affine.value(x))
@@ -160,12 +163,9 @@ def _check_widths(hidden_features: Sequence[int]) -> tuple[int, ...]:
         raise TypeError(
             f"hidden_features must be widths such as (128, 128); got {hidden_features!r}."
         )
-    widths = tuple(hidden_features)
-    if not widths:
+    if not hidden_features:
         raise ValueError("hidden_features must name at least one hidden layer; got ().")
-    for width in widths:
-        check_count("each of hidden_features", width)
-    return widths
+    return tuple(check_count("each of hidden_features", width) for width in hidden_features)
 
 
 def _check_name(argument: str, name: str, known: Mapping[str, object]) -> str:
@@ -174,7 +174,9 @@ def _check_name(argument: str, name: str, known: Mapping[str, object]) -> str:
     return name
 
 
-def _check_activations(activation: str | Sequence[str], depth: int) -> tuple[str, ...]:
+def _check_activations(activation: str | Sequence[str] | None, depth: int) -> tuple[str, ...]:
+    if activation is None:
+        return ("sin", *("silu",) * (depth - 1))
     names = (activation,) * depth if isinstance(activation, str) else tuple(activation)
     if len(names) != depth:
         raise ValueError(
@@ -186,7 +188,14 @@ def _check_activations(activation: str | Sequence[str], depth: int) -> tuple[str
     return names
 
 
-def _check_frequency(frequency: float | None, features: int) -> float:
+def _check_frequency(frequency: float | None, features: int, activation: str) -> float | None:
+    if activation != "sin":
+        if frequency is not None:
+            raise ValueError(
+                "frequency is the scale of a sinusoidal first layer; leave it out with the "
+                f"activation {activation!r}; got {frequency}."
+            )
+        return None
     if frequency is None:
         return 4.0 / math.sqrt(max(1, features - 1))
     if not 0 < frequency < math.inf:

@@ -1,0 +1,187 @@
+"""Watches a solve from the inside: keeps to its budget and explains how it failed."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cnf._checks import name_rows, non_finite_rows
+
+State = tuple[Tensor, ...]
+RightHandSide = Callable[[Tensor, State], State]
+
+
+class ODEError(RuntimeError):
+    """A solve failed: the message says when, after how many evaluations, for which rows and why."""
+
+
+class Watch:
+    """The right-hand side of an ODE, watched.
+
+    Args:
+        rhs: Takes a 0-dim time and the state, returns the derivative of each of its tensors.
+        dependencies: Returns every other tensor that `rhs` depends on.
+        method: Name of the method, for messages.
+        kind: "adaptive", "fixed" or "external".
+        budget: Largest number of evaluations, forward and again in each backward pass.
+    """
+
+    def __init__(
+        self,
+        rhs: RightHandSide,
+        dependencies: Callable[[], Sequence[Tensor]],
+        *,
+        method: str,
+        kind: str,
+        budget: int,
+    ) -> None:
+        self.rhs = rhs
+        self.dependencies = dependencies
+        self.method = method
+        self.kind = kind
+        self.budget = budget
+        self.evaluations = 0
+        self.in_backward = False
+        self.first: State | None = None
+        self.last: State | None = None
+        self.bad_gradient: Tensor | None = None
+
+    def __call__(self, t: Tensor, state: State) -> State:
+        if self.evaluations >= self.budget:
+            raise self.error(t, f"spent its budget of max_evaluations={self.budget}")
+        self.evaluations += 1
+        if self.in_backward:
+            state = _WatchedGradient.apply(self, t, *state)  # type: ignore[no-untyped-call]
+        rates = self.rhs(t, state)
+        self.last = tuple(part.detach() for part in (*state, *rates))
+        self.first = self.last if self.first is None else self.first
+        return rates
+
+    def backward_once(self, solution: State) -> State:
+        """The solution of an adjoint solve, with a watch over each backward pass through it."""
+        seen = [(tensor, _version(tensor)) for tensor in self.dependencies()]
+
+        def begin() -> None:
+            now = self.dependencies()
+            if len(now) != len(seen) or any(
+                tensor is not then or _version(tensor) != version
+                for tensor, (then, version) in zip(now, seen, strict=True)
+            ):
+                raise RuntimeError(
+                    "the parameters, buffers or context of the vector field were exchanged or "
+                    "changed between a solve and its backward pass (torch.func.functional_call "
+                    "does so), where the adjoint needs them again; use gradient='backprop'."
+                )
+            self.in_backward = True
+            self.evaluations = 0
+            self.first = self.last = self.bad_gradient = None
+
+        watched: State = _BackwardPass.apply(begin, *solution)  # type: ignore[no-untyped-call]
+        return watched
+
+    def check_end(self, solution: State, times: Tensor) -> None:
+        if len(solution[0]) != len(times):
+            raise self.error(times[-1], "stopped early")
+        if not all(part.isfinite().all() for part in solution):
+            raise self.error(times[-1], "reached NaN or inf")
+
+    def check_gradient(self, t: Tensor, gradient: Tensor) -> None:
+        if gradient.isfinite().all():
+            return
+        self.bad_gradient = non_finite_rows(gradient)
+        if self.kind != "adaptive":  # which rejects the step, and may go on with a smaller one
+            raise self.error(t, "reached a gradient of NaN or inf")
+
+    def error(self, t: Tensor, what: str) -> ODEError:
+        name = "the backward solve" if self.in_backward else "the solve"
+        return ODEError(
+            f"{name} with {self.method} {what}, at t = {abs(float(t.detach())):.6g} after "
+            f"{self.evaluations} evaluations; {self._diagnosis()}"
+        )
+
+    def _diagnosis(self) -> str:
+        if self.bad_gradient is not None:
+            return (
+                f"the gradient of the field is not finite in {name_rows(self.bad_gradient)}: look "
+                "for a square root, norm, logarithm or quotient without a floor."
+            )
+        if self.first is None or self.last is None:
+            return "the vector field was not evaluated."
+        # The first is asked first: bad in one row, it makes the first step NaN, and so every row.
+        bad = _bad_rows(self.first)
+        if not bad.any():
+            bad = _bad_rows(self.last)
+        if bad.any():
+            return (
+                f"the state, velocity or divergence is not finite in {name_rows(bad)}. The field "
+                "may be undefined there or grow without bound: bound its output, standardise the "
+                "data, or lower the learning rate."
+            )
+        if self.kind == "fixed":
+            return "take fewer steps, or raise max_evaluations."
+        speed = self.last[len(self.last) // 2].abs().amax(-1)
+        fastest = speed >= 0.5 * speed.max()
+        return (
+            f"the velocity is largest, {float(speed.max()):.3g}, in {name_rows(fastest)}. The "
+            "field may be stiff, rough or random: loosen rtol and atol, raise max_evaluations, use "
+            "float64, or take a fixed-step method; in training, lower the learning rate or "
+            "regularise."
+        )
+
+
+class SteppingWatch(Watch):
+    """A `Watch` with callbacks that torchdiffeq runs before each step, forward and backward."""
+
+    def callback_step(self, t: Tensor, state: Any, dt: Tensor) -> None:
+        if not t.abs() + dt.abs() > t.abs():
+            # torchdiffeq takes a step of 0 where the size that it computes is not finite.
+            too_small = "needs steps too small for the time to advance"
+            raise self.error(t, "reached NaN or inf" if dt == 0 else too_small)
+        if not all(part.isfinite().all() for part in state):
+            raise self.error(t, "reached NaN or inf")
+
+    callback_step_adjoint = callback_step
+
+
+class _BackwardPass(torch.autograd.Function):
+    """Identity whose backward announces a backward pass, and refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, begin: Callable[[], None], *solution: Tensor) -> State:
+        ctx.begin = begin
+        return tuple(part.view_as(part) for part in solution)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the adjoint gives first derivatives only, and create_graph=True asks for more; "
+                "use ODESolver(gradient='backprop')."
+            )
+        ctx.begin()
+        return None, *gradients
+
+
+class _WatchedGradient(torch.autograd.Function):
+    """Identity on the state whose backward shows its gradient to the watch."""
+
+    @staticmethod
+    def forward(ctx: Any, watch: Watch, t: Tensor, *state: Tensor) -> State:
+        ctx.watch, ctx.t = watch, t.detach()
+        return tuple(part.view_as(part) for part in state)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.watch.check_gradient(ctx.t, gradients[0])
+        return None, None, *gradients
+
+
+def _bad_rows(evaluation: State) -> Tensor:
+    """Mask of the rows in which a state or its rate, as the watch keeps them, is not finite."""
+    rows = evaluation[0].shape[:-1]
+    return non_finite_rows(torch.cat([part.reshape(*rows, -1) for part in evaluation], -1))
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
