@@ -345,7 +345,8 @@ def test_reference_is_a_labelled_horizontal_line_inside_the_panel():
 
 def test_validation_column_may_be_empty_of_measurements():
     columns = {**history(5), "validation": [None] * 5}
-    assert len(panel(plot_training(columns)).lines[-1].get_xdata()) == 0
+    legend = panel(plot_training(columns)).get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["loss, running median"]
 
 
 DRAWINGS = {

@@ -46,8 +46,9 @@ def plot_training(
     shown = [*np.quantile(losses, [0.01, 0.99]), *medians]
     if "validation" in history_columns:
         steps, validation = _measured(history_columns, "validation")
-        ax.plot(steps, validation, "o", color=ORANGE, markersize=3.5, label="validation")
-        shown.extend(validation)
+        if len(validation):
+            ax.plot(steps, validation, "o", color=ORANGE, markersize=3.5, label="validation")
+            shown.extend(validation)
     if reference is not None:
         ax.axhline(reference, color=BLACK, linewidth=0.9, ls="--", label="entropy of the truth")
         shown.append(reference)
