@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cnf._checks import check_count
 from cnf.vector_fields import VectorField
+from cnf.vector_fields.base import standard_basis
 
 _NOISES = ("rademacher", "gaussian")
 
@@ -25,6 +26,10 @@ class FieldEvaluation:
     """dx/dt, ``(*batch, features)``."""
     divergence: Tensor
     """Trace of dv/dx or an unbiased estimate of it, ``(*batch,)``."""
+    products: Tensor | None = None
+    """Jacobian products with the probes, ``(probes, *batch, features)``, if they were made."""
+    share: float = 1.0
+    """What each product counts: 1 over a basis, 1 / their number for random probes."""
 
 
 class Divergence(ABC):
@@ -53,8 +58,14 @@ class Divergence(ABC):
         x: Float[Tensor, "*batch features"],
         probes: Float[Tensor, "probes *batch features"] | None,
         context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        products: bool = False,
     ) -> FieldEvaluation:
-        """Evaluate the field and its divergence at `x`, once."""
+        """Evaluate the field and its divergence at `x`, once.
+
+        With `products`, the evaluation holds Jacobian products, even where a closed form of the
+        divergence could do without.
+        """
 
 
 @dataclass(frozen=True)
@@ -87,9 +98,16 @@ class Exact(Divergence):
         x: Float[Tensor, "*batch features"],
         probes: Float[Tensor, "probes *batch features"] | None = None,
         context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        products: bool = False,
     ) -> FieldEvaluation:
         """Evaluate the field and its divergence at `x`, once."""
         del probes
+        if products:
+            basis = standard_basis(x)
+            velocity, columns = vector_field.velocity_and_products(t, x, basis, context)
+            divergence = (basis * columns).sum(-1).sum(0)
+            return FieldEvaluation(t, x, velocity, divergence, columns)
         velocity, divergence = vector_field.velocity_and_divergence(t, x, context)
         return FieldEvaluation(t, x, velocity, divergence)
 
@@ -149,9 +167,13 @@ class Hutchinson(Divergence):
         x: Float[Tensor, "*batch features"],
         probes: Float[Tensor, "probes *batch features"] | None,
         context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        products: bool = True,
     ) -> FieldEvaluation:
         """Evaluate the field and the estimate of its divergence at `x`, once."""
+        del products  # they are made in any case
         if probes is None:
             raise ValueError("probes must be what draw_probes returned; got None.")
-        velocity, products = vector_field.velocity_and_products(t, x, probes, context)
-        return FieldEvaluation(t, x, velocity, (probes * products).sum(-1).mean(0))
+        velocity, made = vector_field.velocity_and_products(t, x, probes, context)
+        estimate = (probes * made).sum(-1).mean(0)
+        return FieldEvaluation(t, x, velocity, estimate, made, 1 / len(probes))

@@ -18,6 +18,7 @@ from cnf.bases import Base, StandardNormal
 from cnf.distribution import FlowDistribution
 from cnf.divergence import Divergence
 from cnf.ode import ODESolver
+from cnf.regularizers import CostRate
 from cnf.trajectory import follow
 from cnf.transforms import ContinuousTransform, Likelihood, Transform
 
@@ -228,6 +229,29 @@ class Flow(nn.Module):
             x, ladj = transform.to_base_and_ladj(x, context, generator=generator)
             total = total + ladj
         return x, total
+
+    def to_base_with_costs(
+        self,
+        x: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        regularizers: Sequence[CostRate],
+        generator: torch.Generator | None = None,
+    ) -> tuple[
+        Float[Tensor, "*joint_batch features"],
+        Float[Tensor, "*joint_batch"],
+        Float[Tensor, "costs *joint_batch"],
+    ]:
+        """From data to base: z, ladj in nats, and the cost of the path by each regularizer."""
+        x = self._admit("x", x, context)
+        ladj = x.new_zeros(x.shape[:-1])
+        costs = x.new_zeros(len(regularizers), *x.shape[:-1])
+        for part in self.chain:
+            x, further, spent = part.to_base_with_costs(
+                x, context, regularizers=regularizers, generator=generator
+            )
+            ladj, costs = ladj + further, costs + spent
+        return x, ladj, costs
 
     def to_data_and_ladj(
         self,

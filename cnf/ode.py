@@ -90,6 +90,7 @@ class ODESolver:
         times: Float[Tensor, " times"],
         *,
         dependencies: Callable[[], Sequence[Tensor]] = tuple,
+        controlled: int | None = None,
     ) -> State:
         """Follow dstate/dt = rhs(t, state) through the given times.
 
@@ -99,6 +100,8 @@ class ODESolver:
             times: At least two times, strictly increasing or decreasing.
             dependencies: Returns every other tensor that `rhs` depends on. The adjoint gives no
                 gradient to a tensor not named here.
+            controlled: How many tensors of the state, from the first, the error control of an
+                adaptive method looks at; None for all.
 
         Returns:
             The state at each time: tensors with a first axis of ``len(times)`` more.
@@ -120,6 +123,8 @@ class ODESolver:
             "atol": self.atol,
             "options": self._options(kind, times, times[1:]),
         }
+        if controlled is not None:
+            arguments["options"]["norm"] = lambda parts: _largest_rms(parts[:controlled])
         parameters = tuple(dependencies())
         needs_gradient = torch.is_grad_enabled() and any(
             tensor.requires_grad for tensor in (*state, times, *parameters)
@@ -176,6 +181,11 @@ class ODESolver:
             fraction = torch.linspace(0, 1, count + 1, dtype=times.dtype, device=times.device)[1:]
             pieces.append(torch.cat([start + (end - start) * fraction[:-1], end[None]]))
         return torch.cat(pieces)
+
+
+def _largest_rms(parts: State) -> Tensor:
+    """Norm of a state as torchdiffeq takes it: the largest root mean square of its tensors."""
+    return torch.stack([part.square().mean().sqrt() for part in parts]).max()
 
 
 def methods() -> dict[str, str]:

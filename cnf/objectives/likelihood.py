@@ -1,5 +1,8 @@
 """Maximum likelihood."""
 
+import math
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -7,6 +10,7 @@ from torch import Tensor, nn
 from cnf.divergence import Divergence, Exact, Hutchinson
 from cnf.flow import Flow
 from cnf.ode import ODESolver
+from cnf.regularizers import CostRate, needs_products
 from cnf.transforms import ContinuousTransform, Transform
 from cnf.vector_fields import VectorField
 
@@ -14,24 +18,31 @@ _FEW_FEATURES = 8
 
 
 class MaximumLikelihood(nn.Module):
-    """The mean negative log-likelihood of a minibatch, in nats.
+    """The mean negative log-likelihood of a minibatch, in nats, plus weighted costs of the paths.
 
     A gradient step needs less precision than a reported likelihood, so training has its own
     solver; the flow, and what its `log_prob` returns, stay as they are.
 
+    Penalties belong to the objective: the flow, and what its `log_prob` returns, know none.
+
     Args:
         flow: The flow to train.
+        regularizers: Weight of each regularizer, such as
+            ``{kinetic_energy: 0.01, jacobian_frobenius: 0.01}`` of `cnf.regularizers`.
         solver: How the ODE is solved in training; None for dopri5 at tolerance 1e-3,
             differentiated by backprop.
         divergence: How the divergence is computed in training; None for the flow's own if it names
-            one, else `Exact` where the field has a closed form or at most 8 features, and
-            `Hutchinson` with one Rademacher probe otherwise.
+            one, else `Exact` where the field has at most 8 features, or a closed form and no
+            regularizer that needs Jacobian products; `Hutchinson` with one Rademacher probe
+            otherwise.
 
     Raises:
-        TypeError: If `flow` is not a `Flow`.
+        TypeError: If `flow` is not a `Flow`, or a regularizer is not callable.
+        ValueError: If a weight is negative or not finite.
 
     References:
         Grathwohl et al. (2019), FFJORD. https://arxiv.org/abs/1810.01367
+        Finlay et al. (2020), How to Train Your Neural ODE. https://arxiv.org/abs/2002.02798
 
     Example:
         >>> from cnf import CNF
@@ -42,6 +53,7 @@ class MaximumLikelihood(nn.Module):
     def __init__(
         self,
         flow: Flow,
+        regularizers: Mapping[CostRate, float] | None = None,
         *,
         solver: ODESolver | None = None,
         divergence: Divergence | None = None,
@@ -50,6 +62,14 @@ class MaximumLikelihood(nn.Module):
         if not isinstance(flow, Flow):
             raise TypeError(f"flow must be a cnf.Flow; got {type(flow).__name__}.")
         self.flow = flow
+        self.regularizers = dict(regularizers or {})
+        for regularizer, weight in self.regularizers.items():
+            if not callable(regularizer):
+                raise TypeError(f"regularizers must be callable; got {regularizer!r}.")
+            if not 0 <= weight < math.inf:
+                raise ValueError(
+                    f"regularizers must have finite weights, at least 0; got {weight}."
+                )
         self.solver = solver or ODESolver(rtol=1e-3, atol=1e-3, gradient="backprop")
         self.divergence = divergence
 
@@ -69,16 +89,28 @@ class MaximumLikelihood(nn.Module):
         if x.numel() == 0:
             raise ValueError(f"x must have at least one row; got shape {tuple(x.shape)}.")
         flow = Flow(map(self._for_training, self.flow.chain), self.flow.base)
-        return -flow.log_prob(x, context, generator=generator).mean()
+        z, ladj, costs = flow.to_base_with_costs(
+            x, context, regularizers=list(self.regularizers), generator=generator
+        )
+        weights = x.new_tensor(list(self.regularizers.values()))
+        return (weights @ costs - flow.base.log_prob(z) - ladj).mean()
 
     def _for_training(self, transform: Transform) -> Transform:
         if not isinstance(transform, ContinuousTransform):
             return transform
-        divergence = self.divergence or transform.divergence or affordable(transform.vector_field)
+        products = any(map(needs_products, self.regularizers))
+        divergence = (
+            self.divergence
+            or transform.divergence
+            or affordable(transform.vector_field, products=products)
+        )
         return transform.using(solver=self.solver, divergence=divergence)
 
 
-def affordable(vector_field: VectorField) -> Divergence:
-    """The exact divergence where it is cheap, else an estimate from one Rademacher probe."""
-    cheap = vector_field.has_closed_form_divergence or vector_field.features <= _FEW_FEATURES
-    return Exact() if cheap else Hutchinson()
+def affordable(vector_field: VectorField, *, products: bool) -> Divergence:
+    """The exact divergence where it is cheap, else an estimate from one Rademacher probe.
+
+    Where Jacobian products are needed too, a closed form of the divergence alone saves nothing.
+    """
+    closed_form = vector_field.has_closed_form_divergence and not products
+    return Exact() if closed_form or vector_field.features <= _FEW_FEATURES else Hutchinson()

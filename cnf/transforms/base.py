@@ -1,6 +1,7 @@
 """A transform: one step of a flow between data and base."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -8,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cnf._checks import check_count
+from cnf.regularizers import CostRate
 
 Likelihood = Literal["exact", "estimate", "lower_bound"]
 """What a ladj, and so a likelihood, is: exact up to rounding and solver tolerance, an unbiased
@@ -55,6 +57,20 @@ class Transform(nn.Module, ABC):
         generator: torch.Generator | None = None,
     ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
         """Towards the data: x and log|det dx/dz|, in nats, for each row."""
+
+    def to_base_with_costs(
+        self,
+        x: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        regularizers: Sequence[CostRate],
+        generator: torch.Generator | None = None,
+    ) -> tuple[
+        Float[Tensor, "*batch features"], Float[Tensor, "*batch"], Float[Tensor, "costs *batch"]
+    ]:
+        """Towards the base: z, ladj and the cost of the path by each regularizer; here none."""
+        z, ladj = self.to_base_and_ladj(x, context, generator=generator)
+        return z, ladj, x.new_zeros(len(regularizers), *x.shape[:-1])
 
     def to_base(
         self,

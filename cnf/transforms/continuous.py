@@ -1,6 +1,7 @@
 """The transform that follows an ordinary differential equation."""
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from cnf.divergence import Divergence, Exact
 from cnf.ode import ODESolver, RightHandSide, State
+from cnf.regularizers import CostRate, needs_products
 from cnf.transforms.base import Likelihood, Transform
 from cnf.vector_fields import VectorField
 
@@ -79,7 +81,8 @@ class ContinuousTransform(Transform):
         generator: torch.Generator | None = None,
     ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
         """Solve from t = 1 to 0: z and the ladj, in nats, for each row."""
-        return self._move_with_ladj(x, context, 1.0, 0.0, generator)
+        z, ladj = self._move(x, context, 1.0, 0.0, generator)
+        return z, ladj
 
     def to_data_and_ladj(
         self,
@@ -89,7 +92,8 @@ class ContinuousTransform(Transform):
         generator: torch.Generator | None = None,
     ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
         """Solve from t = 0 to 1: x and the ladj, in nats, for each row."""
-        return self._move_with_ladj(z, context, 0.0, 1.0, generator)
+        x, ladj = self._move(z, context, 0.0, 1.0, generator)
+        return x, ladj
 
     def to_base(
         self,
@@ -121,37 +125,71 @@ class ContinuousTransform(Transform):
         (states,) = self._solve(rhs, (x,), times, context)
         return states
 
-    def _move_with_ladj(
+    def to_base_with_costs(
+        self,
+        x: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        regularizers: Sequence[CostRate],
+        generator: torch.Generator | None = None,
+    ) -> tuple[
+        Float[Tensor, "*batch features"], Float[Tensor, "*batch"], Float[Tensor, "costs *batch"]
+    ]:
+        """Solve from t = 1 to 0: z, ladj and the cost of the path by each regularizer.
+
+        The costs are integrals over |dt|, in no error norm: they leave the steps as they are.
+        """
+        z, ladj, *costs = self._move(x, context, 1.0, 0.0, generator, regularizers)
+        return z, ladj, torch.stack(costs) if costs else x.new_zeros(0, *x.shape[:-1])
+
+    def _move(
         self,
         x: Tensor,
         context: Tensor | None,
         start: float,
         end: float,
         generator: torch.Generator | None,
-    ) -> tuple[Tensor, Tensor]:
+        regularizers: Sequence[CostRate] = (),
+    ) -> State:
+        """The state at the end: moved points, ladj and costs."""
         divergence = self.divergence
         if divergence is None:
             divergence = Exact()
             self._warn_if_unwise()
         probes = divergence.draw_probes(x, generator=generator)
+        products = any(map(needs_products, regularizers))
+        forward = 1.0 if start < end else -1.0
 
         def rhs(t: Tensor, state: State) -> State:
-            evaluation = divergence(self.vector_field, t, state[0], probes, context)
-            return evaluation.velocity, evaluation.divergence
+            evaluation = divergence(
+                self.vector_field, t, state[0], probes, context, products=products
+            )
+            costs = (forward * cost_rate(evaluation) for cost_rate in regularizers)
+            return evaluation.velocity, evaluation.divergence, *costs
 
-        state = (x, x.new_zeros(x.shape[:-1]))
-        moved, ladj = self._solve(rhs, state, x.new_tensor([start, end]), context)
-        return moved[-1], ladj[-1]
+        state = (x, *(x.new_zeros(x.shape[:-1]) for _ in range(1 + len(regularizers))))
+        times = x.new_tensor([start, end])
+        solved = self._solve(rhs, state, times, context, controlled=2 if regularizers else None)
+        return tuple(part[-1] for part in solved)
 
     def _solve(
-        self, rhs: RightHandSide, state: State, times: Tensor, context: Tensor | None
+        self,
+        rhs: RightHandSide,
+        state: State,
+        times: Tensor,
+        context: Tensor | None,
+        controlled: int | None = None,
     ) -> State:
         if state[0].numel() == 0:
             # Nothing to solve, but the graph must reach what it reaches for other batches.
             nothing = sum(tensor.sum() for tensor in self._dependencies(context)) * 0
             return tuple(part.expand(len(times), *part.shape) + nothing for part in state)
         return self.solver.solve(
-            rhs, state, times, dependencies=lambda: self._dependencies(context)
+            rhs,
+            state,
+            times,
+            dependencies=lambda: self._dependencies(context),
+            controlled=controlled,
         )
 
     def _dependencies(self, context: Tensor | None) -> list[Tensor]:
