@@ -47,7 +47,7 @@ class MaximumLikelihood(nn.Module):
     Example:
         >>> from cnf import CNF
         >>> MaximumLikelihood(CNF(2))(torch.zeros(3, 2))
-        tensor(1.8379, grad_fn=<NegBackward0>)
+        tensor(1.8379, grad_fn=<MeanBackward0>)
     """
 
     def __init__(
