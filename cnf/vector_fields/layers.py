@@ -2,40 +2,25 @@
 
 Every layer has the form ``gate * (W x) + bias``. A field needs to know no more to carry tangents
 through it (``gate * (W dx)``) or to write its divergence in closed form.
+
+References:
+    Grathwohl et al. (2019), FFJORD. https://arxiv.org/abs/1810.01367
 """
 
+import math
 from abc import ABC, abstractmethod
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-
-class AffineMap(NamedTuple):
-    """The map ``x -> gate * (weight x) + bias`` that a layer is at one time and context."""
-
-    weight: Tensor
-    """Shape ``(out, in)``."""
-    gate: Tensor | None
-    """Shape ``(*batch, out)``, where rows differ in it; None stands for ones."""
-    bias: Tensor
-    """Shape ``(out,)`` or ``(*batch, out)``."""
-
-    def value(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """The map of `x`."""
-        if self.gate is None and self.bias.ndim == 1:
-            return nn.functional.linear(x, self.weight, self.bias)
-        return self.tangent(x) + self.bias
-
-    def tangent(self, dx: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """The derivative of the map in direction `dx`."""
-        product = nn.functional.linear(dx, self.weight)
-        return product if self.gate is None else self.gate * product
+from cnf.vector_fields.affine import AffineMap
 
 
 class TimeLinear(nn.Module, ABC):
     """A linear layer conditioned on time and context.
+
+    A subclass adds its parts in `build` and gives the map in `forward`.
 
     Args:
         in_features: Size of the input.
@@ -57,18 +42,11 @@ class TimeLinear(nn.Module, ABC):
         self.linear = nn.Linear(in_features, out_features)
         self.context_features = context_features
         self.gate_context = gate_context
+        self.build()
 
-    def reset_parameters(self) -> None:
-        """Draw the initial weights, as torch does for linear layers."""
-        for module in self.children():
-            if isinstance(module, nn.Linear):
-                module.reset_parameters()
-
-    def reset_to_zero(self) -> None:
-        """Make this the zero map at every time and context; a gate stays, with nothing to scale."""
-        for name, parameter in self.named_parameters():
-            if not name.startswith("gate."):
-                nn.init.zeros_(parameter)
+    @abstractmethod
+    def build(self) -> None:
+        """Make the parts beside `linear`."""
 
     @abstractmethod
     def forward(
@@ -78,21 +56,47 @@ class TimeLinear(nn.Module, ABC):
     ) -> AffineMap:
         """The affine map at this time and context."""
 
+    def reset_parameters(self) -> None:
+        """Draw the initial weights, as torch does for linear layers."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+
+    def reset_to_waves(self, frequency: float) -> None:
+        """Draw the weights of a sinusoidal layer: normal of this scale, and any phase."""
+        nn.init.normal_(self.linear.weight, std=frequency)
+        nn.init.uniform_(self.linear.bias, -math.pi, math.pi)
+
+    def reset_to_zero(self) -> None:
+        """Make this the zero map at every time and context; a gate stays, with nothing to scale."""
+        for name, parameter in self.named_parameters():
+            if not name.startswith("gate."):
+                nn.init.zeros_(parameter)
+
+    def _linear(self, inputs: int, *, bias: bool) -> nn.Linear:
+        return nn.Linear(inputs, self.linear.out_features, bias=bias)
+
+    @property
+    def _gate_inputs(self) -> int:
+        return 1 + (self.context_features if self.gate_context else 0)
+
+    def _gated(self, t: Tensor, context: Tensor | None, gate: nn.Module) -> AffineMap:
+        """``sigmoid(gate(t, c)) * (W x + b)``."""
+        conditions = _time_and_context(t, context if self.gate_context else None)
+        factor = gate(conditions).sigmoid()
+        bias = factor * self.linear.bias
+        if factor.ndim == 1:  # the same for each row: cheaper on the weight than on every row
+            return AffineMap(factor.unsqueeze(-1) * self.linear.weight, None, bias)
+        return AffineMap(self.linear.weight, factor, bias)
+
 
 class IgnoreLinear(TimeLinear):
     """``W x + b + U c``: time is ignored."""
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        context_features: int = 0,
-        *,
-        gate_context: bool = True,
-    ) -> None:
-        super().__init__(in_features, out_features, context_features, gate_context=gate_context)
-        if context_features:
-            self.shift = nn.Linear(context_features, out_features, bias=False)
+    def build(self) -> None:
+        """Make U."""
+        if self.context_features:
+            self.shift = self._linear(self.context_features, bias=False)
 
     def forward(
         self,
@@ -109,16 +113,9 @@ class IgnoreLinear(TimeLinear):
 class ConcatLinear(TimeLinear):
     """``W [x, t, c] + b``: time and context are further inputs."""
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        context_features: int = 0,
-        *,
-        gate_context: bool = True,
-    ) -> None:
-        super().__init__(in_features, out_features, context_features, gate_context=gate_context)
-        self.shift = nn.Linear(1 + context_features, out_features, bias=False)
+    def build(self) -> None:
+        """Make the columns of W for t and c."""
+        self.shift = self._linear(1 + self.context_features, bias=False)
 
     def forward(
         self,
@@ -130,27 +127,14 @@ class ConcatLinear(TimeLinear):
         return AffineMap(self.linear.weight, None, self.linear.bias + shift)
 
 
-class ConcatSquashLinear(TimeLinear):
-    """``(W x + b) * sigmoid(g(t, c)) + s(t, c)`` with affine g and linear s.
+class SquashLinear(TimeLinear):
+    """``(W x + b) * sigmoid(g(t, c))`` with affine g."""
 
-    The default layer of FFJORD's published code.
-
-    References:
-        Grathwohl et al. (2019), FFJORD. https://arxiv.org/abs/1810.01367
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        context_features: int = 0,
-        *,
-        gate_context: bool = True,
-    ) -> None:
-        super().__init__(in_features, out_features, context_features, gate_context=gate_context)
-        gate_inputs = 1 + (context_features if gate_context else 0)
-        self.gate = nn.Linear(gate_inputs, out_features)
-        self.shift = nn.Linear(1 + context_features, out_features, bias=False)
+    def build(self) -> None:
+        """Make g."""
+        self.gate = self._linear(self._gate_inputs, bias=True)
+        if self.context_features and not self.gate_context:
+            self.shift = self._linear(self.context_features, bias=False)
 
     def forward(
         self,
@@ -158,11 +142,120 @@ class ConcatSquashLinear(TimeLinear):
         context: Float[Tensor, "*c_batch context_features"] | None,
     ) -> AffineMap:
         """The affine map at this time and context."""
-        gate = self.gate(_time_and_context(t, context if self.gate_context else None)).sigmoid()
-        bias = gate * self.linear.bias + self.shift(_time_and_context(t, context))
-        if gate.ndim == 1:  # the same for each row: cheaper on the weight than on every row
+        affine = self._gated(t, context, self.gate)
+        if context is None or self.gate_context:
+            return affine
+        return affine._replace(bias=affine.bias + self.shift(context))
+
+
+class ConcatSquashLinear(TimeLinear):
+    """``(W x + b) * sigmoid(g(t, c)) + s(t, c)`` with affine g and linear s.
+
+    The default layer of FFJORD's published code.
+    """
+
+    def build(self) -> None:
+        """Make g and s."""
+        self.gate = self._linear(self._gate_inputs, bias=True)
+        self.shift = self._linear(1 + self.context_features, bias=False)
+
+    def forward(
+        self,
+        t: Float[Tensor, "*t_batch"],
+        context: Float[Tensor, "*c_batch context_features"] | None,
+    ) -> AffineMap:
+        """The affine map at this time and context."""
+        affine = self._gated(t, context, self.gate)
+        return affine._replace(bias=affine.bias + self.shift(_time_and_context(t, context)))
+
+
+class BlendLinear(TimeLinear):
+    """``(1 - t) (W0 x + b0) + t (W1 x + b1) + U c``: from one layer to another."""
+
+    def build(self) -> None:
+        """Make the layer at t = 1, and U."""
+        self.end = self._linear(self.linear.in_features, bias=True)
+        if self.context_features:
+            self.shift = self._linear(self.context_features, bias=False)
+
+    def forward(
+        self,
+        t: Float[Tensor, "*t_batch"],
+        context: Float[Tensor, "*c_batch context_features"] | None,
+    ) -> AffineMap:
+        """The affine map at this time and context."""
+        weight = torch.lerp(self.linear.weight, self.end.weight, t[..., None, None])
+        bias = torch.lerp(self.linear.bias, self.end.bias, t[..., None])
+        return AffineMap(weight, None, bias if context is None else bias + self.shift(context))
+
+    def reset_to_waves(self, frequency: float) -> None:
+        """Draw the same waves for both ends."""
+        super().reset_to_waves(frequency)
+        self.end.load_state_dict(self.linear.state_dict())
+
+
+class HyperLinear(TimeLinear):
+    """``W(t) x + b(t) + U c``, where a linear network of t gives W and b.
+
+    Linear in t as `BlendLinear` is; the two differ in how they start.
+    """
+
+    def build(self) -> None:
+        """Make the slopes of W and b, and U."""
+        self.slope = self._linear(self.linear.in_features, bias=True)
+        if self.context_features:
+            self.shift = self._linear(self.context_features, bias=False)
+
+    def forward(
+        self,
+        t: Float[Tensor, "*t_batch"],
+        context: Float[Tensor, "*c_batch context_features"] | None,
+    ) -> AffineMap:
+        """The affine map at this time and context."""
+        weight = self.linear.weight + t[..., None, None] * self.slope.weight
+        bias = self.linear.bias + t[..., None] * self.slope.bias
+        return AffineMap(weight, None, bias if context is None else bias + self.shift(context))
+
+
+class FiLMLinear(TimeLinear):
+    """``(1 + g(t, c)) * W x + s(t, c)``, where a small network gives g and s; no g at the output.
+
+    References:
+        Perez et al. (2018), FiLM: Visual Reasoning with a General Conditioning Layer.
+        https://arxiv.org/abs/1709.07871
+    """
+
+    _WIDTH = 32
+
+    def build(self) -> None:
+        """Make the network of g and s."""
+        outputs = self.linear.out_features * (2 if self.gate_context else 1)
+        self.network = nn.Sequential(
+            nn.Linear(1 + self.context_features, self._WIDTH),
+            nn.SiLU(),
+            nn.Linear(self._WIDTH, outputs),
+        )
+
+    def forward(
+        self,
+        t: Float[Tensor, "*t_batch"],
+        context: Float[Tensor, "*c_batch context_features"] | None,
+    ) -> AffineMap:
+        """The affine map at this time and context."""
+        modulation = self.network(_time_and_context(t, context))
+        if not self.gate_context:
+            return AffineMap(self.linear.weight, None, self.linear.bias + modulation)
+        scale, shift = modulation.chunk(2, -1)
+        gate, bias = 1 + scale, self.linear.bias + shift
+        if gate.ndim == 1:  # as in _gated
             return AffineMap(gate.unsqueeze(-1) * self.linear.weight, None, bias)
         return AffineMap(self.linear.weight, gate, bias)
+
+    def reset_to_zero(self) -> None:
+        """Make this the zero map; the network keeps a hidden layer, or it would never learn."""
+        for module in (self.linear, self.network[-1]):
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
 
 
 def _time_and_context(
@@ -178,6 +271,10 @@ def _time_and_context(
 LAYERS: dict[str, type[TimeLinear]] = {
     "ignore": IgnoreLinear,
     "concat": ConcatLinear,
+    "squash": SquashLinear,
     "concatsquash": ConcatSquashLinear,
+    "blend": BlendLinear,
+    "hyper": HyperLinear,
+    "film": FiLMLinear,
 }
-"""Layers by name."""
+"""Layers by name: those of FFJORD's published code, and FiLM."""

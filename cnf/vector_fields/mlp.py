@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from cnf._checks import check_count
 from cnf.vector_fields.activations import ACTIVATIONS
+from cnf.vector_fields.affine import AffineMap
 from cnf.vector_fields.base import VectorField
-from cnf.vector_fields.layers import LAYERS, AffineMap, TimeLinear
+from cnf.vector_fields.layers import LAYERS, TimeLinear
 
 _CLOSED_FORM_DEPTH = 2
 
@@ -29,8 +30,8 @@ class MLPField(VectorField):
     networks carry tangents forward beside the values. Neither needs a second backward pass in
     training.
 
-    Where rows differ in t, a gate of the output layer differs too, and the divergence falls back
-    on one product for each feature.
+    Where rows differ in t, so do the weights of some layers and the gate of an output layer; the
+    divergence then falls back on one product for each feature.
 
     The output layer starts at zero, so that a new field is at rest and a new flow the identity.
 
@@ -91,10 +92,8 @@ class MLPField(VectorField):
         layers = cast("list[TimeLinear]", list(self.layers))
         for layer in layers:
             layer.reset_parameters()
-        first = layers[0].linear
         if self.frequency is not None:
-            nn.init.normal_(first.weight, std=self.frequency)
-            nn.init.uniform_(first.bias, -math.pi, math.pi)
+            layers[0].reset_to_waves(self.frequency)
         layers[-1].reset_to_zero()
 
     def forward(
@@ -137,7 +136,7 @@ class MLPField(VectorField):
     ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
         """Velocity and its exact divergence, in closed form with one or two hidden layers."""
         *hidden, output = self._affine_maps(t, context)
-        if len(hidden) > _CLOSED_FORM_DEPTH or output.gate is not None:
+        if not self._can_use_closed_form(hidden, output):
             return super().velocity_and_divergence(t, x, context)
         self._announce_evaluation(t, x, context)
         slopes = []
@@ -145,6 +144,13 @@ class MLPField(VectorField):
             x, slope = activation.value_and_slope(affine.value(x))
             slopes.append(slope if affine.gate is None else slope * affine.gate)
         return output.value(x), _divergence(hidden, output, slopes)
+
+    def _can_use_closed_form(self, hidden: list[AffineMap], output: AffineMap) -> bool:
+        return (
+            self.has_closed_form_divergence
+            and output.is_shared
+            and all(affine.weight.ndim == 2 for affine in hidden)
+        )
 
     def _affine_maps(self, t: Tensor, context: Tensor | None) -> list[AffineMap]:
         return [layer(t, context) for layer in self.layers]
