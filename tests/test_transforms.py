@@ -176,3 +176,40 @@ def test_a_solve_of_an_empty_batch_evaluates_nothing():
 def test_constructors_refuse(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("gradient", ["adjoint", "backprop"])
+def test_the_end_time_has_the_gradient_of_the_closed_form(gradient):
+    field = perturbed(LinearField(2))
+    solver = ODESolver(rtol=1e-9, atol=1e-9, gradient=gradient)
+    transform = ContinuousTransform(field, solver=solver, end_time=0.8, learn_end_time=True)
+    x = torch.randn(4, 2)
+
+    z, ladj = transform.to_base_and_ladj(x)
+    found = torch.autograd.grad((z.sin().sum(-1) + ladj).sum(), transform.log_end_time)[0]
+
+    duration = torch.tensor(0.8, requires_grad=True)
+    moved = torch.linalg.matrix_exp(-duration * field.weight)
+    offset = torch.linalg.solve(field.weight, field.bias)  # x + offset obeys dx/dt = A x
+    expected = ((x + offset) @ moved.T - offset).sin().sum() - 4 * duration * field.weight.trace()
+    (slope,) = torch.autograd.grad(expected, duration)
+    torch.testing.assert_close(found, 0.8 * slope, rtol=0, atol=1e-6)
+
+
+def test_an_end_time_is_a_longer_way_along_the_same_field():
+    field = perturbed(LinearField(3))
+    x = torch.randn(4, 3)
+    moved, ladj = ContinuousTransform(field, solver=PRECISE, end_time=1.7).to_base_and_ladj(x)
+    expected = field.solution(x, start=1.7, end=0.0)
+    torch.testing.assert_close((moved, ladj), expected, rtol=0, atol=1e-7)
+
+
+def test_using_shares_a_learnt_end_time():
+    transform = ContinuousTransform(mlp(), end_time=2.0, learn_end_time=True)
+    assert transform.using(solver=PRECISE).log_end_time is transform.log_end_time
+
+
+@pytest.mark.parametrize("end_time", [0.0, -1.0, float("nan"), float("inf")])
+def test_an_impossible_end_time_is_refused(end_time):
+    with pytest.raises(ValueError, match="end_time must be positive and finite"):
+        ContinuousTransform(mlp(), end_time=end_time)

@@ -94,6 +94,9 @@ TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "continuous user": lambda: ContinuousTransform(
         perturbed(ModuleField(UserNetwork(2), 2)), solver=PRECISE
     ),
+    "continuous with learnt end time": lambda: ContinuousTransform(
+        mlp(), solver=PRECISE, end_time=0.7, learn_end_time=True
+    ),
     "continuous rk4": lambda: ContinuousTransform(mlp(), solver=ODESolver(method="rk4", steps=40)),
 }
 
@@ -111,6 +114,9 @@ FLOWS: dict[str, Callable[[], Flow]] = {
     "standardized": lambda: cnf(transforms=[Standardize.from_data(3 + 2 * torch.randn(50, 2))]),
     "learnt affine with context": lambda: cnf(2, 3, transforms=[Affine(2)]),
     "linear": lambda: Flow([ContinuousTransform(perturbed(LinearField(2)), solver=PRECISE)]),
+    "learnt end time": lambda: Flow(
+        [ContinuousTransform(mlp(), solver=PRECISE, end_time=1.4, learn_end_time=True)]
+    ),
     "user": lambda: Flow(
         [ContinuousTransform(perturbed(ModuleField(UserNetwork(2), 2)), solver=PRECISE)]
     ),

@@ -1,11 +1,12 @@
 """The transform that follows an ordinary differential equation."""
 
+import math
 import warnings
 from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from cnf.divergence import Divergence, Exact
 from cnf.ode import ODESolver, RightHandSide, State
@@ -17,7 +18,7 @@ _MANY_FEATURES = 64
 
 
 class ContinuousTransform(Transform):
-    r"""Follows dx/dt = v(t, x | context), from the base at t = 0 to the data at t = 1.
+    r"""Follows dx/dt = v(t, x | context), from the base at t = 0 to the data at t = `end_time`.
 
     The ladj is the integral of the divergence of v along the path, from where the call starts to
     where it ends: :math:`-\int_0^1 \nabla \cdot v \, dt` towards the base.
@@ -26,9 +27,13 @@ class ContinuousTransform(Transform):
         vector_field: The field v.
         divergence: How its divergence is computed; None for `Exact`.
         solver: How the ODE is solved; None for `ODESolver()`.
+        end_time: Time of the data. A field that depends on t sees t in [0, `end_time`].
+        learn_end_time: Whether the end time, which starts from `end_time`, is a parameter. (It was
+            meant to be in FFJORD's published code, where it gets no gradient.)
 
     Raises:
         TypeError: If an argument has the wrong type.
+        ValueError: If `end_time` is not positive and finite.
 
     References:
         Chen et al. (2018), Neural Ordinary Differential Equations, theorem 1.
@@ -47,6 +52,8 @@ class ContinuousTransform(Transform):
         *,
         divergence: Divergence | None = None,
         solver: ODESolver | None = None,
+        end_time: float = 1.0,
+        learn_end_time: bool = False,
     ) -> None:
         _check_type("vector_field", vector_field, VectorField, "wrap a network in ModuleField")
         if divergence is not None:
@@ -57,6 +64,12 @@ class ContinuousTransform(Transform):
         self.vector_field = vector_field
         self.divergence = divergence
         self.solver = ODESolver() if solver is None else solver
+        if not 0 < end_time < math.inf:
+            raise ValueError(f"end_time must be positive and finite; got {end_time}.")
+        self.end_time = end_time
+        self.learn_end_time = learn_end_time
+        if learn_end_time:
+            self.log_end_time = nn.Parameter(torch.tensor(math.log(end_time)))
 
     @property
     def likelihood(self) -> Likelihood:
@@ -66,12 +79,17 @@ class ContinuousTransform(Transform):
     def using(
         self, *, solver: ODESolver | None = None, divergence: Divergence | None = None
     ) -> "ContinuousTransform":
-        """The same transform, sharing its vector field, with another solver or divergence."""
-        return ContinuousTransform(
+        """The same transform, sharing every parameter, with another solver or divergence."""
+        other = ContinuousTransform(
             self.vector_field,
             divergence=self.divergence if divergence is None else divergence,
             solver=self.solver if solver is None else solver,
+            end_time=self.end_time,
+            learn_end_time=self.learn_end_time,
         )
+        if self.learn_end_time:
+            other.log_end_time = self.log_end_time
+        return other
 
     def to_base_and_ladj(
         self,
@@ -80,7 +98,7 @@ class ContinuousTransform(Transform):
         *,
         generator: torch.Generator | None = None,
     ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Solve from t = 1 to 0: z and the ladj, in nats, for each row."""
+        """Solve from the end time to 0: z and the ladj, in nats, for each row."""
         z, ladj = self._move(x, context, 1.0, 0.0, generator)
         return z, ladj
 
@@ -91,7 +109,7 @@ class ContinuousTransform(Transform):
         *,
         generator: torch.Generator | None = None,
     ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Solve from t = 0 to 1: x and the ladj, in nats, for each row."""
+        """Solve from 0 to the end time: x and the ladj, in nats, for each row."""
         x, ladj = self._move(z, context, 0.0, 1.0, generator)
         return x, ladj
 
@@ -100,7 +118,7 @@ class ContinuousTransform(Transform):
         x: Float[Tensor, "*batch features"],
         context: Float[Tensor, "*c_batch context_features"] | None = None,
     ) -> Float[Tensor, "*batch features"]:
-        """Solve from t = 1 to 0, without the ladj and its cost."""
+        """Solve from the end time to 0, without the ladj and its cost."""
         return self.trajectory(x, x.new_tensor([1.0, 0.0]), context)[-1]
 
     def to_data(
@@ -108,7 +126,7 @@ class ContinuousTransform(Transform):
         z: Float[Tensor, "*batch features"],
         context: Float[Tensor, "*c_batch context_features"] | None = None,
     ) -> Float[Tensor, "*batch features"]:
-        """Solve from t = 0 to 1, without the ladj and its cost."""
+        """Solve from 0 to the end time, without the ladj and its cost."""
         return self.trajectory(z, z.new_tensor([0.0, 1.0]), context)[-1]
 
     def trajectory(
@@ -117,7 +135,10 @@ class ContinuousTransform(Transform):
         times: Float[Tensor, " times"],
         context: Float[Tensor, "*c_batch context_features"] | None = None,
     ) -> Float[Tensor, "times *batch features"]:
-        """States at `times`, strictly increasing or decreasing, that start at `x`."""
+        """States at `times`, strictly increasing or decreasing, that start at `x`.
+
+        Times are shares of the end time: 0 is the base and 1 the data.
+        """
 
         def rhs(t: Tensor, state: State) -> State:
             return (self.vector_field(t, state[0], context),)
@@ -135,7 +156,7 @@ class ContinuousTransform(Transform):
     ) -> tuple[
         Float[Tensor, "*batch features"], Float[Tensor, "*batch"], Float[Tensor, "costs *batch"]
     ]:
-        """Solve from t = 1 to 0: z, ladj and the cost of the path by each regularizer.
+        """Solve from the end time to 0: z, ladj and the cost of the path by each regularizer.
 
         The costs are integrals over |dt|, in no error norm: they leave the steps as they are.
         """
@@ -180,9 +201,10 @@ class ContinuousTransform(Transform):
         context: Tensor | None,
         controlled: int | None = None,
     ) -> State:
+        times = times * (self.log_end_time.exp() if self.learn_end_time else self.end_time)
         if state[0].numel() == 0:
             # Nothing to solve, but the graph must reach what it reaches for other batches.
-            nothing = sum(tensor.sum() for tensor in self._dependencies(context)) * 0
+            nothing = sum(tensor.sum() for tensor in (times, *self._dependencies(context))) * 0
             return tuple(part.expand(len(times), *part.shape) + nothing for part in state)
         return self.solver.solve(
             rhs,
