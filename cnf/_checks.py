@@ -5,6 +5,7 @@ import operator
 from collections.abc import Sequence
 from typing import SupportsIndex
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -44,9 +45,8 @@ def check_vectors(name: str, x: Tensor, features: int, *, like: Tensor) -> None:
         ValueError: If dtype, device, shape or a value is wrong.
     """
     if not isinstance(x, Tensor):
-        raise TypeError(
-            f"{name} must be a torch.Tensor; got {type(x).__name__}. Try torch.as_tensor({name})."
-        )
+        hint = f" Try torch.as_tensor({name})." if isinstance(x, Sequence | np.ndarray) else ""
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}.{hint}")
     if not x.is_floating_point():
         raise ValueError(
             f"{name} must have a floating dtype; got {x.dtype}. "

@@ -12,6 +12,10 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
         OSError: If the file cannot be written.
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {str(path.parent)!r} to write {path.name!r} to."
+        )
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

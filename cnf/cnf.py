@@ -81,4 +81,6 @@ class CNF(Flow):
             )
             for _ in range(blocks)
         ]
+        if isinstance(transforms, Transform):
+            raise TypeError("transforms must be a list; put the single transform in brackets.")
         super().__init__([*transforms, *continuous], base)

@@ -136,7 +136,7 @@ class Hutchinson(Divergence):
     """
 
     noise: str = "rademacher"
-    """Distribution of the probes: "rademacher" or "gaussian"."""
+    """Distribution of the probes, "rademacher" or "gaussian"."""
     probes: int = 1
     """Number of probes for each row."""
 
@@ -147,7 +147,7 @@ class Hutchinson(Divergence):
 
     @property
     def is_exact(self) -> bool:
-        """False: the divergence is an unbiased estimate."""
+        """False, for the divergence is an unbiased estimate."""
         return False
 
     def draw_probes(

@@ -21,6 +21,7 @@ from cnf.ode import ODESolver
 from cnf.regularizers import CostRate
 from cnf.trajectory import follow
 from cnf.transforms import ContinuousTransform, Likelihood, Transform
+from cnf.transforms.chain import agreed_context_features, check_one_dtype
 
 _STRONGEST_FIRST: tuple[Likelihood, ...] = ("exact", "estimate", "lower_bound")
 
@@ -49,6 +50,8 @@ class Flow(nn.Module):
 
     def __init__(self, transforms: Iterable[Transform], base: Base | None = None) -> None:
         super().__init__()
+        if isinstance(transforms, Transform):
+            raise TypeError("transforms must be a list; put the single transform in brackets.")
         chain = list(transforms)
         for transform in chain:
             if not isinstance(transform, Transform):
@@ -58,7 +61,8 @@ class Flow(nn.Module):
         if base is None:
             if not chain:
                 raise ValueError("transforms must not be empty when base is None.")
-            base = StandardNormal(chain[0].features)
+            like = reference_tensor(nn.ModuleList(chain))
+            base = StandardNormal(chain[0].features).to(like)
         if not isinstance(base, Base):
             raise TypeError(
                 f"base must be a cnf.bases.Base, such as StandardNormal; got {type(base).__name__}."
@@ -66,7 +70,8 @@ class Flow(nn.Module):
         self.base = base
         self.transforms = nn.ModuleList(chain)
         self.features = base.features
-        self.context_features = _agreed_context_features(chain)
+        self.context_features = agreed_context_features(chain)
+        check_one_dtype([*chain, base])
         if any(transform.features != base.features for transform in chain):
             sizes = [transform.features for transform in chain]
             raise ValueError(
@@ -80,7 +85,7 @@ class Flow(nn.Module):
 
     @property
     def likelihood(self) -> Likelihood:
-        """What `log_prob` is: the weakest of "exact", "estimate" and "lower_bound" of the parts."""
+        """The weakest of "exact", "estimate" and "lower_bound" among the parts, for `log_prob`."""
         kinds = [transform.likelihood for transform in self.chain]
         return max(kinds, key=_STRONGEST_FIRST.index, default="exact")
 
@@ -316,10 +321,3 @@ class Flow(nn.Module):
         check_vectors(name, x, self.features, like=like)
         check_context(context, self.context_features, like=like)
         return x.expand(*joint_batch_shape(x, context), self.features)
-
-
-def _agreed_context_features(transforms: Sequence[Transform]) -> int:
-    sizes = {transform.context_features for transform in transforms} - {0}
-    if len(sizes) > 1:
-        raise ValueError(f"transforms must agree on context_features; got {sorted(sizes)}.")
-    return sizes.pop() if sizes else 0

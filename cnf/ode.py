@@ -47,9 +47,9 @@ class ODESolver:
     steps: int | None = None
     """Number of equal steps; for fixed-step methods, which need it, only."""
     gradient: Literal["adjoint", "backprop"] = "adjoint"
-    """"adjoint" solves a second ODE backwards: memory does not grow with the evaluations, and the
-    gradient has an error of the order of the tolerance. "backprop" differentiates the steps taken:
-    exact for them and faster, with memory for every evaluation."""
+    """How gradients are made. The "adjoint" solves a second ODE backwards, so that memory does not
+    grow with the evaluations and the gradient has an error of the order of the tolerance;
+    "backprop" differentiates the steps taken, exactly and faster, with memory for each of them."""
     max_evaluations: int = 10_000
     """Budget of a solve, and again of each backward pass by the adjoint; spending it raises an
     `ODEError`."""
@@ -104,7 +104,7 @@ class ODESolver:
                 adaptive method looks at; None for all.
 
         Returns:
-            The state at each time: tensors with a first axis of ``len(times)`` more.
+            The state at each time, in tensors with a first axis of ``len(times)`` more.
 
         Raises:
             ValueError: If the tolerances are finer than the dtype of the state can tell.

@@ -1,9 +1,10 @@
 """Costs of a path, to be integrated along it: how fast, how rough a flow is.
 
 A regularizer maps a `FieldEvaluation` to the cost rate of each row, at least 0. Its integral over
-|dt| is the cost of the path, positive whichever way time runs. Costs are sums over the features of
-a row; RNODE's published code takes means over them, and half of the kinetic energy: divide its
-weights by the number of features d (kinetic energy: by 2 d) to get the same loss per feature.
+the length of time is the cost of the path, positive whichever way time runs. Costs are sums over
+the features of a row; RNODE's published code takes means over them, and half of the kinetic energy:
+divide its weights by the number of features d (kinetic energy: by 2 d) to get the same loss per
+feature.
 
 References:
     Finlay et al. (2020), How to Train Your Neural ODE (RNODE). https://arxiv.org/abs/2002.02798

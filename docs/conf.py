@@ -13,6 +13,7 @@ extensions = [
 myst_enable_extensions = ["dollarmath"]
 autosummary_generate = True
 autodoc_typehints = "none"
+autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 default_role = "any"

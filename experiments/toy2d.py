@@ -5,6 +5,7 @@ two cores the default flow comes within 0.12 nats of the truth on pinwheel.
 """
 
 import json
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -47,7 +48,7 @@ class Settings:
     out: Path = Path("runs/toy2d")
     """Folder of the results; each toy set has its own folder in it."""
     quick: bool = False
-    """Only see that everything works: few steps and rows, a coarse picture."""
+    """Only see that everything works, with little in steps, rows, held_out and picture."""
     progress: bool = True
     """Whether to show a progress bar."""
 
@@ -75,6 +76,8 @@ def main(settings: Settings) -> Metrics:
     started = time.perf_counter()
     if settings.quick:
         settings = replace(settings, steps=20, rows=2000, held_out=1000)
+    folder = settings.out / settings.data
+    folder.mkdir(parents=True, exist_ok=True)
     truth = toy_density(settings.data)
     data = torch.Generator().manual_seed(settings.seed)
     x = truth.sample(settings.rows, generator=data)
@@ -95,8 +98,6 @@ def main(settings: Settings) -> Metrics:
     )
 
     metrics = measure(flow, held_out, truth, settings.data, history, started)
-    folder = settings.out / settings.data
-    folder.mkdir(parents=True, exist_ok=True)
     save(flow, folder / "model.safetensors")
     history.save(folder / "history.csv")
     draw(flow, truth, history, folder / "figure.png", seed=settings.seed, coarse=settings.quick)
@@ -171,4 +172,7 @@ def draw(
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings))
+    try:
+        main(tyro.cli(Settings))
+    except (OSError, ValueError) as error:
+        sys.exit(f"toy2d: {error}")

@@ -394,3 +394,14 @@ def test_a_flow_without_tensors_is_checked_against_the_default_dtype():
     torch.testing.assert_close(flow.log_prob(torch.zeros(3, 2)), torch.full((3,), -math.log(4)))
     with pytest.raises(ValueError, match=r"dtype torch.float64; got torch.float32"):
         flow.log_prob(torch.zeros(3, 2, dtype=torch.float32))
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+def test_parts_that_do_not_fit_are_refused_when_the_flow_is_made():
+    single = Standardize.from_data(torch.randn(9, 2).float())
+    with pytest.raises(ValueError, match=r"one dtype; got torch\.float32, torch\.float64"):
+        CNF(2, transforms=[single])
+    for make in (Flow, lambda part: CNF(2, transforms=part)):
+        with pytest.raises(TypeError, match="put the single transform in brackets"):
+            make(single)
+    assert Flow([ContinuousTransform(mlp().float())]).base.loc.dtype == torch.float32

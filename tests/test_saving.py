@@ -47,9 +47,9 @@ OPTIONS = {
     "hutchinson": {"divergence": Hutchinson(noise="gaussian", probes=3)},
     "tolerances": {"solver": ODESolver(rtol=1e-4, atol=1e-3, max_evaluations=500)},
     "fixed steps": {"solver": ODESolver(method="rk4", steps=7, gradient="backprop")},
-    "base": {"base": StandardNormal(2)},
+    "base": {"base": StandardNormal(2).double()},
     "context": {"context_features": 3},
-    "transforms": {"transforms": [Standardize(2), Affine(2)]},
+    "transforms": {"transforms": [Standardize(2).double(), Affine(2).double()]},
 }
 """Every argument of `CNF`, one at a time."""
 
@@ -495,8 +495,8 @@ def test_every_concrete_transform_of_the_package_can_be_saved(path):
 
 def test_a_flow_of_several_dtypes_is_refused(path):
     flow = small_cnf()
+    mixed = Flow([Affine(2), *flow.chain])
     flow.chain[-1].vector_field.float()
-    mixed = Flow([Affine(2).double(), *flow.chain])
     with pytest.raises(ValueError, match=r"must have one dtype; got .*float32.*float64"):
         save(mixed, path)
     assert not path.exists()

@@ -7,6 +7,7 @@ import functools
 import math
 import pickle
 import re
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -657,7 +658,7 @@ BAD_ROWS = {
 }
 
 BAD_CONTEXTS = {
-    "missing": (None, ValueError, r"context must have shape \(\*batch, 3\).*got None"),
+    "missing": (None, ValueError, r"NAME must be a pair of rows and contexts.*Pass \(x, context\)"),
     "width": (zeros(5, 1), ValueError, r"context must have shape .*got \(5, 1\)"),
     "too few": (zeros(4, 3), ValueError, r"NAME must have one context for each row; .*\(4,"),
     "one for all": (zeros(3), ValueError, "NAME must have one context for each row"),
@@ -815,3 +816,19 @@ def test_a_training_error_survives_pickling():
     error = pickle.loads(pickle.dumps(TrainingError("stopped", history)))  # noqa: S301 - our own
     assert str(error) == "stopped"
     assert error.history == history or error.history.loss == history.loss
+
+
+def test_data_far_from_standard_are_warned_of():
+    x = 1000 * torch.randn(50, 2)
+    with pytest.warns(UserWarning, match=r"put Standardize.from_data\(x\) first"):
+        fit(affine_flow(), x, config(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(Flow([Standardize.from_data(x), *affine_flow().chain]), x, config(1))
+
+
+def test_a_history_is_short_to_look_at():
+    history = History()
+    assert repr(history) == "History(0 steps)"
+    history.append(step=1, loss=2.0, learning_rate=1e-3, nfe=14, seconds=0.1)
+    assert repr(history) == "History(1 steps, loss 2.0000)"

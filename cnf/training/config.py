@@ -29,8 +29,8 @@ class TrainingConfig:
     learning_rate: float = 4e-3
     """Peak learning rate of Adam."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """The rate rises over the first 2 % of the steps; then it falls to zero as a half cosine, or
-    stays."""
+    """What the rate does after its rise over the first 2 % of the steps; with "cosine" it falls to
+    zero as a half cosine, with "constant" it stays."""
     gradient_clip: float | None = 10.0
     """Largest norm of the gradient; None for no limit."""
     ema: float | None = None

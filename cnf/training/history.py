@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _KINDS: dict[str, type] = {"step": int, "nfe": int}
 
 
-@dataclass
+@dataclass(repr=False)
 class History:
     """One entry for each step, in every column.
 
@@ -40,6 +40,10 @@ class History:
     """Wall-clock time since the start of training, validation included."""
     validation: list[float] = field(default_factory=list)
     """Negative log-likelihood of the validation data after the step, in nats; NaN if not taken."""
+
+    def __repr__(self) -> str:
+        last = f", loss {self.loss[-1]:.4f}" if self.loss else ""
+        return f"{type(self).__name__}({len(self.step)} steps{last})"
 
     def append(
         self,

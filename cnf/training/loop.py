@@ -10,18 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 from tqdm import tqdm
 
-from cnf._checks import check_context, check_vectors, reference_tensor
 from cnf.flow import Flow
 from cnf.objectives import MaximumLikelihood
 from cnf.ode import ODEError
 from cnf.training.config import TrainingConfig
 from cnf.training.history import History
+from cnf.training.rows import Data, as_tensors, minibatches, warn_if_far_from_standard
 from cnf.vector_fields import count_evaluations
-
-Data = Tensor | tuple[Tensor, Tensor]
 
 _VALIDATION_ROWS = 8192
 _WARM_UP = 0.02
@@ -88,8 +85,9 @@ def fit(
         raise TypeError(f"config must be a TrainingConfig; got {type(config).__name__}.")
     if not any(parameter.requires_grad for parameter in objective.parameters()):
         raise ValueError("objective must have parameters to train; got none.")
-    rows = _as_tensors("data", data, flow)
-    held_out = None if validation is None else _as_tensors("validation", validation, flow)
+    rows = as_tensors("data", data, flow)
+    warn_if_far_from_standard(flow, *rows)
+    held_out = None if validation is None else as_tensors("validation", validation, flow)
     with torch.inference_mode(False), torch.enable_grad():
         run = _Run(objective, flow, rows, config)
         run.go(held_out)
@@ -121,7 +119,7 @@ class _Run:
         self.scheduler = LambdaLR(optimizer, _schedule(config))
         self.averaged = _average(flow, config.ema)
         self.probes = torch.Generator(device).manual_seed(config.seed)
-        self.batches = _batches(data, config)
+        self.batches = minibatches(data, config)
 
     @property
     def result(self) -> Flow:
@@ -218,35 +216,6 @@ def negative_log_likelihood(flow: Flow, x: Tensor, context: Tensor | None = None
         chunk = None if context is None else context[rows]
         total -= flow.log_prob(x[rows], chunk, generator=generator).double().sum().item()
     return total / len(x)
-
-
-def _as_tensors(name: str, data: Data, flow: Flow) -> tuple[Tensor, ...]:
-    """Rows, or rows and contexts, checked once before training."""
-    x, context = data if isinstance(data, tuple | list) and len(data) == 2 else (data, None)
-    like = reference_tensor(flow)
-    check_vectors(name, x, flow.features, like=like)
-    check_context(context, flow.context_features, like=like)
-    if x.ndim != 2 or len(x) == 0:
-        raise ValueError(f"{name} must have shape (rows, {flow.features}); got {tuple(x.shape)}.")
-    if context is None:
-        return (x,)
-    if context.shape[:-1] != x.shape[:-1]:
-        raise ValueError(
-            f"{name} must have one context for each row; got {tuple(x.shape)} rows and "
-            f"{tuple(context.shape)} contexts."
-        )
-    return x, context
-
-
-def _batches(data: tuple[Tensor, ...], config: TrainingConfig) -> Iterator[tuple[Tensor, ...]]:
-    """Minibatches without end, the rows in a new order each time through."""
-    order = torch.Generator().manual_seed(config.seed)
-    dataset = TensorDataset(*data)
-    size = min(config.batch_size, len(dataset))
-    sampler = BatchSampler(RandomSampler(dataset, generator=order), size, drop_last=True)
-    loader = DataLoader(dataset, sampler=sampler, batch_size=None, generator=order)
-    while True:
-        yield from loader
 
 
 def _schedule(config: TrainingConfig) -> Callable[[int], float]:

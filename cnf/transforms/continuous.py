@@ -158,7 +158,8 @@ class ContinuousTransform(Transform):
     ]:
         """Solve from the end time to 0: z, ladj and the cost of the path by each regularizer.
 
-        The costs are integrals over |dt|, in no error norm: they leave the steps as they are.
+        The costs are integrals over the length of time; they stand in no error norm, and so leave
+        the steps as they are.
         """
         z, ladj, *costs = self._move(x, context, 1.0, 0.0, generator, regularizers)
         return z, ladj, torch.stack(costs) if costs else x.new_zeros(0, *x.shape[:-1])

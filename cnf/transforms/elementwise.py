@@ -76,6 +76,10 @@ class Standardize(Transform):
         self.mean: Tensor
         self.log_std: Tensor
 
+    def extra_repr(self) -> str:
+        """Mean and standard deviation."""
+        return f"mean={self.mean.tolist()}, std={self.log_std.exp().tolist()}"
+
     @classmethod
     def from_data(cls, x: Float[Tensor, "rows features"]) -> "Standardize":
         """The standardisation of the rows of `x`, in its dtype and on its device.

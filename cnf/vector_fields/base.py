@@ -103,7 +103,8 @@ class ModuleField(VectorField):
 
     Args:
         network: Module called as ``network(t, x)``, or as ``network(t, x, context)`` if
-            `context_features` is not 0, that returns the velocity, of the shape of x.
+            `context_features` is not 0, that returns the velocity, of the shape of x. To
+            concatenate, give t the shape of x: ``t[..., None].expand(*x.shape[:-1], 1)``.
         features: Size of x.
         context_features: Size of the context; 0 for none.
 
@@ -145,6 +146,9 @@ class EvaluationCount:
 
     def __init__(self) -> None:
         self.value = 0
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.value})"
 
     def _add(self, *_: object) -> None:
         self.value += 1

@@ -44,7 +44,7 @@ class LinearField(VectorField):
 
     @property
     def has_closed_form_divergence(self) -> bool:
-        """True: the divergence is the trace of A."""
+        """True, for the divergence is the trace of A."""
         return True
 
     def velocity_and_products(

@@ -183,6 +183,8 @@ def _check_name(argument: str, name: str, known: Mapping[str, object]) -> str:
 def _check_activations(activation: str | Sequence[str] | None, depth: int) -> tuple[str, ...]:
     if activation is None:
         return ("sin", *("silu",) * (depth - 1))
+    if not isinstance(activation, str | Sequence):
+        raise TypeError(f"activation must be a name, or names; got {activation!r}.")
     names = (activation,) * depth if isinstance(activation, str) else tuple(activation)
     if len(names) != depth:
         raise ValueError(

@@ -1,0 +1,71 @@
+"""The rows that a flow is trained on, checked once and cut into minibatches."""
+
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+
+from cnf._checks import check_context, check_vectors, reference_tensor
+from cnf.flow import Flow
+from cnf.training.config import TrainingConfig
+from cnf.transforms import ContinuousTransform
+
+Data = Tensor | tuple[Tensor, Tensor]
+"""Rows ``(rows, features)``, or a pair of rows and contexts ``(rows, context_features)``."""
+
+_ROWS_TRIED = 10_000
+_FAR = 20.0
+
+
+def as_tensors(name: str, data: Data, flow: Flow) -> tuple[Tensor, ...]:
+    """Rows, or rows and contexts, checked once before training."""
+    x, context = data if isinstance(data, tuple | list) and len(data) == 2 else (data, None)
+    like = reference_tensor(flow)
+    check_vectors(name, x, flow.features, like=like)
+    if context is None and flow.context_features:
+        raise ValueError(
+            f"{name} must be a pair of rows and contexts, because the flow is conditional; got "
+            f"rows alone. Pass (x, context), with context of shape (rows, {flow.context_features})."
+        )
+    check_context(context, flow.context_features, like=like)
+    if x.ndim != 2 or len(x) == 0:
+        raise ValueError(f"{name} must have shape (rows, {flow.features}); got {tuple(x.shape)}.")
+    if context is None:
+        return (x,)
+    if context.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"{name} must have one context for each row; got {tuple(x.shape)} rows and "
+            f"{tuple(context.shape)} contexts."
+        )
+    return x, context
+
+
+@torch.no_grad()
+def warn_if_far_from_standard(flow: Flow, x: Tensor, context: Tensor | None = None) -> None:
+    """Warn if rows reach the first vector field at another scale than it starts from."""
+    x, context = x[:_ROWS_TRIED], None if context is None else context[:_ROWS_TRIED]
+    for transform in flow.chain:
+        if isinstance(transform, ContinuousTransform):
+            break
+        x = transform.to_base(x, context)
+    size = x.square().mean(0).sqrt()
+    if not (size < _FAR).all():
+        warnings.warn(
+            f"the data reach the vector field with a root mean square of up to {size.max():.3g}, "
+            "where training expects about 1; put Standardize.from_data(x) first among the "
+            "transforms, and look for outliers.",
+            stacklevel=3,
+        )
+
+
+def minibatches(data: tuple[Tensor, ...], config: TrainingConfig) -> Iterator[tuple[Tensor, ...]]:
+    """Minibatches without end, the rows in a new order each time through."""
+    order = torch.Generator().manual_seed(config.seed)
+    dataset = TensorDataset(*data)
+    size = min(config.batch_size, len(dataset))
+    sampler = BatchSampler(RandomSampler(dataset, generator=order), size, drop_last=True)
+    loader = DataLoader(dataset, sampler=sampler, batch_size=None, generator=order)
+    while True:
+        yield from loader
