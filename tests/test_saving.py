@@ -1,5 +1,6 @@
 """Laws of saving: a file gives back the same flow, or a message; and it is never half a file."""
 
+import copy
 import json
 import os
 import re
@@ -57,7 +58,7 @@ SAVABLE = {
     **{name: make for name, make in FLOWS.items() if name != "user"},
     **{
         f"CNF: {name}": lambda settings=settings: perturbed(
-            CNF(2, **{"hidden_features": (6, 5), **settings})
+            CNF(2, **{"hidden_features": (6, 5), **copy.deepcopy(settings)})
         )
         for name, settings in OPTIONS.items()
     },
