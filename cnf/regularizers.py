@@ -52,11 +52,11 @@ def _squared_jacobian(evaluation: FieldEvaluation) -> Tensor:
 
 
 kinetic_energy = Regularizer("kinetic_energy", _squared_speed, needs_products=False)
-"""‖v‖²: favours straight paths of constant speed (RNODE, equation 5)."""
+"""‖v‖²: favours straight paths of constant speed (RNODE's first penalty)."""
 
 jacobian_frobenius = Regularizer("jacobian_frobenius", _squared_jacobian, needs_products=True)
-"""‖∂v/∂x‖²_F, exact with the exact divergence, else its unbiased estimate ‖Jᵀp‖² from the probes of
-the trace: favours smooth fields (RNODE, equation 10)."""
+"""‖∂v/∂x‖²_F, exact with the exact divergence, else its unbiased estimate from the products with
+the probes of the trace: favours smooth fields (RNODE's second penalty)."""
 
 
 def needs_products(regularizer: CostRate) -> bool:

@@ -127,7 +127,7 @@ class TwoSpirals(ToyDensity):
         ValueError: If `nodes` is less than 1.
 
     References:
-        Grathwohl et al. (2019), FFJORD, figure 2. https://arxiv.org/abs/1810.01367
+        Grathwohl et al. (2019), FFJORD. https://arxiv.org/abs/1810.01367
     """
 
     features = 2

@@ -34,7 +34,7 @@ def toy_density(name: str) -> ToyDensity:
         ValueError: If there is no set of that name.
 
     References:
-        Grathwohl et al. (2019), FFJORD, figure 2. https://arxiv.org/abs/1810.01367
+        Grathwohl et al. (2019), FFJORD. https://arxiv.org/abs/1810.01367
 
     Example:
         >>> truth = toy_density("checkerboard")
@@ -64,7 +64,7 @@ class Pinwheel(ToyDensity):
     than 5 standard deviations from the mean of `f`.
 
     References:
-        Grathwohl et al. (2019), FFJORD, figure 2. https://arxiv.org/abs/1810.01367
+        Grathwohl et al. (2019), FFJORD. https://arxiv.org/abs/1810.01367
     """
 
     features = 2
@@ -144,7 +144,7 @@ class Checkerboard(ToyDensity):
     The squares are closed: rounding may put a sample on an edge.
 
     References:
-        Grathwohl et al. (2019), FFJORD, figure 2. https://arxiv.org/abs/1810.01367
+        Grathwohl et al. (2019), FFJORD. https://arxiv.org/abs/1810.01367
     """
 
     features = 2

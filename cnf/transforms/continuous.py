@@ -21,7 +21,8 @@ class ContinuousTransform(Transform):
     r"""Follows dx/dt = v(t, x | context), from the base at t = 0 to the data at t = `end_time`.
 
     The ladj is the integral of the divergence of v along the path, from where the call starts to
-    where it ends: :math:`-\int_0^1 \nabla \cdot v \, dt` towards the base.
+    where it ends: :math:`-\int_0^T \nabla \cdot v \, dt` towards the base, T being
+    `end_time`.
 
     Args:
         vector_field: The field v.
