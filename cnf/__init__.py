@@ -16,7 +16,14 @@ from cnf.ode import ODEError, ODESolver
 from cnf.saving import load, save
 from cnf.training import History, TrainingConfig, TrainingError, fit
 from cnf.transforms import Affine, ContinuousTransform, Standardize
-from cnf.vector_fields import LinearField, MLPField, ModuleField, VectorField, count_evaluations
+from cnf.vector_fields import (
+    LinearField,
+    MLPField,
+    ModuleField,
+    PotentialField,
+    VectorField,
+    count_evaluations,
+)
 
 __all__ = [
     "CNF",
@@ -32,6 +39,7 @@ __all__ = [
     "ModuleField",
     "ODEError",
     "ODESolver",
+    "PotentialField",
     "Standardize",
     "TrainingConfig",
     "TrainingError",

@@ -8,6 +8,7 @@ feature.
 
 References:
     Finlay et al. (2020), How to Train Your Neural ODE (RNODE). https://arxiv.org/abs/2002.02798
+    Onken et al. (2021), OT-Flow. https://arxiv.org/abs/2006.00104
 """
 
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cnf.divergence import FieldEvaluation
+from cnf.vector_fields import PotentialField
 
 CostRate = Callable[[FieldEvaluation], Tensor]
 
@@ -51,12 +53,52 @@ def _squared_jacobian(evaluation: FieldEvaluation) -> Tensor:
     return evaluation.share * evaluation.products.square().sum(-1).sum(0)
 
 
+def _squared_derivative(evaluation: FieldEvaluation, dt: float) -> Tensor:
+    return (
+        evaluation.vector_field.velocity_derivative(
+            evaluation.t, evaluation.x, dt, evaluation.velocity, evaluation.context
+        )
+        .square()
+        .sum(-1)
+    )
+
+
+def _squared_directional_derivative(evaluation: FieldEvaluation) -> Tensor:
+    return _squared_derivative(evaluation, dt=0.0)
+
+
+def _squared_acceleration(evaluation: FieldEvaluation) -> Tensor:
+    return _squared_derivative(evaluation, dt=1.0)
+
+
+def _hjb_residual(evaluation: FieldEvaluation) -> Tensor:
+    field = evaluation.vector_field
+    if not isinstance(field, PotentialField):
+        raise ValueError(f"hjb_residual needs a PotentialField; got {type(field).__name__}.")
+    rate = field.potential_rate(evaluation.t, evaluation.x, evaluation.context)
+    return (rate - 0.5 * _squared_speed(evaluation)).abs()
+
+
 kinetic_energy = Regularizer("kinetic_energy", _squared_speed, needs_products=False)
 """‖v‖²: favours straight paths of constant speed (RNODE's first penalty)."""
 
 jacobian_frobenius = Regularizer("jacobian_frobenius", _squared_jacobian, needs_products=True)
 """‖∂v/∂x‖²_F, exact with the exact divergence, else its unbiased estimate from the products with
 the probes of the trace: favours smooth fields (RNODE's second penalty)."""
+
+directional_derivative = Regularizer(
+    "directional_derivative", _squared_directional_derivative, needs_products=False
+)
+"""‖(∂v/∂x) v‖²: how the velocity changes along the path, but for the time dependence of the field.
+Costs one evaluation more, as the next two do."""
+
+total_derivative = Regularizer("total_derivative", _squared_acceleration, needs_products=False)
+"""‖∂v/∂t + (∂v/∂x) v‖², the squared acceleration: zero for straight paths of constant speed."""
+
+hjb_residual = Regularizer("hjb_residual", _hjb_residual, needs_products=False)
+"""The absolute residual of the Hamilton-Jacobi-Bellman equation ∂Φ/∂t = ½ ‖∇Φ‖², which the
+potential Φ of an optimal transport fulfils (OT-Flow's penalty); for a `PotentialField` only. The
+equation is the same whichever way time runs."""
 
 
 def needs_products(regularizer: CostRate) -> bool:

@@ -8,7 +8,16 @@ import pytest
 import torch
 from scipy.integrate import solve_ivp
 from torch import nn
-from zoo import FIELDS, MLP_FIELDS, UserNetwork, cnf, mlp, perturbed, rows_for
+from zoo import (
+    FIELDS,
+    MLP_FIELDS,
+    POTENTIAL_FIELDS,
+    UserNetwork,
+    cnf,
+    mlp,
+    perturbed,
+    rows_for,
+)
 
 from cnf import (
     CNF,
@@ -28,6 +37,7 @@ BATCHES = [(), (4,), (3, 4)]
 REVERSE_MODE = VectorField.velocity_and_products
 FORWARD_MODE = {
     **MLP_FIELDS,
+    **POTENTIAL_FIELDS,
     "linear": FIELDS["linear"],
     "linear with context": FIELDS["linear with context"],
 }

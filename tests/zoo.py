@@ -16,6 +16,7 @@ from cnf import (
     MLPField,
     ModuleField,
     ODESolver,
+    PotentialField,
     Standardize,
     VectorField,
 )
@@ -78,8 +79,28 @@ MLP_FIELDS: dict[str, Callable[[], MLPField]] = {
     ),
 }
 
+
+def potential(features: int = 2, context_features: int = 0, **settings: object) -> PotentialField:
+    """A small, smooth potential field."""
+    settings = {"hidden_features": 8, **settings}
+    if settings.get("activation", "sin") == "sin":
+        settings.setdefault("frequency", 1.0)
+    return perturbed(PotentialField(features, context_features, **settings))
+
+
+POTENTIAL_FIELDS: dict[str, Callable[[], PotentialField]] = {
+    **{f"potential {layer}": lambda layer=layer: potential(layer=layer) for layer in LAYERS},
+    **{
+        f"potential {layer} with context": lambda layer=layer: potential(3, 2, layer=layer)
+        for layer in LAYERS
+    },
+    "potential tanh": lambda: potential(activation="tanh"),
+    "potential of one feature": lambda: potential(1),
+}
+
 FIELDS: dict[str, Callable[[], VectorField]] = {
     **MLP_FIELDS,
+    **POTENTIAL_FIELDS,
     "linear": lambda: perturbed(LinearField(3)),
     "linear with context": lambda: perturbed(LinearField(2, 3)),
     "user": lambda: perturbed(ModuleField(UserNetwork(2), 2)),
@@ -96,6 +117,9 @@ TRANSFORMS: dict[str, Callable[[], Transform]] = {
     ),
     "continuous with learnt end time": lambda: ContinuousTransform(
         mlp(), solver=PRECISE, end_time=0.7, learn_end_time=True
+    ),
+    "continuous between other times": lambda: ContinuousTransform(
+        potential(), solver=PRECISE, start_time=-0.3, end_time=0.8
     ),
     "continuous rk4": lambda: ContinuousTransform(mlp(), solver=ODESolver(method="rk4", steps=40)),
 }
@@ -117,6 +141,7 @@ FLOWS: dict[str, Callable[[], Flow]] = {
     "learnt end time": lambda: Flow(
         [ContinuousTransform(mlp(), solver=PRECISE, end_time=1.4, learn_end_time=True)]
     ),
+    "potential with context": lambda: Flow([ContinuousTransform(potential(2, 3), solver=PRECISE)]),
     "user": lambda: Flow(
         [ContinuousTransform(perturbed(ModuleField(UserNetwork(2), 2)), solver=PRECISE)]
     ),

@@ -35,14 +35,19 @@ class MaximumLikelihood(nn.Module):
             one, else `Exact` where the field has at most 8 features, or a closed form and no
             regularizer that needs Jacobian products; `Hutchinson` with one Rademacher probe
             otherwise.
+        random_end_time: STEER's half-width b, in [0, 1): each solve from data to base stops at a
+            time drawn uniformly from [-b, b], in place of 0. (Here time runs from base to data, so
+            that the end of the solve is the start of `ContinuousTransform`.)
 
     Raises:
         TypeError: If `flow` is not a `Flow`, or a regularizer is not callable.
-        ValueError: If a weight is negative or not finite.
+        ValueError: If a weight is negative or not finite, or `random_end_time` is out of range.
 
     References:
         Grathwohl et al. (2019), FFJORD. https://arxiv.org/abs/1810.01367
         Finlay et al. (2020), How to Train Your Neural ODE. https://arxiv.org/abs/2002.02798
+        Ghosh et al. (2020), STEER: Simple Temporal Regularization for Neural ODEs.
+        https://arxiv.org/abs/2006.10711
 
     Example:
         >>> from cnf import CNF
@@ -57,6 +62,7 @@ class MaximumLikelihood(nn.Module):
         *,
         solver: ODESolver | None = None,
         divergence: Divergence | None = None,
+        random_end_time: float = 0.0,
     ) -> None:
         super().__init__()
         if not isinstance(flow, Flow):
@@ -72,6 +78,9 @@ class MaximumLikelihood(nn.Module):
                 )
         self.solver = solver or ODESolver(rtol=1e-3, atol=1e-3, gradient="backprop")
         self.divergence = divergence
+        if not 0 <= random_end_time < 1:
+            raise ValueError(f"random_end_time must be in [0, 1); got {random_end_time}.")
+        self.random_end_time = random_end_time
 
     def forward(
         self,
@@ -80,7 +89,7 @@ class MaximumLikelihood(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, ""]:
-        """The loss of a minibatch; `generator` draws the probes.
+        """The loss of a minibatch; `generator` draws the probes and end times.
 
         Raises:
             ValueError: If the minibatch is empty or does not fit the flow.
@@ -88,14 +97,17 @@ class MaximumLikelihood(nn.Module):
         """
         if x.numel() == 0:
             raise ValueError(f"x must have at least one row; got shape {tuple(x.shape)}.")
-        flow = Flow(map(self._for_training, self.flow.chain), self.flow.base)
+        flow = Flow(
+            [self._for_training(transform, generator) for transform in self.flow.chain],
+            self.flow.base,
+        )
         z, ladj, costs = flow.to_base_with_costs(
             x, context, regularizers=list(self.regularizers), generator=generator
         )
         weights = x.new_tensor(list(self.regularizers.values()))
         return (weights @ costs - flow.base.log_prob(z) - ladj).mean()
 
-    def _for_training(self, transform: Transform) -> Transform:
+    def _for_training(self, transform: Transform, generator: torch.Generator | None) -> Transform:
         if not isinstance(transform, ContinuousTransform):
             return transform
         products = any(map(needs_products, self.regularizers))
@@ -104,7 +116,12 @@ class MaximumLikelihood(nn.Module):
             or transform.divergence
             or affordable(transform.vector_field, products=products)
         )
-        return transform.using(solver=self.solver, divergence=divergence)
+        start_time = transform.start_time
+        if self.random_end_time:
+            device = "cpu" if generator is None else generator.device
+            draw = torch.rand((), generator=generator, device=device).item()
+            start_time += self.random_end_time * (2 * draw - 1)
+        return transform.using(solver=self.solver, divergence=divergence, start_time=start_time)
 
 
 def affordable(vector_field: VectorField, *, products: bool) -> Divergence:

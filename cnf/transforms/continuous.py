@@ -18,23 +18,24 @@ _MANY_FEATURES = 64
 
 
 class ContinuousTransform(Transform):
-    r"""Follows dx/dt = v(t, x | context), from the base at t = 0 to the data at t = `end_time`.
+    r"""Follows dx/dt = v(t, x | context), from the base at `start_time` to the data at `end_time`.
 
     The ladj is the integral of the divergence of v along the path, from where the call starts to
-    where it ends: :math:`-\int_0^T \nabla \cdot v \, dt` towards the base, T being
-    `end_time`.
+    where it ends: :math:`-\int_0^1 \nabla \cdot v \, dt` towards the base, with the default
+    times.
 
     Args:
         vector_field: The field v.
         divergence: How its divergence is computed; None for `Exact`.
         solver: How the ODE is solved; None for `ODESolver()`.
-        end_time: Time of the data. A field that depends on t sees t in [0, `end_time`].
+        start_time: Time of the base. A field that depends on t sees times between the two.
+        end_time: Time of the data.
         learn_end_time: Whether the end time, which starts from `end_time`, is a parameter. (It was
             meant to be in FFJORD's published code, where it gets no gradient.)
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If `end_time` is not positive and finite.
+        ValueError: If `end_time` is not positive and finite, or `start_time` not less.
 
     References:
         Chen et al. (2018), Neural Ordinary Differential Equations, theorem 1.
@@ -53,6 +54,7 @@ class ContinuousTransform(Transform):
         *,
         divergence: Divergence | None = None,
         solver: ODESolver | None = None,
+        start_time: float = 0.0,
         end_time: float = 1.0,
         learn_end_time: bool = False,
     ) -> None:
@@ -67,6 +69,11 @@ class ContinuousTransform(Transform):
         self.solver = ODESolver() if solver is None else solver
         if not 0 < end_time < math.inf:
             raise ValueError(f"end_time must be positive and finite; got {end_time}.")
+        if not -math.inf < start_time < end_time:
+            raise ValueError(
+                f"start_time must be finite and less than end_time={end_time}; got {start_time}."
+            )
+        self.start_time = start_time
         self.end_time = end_time
         self.learn_end_time = learn_end_time
         if learn_end_time:
@@ -78,13 +85,18 @@ class ContinuousTransform(Transform):
         return "exact" if self.divergence is None or self.divergence.is_exact else "estimate"
 
     def using(
-        self, *, solver: ODESolver | None = None, divergence: Divergence | None = None
+        self,
+        *,
+        solver: ODESolver | None = None,
+        divergence: Divergence | None = None,
+        start_time: float | None = None,
     ) -> "ContinuousTransform":
-        """The same transform, sharing every parameter, with another solver or divergence."""
+        """The same transform, sharing every parameter, with another solver, divergence or start."""
         other = ContinuousTransform(
             self.vector_field,
             divergence=self.divergence if divergence is None else divergence,
             solver=self.solver if solver is None else solver,
+            start_time=self.start_time if start_time is None else start_time,
             end_time=self.end_time,
             learn_end_time=self.learn_end_time,
         )
@@ -99,7 +111,7 @@ class ContinuousTransform(Transform):
         *,
         generator: torch.Generator | None = None,
     ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Solve from the end time to 0: z and the ladj, in nats, for each row."""
+        """Solve from the end to the start: z and the ladj, in nats, for each row."""
         z, ladj = self._move(x, context, 1.0, 0.0, generator)
         return z, ladj
 
@@ -110,7 +122,7 @@ class ContinuousTransform(Transform):
         *,
         generator: torch.Generator | None = None,
     ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Solve from 0 to the end time: x and the ladj, in nats, for each row."""
+        """Solve from the start to the end: x and the ladj, in nats, for each row."""
         x, ladj = self._move(z, context, 0.0, 1.0, generator)
         return x, ladj
 
@@ -119,7 +131,7 @@ class ContinuousTransform(Transform):
         x: Float[Tensor, "*batch features"],
         context: Float[Tensor, "*c_batch context_features"] | None = None,
     ) -> Float[Tensor, "*batch features"]:
-        """Solve from the end time to 0, without the ladj and its cost."""
+        """Solve from the end to the start, without the ladj and its cost."""
         return self.trajectory(x, x.new_tensor([1.0, 0.0]), context)[-1]
 
     def to_data(
@@ -127,7 +139,7 @@ class ContinuousTransform(Transform):
         z: Float[Tensor, "*batch features"],
         context: Float[Tensor, "*c_batch context_features"] | None = None,
     ) -> Float[Tensor, "*batch features"]:
-        """Solve from 0 to the end time, without the ladj and its cost."""
+        """Solve from the start to the end, without the ladj and its cost."""
         return self.trajectory(z, z.new_tensor([0.0, 1.0]), context)[-1]
 
     def trajectory(
@@ -138,7 +150,7 @@ class ContinuousTransform(Transform):
     ) -> Float[Tensor, "times *batch features"]:
         """States at `times`, strictly increasing or decreasing, that start at `x`.
 
-        Times are shares of the end time: 0 is the base and 1 the data.
+        Times are shares of the way from start to end: 0 is the base and 1 the data.
         """
 
         def rhs(t: Tensor, state: State) -> State:
@@ -157,7 +169,7 @@ class ContinuousTransform(Transform):
     ) -> tuple[
         Float[Tensor, "*batch features"], Float[Tensor, "*batch"], Float[Tensor, "costs *batch"]
     ]:
-        """Solve from the end time to 0: z, ladj and the cost of the path by each regularizer.
+        """Solve from the end to the start: z, ladj and the cost of the path by each regularizer.
 
         The costs are integrals over the length of time; they stand in no error norm, and so leave
         the steps as they are.
@@ -203,7 +215,8 @@ class ContinuousTransform(Transform):
         context: Tensor | None,
         controlled: int | None = None,
     ) -> State:
-        times = times * (self.log_end_time.exp() if self.learn_end_time else self.end_time)
+        end_time = self.log_end_time.exp() if self.learn_end_time else self.end_time
+        times = self.start_time + times * (end_time - self.start_time)
         if state[0].numel() == 0:
             # Nothing to solve, but the graph must reach what it reaches for other batches.
             nothing = sum(tensor.sum() for tensor in (times, *self._dependencies(context))) * 0

@@ -68,3 +68,9 @@ ACTIVATIONS: dict[str, Activation] = {
     "sin": Activation(torch.sin, _sin),
 }
 """Activations by name: all once continuously differentiable, as the divergence needs."""
+
+ANTIDERIVATIVES: dict[str, Callable[[Tensor], Tensor]] = {
+    "sin": lambda a: -a.cos(),
+    "tanh": lambda a: a + _softplus_value(-2 * a) - math.log(2),  # log cosh a, without overflow
+}
+"""Antiderivatives of activations, by name."""

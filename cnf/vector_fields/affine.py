@@ -34,3 +34,10 @@ class AffineMap(NamedTuple):
         else:
             product = (self.weight @ dx.unsqueeze(-1)).squeeze(-1)
         return product if self.gate is None else self.gate * product
+
+    def cotangent(self, dy: Float[Tensor, "*batch out"]) -> Float[Tensor, "*batch in"]:
+        """The transposed derivative of the map, of `dy`."""
+        dy = dy if self.gate is None else self.gate * dy
+        if self.weight.ndim == 2:
+            return dy @ self.weight
+        return (dy.unsqueeze(-2) @ self.weight).squeeze(-2)

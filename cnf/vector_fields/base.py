@@ -1,7 +1,7 @@
 """The vector field v(t, x | context) of a continuous flow, and what one evaluation can yield."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -88,6 +88,22 @@ class VectorField(nn.Module, ABC):
         probes = standard_basis(x)
         velocity, products = self.velocity_and_products(t, x, probes, context)
         return velocity, (probes * products).sum(-1).sum(0)
+
+    def velocity_derivative(
+        self,
+        t: Float[Tensor, "*t_batch"],
+        x: Float[Tensor, "*batch features"],
+        dt: float,
+        dx: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+    ) -> Float[Tensor, "*batch features"]:
+        """Derivative of the velocity in the direction (`dt`, `dx`).
+
+        Along a path, where `dt` is 1 and `dx` the velocity, it is the acceleration.
+        """
+        return derivative_along(
+            lambda t, x: self(t, x, context), (t, x), (torch.full_like(t, dt), dx)
+        )
 
     def _announce_evaluation(self, t: Tensor, x: Tensor, context: Tensor | None) -> None:
         """Run the forward pre-hooks, in an override that does not go through ``__call__``."""
@@ -185,6 +201,18 @@ def standard_basis(
     features = x.shape[-1]
     basis = torch.eye(features, dtype=x.dtype, device=x.device)
     return basis.view(features, *(1,) * (x.ndim - 1), features).expand(features, *x.shape)
+
+
+def derivative_along(
+    function: Callable[..., Tensor], inputs: tuple[Tensor, ...], direction: tuple[Tensor, ...]
+) -> Tensor:
+    """Derivative of `function` in a direction of its inputs.
+
+    Forward mode: reverse mode twice would go through the whole graph of the path behind `inputs`
+    at each evaluation.
+    """
+    derivative: Tensor = torch.func.jvp(function, inputs, direction)[1]
+    return derivative
 
 
 def _vector_jacobian_product(

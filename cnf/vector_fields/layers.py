@@ -82,7 +82,7 @@ class TimeLinear(nn.Module, ABC):
 
     def _gated(self, t: Tensor, context: Tensor | None, gate: nn.Module) -> AffineMap:
         """``sigmoid(gate(t, c)) * (W x + b)``."""
-        conditions = _time_and_context(t, context if self.gate_context else None)
+        conditions = time_and_context(t, context if self.gate_context else None)
         factor = gate(conditions).sigmoid()
         bias = factor * self.linear.bias
         if factor.ndim == 1:  # the same for each row: cheaper on the weight than on every row
@@ -123,7 +123,7 @@ class ConcatLinear(TimeLinear):
         context: Float[Tensor, "*c_batch context_features"] | None,
     ) -> AffineMap:
         """The affine map at this time and context."""
-        shift = self.shift(_time_and_context(t, context))
+        shift = self.shift(time_and_context(t, context))
         return AffineMap(self.linear.weight, None, self.linear.bias + shift)
 
 
@@ -166,7 +166,7 @@ class ConcatSquashLinear(TimeLinear):
     ) -> AffineMap:
         """The affine map at this time and context."""
         affine = self._gated(t, context, self.gate)
-        return affine._replace(bias=affine.bias + self.shift(_time_and_context(t, context)))
+        return affine._replace(bias=affine.bias + self.shift(time_and_context(t, context)))
 
 
 class BlendLinear(TimeLinear):
@@ -242,7 +242,7 @@ class FiLMLinear(TimeLinear):
         context: Float[Tensor, "*c_batch context_features"] | None,
     ) -> AffineMap:
         """The affine map at this time and context."""
-        modulation = self.network(_time_and_context(t, context))
+        modulation = self.network(time_and_context(t, context))
         if not self.gate_context:
             return AffineMap(self.linear.weight, None, self.linear.bias + modulation)
         scale, shift = modulation.chunk(2, -1)
@@ -258,9 +258,10 @@ class FiLMLinear(TimeLinear):
                 nn.init.zeros_(parameter)
 
 
-def _time_and_context(
+def time_and_context(
     t: Float[Tensor, "*t_batch"], context: Float[Tensor, "*c_batch context_features"] | None
 ) -> Float[Tensor, "*batch inputs"]:
+    """The inputs ``[t, c]`` of whatever depends on both."""
     time = t.unsqueeze(-1)
     if context is None:
         return time

@@ -75,9 +75,9 @@ class MLPField(VectorField):
     ) -> None:
         super().__init__(features, context_features)
         self.hidden_features = _check_widths(hidden_features)
-        self.layer = _check_name("layer", layer, LAYERS)
+        self.layer = check_name("layer", layer, LAYERS)
         self.activation = _check_activations(activation, len(self.hidden_features))
-        self.frequency = _check_frequency(frequency, features, self.activation[0])
+        self.frequency = check_frequency(frequency, features, self.activation[0])
         widths = (self.features, *self.hidden_features, self.features)
         last = len(widths) - 2
         self.layers = nn.ModuleList(
@@ -174,7 +174,8 @@ def _check_widths(hidden_features: Sequence[int]) -> tuple[int, ...]:
     return tuple(check_count("each of hidden_features", width) for width in hidden_features)
 
 
-def _check_name(argument: str, name: str, known: Mapping[str, object]) -> str:
+def check_name(argument: str, name: str, known: Mapping[str, object]) -> str:
+    """Refuse a name that is not known."""
     if name not in known:
         raise ValueError(f"{argument} must be one of {', '.join(known)}; got {name!r}.")
     return name
@@ -192,11 +193,12 @@ def _check_activations(activation: str | Sequence[str] | None, depth: int) -> tu
             f"got {len(names)} names."
         )
     for name in names:
-        _check_name("activation", name, ACTIVATIONS)
+        check_name("activation", name, ACTIVATIONS)
     return names
 
 
-def _check_frequency(frequency: float | None, features: int, activation: str) -> float | None:
+def check_frequency(frequency: float | None, features: int, activation: str) -> float | None:
+    """The initial scale of a first layer; None if it is not sinusoidal."""
     if activation != "sin":
         if frequency is not None:
             raise ValueError(
