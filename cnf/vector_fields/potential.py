@@ -169,7 +169,8 @@ class PotentialField(VectorField):
         """The layer, and w, u and g, at one time and context."""
         outputs = self.conditioner(time_and_context(t, context))
         w, u, g = outputs.split([self.hidden_features, self.features, 1], -1)
-        return self.units(t, context), (w, u, 1 + g)
+        # The gradient of a wave grows with its frequency, and learning would start too fast.
+        return self.units(t, context), (w / (self.frequency or 1.0), u, 1 + g)
 
     def _linear(self, x: Tensor, u: Tensor, g: Tensor) -> Tensor:
         return g * self._curvature(x) + u
