@@ -54,7 +54,7 @@ class Settings:
     """Toy sets."""
     table: Path | None = None
     """A table to train on too: an .npz file with the arrays x_train and x_test."""
-    weights: tuple[float, ...] = (0.01, 0.03, 0.1)
+    weights: tuple[float, ...] = (0.01, 0.1)
     """Weights of the kinetic energy, of the Frobenius norm, and of both."""
     hjb_weights: tuple[float, ...] = (0.0, 0.1)
     """Weights of the HJB residual for a potential field."""
