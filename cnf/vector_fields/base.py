@@ -89,6 +89,21 @@ class VectorField(nn.Module, ABC):
         velocity, products = self.velocity_and_products(t, x, probes, context)
         return velocity, (probes * products).sum(-1).sum(0)
 
+    def dependencies(
+        self, context: Float[Tensor, "*c_batch context_features"] | None = None
+    ) -> list[Tensor]:
+        """Every tensor but t and x that the velocity depends on, as `ODESolver.solve` asks.
+
+        Plain attributes of a user's network too, which are neither parameters nor buffers.
+        """
+        plain = (value for part in self.modules() for value in vars(part).values())
+        return [
+            *self.parameters(),
+            *self.buffers(),
+            *(value for value in plain if isinstance(value, Tensor)),
+            *(() if context is None else (context,)),
+        ]
+
     def _announce_evaluation(self, t: Tensor, x: Tensor, context: Tensor | None) -> None:
         """Run the forward pre-hooks, in an override that does not go through ``__call__``."""
         for key, hook in list(self._forward_pre_hooks.items()):
