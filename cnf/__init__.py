@@ -3,14 +3,15 @@
 From the top: `fit` (`cnf.training`) minimises an objective (`cnf.objectives`) of a `Flow`
 (`cnf.flow`), such as a `CNF` (`cnf.cnf`). A flow is a base (`cnf.bases`) and transforms
 (`cnf.transforms`), of which `ContinuousTransform` follows a vector field (`cnf.vector_fields`) with
-its divergence (`cnf.divergence`) through an `ODESolver` (`cnf.ode`). `save` and `load`
-(`cnf.saving`) keep a flow in one file. Beside them stand toy densities with the truth (`cnf.data`)
-and plots (`cnf.plots`).
+its divergence (`cnf.divergence`) through an `ODESolver` (`cnf.ode`). `NeuralODE` (`cnf.neural_ode`)
+follows a field without density. `save` and `load` (`cnf.saving`) keep a flow in one file. Beside
+them stand toy densities with the truth (`cnf.data`) and plots (`cnf.plots`).
 """
 
 from cnf.cnf import CNF
 from cnf.divergence import Exact, Hutchinson
 from cnf.flow import Flow
+from cnf.neural_ode import NeuralODE
 from cnf.objectives import MaximumLikelihood
 from cnf.ode import ODEError, ODESolver
 from cnf.saving import load, save
@@ -37,6 +38,7 @@ __all__ = [
     "MLPField",
     "MaximumLikelihood",
     "ModuleField",
+    "NeuralODE",
     "ODEError",
     "ODESolver",
     "PotentialField",

@@ -56,12 +56,12 @@ def check_vectors(name: str, x: Tensor, features: int, *, like: Tensor) -> None:
         raise ValueError(f"{name} must have shape (*batch, {features}); got {tuple(x.shape)}.")
     if x.dtype != like.dtype:
         raise ValueError(
-            f"{name} must have the flow's dtype {like.dtype}; got {x.dtype}. "
-            f"Convert it with {name}.to({like.dtype}), or the flow with flow.to({x.dtype})."
+            f"{name} must have the model's dtype {like.dtype}; got {x.dtype}. "
+            f"Convert it with {name}.to({like.dtype}), or the model with model.to({x.dtype})."
         )
     if x.device != like.device:
         raise ValueError(
-            f"{name} must be on the flow's device {like.device}; got {x.device}. "
+            f"{name} must be on the model's device {like.device}; got {x.device}. "
             f"Move it with {name}.to({str(like.device)!r})."
         )
     bad = non_finite_rows(x.detach())
@@ -87,12 +87,12 @@ def check_context(context: Tensor | None, context_features: int, *, like: Tensor
     if context_features == 0:
         if context is not None:
             raise ValueError(
-                "context must be None, because the flow has context_features=0; "
+                "context must be None, because the model has context_features=0; "
                 f"got a context of shape {_shape(context)}."
             )
     elif context is None:
         raise ValueError(
-            f"context must have shape (*batch, {context_features}), because the flow is "
+            f"context must have shape (*batch, {context_features}), because the model is "
             "conditional; got None."
         )
     else:
@@ -129,6 +129,18 @@ def check_sample_shape(sample_shape: int | Sequence[int]) -> torch.Size:
     if any(size < 0 for size in sizes):
         raise ValueError(f"sample_shape must not be negative; got {sample_shape!r}.")
     return torch.Size(map(operator.index, sizes))
+
+
+def check_type(name: str, value: object, expected: type, remedy: str) -> None:
+    """Refuse what is not an instance of `expected`, and suggest the remedy.
+
+    Raises:
+        TypeError: If `value` is of another type.
+    """
+    if not isinstance(value, expected):
+        raise TypeError(
+            f"{name} must be a {expected.__name__}; got {type(value).__name__}. Perhaps {remedy}."
+        )
 
 
 def check_count(name: str, value: int, *, least: int = 1) -> int:

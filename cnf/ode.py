@@ -104,7 +104,8 @@ class ODESolver:
                 adaptive method looks at; None for all.
 
         Returns:
-            The state at each time, in tensors with a first axis of ``len(times)`` more.
+            The state at each time, in tensors with a first axis of ``len(times)`` more. For a
+            state without rows, `rhs` is not called.
 
         Raises:
             ValueError: If the tolerances are finer than the dtype of the state can tell.
@@ -114,6 +115,8 @@ class ODESolver:
 
         kind = methods()[self.method]
         self._check_precision(kind, state[0].dtype)
+        if state[0].numel() == 0:
+            return _nowhere(state, times, dependencies())
         watch = (Watch if kind == "external" else SteppingWatch)(
             rhs, dependencies, method=self.method, kind=kind, budget=self.max_evaluations
         )
@@ -181,6 +184,12 @@ class ODESolver:
             fraction = torch.linspace(0, 1, count + 1, dtype=times.dtype, device=times.device)[1:]
             pieces.append(torch.cat([start + (end - start) * fraction[:-1], end[None]]))
         return torch.cat(pieces)
+
+
+def _nowhere(state: State, times: Tensor, dependencies: Sequence[Tensor]) -> State:
+    """A state without rows at each time; its graph reaches what it does for other states."""
+    nothing = sum(tensor.sum() for tensor in (times, *dependencies)) * 0
+    return tuple(part.expand(len(times), *part.shape) + nothing for part in state)
 
 
 def _largest_rms(parts: State) -> Tensor:

@@ -645,7 +645,7 @@ BAD_ROWS = {
     "other dtype": (
         zeros(5, 2).double(),
         ValueError,
-        r"NAME must have the flow's dtype torch\.float32; got torch\.float64",
+        r"NAME must have the model's dtype torch\.float32; got torch\.float64",
     ),
     "numpy": (np.zeros((5, 2)), TypeError, r"NAME must be a torch\.Tensor; got ndarray\. Try"),
     "list": ([[0.0, 0.0]] * 5, TypeError, r"NAME must be a torch\.Tensor; got list"),
@@ -653,7 +653,7 @@ BAD_ROWS = {
     "context unasked for": (
         (zeros(5, 2), zeros(5, 1)),
         ValueError,
-        r"context must be None, because the flow has context_features=0.*\(5, 1\)",
+        r"context must be None, because the model has context_features=0.*\(5, 1\)",
     ),
 }
 

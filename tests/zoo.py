@@ -15,6 +15,7 @@ from cnf import (
     LinearField,
     MLPField,
     ModuleField,
+    NeuralODE,
     ODESolver,
     PotentialField,
     Standardize,
@@ -147,8 +148,23 @@ FLOWS: dict[str, Callable[[], Flow]] = {
     ),
 }
 
+NEURAL_ODES: dict[str, Callable[[], NeuralODE]] = {
+    "plain": lambda: NeuralODE(mlp(), solver=PRECISE),
+    "augmented": lambda: NeuralODE(mlp(3), augment=1, solver=PRECISE),
+    "with context": lambda: NeuralODE(mlp(2, 3), solver=PRECISE),
+    "augmented with context": lambda: NeuralODE(mlp(4, 3), augment=2, solver=PRECISE),
+    "augmented user": lambda: NeuralODE(
+        perturbed(ModuleField(UserNetwork(3, 1), 3, 1)), augment=2, solver=PRECISE
+    ),
+    "augmented rk4": lambda: NeuralODE(
+        mlp(3), augment=1, solver=ODESolver(method="rk4", steps=40, gradient="backprop")
+    ),
+}
 
-def rows_for(module: VectorField | Transform | Flow, *batch: int) -> tuple[Tensor, Tensor | None]:
+
+def rows_for(
+    module: VectorField | Transform | Flow | NeuralODE, *batch: int
+) -> tuple[Tensor, Tensor | None]:
     """Random rows of batch shape `batch` for a specimen, and contexts if it takes them."""
     x = torch.randn(*batch, module.features)
     size = module.context_features

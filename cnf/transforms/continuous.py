@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cnf._checks import check_type
 from cnf.divergence import Divergence, Exact
 from cnf.ode import ODESolver, RightHandSide, State
 from cnf.regularizers import CostRate, needs_products
@@ -58,11 +59,11 @@ class ContinuousTransform(Transform):
         end_time: float = 1.0,
         learn_end_time: bool = False,
     ) -> None:
-        _check_type("vector_field", vector_field, VectorField, "wrap a network in ModuleField")
+        check_type("vector_field", vector_field, VectorField, "wrap a network in ModuleField")
         if divergence is not None:
-            _check_type("divergence", divergence, Divergence, "use Exact() or Hutchinson()")
+            check_type("divergence", divergence, Divergence, "use Exact() or Hutchinson()")
         if solver is not None:
-            _check_type("solver", solver, ODESolver, "use ODESolver(method=...)")
+            check_type("solver", solver, ODESolver, "use ODESolver(method=...)")
         super().__init__(vector_field.features, vector_field.context_features)
         self.vector_field = vector_field
         self.divergence = divergence
@@ -217,28 +218,13 @@ class ContinuousTransform(Transform):
     ) -> State:
         end_time = self.log_end_time.exp() if self.learn_end_time else self.end_time
         times = self.start_time + times * (end_time - self.start_time)
-        if state[0].numel() == 0:
-            # Nothing to solve, but the graph must reach what it reaches for other batches.
-            nothing = sum(tensor.sum() for tensor in (times, *self._dependencies(context))) * 0
-            return tuple(part.expand(len(times), *part.shape) + nothing for part in state)
         return self.solver.solve(
             rhs,
             state,
             times,
-            dependencies=lambda: self._dependencies(context),
+            dependencies=lambda: self.vector_field.dependencies(context),
             controlled=controlled,
         )
-
-    def _dependencies(self, context: Tensor | None) -> list[Tensor]:
-        """Every tensor that the velocity depends on, plain attributes of a user's network too."""
-        field = self.vector_field
-        plain = (value for part in field.modules() for value in vars(part).values())
-        return [
-            *field.parameters(),
-            *field.buffers(),
-            *(value for value in plain if isinstance(value, Tensor)),
-            *(() if context is None else (context,)),
-        ]
 
     def _warn_if_unwise(self) -> None:
         if self.features > _MANY_FEATURES and not self.vector_field.has_closed_form_divergence:
@@ -248,10 +234,3 @@ class ContinuousTransform(Transform):
                 "divergence=Exact() to keep it without this warning.",
                 stacklevel=2,
             )
-
-
-def _check_type(name: str, value: object, expected: type, remedy: str) -> None:
-    if not isinstance(value, expected):
-        raise TypeError(
-            f"{name} must be a {expected.__name__}; got {type(value).__name__}. Perhaps {remedy}."
-        )

@@ -105,6 +105,21 @@ class VectorField(nn.Module, ABC):
             lambda t, x: self(t, x, context), (t, x), (torch.full_like(t, dt), dx)
         )
 
+    def dependencies(
+        self, context: Float[Tensor, "*c_batch context_features"] | None = None
+    ) -> list[Tensor]:
+        """Every tensor but t and x that the velocity depends on, as `ODESolver.solve` asks.
+
+        Plain attributes of a user's network too, which are neither parameters nor buffers.
+        """
+        plain = (value for part in self.modules() for value in vars(part).values())
+        return [
+            *self.parameters(),
+            *self.buffers(),
+            *(value for value in plain if isinstance(value, Tensor)),
+            *(() if context is None else (context,)),
+        ]
+
     def _announce_evaluation(self, t: Tensor, x: Tensor, context: Tensor | None) -> None:
         """Run the forward pre-hooks, in an override that does not go through ``__call__``."""
         for key, hook in list(self._forward_pre_hooks.items()):

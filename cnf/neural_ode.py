@@ -1,0 +1,167 @@
+"""A neural ODE: the map x(0) -> x(1) along a vector field, without density."""
+
+from typing import NoReturn
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cnf._checks import (
+    check_context,
+    check_count,
+    check_type,
+    check_vectors,
+    joint_batch_shape,
+    reference_tensor,
+)
+from cnf.ode import ODESolver, State
+from cnf.vector_fields import VectorField
+
+
+class NeuralODE(nn.Module):
+    """Follows dx/dt = v(t, x | context) from t = 0 to t = 1; a layer for regression and the like.
+
+    Trajectories of an ODE cannot cross, so in one dimension the map is increasing, and in the
+    plane what a closed curve surrounds stays surrounded. With `augment`, that many zeros are
+    appended to x, and paths have room to pass each other.
+
+    Args:
+        vector_field: The field v, of size ``features + augment``.
+        augment: Number of zeros appended to x; 0 for none.
+        solver: How the ODE is solved; None for `ODESolver()`.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If `augment` is negative or leaves no feature to x.
+
+    References:
+        Chen et al. (2018), Neural Ordinary Differential Equations.
+        https://arxiv.org/abs/1806.07366
+        Dupont, Doucet and Teh (2019), Augmented Neural ODEs. https://arxiv.org/abs/1904.01681
+
+    Example:
+        >>> import torch
+        >>> from cnf.vector_fields import MLPField
+        >>> ode = NeuralODE(MLPField(features=3), augment=1)
+        >>> model = nn.Sequential(ode, nn.Linear(3, 1))
+        >>> model(torch.zeros(5, 2)).shape
+        torch.Size([5, 1])
+    """
+
+    def __init__(
+        self, vector_field: VectorField, *, augment: int = 0, solver: ODESolver | None = None
+    ) -> None:
+        super().__init__()
+        check_type("vector_field", vector_field, VectorField, "wrap a network in ModuleField")
+        if solver is not None:
+            check_type("solver", solver, ODESolver, "use ODESolver(method=...)")
+        self.augment = check_count("augment", augment, least=0)
+        self.features = vector_field.features - self.augment
+        if self.features < 1:
+            raise ValueError(
+                f"augment must be less than the {vector_field.features} features of vector_field, "
+                f"which are those of x and the zeros together; got {augment}. "
+                f"Make the field with {augment} features more than x has."
+            )
+        self.context_features = vector_field.context_features
+        self.vector_field = vector_field
+        self.solver = ODESolver() if solver is None else solver
+
+    def forward(
+        self,
+        x: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+    ) -> Float[Tensor, "*joint_batch augmented"]:
+        """The whole state at t = 1 of the path that starts at `x`.
+
+        Args:
+            x: Points, ``(*batch, features)``.
+            context: What the field is conditioned on, if it is conditional.
+
+        Returns:
+            The final state, ``(*batch, features + augment)``.
+
+        Raises:
+            TypeError: If `x` or `context` is not a tensor.
+            ValueError: If either has a wrong shape, dtype or device, or holds NaN or inf.
+            ODEError: If the solve fails.
+        """
+        start = self._admit(x, context)
+        return self._follow(start, start.new_tensor([0.0, 1.0]), context)[-1]
+
+    def trajectory(
+        self,
+        x: Float[Tensor, "*batch features"],
+        times: Float[Tensor, " times"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+    ) -> Float[Tensor, "times *joint_batch augmented"]:
+        """The states at `times` of the path that starts at `x`.
+
+        Args:
+            x: Points, ``(*batch, features)``.
+            times: Strictly increasing, from 0 and within [0, 1].
+            context: What the field is conditioned on, if it is conditional.
+
+        Returns:
+            The state at each time, ``(times, *batch, features + augment)``.
+
+        Raises:
+            TypeError: If an argument is not a tensor.
+            ValueError: If an argument does not fit.
+            ODEError: If the solve fails.
+        """
+        start = self._admit(x, context)
+        check_type("times", times, Tensor, "use torch.linspace(0, 1, 10)")
+        times = times.to(start)
+        _check_times(times)
+        return self._follow(start, times, context)
+
+    def log_prob(
+        self,
+        x: Float[Tensor, "*batch features"],  # noqa: ARG002 - as it would be called
+        context: Float[Tensor, "*c_batch context_features"] | None = None,  # noqa: ARG002
+    ) -> NoReturn:
+        """There is none: a `CNF` is the density model.
+
+        Raises:
+            NotImplementedError: Always; the message names the remedy.
+        """
+        if self.augment == 0:
+            raise NotImplementedError(
+                "a NeuralODE is a map without density, so it has no log_prob. Use "
+                "Flow([ContinuousTransform(vector_field)]), or a CNF."
+            )
+        raise NotImplementedError(
+            "an augmented NeuralODE has no log_prob: constant zeros put the augmented points on a "
+            "set of measure zero, so a density of the whole state is none of x. Use "
+            f"CNF(features, augment={self.augment}) for a lower bound of log p(x), or a CNF "
+            "without augmentation."
+        )
+
+    def _admit(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """The public door: check both tensors; `x` with zeros, in the joint batch shape."""
+        like = reference_tensor(self)
+        check_vectors("x", x, self.features, like=like)
+        check_context(context, self.context_features, like=like)
+        x = x.expand(*joint_batch_shape(x, context), self.features)
+        return nn.functional.pad(x, (0, self.augment))
+
+    def _follow(self, start: Tensor, times: Tensor, context: Tensor | None) -> Tensor:
+        def rhs(t: Tensor, state: State) -> State:
+            return (self.vector_field(t, state[0], context),)
+
+        (states,) = self.solver.solve(
+            rhs, (start,), times, dependencies=lambda: self.vector_field.dependencies(context)
+        )
+        return states
+
+
+def _check_times(times: Tensor) -> None:
+    if times.ndim != 1 or len(times) < 2:
+        raise ValueError(f"times must be 1-D with at least 2 times; got {tuple(times.shape)}.")
+    if not (times.diff() > 0).all():
+        raise ValueError(f"times must be strictly increasing in {times.dtype}; got {times}.")
+    if times[0] != 0 or times[-1] > 1:
+        raise ValueError(
+            "times must start at 0, where x is, and stay within [0, 1]; "
+            f"they go from {float(times[0])} to {float(times[-1])}."
+        )
