@@ -76,6 +76,8 @@ MLP_FIELDS: dict[str, Callable[[], MLPField]] = {
     "three hidden layers with context": lambda: mlp(
         2, 3, hidden_features=(8, 7, 6), activation="tanh"
     ),
+    "time features": lambda: mlp(time_features=2),
+    "time features with context": lambda: mlp(2, 3, time_features=2),
 }
 
 FIELDS: dict[str, Callable[[], VectorField]] = {
@@ -114,6 +116,7 @@ FLOWS: dict[str, Callable[[], Flow]] = {
     "standardized": lambda: cnf(transforms=[Standardize.from_data(3 + 2 * torch.randn(50, 2))]),
     "learnt affine with context": lambda: cnf(2, 3, transforms=[Affine(2)]),
     "linear": lambda: Flow([ContinuousTransform(perturbed(LinearField(2)), solver=PRECISE)]),
+    "time features": lambda: Flow([ContinuousTransform(mlp(time_features=2), solver=PRECISE)]),
     "learnt end time": lambda: Flow(
         [ContinuousTransform(mlp(), solver=PRECISE, end_time=1.4, learn_end_time=True)]
     ),

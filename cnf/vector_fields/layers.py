@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cnf.vector_fields.affine import AffineMap
+from cnf.vector_fields.conditions import time_and_context
 
 
 class TimeLinear(nn.Module, ABC):
@@ -82,7 +83,7 @@ class TimeLinear(nn.Module, ABC):
 
     def _gated(self, t: Tensor, context: Tensor | None, gate: nn.Module) -> AffineMap:
         """``sigmoid(gate(t, c)) * (W x + b)``."""
-        conditions = _time_and_context(t, context if self.gate_context else None)
+        conditions = time_and_context(t, context if self.gate_context else None)
         factor = gate(conditions).sigmoid()
         bias = factor * self.linear.bias
         if factor.ndim == 1:  # the same for each row: cheaper on the weight than on every row
@@ -123,7 +124,7 @@ class ConcatLinear(TimeLinear):
         context: Float[Tensor, "*c_batch context_features"] | None,
     ) -> AffineMap:
         """The affine map at this time and context."""
-        shift = self.shift(_time_and_context(t, context))
+        shift = self.shift(time_and_context(t, context))
         return AffineMap(self.linear.weight, None, self.linear.bias + shift)
 
 
@@ -166,7 +167,7 @@ class ConcatSquashLinear(TimeLinear):
     ) -> AffineMap:
         """The affine map at this time and context."""
         affine = self._gated(t, context, self.gate)
-        return affine._replace(bias=affine.bias + self.shift(_time_and_context(t, context)))
+        return affine._replace(bias=affine.bias + self.shift(time_and_context(t, context)))
 
 
 class BlendLinear(TimeLinear):
@@ -242,7 +243,7 @@ class FiLMLinear(TimeLinear):
         context: Float[Tensor, "*c_batch context_features"] | None,
     ) -> AffineMap:
         """The affine map at this time and context."""
-        modulation = self.network(_time_and_context(t, context))
+        modulation = self.network(time_and_context(t, context))
         if not self.gate_context:
             return AffineMap(self.linear.weight, None, self.linear.bias + modulation)
         scale, shift = modulation.chunk(2, -1)
@@ -256,16 +257,6 @@ class FiLMLinear(TimeLinear):
         for module in (self.linear, self.network[-1]):
             for parameter in module.parameters():
                 nn.init.zeros_(parameter)
-
-
-def _time_and_context(
-    t: Float[Tensor, "*t_batch"], context: Float[Tensor, "*c_batch context_features"] | None
-) -> Float[Tensor, "*batch inputs"]:
-    time = t.unsqueeze(-1)
-    if context is None:
-        return time
-    batch = torch.broadcast_shapes(t.shape, context.shape[:-1])
-    return torch.cat([time.expand(*batch, 1), context.expand(*batch, context.shape[-1])], -1)
 
 
 LAYERS: dict[str, type[TimeLinear]] = {
