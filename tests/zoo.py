@@ -80,8 +80,18 @@ MLP_FIELDS: dict[str, Callable[[], MLPField]] = {
     "time features with context": lambda: mlp(2, 3, time_features=2),
 }
 
+BOTTLENECKS: dict[str, Callable[[], VectorField]] = {
+    "bottleneck": lambda: mlp(5, hidden_features=(8, 3)),
+    "bottleneck of one": lambda: mlp(4, hidden_features=(1,)),
+    "deep bottleneck with context": lambda: mlp(
+        5, 3, hidden_features=(8, 3, 7), activation="tanh", time_features=1
+    ),
+    "bottleneck of a blend": lambda: mlp(4, hidden_features=(3, 8), layer="blend"),
+}
+
 FIELDS: dict[str, Callable[[], VectorField]] = {
     **MLP_FIELDS,
+    **BOTTLENECKS,
     "linear": lambda: perturbed(LinearField(3)),
     "linear with context": lambda: perturbed(LinearField(2, 3)),
     "user": lambda: perturbed(ModuleField(UserNetwork(2), 2)),

@@ -1,5 +1,6 @@
 """The affine map that a time-conditioned layer is at one time and context."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from jaxtyping import Float
@@ -34,3 +35,9 @@ class AffineMap(NamedTuple):
         else:
             product = (self.weight @ dx.unsqueeze(-1)).squeeze(-1)
         return product if self.gate is None else self.gate * product
+
+    def linearised(
+        self, x: Float[Tensor, "*batch in"]
+    ) -> tuple[Float[Tensor, "*batch out"], Callable[[Tensor], Tensor]]:
+        """The map of `x`, and its derivative."""
+        return self.value(x), self.tangent

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.affine import AffineMap
-from cnf.vector_fields.base import VectorField
 from cnf.vector_fields.conditions import waves_and_context
+from cnf.vector_fields.layered import Activated, LayeredField, Stage
 from cnf.vector_fields.layers import LAYERS, TimeLinear
 from cnf.vector_fields.settings import (
     check_activations,
@@ -23,7 +23,7 @@ from cnf.vector_fields.settings import (
 _CLOSED_FORM_DEPTH = 2
 
 
-class MLPField(VectorField):
+class MLPField(LayeredField):
     r"""Multi-layer perceptron conditioned on time and context.
 
     With :math:`v = W_3 s_2(W_2 s_1(W_1 x + b_1) + b_2) + b_3`, biases (and gates, which scale rows
@@ -112,37 +112,26 @@ class MLPField(VectorField):
             layers[0].reset_to_waves(self.frequency)
         layers[-1].reset_to_zero()
 
-    def forward(
+    def stages(
         self,
         t: Float[Tensor, "*t_batch"],
         x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-    ) -> Float[Tensor, "*batch features"]:
-        """Velocity at `x`."""
+        context: Float[Tensor, "*c_batch context_features"] | None,
+    ) -> list[Stage]:
+        """The hidden layers with their activations, and the output layer."""
+        del x
         *hidden, output = self._affine_maps(t, context)
-        for affine, activation in zip(hidden, self._activations, strict=True):
-            x = activation.value(affine.value(x))
-        return output.value(x)
+        return [*map(Activated, hidden, self._activations), output]
+
+    @property
+    def inner_widths(self) -> tuple[int, ...]:
+        """The widths of the hidden layers."""
+        return self.hidden_features
 
     @property
     def has_closed_form_divergence(self) -> bool:
         """True with one or two hidden layers."""
         return len(self.hidden_features) <= _CLOSED_FORM_DEPTH
-
-    def velocity_and_products(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        x: Float[Tensor, "*batch features"],
-        probes: Float[Tensor, "probes *batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "probes *batch features"]]:
-        """Velocity and J p for each probe p, carried forward beside the values."""
-        self._announce_evaluation(t, x, context)
-        *hidden, output = self._affine_maps(t, context)
-        for affine, activation in zip(hidden, self._activations, strict=True):
-            x, slope = activation.value_and_slope(affine.value(x))
-            probes = slope * affine.tangent(probes)
-        return output.value(x), output.tangent(probes)
 
     def velocity_and_divergence(
         self,
