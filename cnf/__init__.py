@@ -16,12 +16,20 @@ from cnf.ode import ODEError, ODESolver
 from cnf.saving import load, save
 from cnf.training import History, TrainingConfig, TrainingError, fit
 from cnf.transforms import Affine, ContinuousTransform, Standardize
-from cnf.vector_fields import LinearField, MLPField, ModuleField, VectorField, count_evaluations
+from cnf.vector_fields import (
+    ConvField,
+    LinearField,
+    MLPField,
+    ModuleField,
+    VectorField,
+    count_evaluations,
+)
 
 __all__ = [
     "CNF",
     "Affine",
     "ContinuousTransform",
+    "ConvField",
     "Exact",
     "Flow",
     "History",

@@ -23,7 +23,7 @@ from cnf.divergence import Exact, Hutchinson
 from cnf.flow import Flow
 from cnf.ode import ODESolver
 from cnf.transforms import Affine, ContinuousTransform, Standardize
-from cnf.vector_fields import LinearField, MLPField
+from cnf.vector_fields import ConvField, LinearField, MLPField
 
 FORMAT_VERSION = 1
 
@@ -34,7 +34,7 @@ _CLASSES: dict[str, type] = {
     for cls in (
         *(CNF, Flow, StandardNormal),
         *(Affine, ContinuousTransform, Standardize),
-        *(LinearField, MLPField),
+        *(ConvField, LinearField, MLPField),
         *(Exact, Hutchinson, ODESolver),
     )
 }

@@ -11,6 +11,7 @@ from cnf import (
     CNF,
     Affine,
     ContinuousTransform,
+    ConvField,
     Flow,
     LinearField,
     MLPField,
@@ -60,6 +61,13 @@ def mlp(features: int = 2, context_features: int = 0, **settings: object) -> MLP
     return perturbed(MLPField(features, context_features, **settings))
 
 
+def conv(
+    shape: tuple[int, int, int] = (1, 2, 3), context_features: int = 0, **settings: object
+) -> ConvField:
+    """A small convolutional field."""
+    return perturbed(ConvField(shape, context_features, **{"hidden_channels": (4, 3), **settings}))
+
+
 MLP_FIELDS: dict[str, Callable[[], MLPField]] = {
     **{
         f"{layer}-{activation}": lambda layer=layer, activation=activation: mlp(
@@ -92,6 +100,9 @@ BOTTLENECKS: dict[str, Callable[[], VectorField]] = {
 FIELDS: dict[str, Callable[[], VectorField]] = {
     **MLP_FIELDS,
     **BOTTLENECKS,
+    "conv": lambda: conv((2, 2, 2)),
+    "conv with context": lambda: conv((1, 2, 3), 3),
+    "blending conv with context": lambda: conv((1, 3, 2), 3, layer="blend"),
     "linear": lambda: perturbed(LinearField(3)),
     "linear with context": lambda: perturbed(LinearField(2, 3)),
     "user": lambda: perturbed(ModuleField(UserNetwork(2), 2)),
@@ -127,6 +138,7 @@ FLOWS: dict[str, Callable[[], Flow]] = {
     "learnt affine with context": lambda: cnf(2, 3, transforms=[Affine(2)]),
     "linear": lambda: Flow([ContinuousTransform(perturbed(LinearField(2)), solver=PRECISE)]),
     "time features": lambda: Flow([ContinuousTransform(mlp(time_features=2), solver=PRECISE)]),
+    "conv with context": lambda: Flow([ContinuousTransform(conv((1, 1, 2), 3), solver=PRECISE)]),
     "learnt end time": lambda: Flow(
         [ContinuousTransform(mlp(), solver=PRECISE, end_time=1.4, learn_end_time=True)]
     ),

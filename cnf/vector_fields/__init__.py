@@ -1,7 +1,15 @@
 """Vector fields v(t, x | context)."""
 
 from cnf.vector_fields.base import ModuleField, VectorField, count_evaluations
+from cnf.vector_fields.conv import ConvField
 from cnf.vector_fields.linear import LinearField
 from cnf.vector_fields.mlp import MLPField
 
-__all__ = ["LinearField", "MLPField", "ModuleField", "VectorField", "count_evaluations"]
+__all__ = [
+    "ConvField",
+    "LinearField",
+    "MLPField",
+    "ModuleField",
+    "VectorField",
+    "count_evaluations",
+]
