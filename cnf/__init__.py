@@ -21,6 +21,7 @@ from cnf.vector_fields import (
     LinearField,
     MLPField,
     ModuleField,
+    ResidualField,
     VectorField,
     count_evaluations,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "ModuleField",
     "ODEError",
     "ODESolver",
+    "ResidualField",
     "Standardize",
     "TrainingConfig",
     "TrainingError",

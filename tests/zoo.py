@@ -17,6 +17,7 @@ from cnf import (
     MLPField,
     ModuleField,
     ODESolver,
+    ResidualField,
     Standardize,
     VectorField,
 )
@@ -61,6 +62,12 @@ def mlp(features: int = 2, context_features: int = 0, **settings: object) -> MLP
     return perturbed(MLPField(features, context_features, **settings))
 
 
+def residual(features: int = 2, context_features: int = 0, **settings: object) -> ResidualField:
+    """A small residual field."""
+    settings = {"hidden_features": 6, "activation": "silu", **settings}
+    return perturbed(ResidualField(features, context_features, **settings))
+
+
 def conv(
     shape: tuple[int, int, int] = (1, 2, 3), context_features: int = 0, **settings: object
 ) -> ConvField:
@@ -95,11 +102,15 @@ BOTTLENECKS: dict[str, Callable[[], VectorField]] = {
         5, 3, hidden_features=(8, 3, 7), activation="tanh", time_features=1
     ),
     "bottleneck of a blend": lambda: mlp(4, hidden_features=(3, 8), layer="blend"),
+    "residual bottleneck with context": lambda: residual(5, 3, hidden_features=3),
 }
 
 FIELDS: dict[str, Callable[[], VectorField]] = {
     **MLP_FIELDS,
     **BOTTLENECKS,
+    "residual": lambda: residual(activation=None, frequency=1.0),
+    "residual with context": lambda: residual(2, 3, blocks=1, time_features=1),
+    "blending residual with context": lambda: residual(2, 3, layer="blend"),
     "conv": lambda: conv((2, 2, 2)),
     "conv with context": lambda: conv((1, 2, 3), 3),
     "blending conv with context": lambda: conv((1, 3, 2), 3, layer="blend"),
@@ -138,6 +149,7 @@ FLOWS: dict[str, Callable[[], Flow]] = {
     "learnt affine with context": lambda: cnf(2, 3, transforms=[Affine(2)]),
     "linear": lambda: Flow([ContinuousTransform(perturbed(LinearField(2)), solver=PRECISE)]),
     "time features": lambda: Flow([ContinuousTransform(mlp(time_features=2), solver=PRECISE)]),
+    "residual": lambda: Flow([ContinuousTransform(residual(), solver=PRECISE)]),
     "conv with context": lambda: Flow([ContinuousTransform(conv((1, 1, 2), 3), solver=PRECISE)]),
     "learnt end time": lambda: Flow(
         [ContinuousTransform(mlp(), solver=PRECISE, end_time=1.4, learn_end_time=True)]

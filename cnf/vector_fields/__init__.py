@@ -4,12 +4,14 @@ from cnf.vector_fields.base import ModuleField, VectorField, count_evaluations
 from cnf.vector_fields.conv import ConvField
 from cnf.vector_fields.linear import LinearField
 from cnf.vector_fields.mlp import MLPField
+from cnf.vector_fields.residual import ResidualField
 
 __all__ = [
     "ConvField",
     "LinearField",
     "MLPField",
     "ModuleField",
+    "ResidualField",
     "VectorField",
     "count_evaluations",
 ]

@@ -40,21 +40,23 @@ def check_activation(activation: str) -> str:
     return _check_name("activation", activation, ACTIVATIONS)
 
 
-def check_activations(activation: str | Sequence[str] | None, depth: int) -> tuple[str, ...]:
-    """One activation for each of `depth` hidden layers; None for sin, then silu.
+def check_activations(
+    activation: str | Sequence[str] | None, number: int, what: str = "hidden layers"
+) -> tuple[str, ...]:
+    """One activation for each of a `number` of layers; None for sin, then silu.
 
     Raises:
         TypeError: If `activation` is neither a name nor names.
         ValueError: If a name is unknown, or their number wrong.
     """
     if activation is None:
-        return ("sin", *("silu",) * (depth - 1))
+        return ("sin", *("silu",) * (number - 1))
     if not isinstance(activation, str | Sequence):
         raise TypeError(f"activation must be a name, or names; got {activation!r}.")
-    names = (activation,) * depth if isinstance(activation, str) else tuple(activation)
-    if len(names) != depth:
+    names = (activation,) * number if isinstance(activation, str) else tuple(activation)
+    if len(names) != number:
         raise ValueError(
-            f"activation must be one name, or one for each of the {depth} hidden layers; "
+            f"activation must be one name, or one for each of the {number} {what}; "
             f"got {len(names)} names."
         )
     return tuple(check_activation(name) for name in names)
