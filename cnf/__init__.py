@@ -18,10 +18,12 @@ from cnf.saving import load, save
 from cnf.training import History, TrainingConfig, TrainingError, fit
 from cnf.transforms import Affine, ContinuousTransform, Standardize
 from cnf.vector_fields import (
+    ConvField,
     LinearField,
     MLPField,
     ModuleField,
     PotentialField,
+    ResidualField,
     VectorField,
     count_evaluations,
 )
@@ -30,6 +32,7 @@ __all__ = [
     "CNF",
     "Affine",
     "ContinuousTransform",
+    "ConvField",
     "Exact",
     "Flow",
     "History",
@@ -42,6 +45,7 @@ __all__ = [
     "ODEError",
     "ODESolver",
     "PotentialField",
+    "ResidualField",
     "Standardize",
     "TrainingConfig",
     "TrainingError",

@@ -23,7 +23,7 @@ from cnf.divergence import Exact, Hutchinson
 from cnf.flow import Flow
 from cnf.ode import ODESolver
 from cnf.transforms import Affine, ContinuousTransform, Standardize
-from cnf.vector_fields import LinearField, MLPField, PotentialField
+from cnf.vector_fields import ConvField, LinearField, MLPField, PotentialField, ResidualField
 
 FORMAT_VERSION = 1
 
@@ -34,7 +34,7 @@ _CLASSES: dict[str, type] = {
     for cls in (
         *(CNF, Flow, StandardNormal),
         *(Affine, ContinuousTransform, Standardize),
-        *(LinearField, MLPField, PotentialField),
+        *(ConvField, LinearField, MLPField, PotentialField, ResidualField),
         *(Exact, Hutchinson, ODESolver),
     )
 }

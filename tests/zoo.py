@@ -11,6 +11,7 @@ from cnf import (
     CNF,
     Affine,
     ContinuousTransform,
+    ConvField,
     Flow,
     LinearField,
     MLPField,
@@ -18,6 +19,7 @@ from cnf import (
     NeuralODE,
     ODESolver,
     PotentialField,
+    ResidualField,
     Standardize,
     VectorField,
 )
@@ -62,6 +64,19 @@ def mlp(features: int = 2, context_features: int = 0, **settings: object) -> MLP
     return perturbed(MLPField(features, context_features, **settings))
 
 
+def residual(features: int = 2, context_features: int = 0, **settings: object) -> ResidualField:
+    """A small residual field."""
+    settings = {"hidden_features": 6, "activation": "silu", **settings}
+    return perturbed(ResidualField(features, context_features, **settings))
+
+
+def conv(
+    shape: tuple[int, int, int] = (1, 2, 3), context_features: int = 0, **settings: object
+) -> ConvField:
+    """A small convolutional field."""
+    return perturbed(ConvField(shape, context_features, **{"hidden_channels": (4, 3), **settings}))
+
+
 MLP_FIELDS: dict[str, Callable[[], MLPField]] = {
     **{
         f"{layer}-{activation}": lambda layer=layer, activation=activation: mlp(
@@ -78,6 +93,18 @@ MLP_FIELDS: dict[str, Callable[[], MLPField]] = {
     "three hidden layers with context": lambda: mlp(
         2, 3, hidden_features=(8, 7, 6), activation="tanh"
     ),
+    "time features": lambda: mlp(time_features=2),
+    "time features with context": lambda: mlp(2, 3, time_features=2),
+}
+
+BOTTLENECKS: dict[str, Callable[[], VectorField]] = {
+    "bottleneck": lambda: mlp(5, hidden_features=(8, 3)),
+    "bottleneck of one": lambda: mlp(4, hidden_features=(1,)),
+    "deep bottleneck with context": lambda: mlp(
+        5, 3, hidden_features=(8, 3, 7), activation="tanh", time_features=1
+    ),
+    "bottleneck of a blend": lambda: mlp(4, hidden_features=(3, 8), layer="blend"),
+    "residual bottleneck with context": lambda: residual(5, 3, hidden_features=3),
 }
 
 
@@ -102,6 +129,13 @@ POTENTIAL_FIELDS: dict[str, Callable[[], PotentialField]] = {
 FIELDS: dict[str, Callable[[], VectorField]] = {
     **MLP_FIELDS,
     **POTENTIAL_FIELDS,
+    **BOTTLENECKS,
+    "residual": lambda: residual(activation=None, frequency=1.0),
+    "residual with context": lambda: residual(2, 3, blocks=1, time_features=1),
+    "blending residual with context": lambda: residual(2, 3, layer="blend"),
+    "conv": lambda: conv((2, 2, 2)),
+    "conv with context": lambda: conv((1, 2, 3), 3),
+    "blending conv with context": lambda: conv((1, 3, 2), 3, layer="blend"),
     "linear": lambda: perturbed(LinearField(3)),
     "linear with context": lambda: perturbed(LinearField(2, 3)),
     "user": lambda: perturbed(ModuleField(UserNetwork(2), 2)),
@@ -139,6 +173,9 @@ FLOWS: dict[str, Callable[[], Flow]] = {
     "standardized": lambda: cnf(transforms=[Standardize.from_data(3 + 2 * torch.randn(50, 2))]),
     "learnt affine with context": lambda: cnf(2, 3, transforms=[Affine(2)]),
     "linear": lambda: Flow([ContinuousTransform(perturbed(LinearField(2)), solver=PRECISE)]),
+    "time features": lambda: Flow([ContinuousTransform(mlp(time_features=2), solver=PRECISE)]),
+    "residual": lambda: Flow([ContinuousTransform(residual(), solver=PRECISE)]),
+    "conv with context": lambda: Flow([ContinuousTransform(conv((1, 1, 2), 3), solver=PRECISE)]),
     "learnt end time": lambda: Flow(
         [ContinuousTransform(mlp(), solver=PRECISE, end_time=1.4, learn_end_time=True)]
     ),

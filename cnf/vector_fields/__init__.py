@@ -1,15 +1,19 @@
 """Vector fields v(t, x | context)."""
 
 from cnf.vector_fields.base import ModuleField, VectorField, count_evaluations
+from cnf.vector_fields.conv import ConvField
 from cnf.vector_fields.linear import LinearField
 from cnf.vector_fields.mlp import MLPField
 from cnf.vector_fields.potential import PotentialField
+from cnf.vector_fields.residual import ResidualField
 
 __all__ = [
+    "ConvField",
     "LinearField",
     "MLPField",
     "ModuleField",
     "PotentialField",
+    "ResidualField",
     "VectorField",
     "count_evaluations",
 ]

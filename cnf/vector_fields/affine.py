@@ -1,5 +1,6 @@
 """The affine map that a time-conditioned layer is at one time and context."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from jaxtyping import Float
@@ -41,3 +42,9 @@ class AffineMap(NamedTuple):
         if self.weight.ndim == 2:
             return dy @ self.weight
         return (dy.unsqueeze(-2) @ self.weight).squeeze(-2)
+
+    def linearised(
+        self, x: Float[Tensor, "*batch in"]
+    ) -> tuple[Float[Tensor, "*batch out"], Callable[[Tensor], Tensor]]:
+        """The map of `x`, and its derivative."""
+        return self.value(x), self.tangent

@@ -120,6 +120,36 @@ class VectorField(nn.Module, ABC):
             *(() if context is None else (context,)),
         ]
 
+    @property
+    def bottleneck(self) -> int | None:
+        """Width of a layer through which x acts, if it is less than `features` and known."""
+        return None
+
+    def velocity_and_bottleneck_products(
+        self,
+        t: Float[Tensor, "*t_batch"],
+        x: Float[Tensor, "*batch features"],
+        probes: Float[Tensor, "probes *batch bottleneck"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "probes *batch bottleneck"]]:
+        r"""Velocity, and the product with each probe of a smaller matrix of the same trace.
+
+        For v = g(h(x)) with h of the width `bottleneck`, :math:`\mathrm{tr} (\partial g/\partial h)
+        (\partial h/\partial x) = \mathrm{tr} (\partial h/\partial x)(\partial g/\partial h)`. The
+        latter matrix is smaller, and so may be the variance of an estimate of its trace.
+
+        Raises:
+            NotImplementedError: If `bottleneck` is None.
+
+        References:
+            Grathwohl et al. (2019), FFJORD. https://arxiv.org/abs/1810.01367
+        """
+        del t, x, probes, context
+        raise NotImplementedError(
+            f"this {type(self).__name__} has no bottleneck; use velocity_and_products, or a field "
+            f"with a hidden layer narrower than its {self.features} features."
+        )
+
     def _announce_evaluation(self, t: Tensor, x: Tensor, context: Tensor | None) -> None:
         """Run the forward pre-hooks, in an override that does not go through ``__call__``."""
         for key, hook in list(self._forward_pre_hooks.items()):

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cnf.vector_fields.affine import AffineMap
+from cnf.vector_fields.conditions import time_and_context
 
 
 class TimeLinear(nn.Module, ABC):
@@ -256,17 +257,6 @@ class FiLMLinear(TimeLinear):
         for module in (self.linear, self.network[-1]):
             for parameter in module.parameters():
                 nn.init.zeros_(parameter)
-
-
-def time_and_context(
-    t: Float[Tensor, "*t_batch"], context: Float[Tensor, "*c_batch context_features"] | None
-) -> Float[Tensor, "*batch inputs"]:
-    """The inputs ``[t, c]`` of whatever depends on both."""
-    time = t.unsqueeze(-1)
-    if context is None:
-        return time
-    batch = torch.broadcast_shapes(t.shape, context.shape[:-1])
-    return torch.cat([time.expand(*batch, 1), context.expand(*batch, context.shape[-1])], -1)
 
 
 LAYERS: dict[str, type[TimeLinear]] = {

@@ -1,23 +1,29 @@
 """The fully connected vector field, with its divergence in closed form."""
 
 import itertools
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cnf._checks import check_count
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.affine import AffineMap
-from cnf.vector_fields.base import VectorField
+from cnf.vector_fields.conditions import waves_and_context
+from cnf.vector_fields.layered import Activated, LayeredField, Stage
 from cnf.vector_fields.layers import LAYERS, TimeLinear
+from cnf.vector_fields.settings import (
+    check_activations,
+    check_frequency,
+    check_layer,
+    check_time_features,
+    check_widths,
+)
 
 _CLOSED_FORM_DEPTH = 2
 
 
-class MLPField(VectorField):
+class MLPField(LayeredField):
     r"""Multi-layer perceptron conditioned on time and context.
 
     With :math:`v = W_3 s_2(W_2 s_1(W_1 x + b_1) + b_2) + b_3`, biases (and gates, which scale rows
@@ -44,15 +50,22 @@ class MLPField(VectorField):
             one name for each; None for "sin" in the first and "silu" in the others.
         frequency: Initial standard deviation of the input weights of a sinusoidal first layer;
             None for ``4 / sqrt(max(1, features - 1))``, which suits standardised data.
+        time_features: Number m of waves: layers see ``sin(pi k t)`` and ``cos(pi k t)`` for
+            k = 1 … m beside t, as if they were part of the context. They shift what a layer
+            gives, and scale it where its gate depends on the context; the gate of the output
+            layer depends on t alone.
 
     Raises:
         TypeError: If a size is not an int.
-        ValueError: If a size, name or the frequency is out of range.
+        ValueError: If a size, name or the frequency is out of range, or `time_features` not 0
+            with the layer "ignore".
 
     References:
         Grathwohl et al. (2019), FFJORD, https://arxiv.org/abs/1810.01367, for the layers.
         Sitzmann et al. (2020), Implicit Neural Representations with Periodic Activation
         Functions, https://arxiv.org/abs/2006.09661, for the sinusoidal layer.
+        Vaswani et al. (2017), Attention Is All You Need, https://arxiv.org/abs/1706.03762, for
+        waves as features of a position.
 
     Example:
         >>> import torch
@@ -72,16 +85,19 @@ class MLPField(VectorField):
         layer: str = "concatsquash",
         activation: str | Sequence[str] | None = None,
         frequency: float | None = None,
+        time_features: int = 0,
     ) -> None:
         super().__init__(features, context_features)
-        self.hidden_features = _check_widths(hidden_features)
-        self.layer = check_name("layer", layer, LAYERS)
-        self.activation = _check_activations(activation, len(self.hidden_features))
+        self.hidden_features = check_widths("hidden_features", hidden_features)
+        self.layer = check_layer(layer)
+        self.activation = check_activations(activation, len(self.hidden_features))
         self.frequency = check_frequency(frequency, features, self.activation[0])
+        self.time_features = check_time_features(time_features, layer)
         widths = (self.features, *self.hidden_features, self.features)
+        conditions = self.context_features + 2 * self.time_features
         last = len(widths) - 2
         self.layers = nn.ModuleList(
-            LAYERS[layer](inputs, outputs, context_features, gate_context=i != last)
+            LAYERS[layer](inputs, outputs, conditions, gate_context=i != last)
             for i, (inputs, outputs) in enumerate(itertools.pairwise(widths))
         )
         self._activations = [ACTIVATIONS[name] for name in self.activation]
@@ -96,37 +112,26 @@ class MLPField(VectorField):
             layers[0].reset_to_waves(self.frequency)
         layers[-1].reset_to_zero()
 
-    def forward(
+    def stages(
         self,
         t: Float[Tensor, "*t_batch"],
         x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-    ) -> Float[Tensor, "*batch features"]:
-        """Velocity at `x`."""
+        context: Float[Tensor, "*c_batch context_features"] | None,
+    ) -> list[Stage]:
+        """The hidden layers with their activations, and the output layer."""
+        del x
         *hidden, output = self._affine_maps(t, context)
-        for affine, activation in zip(hidden, self._activations, strict=True):
-            x = activation.value(affine.value(x))
-        return output.value(x)
+        return [*map(Activated, hidden, self._activations), output]
+
+    @property
+    def inner_widths(self) -> tuple[int, ...]:
+        """The widths of the hidden layers."""
+        return self.hidden_features
 
     @property
     def has_closed_form_divergence(self) -> bool:
         """True with one or two hidden layers."""
         return len(self.hidden_features) <= _CLOSED_FORM_DEPTH
-
-    def velocity_and_products(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        x: Float[Tensor, "*batch features"],
-        probes: Float[Tensor, "probes *batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "probes *batch features"]]:
-        """Velocity and J p for each probe p, carried forward beside the values."""
-        self._announce_evaluation(t, x, context)
-        *hidden, output = self._affine_maps(t, context)
-        for affine, activation in zip(hidden, self._activations, strict=True):
-            x, slope = activation.value_and_slope(affine.value(x))
-            probes = slope * affine.tangent(probes)
-        return output.value(x), output.tangent(probes)
 
     def velocity_and_divergence(
         self,
@@ -153,7 +158,8 @@ class MLPField(VectorField):
         )
 
     def _affine_maps(self, t: Tensor, context: Tensor | None) -> list[AffineMap]:
-        return [layer(t, context) for layer in self.layers]
+        conditions = waves_and_context(t, context, self.time_features)
+        return [layer(t, conditions) for layer in self.layers]
 
 
 def _divergence(hidden: list[AffineMap], output: AffineMap, slopes: list[Tensor]) -> Tensor:
@@ -162,52 +168,3 @@ def _divergence(hidden: list[AffineMap], output: AffineMap, slopes: list[Tensor]
         return slopes[0] @ (output.weight.T * hidden[0].weight).sum(-1)
     coupling = hidden[1].weight * (output.weight.T @ hidden[0].weight.T)
     return (slopes[1] * (slopes[0] @ coupling.T)).sum(-1)
-
-
-def _check_widths(hidden_features: Sequence[int]) -> tuple[int, ...]:
-    if not isinstance(hidden_features, Sequence):
-        raise TypeError(
-            f"hidden_features must be widths such as (128, 128); got {hidden_features!r}."
-        )
-    if not hidden_features:
-        raise ValueError("hidden_features must name at least one hidden layer; got ().")
-    return tuple(check_count("each of hidden_features", width) for width in hidden_features)
-
-
-def check_name(argument: str, name: str, known: Mapping[str, object]) -> str:
-    """Refuse a name that is not known."""
-    if name not in known:
-        raise ValueError(f"{argument} must be one of {', '.join(known)}; got {name!r}.")
-    return name
-
-
-def _check_activations(activation: str | Sequence[str] | None, depth: int) -> tuple[str, ...]:
-    if activation is None:
-        return ("sin", *("silu",) * (depth - 1))
-    if not isinstance(activation, str | Sequence):
-        raise TypeError(f"activation must be a name, or names; got {activation!r}.")
-    names = (activation,) * depth if isinstance(activation, str) else tuple(activation)
-    if len(names) != depth:
-        raise ValueError(
-            f"activation must be one name, or one for each of the {depth} hidden layers; "
-            f"got {len(names)} names."
-        )
-    for name in names:
-        check_name("activation", name, ACTIVATIONS)
-    return names
-
-
-def check_frequency(frequency: float | None, features: int, activation: str) -> float | None:
-    """The initial scale of a first layer; None if it is not sinusoidal."""
-    if activation != "sin":
-        if frequency is not None:
-            raise ValueError(
-                "frequency is the scale of a sinusoidal first layer; leave it out with the "
-                f"activation {activation!r}; got {frequency}."
-            )
-        return None
-    if frequency is None:
-        return 4.0 / math.sqrt(max(1, features - 1))
-    if not 0 < frequency < math.inf:
-        raise ValueError(f"frequency must be positive and finite; got {frequency}.")
-    return float(frequency)

@@ -10,8 +10,9 @@ from cnf._checks import check_count
 from cnf.vector_fields.activations import ACTIVATIONS, ANTIDERIVATIVES
 from cnf.vector_fields.affine import AffineMap
 from cnf.vector_fields.base import VectorField, derivative_along
-from cnf.vector_fields.layers import LAYERS, time_and_context
-from cnf.vector_fields.mlp import check_frequency, check_name
+from cnf.vector_fields.conditions import time_and_context
+from cnf.vector_fields.layers import LAYERS
+from cnf.vector_fields.settings import check_frequency, check_layer, check_name
 
 _CONDITIONER_WIDTH = 32
 
@@ -71,7 +72,7 @@ class PotentialField(VectorField):
     ) -> None:
         super().__init__(features, context_features)
         self.hidden_features = check_count("hidden_features", hidden_features)
-        self.layer = check_name("layer", layer, LAYERS)
+        self.layer = check_layer(layer)
         self.activation = check_name("activation", activation, ANTIDERIVATIVES)
         self.frequency = check_frequency(frequency, features, activation)
         self.units = LAYERS[layer](features, self.hidden_features, context_features)

@@ -1,0 +1,129 @@
+"""Vector fields made of stages in a row, whose derivatives are carried forward stage by stage."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor
+
+from cnf.vector_fields.activations import Activation
+from cnf.vector_fields.base import VectorField
+
+Tangent: TypeAlias = Callable[[Tensor], Tensor]
+"""A derivative as a linear map: of directions with a leading axis of probes."""
+
+
+@runtime_checkable
+class Stage(Protocol):
+    """A differentiable map of x at one time and context."""
+
+    def value(self, x: Tensor) -> Tensor:
+        """The map of `x`."""
+
+    def linearised(self, x: Tensor) -> tuple[Tensor, Tangent]:
+        """The map of `x`, and its derivative there."""
+
+
+class Activated(NamedTuple):
+    """A stage, then an activation."""
+
+    stage: Stage
+    activation: Activation
+
+    def value(self, x: Tensor) -> Tensor:
+        """The map of `x`."""
+        return self.activation.value(self.stage.value(x))
+
+    def linearised(self, x: Tensor) -> tuple[Tensor, Tangent]:
+        """The map of `x`, and its derivative there."""
+        inner, tangent = self.stage.linearised(x)
+        value, slope = self.activation.value_and_slope(inner)
+        return value, lambda dx: slope * tangent(dx)
+
+
+class LayeredField(VectorField):
+    """A vector field that is a row of stages: a base class for networks.
+
+    A subclass gives its `stages`. Jacobian products are then made forward, beside the values, so
+    that training needs no second backward pass.
+    """
+
+    @abstractmethod
+    def stages(
+        self,
+        t: Float[Tensor, "*t_batch"],
+        x: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None,
+    ) -> Sequence[Stage]:
+        """The stages at this time and context, from x (given for its shape) to the velocity."""
+
+    @property
+    def inner_widths(self) -> Sequence[int]:
+        """Size of the last axis after each stage but the last, where these are vectors."""
+        return ()
+
+    def forward(
+        self,
+        t: Float[Tensor, "*t_batch"],
+        x: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+    ) -> Float[Tensor, "*batch features"]:
+        """Velocity at `x`."""
+        value = x
+        for stage in self.stages(t, x, context):
+            value = stage.value(value)
+        return value
+
+    def velocity_and_products(
+        self,
+        t: Float[Tensor, "*t_batch"],
+        x: Float[Tensor, "*batch features"],
+        probes: Float[Tensor, "probes *batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "probes *batch features"]]:
+        """Velocity and J p for each probe p, carried forward beside the values."""
+        self._announce_evaluation(t, x, context)
+        velocity, tangents = linearised(self.stages(t, x, context), x)
+        return velocity, applied(tangents, probes)
+
+    @property
+    def bottleneck(self) -> int | None:
+        """The least of `inner_widths`, if it is less than `features`."""
+        narrowest = min(self.inner_widths, default=self.features)
+        return narrowest if narrowest < self.features else None
+
+    def velocity_and_bottleneck_products(
+        self,
+        t: Float[Tensor, "*t_batch"],
+        x: Float[Tensor, "*batch features"],
+        probes: Float[Tensor, "probes *batch bottleneck"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "probes *batch bottleneck"]]:
+        """Velocity, and the products of each probe p with the matrix at the bottleneck.
+
+        Probes start behind the narrowest stage, go on to the velocity, and then from x to where
+        they started.
+        """
+        if self.bottleneck is None:
+            return super().velocity_and_bottleneck_products(t, x, probes, context)
+        self._announce_evaluation(t, x, context)
+        velocity, tangents = linearised(self.stages(t, x, context), x)
+        start = 1 + self.inner_widths.index(self.bottleneck)
+        return velocity, applied([*tangents[start:], *tangents[:start]], probes)
+
+
+def linearised(stages: Iterable[Stage], x: Tensor) -> tuple[Tensor, list[Tangent]]:
+    """The value of the stages in a row at `x`, and the derivative of each there."""
+    tangents = []
+    for stage in stages:
+        x, tangent = stage.linearised(x)
+        tangents.append(tangent)
+    return x, tangents
+
+
+def applied(tangents: Iterable[Tangent], dx: Tensor) -> Tensor:
+    """The direction `dx` through one derivative after another."""
+    for tangent in tangents:
+        dx = tangent(dx)
+    return dx

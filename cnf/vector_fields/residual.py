@@ -1,0 +1,145 @@
+"""The residual vector field, for deep networks."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cnf._checks import check_count
+from cnf.vector_fields.activations import ACTIVATIONS
+from cnf.vector_fields.conditions import waves_and_context
+from cnf.vector_fields.layered import (
+    Activated,
+    LayeredField,
+    Stage,
+    Tangent,
+    applied,
+    linearised,
+)
+from cnf.vector_fields.layers import LAYERS, TimeLinear
+from cnf.vector_fields.settings import (
+    check_activations,
+    check_frequency,
+    check_layer,
+    check_time_features,
+)
+
+
+class ResidualField(LayeredField):
+    r"""Residual network conditioned on time and context, for fields deeper than an `MLPField`.
+
+    .. math:: h_0 = s_0(W_0 x + b_0), \quad h_{k+1} = h_k + W_k' s(W_k h_k + b_k) + b_k',
+        \quad v = W h + b
+
+    where biases (and gates, which scale rows of the weights) depend on t and the context. Jacobian
+    products are carried forward beside the values; the divergence has no closed form.
+
+    The output layer starts at zero, so that a new field is at rest and a new flow the identity.
+
+    Args:
+        features: Size of x.
+        context_features: Size of the context; 0 for none.
+        hidden_features: Width of h and of the inside of each block.
+        blocks: Number of blocks, of two layers each.
+        layer: Kind of every layer: a name in `cnf.vector_fields.layers.LAYERS`.
+        activation: Name in `cnf.vector_fields.activations.ACTIVATIONS`, or one name for the input
+            layer and one for the blocks; None for "sin" and "silu".
+        frequency: Initial scale of a sinusoidal input layer; see `MLPField`.
+        time_features: Number of waves of time; see `MLPField`.
+
+    Raises:
+        TypeError: If a size is not an int.
+        ValueError: If a size, name or the frequency is out of range, or `time_features` not 0
+            with the layer "ignore".
+
+    References:
+        He et al. (2016), Deep Residual Learning for Image Recognition.
+        https://arxiv.org/abs/1512.03385
+
+    Example:
+        >>> import torch
+        >>> field = ResidualField(features=8, hidden_features=32, blocks=3)
+        >>> field(torch.tensor(0.5), torch.zeros(3, 8)).shape
+        torch.Size([3, 8])
+    """
+
+    def __init__(
+        self,
+        features: int,
+        context_features: int = 0,
+        *,
+        hidden_features: int = 128,
+        blocks: int = 2,
+        layer: str = "concatsquash",
+        activation: str | Sequence[str] | None = None,
+        frequency: float | None = None,
+        time_features: int = 0,
+    ) -> None:
+        super().__init__(features, context_features)
+        self.hidden_features = check_count("hidden_features", hidden_features)
+        self.blocks = check_count("blocks", blocks)
+        self.layer = check_layer(layer)
+        self.activation = check_activations(activation, 2, "kinds of layer, input and block")
+        self.frequency = check_frequency(frequency, features, self.activation[0])
+        self.time_features = check_time_features(time_features, layer)
+        width, conditions = self.hidden_features, self.context_features + 2 * self.time_features
+        sizes = [
+            (self.features, width),
+            *[(width, width)] * (2 * self.blocks),
+            (width, self.features),
+        ]
+        self.layers = nn.ModuleList(
+            LAYERS[layer](inputs, outputs, conditions) for inputs, outputs in sizes
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the initial weights: torch's, but for a sinusoidal input layer and the last."""
+        layers = cast("list[TimeLinear]", list(self.layers))
+        for layer in layers:
+            layer.reset_parameters()
+        if self.frequency is not None:
+            layers[0].reset_to_waves(self.frequency)
+        layers[-1].reset_to_zero()
+
+    def stages(
+        self,
+        t: Float[Tensor, "*t_batch"],
+        x: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None,
+    ) -> list[Stage]:
+        """The input layer, the blocks and the output layer."""
+        del x
+        conditions = waves_and_context(t, context, self.time_features)
+        first, *inner, output = (layer(t, conditions) for layer in self.layers)
+        at_input, in_blocks = (ACTIVATIONS[name] for name in self.activation)
+        blocks = zip(inner[::2], inner[1::2], strict=True)
+        return [
+            Activated(first, at_input),
+            *(Residual((Activated(enter, in_blocks), leave)) for enter, leave in blocks),
+            output,
+        ]
+
+    @property
+    def inner_widths(self) -> tuple[int, ...]:
+        """The width of h, after the input layer and after each block."""
+        return (self.hidden_features,) * (1 + self.blocks)
+
+
+class Residual(NamedTuple):
+    """The identity plus stages in a row."""
+
+    inner: tuple[Stage, ...]
+
+    def value(self, x: Tensor) -> Tensor:
+        """The map of `x`."""
+        change = x
+        for stage in self.inner:
+            change = stage.value(change)
+        return x + change
+
+    def linearised(self, x: Tensor) -> tuple[Tensor, Tangent]:
+        """The map of `x`, and its derivative there."""
+        change, tangents = linearised(self.inner, x)
+        return x + change, lambda dx: dx + applied(tangents, dx)
