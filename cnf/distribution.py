@@ -32,7 +32,6 @@ class FlowDistribution(Distribution):
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 - torch's own form
-    support = constraints.real_vector
     has_rsample = True
 
     def __init__(
@@ -45,7 +44,7 @@ class FlowDistribution(Distribution):
         self.context = context
         super().__init__(
             torch.Size(batch_shape) if context is None else context.shape[:-1],
-            torch.Size([flow.features]),
+            flow.event_shape,
             validate_args=False,  # the flow checks what comes in
         )
 
@@ -63,6 +62,11 @@ class FlowDistribution(Distribution):
         return FlowDistribution(self.flow, self.context.expand(*shape, self.context.shape[-1]))
 
     @property
+    def support(self) -> constraints.Constraint:
+        """Which values have a density."""
+        return self.flow.support
+
+    @property
     def base(self) -> Distribution:
         """The distribution at t = 0, of the same batch shape."""
         return self.flow.base.distribution(self.batch_shape)
@@ -74,7 +78,7 @@ class FlowDistribution(Distribution):
 
     def log_prob(self, value: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Log-density of `value`, in nats; the batch shape broadcasts against its own."""
-        shape = joint_batch_shape(value, torch.empty(*self.batch_shape, 0))
+        shape = joint_batch_shape(value, torch.empty(*self.batch_shape, 0), len(self.event_shape))
         return self.flow.log_prob(value, self.context, generator=generator).expand(shape)
 
     def sample(
@@ -114,19 +118,30 @@ class FlowDistribution(Distribution):
 class FlowTransform(Transform):
     """The map of a flow from data to base, as a torch transform.
 
+    It says whether it is bijective, which one that draws on the way to the base is not.
+
     Args:
         flow: The flow.
         context: What it is conditioned on.
     """
 
-    domain = constraints.real_vector
     codomain = constraints.real_vector
-    bijective = True
 
     def __init__(self, flow: "cnf.flow.Flow", context: Tensor | None = None) -> None:
         super().__init__()
         self.flow = flow
         self.context = context
+        self.domain = flow.support
+        self.bijective = all(part.is_bijective for part in flow.chain)
+
+    def forward_shape(self, shape: Sequence[int]) -> torch.Size:
+        """Shape of base points, given that of data."""
+        batch = tuple(shape)[: len(shape) - len(self.flow.event_shape)]
+        return torch.Size([*batch, self.flow.base.features])
+
+    def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
+        """Shape of data, given that of base points."""
+        return torch.Size([*shape[:-1], *self.flow.event_shape])
 
     def _call(self, x: Tensor) -> Tensor:
         return self.flow.to_base(x, self.context)
@@ -135,8 +150,14 @@ class FlowTransform(Transform):
         return self.flow.to_data(y, self.context)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """log|det dz/dx| at `x`, in nats."""
+        """log|det dz/dx| at `x`, in nats.
+
+        Raises:
+            NotImplementedError: If the map is not a bijection, and so has no such number.
+        """
         del y
+        if not self.bijective:
+            raise NotImplementedError("the flow is not a bijection; use flow.to_base_and_ladj.")
         return self.call_and_ladj(x)[1]
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
