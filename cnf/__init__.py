@@ -4,8 +4,8 @@ From the top: `fit` (`cnf.training`) minimises an objective (`cnf.objectives`) o
 (`cnf.flow`), such as a `CNF` (`cnf.cnf`). A flow is a base (`cnf.bases`) and transforms
 (`cnf.transforms`), of which `ContinuousTransform` follows a vector field (`cnf.vector_fields`) with
 its divergence (`cnf.divergence`) through an `ODESolver` (`cnf.ode`). `save` and `load`
-(`cnf.saving`) keep a flow in one file. Beside them stand toy densities with the truth (`cnf.data`)
-and plots (`cnf.plots`).
+(`cnf.saving`) keep a flow in one file. Beside them stand toy densities with the truth (`cnf.data`),
+metrics (`cnf.metrics`) and plots (`cnf.plots`).
 """
 
 from cnf.cnf import CNF
@@ -15,23 +15,39 @@ from cnf.objectives import MaximumLikelihood
 from cnf.ode import ODEError, ODESolver
 from cnf.saving import load, save
 from cnf.training import History, TrainingConfig, TrainingError, fit
-from cnf.transforms import Affine, ContinuousTransform, Standardize
+from cnf.transforms import (
+    Affine,
+    ContinuousTransform,
+    Dequantize,
+    FactorOut,
+    Flatten,
+    Logit,
+    Permute,
+    Squeeze,
+    Standardize,
+)
 from cnf.vector_fields import LinearField, MLPField, ModuleField, VectorField, count_evaluations
 
 __all__ = [
     "CNF",
     "Affine",
     "ContinuousTransform",
+    "Dequantize",
     "Exact",
+    "FactorOut",
+    "Flatten",
     "Flow",
     "History",
     "Hutchinson",
     "LinearField",
+    "Logit",
     "MLPField",
     "MaximumLikelihood",
     "ModuleField",
     "ODEError",
     "ODESolver",
+    "Permute",
+    "Squeeze",
     "Standardize",
     "TrainingConfig",
     "TrainingError",

@@ -90,10 +90,18 @@ def check_support(name: str, x: Tensor, support: Constraint) -> None:
     """
     if x.numel() == 0:  # which torch's check cannot reshape
         return
-    bad = ~support.check(x.detach())
+    refuse_rows(name, ~support.check(x.detach()), _describe(support))
+
+
+def refuse_rows(name: str, bad: Tensor, expected: str) -> None:
+    """Refuse the rows of a boolean mask of shape ``(*batch,)`` that are true, naming them.
+
+    Raises:
+        ValueError: If there are any.
+    """
     if bad.any():
         raise ValueError(
-            f"{name} must be {_describe(support)}; got other values in {name_rows(bad)}. "
+            f"{name} must be {expected}; got other values in {name_rows(bad)}. "
             "Rescale, mend or drop these rows."
         )
 

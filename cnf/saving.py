@@ -22,7 +22,17 @@ from cnf.cnf import CNF
 from cnf.divergence import Exact, Hutchinson
 from cnf.flow import Flow
 from cnf.ode import ODESolver
-from cnf.transforms import Affine, ContinuousTransform, Standardize
+from cnf.transforms import (
+    Affine,
+    ContinuousTransform,
+    Dequantize,
+    FactorOut,
+    Flatten,
+    Logit,
+    Permute,
+    Squeeze,
+    Standardize,
+)
 from cnf.vector_fields import LinearField, MLPField
 
 FORMAT_VERSION = 1
@@ -33,7 +43,8 @@ _CLASSES: dict[str, type] = {
     cls.__name__: cls
     for cls in (
         *(CNF, Flow, StandardNormal),
-        *(Affine, ContinuousTransform, Standardize),
+        *(Affine, ContinuousTransform, Dequantize, FactorOut, Flatten),
+        *(Logit, Permute, Squeeze, Standardize),
         *(LinearField, MLPField),
         *(Exact, Hutchinson, ODESolver),
     )
