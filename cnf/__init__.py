@@ -17,6 +17,7 @@ from cnf.saving import load, save
 from cnf.training import History, TrainingConfig, TrainingError, fit
 from cnf.transforms import (
     Affine,
+    Augment,
     ContinuousTransform,
     Dequantize,
     FactorOut,
@@ -31,6 +32,7 @@ from cnf.vector_fields import LinearField, MLPField, ModuleField, VectorField, c
 __all__ = [
     "CNF",
     "Affine",
+    "Augment",
     "ContinuousTransform",
     "Dequantize",
     "Exact",

@@ -76,10 +76,19 @@ class FlowDistribution(Distribution):
         """The map from data to base."""
         return FlowTransform(self.flow, self.context)
 
-    def log_prob(self, value: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Log-density of `value`, in nats; the batch shape broadcasts against its own."""
+    def log_prob(
+        self,
+        value: Tensor,
+        *,
+        importance_samples: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Log-density of `value` as `Flow.log_prob`, in nats; batch shapes broadcast."""
         shape = joint_batch_shape(value, torch.empty(*self.batch_shape, 0), len(self.event_shape))
-        return self.flow.log_prob(value, self.context, generator=generator).expand(shape)
+        log_prob = self.flow.log_prob(
+            value, self.context, importance_samples=importance_samples, generator=generator
+        )
+        return log_prob.expand(shape)
 
     def sample(
         self,
@@ -106,7 +115,7 @@ class FlowDistribution(Distribution):
         *,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Draw differentiably, with the log-density in nats, in one solve."""
+        """Draw differentiably, with the log-density in nats; see `Flow.rsample_and_log_prob`."""
         shape = self._shape(sample_shape)
         return self.flow.rsample_and_log_prob(shape, self.context, generator=generator)
 

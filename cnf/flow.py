@@ -1,6 +1,8 @@
 """A flow: a base distribution and a chain of transforms."""
 
+import math
 from collections.abc import Iterable, Sequence
+from operator import methodcaller
 from typing import TypeVar, cast
 
 import torch
@@ -22,7 +24,7 @@ from cnf.divergence import Divergence
 from cnf.ode import ODESolver
 from cnf.regularizers import CostRate
 from cnf.trajectory import check_times, follow
-from cnf.transforms import ContinuousTransform, Likelihood, Transform, chain
+from cnf.transforms import Likelihood, Transform, chain
 
 AnyFlow = TypeVar("AnyFlow", bound="Flow")
 
@@ -31,10 +33,8 @@ class Flow(nn.Module):
     """A density model: `base`, reached from the data through `transforms`.
 
     ``log p(x) = log base(z) + ladj`` in nats, where z and ladj are what the transforms make of x.
-    Points x have shape ``(*batch, *event_shape)``, ``(*batch, features)`` unless the first
-    transform takes images; z is a vector. A context ``(*batch, context_features)`` broadcasts
-    against x; sampling gives ``sample_shape + batch + event_shape``. Everything random takes a
-    `generator`.
+    Points have shape ``(*batch, *event_shape)``: vectors, unless the first transform takes images.
+    A context ``(*batch, context_features)`` broadcasts. Everything random takes a `generator`.
 
     Args:
         transforms: From data to base.
@@ -45,8 +45,8 @@ class Flow(nn.Module):
         ValueError: If the parts do not fit together.
 
     References:
-        Papamakarios et al. (2021), Normalizing Flows for Probabilistic Modeling and Inference.
-        https://arxiv.org/abs/1912.02762
+        Papamakarios et al. (2021), https://arxiv.org/abs/1912.02762 (a survey); Burda et al.
+        (2016), https://arxiv.org/abs/1509.00519 (the mean of importance weights)
     """
 
     def __init__(self, transforms: Iterable[Transform], base: Base | None = None) -> None:
@@ -57,7 +57,6 @@ class Flow(nn.Module):
         self.features = parts[0].features if parts else self.base.features
         self.event_shape = parts[0].event_shape if parts else torch.Size([self.features])
         self.context_features = chain.agreed_context_features(parts)
-        chain.check_one_dtype([*parts, self.base])
 
     @property
     def chain(self) -> list[Transform]:
@@ -78,10 +77,7 @@ class Flow(nn.Module):
         self: AnyFlow, *, solver: ODESolver | None = None, divergence: Divergence | None = None
     ) -> AnyFlow:
         """The same flow, sharing every parameter, with another solver or divergence."""
-
-        def change(part: ContinuousTransform) -> ContinuousTransform:
-            return part.using(solver=solver, divergence=divergence)
-
+        change = methodcaller("using", solver=solver, divergence=divergence)
         return self._with_parts([part.rebuilt(change) for part in self.chain], self.base)
 
     @classmethod
@@ -103,22 +99,34 @@ class Flow(nn.Module):
         x: Float[Tensor, "*batch_and_event"],
         context: Float[Tensor, "*c_batch context_features"] | None = None,
         *,
+        importance_samples: int = 1,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "*joint_batch"]:
-        """Log-density of `x`, in nats.
+        """Log-density of `x`, in nats, or what `likelihood` says in its place.
+
+        A lower bound is the log of the mean of `importance_samples` random weights, computed at
+        once; the more, the tighter on average.
 
         Args:
-            x: Points, ``(*batch, features)``.
+            x: Points, ``(*batch, *event_shape)``.
             context: What the density is conditioned on, if the flow is conditional.
-            generator: Source of the probes, if the divergence is an estimate.
+            importance_samples: Number of weights; 1 unless the likelihood is a lower bound.
+            generator: Source of the probes of an estimate, and of the draws of a bound.
 
         Raises:
             TypeError: If `x` or `context` is not a tensor.
-            ValueError: If either has a wrong shape, dtype or device, or holds NaN or inf.
+            ValueError: If an argument has a wrong shape, dtype, device or value.
             ODEError: If a solve fails.
         """
-        z, ladj = self.to_base_and_ladj(x, context, generator=generator)
-        return self.base.log_prob(z) + ladj
+        chain.check_importance_samples(self.chain, importance_samples)
+        x = self._admit("x", x, context)
+        if importance_samples > 1:
+            x = x.expand(importance_samples, *x.shape)
+        z, ladj = chain.to_base_and_ladj(self.chain, x, context, generator=generator)
+        log_weight = self.base.log_prob(z) + ladj
+        if importance_samples > 1:
+            log_weight = log_weight.logsumexp(0) - math.log(importance_samples)
+        return log_weight
 
     def sample(
         self,
@@ -138,22 +146,19 @@ class Flow(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "*shape_and_event"]:
-        """Draw from the flow, differentiably.
+        """Draw from the flow, differentiably: ``(*sample_shape, *batch, *event_shape)``.
 
         Args:
             sample_shape: Number or shape of the draws for each context.
             context: What the density is conditioned on, if the flow is conditional.
-            generator: Source of the base points.
-
-        Returns:
-            Draws, ``(*sample_shape, *batch, features)``.
+            generator: Source of the draws.
 
         Raises:
             TypeError: If `sample_shape` is not a number or shape, or `context` not a tensor.
             ValueError: If a size is negative or the context does not fit.
             ODEError: If a solve fails.
         """
-        z = self._draw_base(sample_shape, context, generator)
+        z = self.base.rsample(self._shape(sample_shape, context), generator=generator)
         return chain.to_data(self.chain, z, context, generator=generator)
 
     def sample_and_log_prob(
@@ -163,7 +168,7 @@ class Flow(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> tuple[Float[Tensor, "*shape_and_event"], Float[Tensor, "*shape"]]:
-        """Draws and their log-densities in nats from one solve, without gradient."""
+        """Draws and their log-densities, without gradient; see `rsample_and_log_prob`."""
         with torch.no_grad():
             return self.rsample_and_log_prob(sample_shape, context, generator=generator)
 
@@ -174,8 +179,15 @@ class Flow(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> tuple[Float[Tensor, "*shape_and_event"], Float[Tensor, "*shape"]]:
-        """Draws and their log-densities in nats from one solve, differentiably."""
-        z = self._draw_base(sample_shape, context, generator)
+        """Draws and their log-densities in nats from one solve, differentiably.
+
+        A lower bound takes a second solve, by `log_prob`: the weight at the very numbers that the
+        draw came from is too large on average to be a bound.
+        """
+        if self.likelihood == "lower_bound":
+            x = self.rsample(sample_shape, context, generator=generator)
+            return x, self.log_prob(x, context, generator=generator)
+        z = self.base.rsample(self._shape(sample_shape, context), generator=generator)
         x, ladj = chain.to_data_and_ladj(self.chain, z, context, generator=generator)
         return x, self.base.log_prob(z) - ladj
 
@@ -198,7 +210,7 @@ class Flow(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "*joint_batch_and_event"]:
         """From base to data."""
-        z = self._admit("z", z, context, at_base=True)
+        z = self._admit("z", z, context, base=True)
         return chain.to_data(self.chain, z, context, generator=generator)
 
     def to_base_and_ladj(
@@ -238,7 +250,7 @@ class Flow(nn.Module):
         generator: torch.Generator | None = None,
     ) -> tuple[Float[Tensor, "*joint_batch_and_event"], Float[Tensor, "*joint_batch"]]:
         """From base to data: x and log|det dx/dz|, in nats."""
-        z = self._admit("z", z, context, at_base=True)
+        z = self._admit("z", z, context, base=True)
         return chain.to_data_and_ladj(self.chain, z, context, generator=generator)
 
     def trajectory(
@@ -264,33 +276,24 @@ class Flow(nn.Module):
 
         Raises:
             TypeError: If an argument is not a tensor.
-            ValueError: If an argument does not fit, or the flow has no path because a discrete
-                transform stands on the base side of a continuous one.
+            ValueError: If an argument does not fit, or the base side of the flow is not an ODE.
             ODEError: If a solve fails.
         """
         times = check_times(times, like=reference_tensor(self))
-        x_or_z = self._admit("x_or_z", x_or_z, context, at_base=bool(times[0] == 0))
+        x_or_z = self._admit("x_or_z", x_or_z, context, base=bool(times[0] == 0))
         return follow(self.chain, x_or_z, times, context, generator=generator)
 
-    def _draw_base(
-        self,
-        sample_shape: int | Sequence[int],
-        context: Tensor | None,
-        generator: torch.Generator | None,
-    ) -> Tensor:
-        shape = check_sample_shape(sample_shape)
+    def _shape(self, sample_shape: int | Sequence[int], context: Tensor | None) -> torch.Size:
+        """Shape of the draws for a context, without that of an event."""
         check_context(context, self.context_features, like=reference_tensor(self))
         batch = torch.Size() if context is None else context.shape[:-1]
-        return self.base.rsample(shape + batch, generator=generator)
+        return check_sample_shape(sample_shape) + batch
 
-    def _admit(
-        self, name: str, x: Tensor, context: Tensor | None, *, at_base: bool = False
-    ) -> Tensor:
+    def _admit(self, name: str, x: Tensor, context: Tensor | None, *, base: bool = False) -> Tensor:
         """The public door: check both tensors, and give `x` the joint batch shape."""
-        shape = torch.Size([self.base.features]) if at_base else self.event_shape
-        like = reference_tensor(self)
-        check_events(name, x, shape, like=like)
-        check_context(context, self.context_features, like=like)
-        if not at_base:
+        shape = torch.Size([self.base.features]) if base else self.event_shape
+        check_events(name, x, shape, like=reference_tensor(self))
+        check_context(context, self.context_features, like=reference_tensor(self))
+        if not base:
             check_support(name, x, self.support)
         return x.expand(joint_batch_shape(x, context, len(shape)) + shape)

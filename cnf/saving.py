@@ -24,6 +24,7 @@ from cnf.flow import Flow
 from cnf.ode import ODESolver
 from cnf.transforms import (
     Affine,
+    Augment,
     ContinuousTransform,
     Dequantize,
     FactorOut,
@@ -43,7 +44,7 @@ _CLASSES: dict[str, type] = {
     cls.__name__: cls
     for cls in (
         *(CNF, Flow, StandardNormal),
-        *(Affine, ContinuousTransform, Dequantize, FactorOut, Flatten),
+        *(Affine, Augment, ContinuousTransform, Dequantize, FactorOut, Flatten),
         *(Logit, Permute, Squeeze, Standardize),
         *(LinearField, MLPField),
         *(Exact, Hutchinson, ODESolver),

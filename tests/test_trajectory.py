@@ -89,12 +89,14 @@ def test_a_flow_without_a_path_is_refused(position):
         Flow(chains[position]).trajectory(torch.zeros(1, 2), torch.tensor([0.0, 1.0]))
 
 
-@pytest.mark.parametrize("name", ["image", "dequantized image"])
-def test_a_path_of_images_has_images_at_each_time(name):
+@pytest.mark.parametrize("name", ["image", "dequantized image", "augmented with context"])
+def test_a_path_has_events_of_the_data_at_each_time(name):
     flow = EVERY_FLOW[name]()
-    x, _ = rows_for(flow, 3)
-    back = flow.trajectory(x, torch.tensor([1.0, 0.5, 0.0]), generator=seeded())
-    assert back.shape == (3, 3, 1, 2, 2)
+    x, context = rows_for(flow, 3)
+    back = flow.trajectory(x, torch.tensor([1.0, 0.5, 0.0]), context, generator=seeded())
+    assert back.shape == (3, 3, *flow.event_shape)
     torch.testing.assert_close(back[0], x)
-    forth = flow.trajectory(torch.randn(3, 4), torch.tensor([0.0, 0.5]))
-    assert forth.shape == (2, 3, 1, 2, 2)
+    z = torch.randn(3, flow.base.features)
+    forth = flow.trajectory(z, torch.tensor([0.0, 0.5, 1.0]), context)
+    assert forth.shape == (3, 3, *flow.event_shape)
+    torch.testing.assert_close(forth[-1], flow.to_data(z, context), rtol=0, atol=1e-6)

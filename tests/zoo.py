@@ -11,6 +11,7 @@ from torch.distributions.constraints import Constraint
 from cnf import (
     CNF,
     Affine,
+    Augment,
     ContinuousTransform,
     Dequantize,
     FactorOut,
@@ -117,6 +118,12 @@ BIJECTIONS: dict[str, Callable[[], Transform]] = {
 
 SURJECTIONS: dict[str, Callable[[], Transform]] = {
     "dequantize": lambda: Dequantize(3, 5),
+    "augment": lambda: Augment(2, 3),
+    "augment learnt": lambda: perturbed(Augment(3, 2, hidden_features=(8,))),
+    "augment learnt with context": lambda: perturbed(Augment(2, 1, 3, hidden_features=())),
+    "factor out of an augmented part": lambda: FactorOut(
+        [perturbed(Augment(2, 1, hidden_features=(4, 4)))], 3
+    ),
 }
 """Random on the way to the base, so that a likelihood is a lower bound."""
 
@@ -167,6 +174,13 @@ EXACT_FLOWS: dict[str, Callable[[], Flow]] = {
 BOUNDS: dict[str, Callable[[], Flow]] = {
     "dequantized image": lambda: cnf(
         4, transforms=[Flatten((1, 2, 2)), Dequantize(4, 3), Logit(4)]
+    ),
+    "augmented": lambda: cnf(2, augment=1),
+    "augmented with context": lambda: cnf(
+        2, 3, transforms=[Affine(2), Augment(2, 2, 3, hidden_features=(8,))]
+    ),
+    "augmented inside": lambda: cnf(
+        3, transforms=[FactorOut([Augment(2, 1, hidden_features=())], 3)]
     ),
 }
 """Flows whose likelihood is a lower bound."""

@@ -1,5 +1,6 @@
 """Transforms between data and base."""
 
+from cnf.transforms.augment import Augment
 from cnf.transforms.base import Likelihood, Transform
 from cnf.transforms.continuous import ContinuousTransform
 from cnf.transforms.dequantize import Dequantize, Logit
@@ -9,6 +10,7 @@ from cnf.transforms.reshape import Flatten, Permute, Squeeze
 
 __all__ = [
     "Affine",
+    "Augment",
     "ContinuousTransform",
     "Dequantize",
     "FactorOut",

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from cnf._checks import reference_tensor
+from cnf._checks import check_count, reference_tensor
 from cnf.bases import Base, StandardNormal
 from cnf.regularizers import CostRate
 from cnf.transforms.base import Likelihood, Transform
@@ -49,13 +49,13 @@ def base_for(transforms: Sequence[Transform], base: Base | None) -> Base:
 
     Raises:
         TypeError: If `base` is of another type.
-        ValueError: If it does not fit, or neither it nor any transform is given.
+        ValueError: If it does not fit, dtypes differ, or neither it nor any transform is given.
     """
     if base is None:
         if not transforms:
             raise ValueError("transforms must not be empty when base is None.")
         like = reference_tensor(nn.ModuleList(transforms))
-        return StandardNormal(transforms[-1].base_features).to(like)
+        base = StandardNormal(transforms[-1].base_features).to(like)
     if not isinstance(base, Base):
         raise TypeError(
             f"base must be a cnf.bases.Base, such as StandardNormal; got {type(base).__name__}."
@@ -66,22 +66,8 @@ def base_for(transforms: Sequence[Transform], base: Base | None) -> Base:
             f"{type(transforms[-1]).__name__} gives {transforms[-1].base_features}, and base has "
             f"{base.features}."
         )
+    _check_one_dtype([*transforms, base])
     return base
-
-
-def check_one_dtype(parts: Sequence[nn.Module]) -> None:
-    """Refuse parts of different dtypes.
-
-    Raises:
-        ValueError: If there are several.
-    """
-    tensors = itertools.chain(*((*part.parameters(), *part.buffers()) for part in parts))
-    dtypes = {str(tensor.dtype) for tensor in tensors if tensor.is_floating_point()}
-    if len(dtypes) > 1:
-        raise ValueError(
-            f"transforms and base must have one dtype; got {', '.join(sorted(dtypes))}. Convert "
-            "a part with part.to(torch.float32), or the data that Standardize.from_data is given."
-        )
 
 
 def agreed_context_features(transforms: Sequence[Transform]) -> int:
@@ -100,6 +86,30 @@ def weakest_likelihood(transforms: Sequence[Transform]) -> Likelihood:
     """The weakest of "exact", "estimate" and "lower_bound" among the transforms."""
     kinds = [transform.likelihood for transform in transforms]
     return max(kinds, key=_STRONGEST_FIRST.index, default="exact")
+
+
+def check_importance_samples(transforms: Sequence[Transform], importance_samples: int) -> None:
+    """Refuse more than one importance sample where the mean of weights is no better bound.
+
+    Raises:
+        TypeError: If `importance_samples` is not an int.
+        ValueError: If it is less than 1, or more although the likelihood is no lower bound or has
+            a part that is an estimate.
+    """
+    check_count("importance_samples", importance_samples)
+    parts = [part for transform in transforms for part in transform.modules()]
+    kinds = {part.likelihood for part in parts if isinstance(part, Transform)}
+    if importance_samples > 1 and "lower_bound" not in kinds:
+        raise ValueError(
+            "importance_samples must be 1 unless the likelihood is a lower bound; "
+            f"got {importance_samples} for one that is {weakest_likelihood(transforms)!r}."
+        )
+    if importance_samples > 1 and "estimate" in kinds:
+        raise ValueError(
+            "importance_samples must be 1 where a part of the likelihood is an estimate, for the "
+            f"mean of such weights is no bound; got {importance_samples}. "
+            "Perhaps use flow.using(divergence=Exact())."
+        )
 
 
 def joint_support(transforms: Sequence[Transform]) -> constraints.Constraint:
@@ -189,3 +199,13 @@ def to_base_with_costs(
 
 def _event_dim(transforms: Sequence[Transform]) -> int:
     return len(transforms[0].event_shape) if transforms else 1
+
+
+def _check_one_dtype(parts: Sequence[nn.Module]) -> None:
+    tensors = itertools.chain(*((*part.parameters(), *part.buffers()) for part in parts))
+    dtypes = {str(tensor.dtype) for tensor in tensors if tensor.is_floating_point()}
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"transforms and base must have one dtype; got {', '.join(sorted(dtypes))}. Convert "
+            "a part with part.to(torch.float32), or the data that Standardize.from_data is given."
+        )
