@@ -5,7 +5,7 @@ import torch
 from torch.distributions import MultivariateNormal
 from zoo import PRECISE, cnf, mlp, perturbed
 
-from cnf import Affine, ContinuousTransform, FactorOut, Flatten, Flow, Hutchinson
+from cnf import Affine, ContinuousTransform, Dequantize, FactorOut, Flatten, Flow, Hutchinson
 
 
 def test_log_prob_is_the_sum_of_those_of_the_parts():
@@ -35,6 +35,15 @@ def test_nested_levels_each_leave_out_more():
     scales = [transform.chain[0].log_scale, inner.chain[0].log_scale]
     expected = -sum(scale.sum() for scale in scales).expand(3)
     torch.testing.assert_close(ladj, expected)
+
+
+def test_some_columns_of_a_table_may_be_integers():
+    flow = Flow([FactorOut([Dequantize(1, 3)], 2)])
+    assert flow.likelihood == "lower_bound"
+    x = torch.tensor([[2.0, 0.5], [0.5, 0.5], [0.0, -7.0]])
+    assert flow.log_prob(x[::2], importance_samples=2).shape == (2,)
+    with pytest.raises(ValueError, match="integers from 0 to 2; got other values in row 1"):
+        flow.log_prob(x)
 
 
 def test_another_solver_or_divergence_reaches_what_is_inside():

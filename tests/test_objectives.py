@@ -5,7 +5,17 @@ import math
 import pytest
 import torch
 from torch import nn
-from zoo import EVERY_FLOW, FLOWS, PRECISE, UserNetwork, mlp, perturbed, rows_for, seeded
+from zoo import (
+    EVERY_FLOW,
+    EXACT_FLOWS,
+    FLOWS,
+    PRECISE,
+    UserNetwork,
+    mlp,
+    perturbed,
+    rows_for,
+    seeded,
+)
 
 from cnf import (
     CNF,
@@ -202,6 +212,16 @@ def test_the_solver_of_the_objective_is_the_one_used():
         loss = objective(x)
         loss.backward()
     assert nfe.value == 4 * 5
+
+
+def test_the_solver_of_the_objective_reaches_nested_transforms():
+    flow = EXACT_FLOWS["multi-scale with context"]()
+    objective = MaximumLikelihood(
+        flow, solver=ODESolver(method="rk4", steps=5, gradient="backprop")
+    )
+    with count_evaluations(flow) as nfe:
+        objective(*rows_for(flow, 4))
+    assert nfe.value == 2 * 4 * 5
 
 
 def test_the_default_of_the_objective_is_cheaper_than_a_precise_flow():

@@ -18,7 +18,8 @@ class FactorOut(Transform):
 
     With a base of independent features this is the factoring out of a multi-scale flow: what is
     left out early need not pass through all layers, and each layer costs less. `transforms` take
-    the features that are kept, and the result stands before the rest.
+    the features that are kept, and the result stands before the rest. One that does not take all
+    numbers, such as a `Dequantize` of some columns of a table, checks its own features.
 
     Args:
         transforms: From data to base; the first says how many features are kept.
