@@ -5,7 +5,8 @@ From the top: `fit` (`cnf.training`) minimises an objective (`cnf.objectives`) o
 (`cnf.transforms`), of which `ContinuousTransform` follows a vector field (`cnf.vector_fields`) with
 its divergence (`cnf.divergence`) through an `ODESolver` (`cnf.ode`). `NeuralODE` (`cnf.neural_ode`)
 follows a field without density. `save` and `load` (`cnf.saving`) keep a flow in one file. Beside
-them stand toy densities with the truth (`cnf.data`) and plots (`cnf.plots`).
+them stand toy densities with the truth (`cnf.data`), metrics (`cnf.metrics`) and plots
+(`cnf.plots`).
 """
 
 from cnf.cnf import CNF
@@ -16,7 +17,18 @@ from cnf.objectives import MaximumLikelihood
 from cnf.ode import ODEError, ODESolver
 from cnf.saving import load, save
 from cnf.training import History, TrainingConfig, TrainingError, fit
-from cnf.transforms import Affine, ContinuousTransform, Standardize
+from cnf.transforms import (
+    Affine,
+    Augment,
+    ContinuousTransform,
+    Dequantize,
+    FactorOut,
+    Flatten,
+    Logit,
+    Permute,
+    Squeeze,
+    Standardize,
+)
 from cnf.vector_fields import (
     ConvField,
     LinearField,
@@ -31,21 +43,28 @@ from cnf.vector_fields import (
 __all__ = [
     "CNF",
     "Affine",
+    "Augment",
     "ContinuousTransform",
     "ConvField",
+    "Dequantize",
     "Exact",
+    "FactorOut",
+    "Flatten",
     "Flow",
     "History",
     "Hutchinson",
     "LinearField",
+    "Logit",
     "MLPField",
     "MaximumLikelihood",
     "ModuleField",
     "NeuralODE",
     "ODEError",
     "ODESolver",
+    "Permute",
     "PotentialField",
     "ResidualField",
+    "Squeeze",
     "Standardize",
     "TrainingConfig",
     "TrainingError",

@@ -8,6 +8,7 @@ from typing import SupportsIndex
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributions.constraints import Constraint
 
 _ROWS_NAMED = 5
 
@@ -34,10 +35,18 @@ def non_finite_rows(x: Tensor, event_dim: int = 1) -> Tensor:
 def check_vectors(name: str, x: Tensor, features: int, *, like: Tensor) -> None:
     """Refuse what is not a finite floating tensor of shape ``(*batch, features)``.
 
+    See `check_events`.
+    """
+    check_events(name, x, (features,), like=like)
+
+
+def check_events(name: str, x: Tensor, event_shape: Sequence[int], *, like: Tensor) -> None:
+    """Refuse what is not a finite floating tensor of shape ``(*batch, *event_shape)``.
+
     Args:
         name: Name of the argument, for the message.
         x: The value passed in.
-        features: Expected size of the last axis.
+        event_shape: Expected sizes of the last axes.
         like: A tensor of the model, whose dtype and device `x` must have.
 
     Raises:
@@ -52,8 +61,10 @@ def check_vectors(name: str, x: Tensor, features: int, *, like: Tensor) -> None:
             f"{name} must have a floating dtype; got {x.dtype}. "
             f"Convert it with {name}.to({like.dtype})."
         )
-    if x.ndim < 1 or x.shape[-1] != features:
-        raise ValueError(f"{name} must have shape (*batch, {features}); got {tuple(x.shape)}.")
+    event_dim = len(event_shape)
+    if x.ndim < event_dim or x.shape[x.ndim - event_dim :] != torch.Size(event_shape):
+        expected = ", ".join(map(str, ("*batch", *event_shape)))
+        raise ValueError(f"{name} must have shape ({expected}); got {tuple(x.shape)}.")
     if x.dtype != like.dtype:
         raise ValueError(
             f"{name} must have the model's dtype {like.dtype}; got {x.dtype}. "
@@ -64,16 +75,51 @@ def check_vectors(name: str, x: Tensor, features: int, *, like: Tensor) -> None:
             f"{name} must be on the model's device {like.device}; got {x.device}. "
             f"Move it with {name}.to({str(like.device)!r})."
         )
-    bad = non_finite_rows(x.detach())
+    bad = non_finite_rows(x.detach(), event_dim)
     if bad.any():
         raise ValueError(
             f"{name} must be finite; got NaN or inf in {name_rows(bad)}. Drop or mend these rows."
         )
 
 
+def check_support(name: str, x: Tensor, support: Constraint) -> None:
+    """Refuse rows of `x` that are not in `support`, a constraint of whole events.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    if x.numel() == 0:  # which torch's check cannot reshape
+        return
+    refuse_rows(name, ~support.check(x.detach()), _describe(support))
+
+
+def refuse_rows(name: str, bad: Tensor, expected: str) -> None:
+    """Refuse the rows of a boolean mask of shape ``(*batch,)`` that are true, naming them.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    if bad.any():
+        raise ValueError(
+            f"{name} must be {expected}; got other values in {name_rows(bad)}. "
+            "Rescale, mend or drop these rows."
+        )
+
+
+def _describe(support: Constraint) -> str:
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    bounds = getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
+    if None in bounds:
+        return f"in {support}"
+    numbers = "integers" if support.is_discrete else "numbers"
+    return f"{numbers} from {bounds[0]:.6g} to {bounds[1]:.6g}"
+
+
 def reference_tensor(module: nn.Module) -> Tensor:
-    """A tensor of the module, whose dtype and device its inputs must have."""
-    return next(itertools.chain(module.parameters(), module.buffers()), torch.empty(0))
+    """A floating tensor of the module, whose dtype and device its inputs must have."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
 
 
 def check_context(context: Tensor | None, context_features: int, *, like: Tensor) -> None:
@@ -99,16 +145,17 @@ def check_context(context: Tensor | None, context_features: int, *, like: Tensor
         check_vectors("context", context, context_features, like=like)
 
 
-def joint_batch_shape(x: Tensor, context: Tensor | None) -> torch.Size:
-    """Batch shape of `x` and `context` together, by broadcasting.
+def joint_batch_shape(x: Tensor, context: Tensor | None, event_dim: int = 1) -> torch.Size:
+    """Batch shape of `x`, whose last `event_dim` axes are the event, and `context` together.
 
     Raises:
         ValueError: If the two do not broadcast.
     """
+    batch = x.shape[: x.ndim - event_dim]
     if context is None:
-        return x.shape[:-1]
+        return batch
     try:
-        return torch.Size(torch.broadcast_shapes(x.shape[:-1], context.shape[:-1]))
+        return torch.Size(torch.broadcast_shapes(batch, context.shape[:-1]))
     except RuntimeError:
         raise ValueError(
             "the batch shapes of x and context must broadcast; "

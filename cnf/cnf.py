@@ -7,18 +7,19 @@ from cnf.bases import Base
 from cnf.divergence import Divergence
 from cnf.flow import Flow
 from cnf.ode import ODESolver
-from cnf.transforms import ContinuousTransform, Transform
+from cnf.transforms import Augment, ContinuousTransform, Transform
+from cnf.transforms.chain import as_chain
 from cnf.vector_fields import MLPField
 
 
 class CNF(Flow):
     """Continuous normalizing flow: a `Flow` whose transforms follow an ODE.
 
-    Names a composition and adds nothing to `Flow`: `transforms`, then `blocks` times a
-    `ContinuousTransform` along an `MLPField`, then `base`.
+    Names a composition and adds nothing to `Flow`: `transforms`, then an `Augment` if asked for,
+    then `blocks` times a `ContinuousTransform` along an `MLPField`, then `base`.
 
     Args:
-        features: Size of x.
+        features: Number of entries of x.
         context_features: Size of the context; 0 for an unconditional density.
         hidden_features: Widths of the hidden layers. With one or two, the likelihood is exact at
             about the price of an evaluation, in any dimension.
@@ -32,6 +33,8 @@ class CNF(Flow):
         base: Distribution at t = 0; None for a standard normal.
         transforms: Applied before the ODE on the way from data to base; almost always
             ``[Standardize.from_data(x)]``.
+        augment: Number of standard normal features that the ODE has beside x; `Augment` says what
+            they are for. The likelihood is a lower bound if there are any.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -64,12 +67,22 @@ class CNF(Flow):
         blocks: int = 1,
         base: Base | None = None,
         transforms: Iterable[Transform] = (),
+        augment: int = 0,
     ) -> None:
         check_count("blocks", blocks)
+        chain = as_chain(transforms)
+        if chain and chain[0].features != features:
+            raise ValueError(
+                f"features must be the {chain[0].features} that the first of the transforms "
+                f"takes; got {features}."
+            )
+        if check_count("augment", augment, least=0):
+            chain.append(Augment(chain[-1].base_features if chain else features, augment))
+        size = chain[-1].base_features if chain else features
         continuous = [
             ContinuousTransform(
                 MLPField(
-                    features,
+                    size,
                     context_features,
                     hidden_features=hidden_features,
                     layer=layer,
@@ -81,6 +94,4 @@ class CNF(Flow):
             )
             for _ in range(blocks)
         ]
-        if isinstance(transforms, Transform):
-            raise TypeError("transforms must be a list; put the single transform in brackets.")
-        super().__init__([*transforms, *continuous], base)
+        super().__init__([*chain, *continuous], base)

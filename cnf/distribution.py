@@ -32,7 +32,6 @@ class FlowDistribution(Distribution):
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 - torch's own form
-    support = constraints.real_vector
     has_rsample = True
 
     def __init__(
@@ -45,7 +44,7 @@ class FlowDistribution(Distribution):
         self.context = context
         super().__init__(
             torch.Size(batch_shape) if context is None else context.shape[:-1],
-            torch.Size([flow.features]),
+            flow.event_shape,
             validate_args=False,  # the flow checks what comes in
         )
 
@@ -63,6 +62,11 @@ class FlowDistribution(Distribution):
         return FlowDistribution(self.flow, self.context.expand(*shape, self.context.shape[-1]))
 
     @property
+    def support(self) -> constraints.Constraint:
+        """Which values have a density."""
+        return self.flow.support
+
+    @property
     def base(self) -> Distribution:
         """The distribution at t = 0, of the same batch shape."""
         return self.flow.base.distribution(self.batch_shape)
@@ -72,10 +76,19 @@ class FlowDistribution(Distribution):
         """The map from data to base."""
         return FlowTransform(self.flow, self.context)
 
-    def log_prob(self, value: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Log-density of `value`, in nats; the batch shape broadcasts against its own."""
-        shape = joint_batch_shape(value, torch.empty(*self.batch_shape, 0))
-        return self.flow.log_prob(value, self.context, generator=generator).expand(shape)
+    def log_prob(
+        self,
+        value: Tensor,
+        *,
+        importance_samples: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Log-density of `value` as `Flow.log_prob`, in nats; batch shapes broadcast."""
+        shape = joint_batch_shape(value, torch.empty(*self.batch_shape, 0), len(self.event_shape))
+        log_prob = self.flow.log_prob(
+            value, self.context, importance_samples=importance_samples, generator=generator
+        )
+        return log_prob.expand(shape)
 
     def sample(
         self,
@@ -102,7 +115,7 @@ class FlowDistribution(Distribution):
         *,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Draw differentiably, with the log-density in nats, in one solve."""
+        """Draw differentiably, with the log-density in nats; see `Flow.rsample_and_log_prob`."""
         shape = self._shape(sample_shape)
         return self.flow.rsample_and_log_prob(shape, self.context, generator=generator)
 
@@ -114,19 +127,30 @@ class FlowDistribution(Distribution):
 class FlowTransform(Transform):
     """The map of a flow from data to base, as a torch transform.
 
+    It says whether it is bijective, which one that draws on the way to the base is not.
+
     Args:
         flow: The flow.
         context: What it is conditioned on.
     """
 
-    domain = constraints.real_vector
     codomain = constraints.real_vector
-    bijective = True
 
     def __init__(self, flow: "cnf.flow.Flow", context: Tensor | None = None) -> None:
         super().__init__()
         self.flow = flow
         self.context = context
+        self.domain = flow.support
+        self.bijective = all(part.is_bijective for part in flow.chain)
+
+    def forward_shape(self, shape: Sequence[int]) -> torch.Size:
+        """Shape of base points, given that of data."""
+        batch = tuple(shape)[: len(shape) - len(self.flow.event_shape)]
+        return torch.Size([*batch, self.flow.base.features])
+
+    def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
+        """Shape of data, given that of base points."""
+        return torch.Size([*shape[:-1], *self.flow.event_shape])
 
     def _call(self, x: Tensor) -> Tensor:
         return self.flow.to_base(x, self.context)
@@ -135,8 +159,14 @@ class FlowTransform(Transform):
         return self.flow.to_data(y, self.context)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """log|det dz/dx| at `x`, in nats."""
+        """log|det dz/dx| at `x`, in nats.
+
+        Raises:
+            NotImplementedError: If the map is not a bijection, and so has no such number.
+        """
         del y
+        if not self.bijective:
+            raise NotImplementedError("the flow is not a bijection; use flow.to_base_and_ladj.")
         return self.call_and_ladj(x)[1]
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:

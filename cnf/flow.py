@@ -1,29 +1,30 @@
 """A flow: a base distribution and a chain of transforms."""
 
+import math
 from collections.abc import Iterable, Sequence
+from operator import methodcaller
 from typing import TypeVar, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributions.constraints import Constraint
 
 from cnf._checks import (
     check_context,
+    check_events,
     check_sample_shape,
-    check_vectors,
+    check_support,
     joint_batch_shape,
     reference_tensor,
 )
-from cnf.bases import Base, StandardNormal
+from cnf.bases import Base
 from cnf.distribution import FlowDistribution
 from cnf.divergence import Divergence
 from cnf.ode import ODESolver
 from cnf.regularizers import CostRate
-from cnf.trajectory import follow
-from cnf.transforms import ContinuousTransform, Likelihood, Transform
-from cnf.transforms.chain import agreed_context_features, check_one_dtype
-
-_STRONGEST_FIRST: tuple[Likelihood, ...] = ("exact", "estimate", "lower_bound")
+from cnf.trajectory import check_times, follow
+from cnf.transforms import Likelihood, Transform, chain
 
 AnyFlow = TypeVar("AnyFlow", bound="Flow")
 
@@ -32,8 +33,8 @@ class Flow(nn.Module):
     """A density model: `base`, reached from the data through `transforms`.
 
     ``log p(x) = log base(z) + ladj`` in nats, where z and ladj are what the transforms make of x.
-    A call with a context ``(*batch, context_features)`` broadcasts it against x; sampling gives
-    ``sample_shape + batch + (features,)``. Everything random takes a `generator`.
+    Points have shape ``(*batch, *event_shape)``: vectors, unless the first transform takes images.
+    A context ``(*batch, context_features)`` broadcasts. Everything random takes a `generator`.
 
     Args:
         transforms: From data to base.
@@ -44,39 +45,18 @@ class Flow(nn.Module):
         ValueError: If the parts do not fit together.
 
     References:
-        Papamakarios et al. (2021), Normalizing Flows for Probabilistic Modeling and Inference.
-        https://arxiv.org/abs/1912.02762
+        Papamakarios et al. (2021), https://arxiv.org/abs/1912.02762 (a survey); Burda et al.
+        (2016), https://arxiv.org/abs/1509.00519 (the mean of importance weights)
     """
 
     def __init__(self, transforms: Iterable[Transform], base: Base | None = None) -> None:
         super().__init__()
-        if isinstance(transforms, Transform):
-            raise TypeError("transforms must be a list; put the single transform in brackets.")
-        chain = list(transforms)
-        for transform in chain:
-            if not isinstance(transform, Transform):
-                raise TypeError(
-                    f"transforms must be cnf transforms; got {type(transform).__name__}."
-                )
-        if base is None:
-            if not chain:
-                raise ValueError("transforms must not be empty when base is None.")
-            like = reference_tensor(nn.ModuleList(chain))
-            base = StandardNormal(chain[0].features).to(like)
-        if not isinstance(base, Base):
-            raise TypeError(
-                f"base must be a cnf.bases.Base, such as StandardNormal; got {type(base).__name__}."
-            )
-        self.base = base
-        self.transforms = nn.ModuleList(chain)
-        self.features = base.features
-        self.context_features = agreed_context_features(chain)
-        check_one_dtype([*chain, base])
-        if any(transform.features != base.features for transform in chain):
-            sizes = [transform.features for transform in chain]
-            raise ValueError(
-                f"transforms and base must have the same features; got {sizes} and {base.features}."
-            )
+        parts = chain.as_chain(transforms)
+        self.base = chain.base_for(parts, base)
+        self.transforms = nn.ModuleList(parts)
+        self.features = parts[0].features if parts else self.base.features
+        self.event_shape = parts[0].event_shape if parts else torch.Size([self.features])
+        self.context_features = chain.agreed_context_features(parts)
 
     @property
     def chain(self) -> list[Transform]:
@@ -86,20 +66,19 @@ class Flow(nn.Module):
     @property
     def likelihood(self) -> Likelihood:
         """The weakest of "exact", "estimate" and "lower_bound" among the parts, for `log_prob`."""
-        kinds = [transform.likelihood for transform in self.chain]
-        return max(kinds, key=_STRONGEST_FIRST.index, default="exact")
+        return chain.weakest_likelihood(self.chain)
+
+    @property
+    def support(self) -> Constraint:
+        """Which x may be asked about: real numbers, or those that the first transforms take."""
+        return chain.joint_support(self.chain)
 
     def using(
         self: AnyFlow, *, solver: ODESolver | None = None, divergence: Divergence | None = None
     ) -> AnyFlow:
         """The same flow, sharing every parameter, with another solver or divergence."""
-        transforms = [
-            part.using(solver=solver, divergence=divergence)
-            if isinstance(part, ContinuousTransform)
-            else part
-            for part in self.chain
-        ]
-        return self._with_parts(transforms, self.base)
+        change = methodcaller("using", solver=solver, divergence=divergence)
+        return self._with_parts([part.rebuilt(change) for part in self.chain], self.base)
 
     @classmethod
     def _with_parts(cls: type[AnyFlow], transforms: Iterable[Transform], base: Base) -> AnyFlow:
@@ -117,25 +96,37 @@ class Flow(nn.Module):
 
     def log_prob(
         self,
-        x: Float[Tensor, "*batch features"],
+        x: Float[Tensor, "*batch_and_event"],
         context: Float[Tensor, "*c_batch context_features"] | None = None,
         *,
+        importance_samples: int = 1,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "*joint_batch"]:
-        """Log-density of `x`, in nats.
+        """Log-density of `x`, in nats, or what `likelihood` says in its place.
+
+        A lower bound is the log of the mean of `importance_samples` random weights, computed at
+        once; the more, the tighter on average.
 
         Args:
-            x: Points, ``(*batch, features)``.
+            x: Points, ``(*batch, *event_shape)``.
             context: What the density is conditioned on, if the flow is conditional.
-            generator: Source of the probes, if the divergence is an estimate.
+            importance_samples: Number of weights; 1 unless the likelihood is a lower bound.
+            generator: Source of the probes of an estimate, and of the draws of a bound.
 
         Raises:
             TypeError: If `x` or `context` is not a tensor.
-            ValueError: If either has a wrong shape, dtype or device, or holds NaN or inf.
+            ValueError: If an argument has a wrong shape, dtype, device or value.
             ODEError: If a solve fails.
         """
-        z, ladj = self.to_base_and_ladj(x, context, generator=generator)
-        return self.base.log_prob(z) + ladj
+        chain.check_importance_samples(self.chain, importance_samples)
+        x = self._admit("x", x, context)
+        if importance_samples > 1:
+            x = x.expand(importance_samples, *x.shape)
+        z, ladj = chain.to_base_and_ladj(self.chain, x, context, generator=generator)
+        log_weight = self.base.log_prob(z) + ladj
+        if importance_samples > 1:
+            log_weight = log_weight.logsumexp(0) - math.log(importance_samples)
+        return log_weight
 
     def sample(
         self,
@@ -143,7 +134,7 @@ class Flow(nn.Module):
         context: Float[Tensor, "*batch context_features"] | None = None,
         *,
         generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "*shape features"]:
+    ) -> Float[Tensor, "*shape_and_event"]:
         """Draw from the flow, without gradient; see `rsample`."""
         with torch.no_grad():
             return self.rsample(sample_shape, context, generator=generator)
@@ -154,26 +145,21 @@ class Flow(nn.Module):
         context: Float[Tensor, "*batch context_features"] | None = None,
         *,
         generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "*shape features"]:
-        """Draw from the flow, differentiably.
+    ) -> Float[Tensor, "*shape_and_event"]:
+        """Draw from the flow, differentiably: ``(*sample_shape, *batch, *event_shape)``.
 
         Args:
             sample_shape: Number or shape of the draws for each context.
             context: What the density is conditioned on, if the flow is conditional.
-            generator: Source of the base points.
-
-        Returns:
-            Draws, ``(*sample_shape, *batch, features)``.
+            generator: Source of the draws.
 
         Raises:
             TypeError: If `sample_shape` is not a number or shape, or `context` not a tensor.
             ValueError: If a size is negative or the context does not fit.
             ODEError: If a solve fails.
         """
-        z = self._draw_base(sample_shape, context, generator)
-        for transform in reversed(self.chain):
-            z = transform.to_data(z, context)
-        return z
+        z = self.base.rsample(self._shape(sample_shape, context), generator=generator)
+        return chain.to_data(self.chain, z, context, generator=generator)
 
     def sample_and_log_prob(
         self,
@@ -181,8 +167,8 @@ class Flow(nn.Module):
         context: Float[Tensor, "*batch context_features"] | None = None,
         *,
         generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*shape features"], Float[Tensor, "*shape"]]:
-        """Draws and their log-densities in nats from one solve, without gradient."""
+    ) -> tuple[Float[Tensor, "*shape_and_event"], Float[Tensor, "*shape"]]:
+        """Draws and their log-densities, without gradient; see `rsample_and_log_prob`."""
         with torch.no_grad():
             return self.rsample_and_log_prob(sample_shape, context, generator=generator)
 
@@ -192,88 +178,89 @@ class Flow(nn.Module):
         context: Float[Tensor, "*batch context_features"] | None = None,
         *,
         generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*shape features"], Float[Tensor, "*shape"]]:
-        """Draws and their log-densities in nats from one solve, differentiably."""
-        z = self._draw_base(sample_shape, context, generator)
-        x, ladj = self._chain_to_data(z, context, generator)
+    ) -> tuple[Float[Tensor, "*shape_and_event"], Float[Tensor, "*shape"]]:
+        """Draws and their log-densities in nats from one solve, differentiably.
+
+        A lower bound takes a second solve, by `log_prob`: the weight at the very numbers that the
+        draw came from is too large on average to be a bound.
+        """
+        if self.likelihood == "lower_bound":
+            x = self.rsample(sample_shape, context, generator=generator)
+            return x, self.log_prob(x, context, generator=generator)
+        z = self.base.rsample(self._shape(sample_shape, context), generator=generator)
+        x, ladj = chain.to_data_and_ladj(self.chain, z, context, generator=generator)
         return x, self.base.log_prob(z) - ladj
 
     def to_base(
         self,
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-    ) -> Float[Tensor, "*joint_batch features"]:
-        """From data to base."""
-        x = self._admit("x", x, context)
-        for transform in self.chain:
-            x = transform.to_base(x, context)
-        return x
-
-    def to_data(
-        self,
-        z: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-    ) -> Float[Tensor, "*joint_batch features"]:
-        """From base to data."""
-        z = self._admit("z", z, context)
-        for transform in reversed(self.chain):
-            z = transform.to_data(z, context)
-        return z
-
-    def to_base_and_ladj(
-        self,
-        x: Float[Tensor, "*batch features"],
+        x: Float[Tensor, "*batch_and_event"],
         context: Float[Tensor, "*c_batch context_features"] | None = None,
         *,
         generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*joint_batch features"], Float[Tensor, "*joint_batch"]]:
+    ) -> Float[Tensor, "*joint_batch base_features"]:
+        """From data to base."""
+        x = self._admit("x", x, context)
+        return chain.to_base(self.chain, x, context, generator=generator)
+
+    def to_data(
+        self,
+        z: Float[Tensor, "*batch base_features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "*joint_batch_and_event"]:
+        """From base to data."""
+        z = self._admit("z", z, context, base=True)
+        return chain.to_data(self.chain, z, context, generator=generator)
+
+    def to_base_and_ladj(
+        self,
+        x: Float[Tensor, "*batch_and_event"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*joint_batch base_features"], Float[Tensor, "*joint_batch"]]:
         """From data to base: z and log|det dz/dx|, in nats."""
         x = self._admit("x", x, context)
-        total = x.new_zeros(x.shape[:-1])
-        for transform in self.chain:
-            x, ladj = transform.to_base_and_ladj(x, context, generator=generator)
-            total = total + ladj
-        return x, total
+        return chain.to_base_and_ladj(self.chain, x, context, generator=generator)
 
     def to_base_with_costs(
         self,
-        x: Float[Tensor, "*batch features"],
+        x: Float[Tensor, "*batch_and_event"],
         context: Float[Tensor, "*c_batch context_features"] | None = None,
         *,
         regularizers: Sequence[CostRate],
         generator: torch.Generator | None = None,
     ) -> tuple[
-        Float[Tensor, "*joint_batch features"],
+        Float[Tensor, "*joint_batch base_features"],
         Float[Tensor, "*joint_batch"],
         Float[Tensor, "costs *joint_batch"],
     ]:
         """From data to base: z, ladj in nats, and the cost of the path by each regularizer."""
         x = self._admit("x", x, context)
-        ladj = x.new_zeros(x.shape[:-1])
-        costs = x.new_zeros(len(regularizers), *x.shape[:-1])
-        for part in self.chain:
-            x, further, spent = part.to_base_with_costs(
-                x, context, regularizers=regularizers, generator=generator
-            )
-            ladj, costs = ladj + further, costs + spent
-        return x, ladj, costs
+        return chain.to_base_with_costs(
+            self.chain, x, context, regularizers=regularizers, generator=generator
+        )
 
     def to_data_and_ladj(
         self,
-        z: Float[Tensor, "*batch features"],
+        z: Float[Tensor, "*batch base_features"],
         context: Float[Tensor, "*c_batch context_features"] | None = None,
         *,
         generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*joint_batch features"], Float[Tensor, "*joint_batch"]]:
+    ) -> tuple[Float[Tensor, "*joint_batch_and_event"], Float[Tensor, "*joint_batch"]]:
         """From base to data: x and log|det dx/dz|, in nats."""
-        return self._chain_to_data(self._admit("z", z, context), context, generator)
+        z = self._admit("z", z, context, base=True)
+        return chain.to_data_and_ladj(self.chain, z, context, generator=generator)
 
     def trajectory(
         self,
-        x_or_z: Float[Tensor, "*batch features"],
+        x_or_z: Float[Tensor, "*batch_and_event"],
         times: Float[Tensor, " times"],
         context: Float[Tensor, "*c_batch context_features"] | None = None,
-    ) -> Float[Tensor, "times *joint_batch features"]:
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "times *joint_batch_and_event"]:
         """States along the path, in the units of the data.
 
         Args:
@@ -281,6 +268,7 @@ class Flow(nn.Module):
             times: Strictly increasing or decreasing, within [0, 1]. Several blocks in a row
                 share the time between them evenly.
             context: What the density is conditioned on, if the flow is conditional.
+            generator: Source of what a transform draws on the way to the ODE.
 
         Returns:
             The state at each time. What lies between the ODE and the data, such as a
@@ -288,36 +276,24 @@ class Flow(nn.Module):
 
         Raises:
             TypeError: If an argument is not a tensor.
-            ValueError: If an argument does not fit, or the flow has no path because a discrete
-                transform stands on the base side of a continuous one.
+            ValueError: If an argument does not fit, or the base side of the flow is not an ODE.
             ODEError: If a solve fails.
         """
-        x_or_z = self._admit("x_or_z", x_or_z, context)
-        return follow(self.chain, x_or_z, times, context)
+        times = check_times(times, like=reference_tensor(self))
+        x_or_z = self._admit("x_or_z", x_or_z, context, base=bool(times[0] == 0))
+        return follow(self.chain, x_or_z, times, context, generator=generator)
 
-    def _chain_to_data(
-        self, z: Tensor, context: Tensor | None, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor]:
-        total = z.new_zeros(z.shape[:-1])
-        for transform in reversed(self.chain):
-            z, ladj = transform.to_data_and_ladj(z, context, generator=generator)
-            total = total + ladj
-        return z, total
-
-    def _draw_base(
-        self,
-        sample_shape: int | Sequence[int],
-        context: Tensor | None,
-        generator: torch.Generator | None,
-    ) -> Tensor:
-        shape = check_sample_shape(sample_shape)
+    def _shape(self, sample_shape: int | Sequence[int], context: Tensor | None) -> torch.Size:
+        """Shape of the draws for a context, without that of an event."""
         check_context(context, self.context_features, like=reference_tensor(self))
         batch = torch.Size() if context is None else context.shape[:-1]
-        return self.base.rsample(shape + batch, generator=generator)
+        return check_sample_shape(sample_shape) + batch
 
-    def _admit(self, name: str, x: Tensor, context: Tensor | None) -> Tensor:
+    def _admit(self, name: str, x: Tensor, context: Tensor | None, *, base: bool = False) -> Tensor:
         """The public door: check both tensors, and give `x` the joint batch shape."""
-        like = reference_tensor(self)
-        check_vectors(name, x, self.features, like=like)
-        check_context(context, self.context_features, like=like)
-        return x.expand(*joint_batch_shape(x, context), self.features)
+        shape = torch.Size([self.base.features]) if base else self.event_shape
+        check_events(name, x, shape, like=reference_tensor(self))
+        check_context(context, self.context_features, like=reference_tensor(self))
+        if not base:
+            check_support(name, x, self.support)
+        return x.expand(joint_batch_shape(x, context, len(shape)) + shape)

@@ -22,7 +22,18 @@ from cnf.cnf import CNF
 from cnf.divergence import Exact, Hutchinson
 from cnf.flow import Flow
 from cnf.ode import ODESolver
-from cnf.transforms import Affine, ContinuousTransform, Standardize
+from cnf.transforms import (
+    Affine,
+    Augment,
+    ContinuousTransform,
+    Dequantize,
+    FactorOut,
+    Flatten,
+    Logit,
+    Permute,
+    Squeeze,
+    Standardize,
+)
 from cnf.vector_fields import ConvField, LinearField, MLPField, PotentialField, ResidualField
 
 FORMAT_VERSION = 1
@@ -33,7 +44,8 @@ _CLASSES: dict[str, type] = {
     cls.__name__: cls
     for cls in (
         *(CNF, Flow, StandardNormal),
-        *(Affine, ContinuousTransform, Standardize),
+        *(Affine, Augment, ContinuousTransform, Dequantize, FactorOut, Flatten),
+        *(Logit, Permute, Squeeze, Standardize),
         *(ConvField, LinearField, MLPField, PotentialField, ResidualField),
         *(Exact, Hutchinson, ODESolver),
     )

@@ -6,28 +6,51 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cnf.transforms import ContinuousTransform, Transform
+from cnf.transforms import ContinuousTransform, Transform, chain
+
+
+def check_times(times: Float[Tensor, " times"], *, like: Tensor) -> Float[Tensor, " times"]:
+    """Times of a path, with the dtype and device of `like`.
+
+    Raises:
+        TypeError: If `times` is not a tensor.
+        ValueError: If it is not 1-D and monotone, does not start at 0 or 1, or leaves [0, 1].
+    """
+    if not isinstance(times, Tensor):
+        raise TypeError(f"times must be a torch.Tensor; got {type(times).__name__}.")
+    times = times.to(like)
+    if times.ndim != 1 or len(times) < 2:
+        raise ValueError(f"times must be 1-D with at least 2 times; got {tuple(times.shape)}.")
+    steps = times.diff()
+    if not ((steps > 0).all() or (steps < 0).all()):
+        raise ValueError(
+            f"times must be strictly increasing or strictly decreasing in {times.dtype}."
+        )
+    first, last = float(times[0]), float(times[-1])
+    if first not in (0.0, 1.0) or not 0 <= last <= 1:
+        raise ValueError(
+            f"times must start at 0 (base) or 1 (data), and stay within [0, 1]; "
+            f"they go from {first} to {last}."
+        )
+    return times
 
 
 def follow(
     transforms: Sequence[Transform],
-    start: Float[Tensor, "*batch features"],
+    start: Float[Tensor, "*start_batch_and_event"],
     times: Float[Tensor, " times"],
     context: Float[Tensor, "*c_batch context_features"] | None,
-) -> Float[Tensor, "times *batch features"]:
+    *,
+    generator: torch.Generator | None,
+) -> Float[Tensor, "times *batch_and_event"]:
     """States at `times` along the chain `transforms`, in the units of the data.
 
     `Flow.trajectory` documents the arguments.
 
     Raises:
-        TypeError: If `times` is not a tensor.
-        ValueError: If `times` does not fit, or the chain has no path.
+        ValueError: If the chain has no path.
         ODEError: If a solve fails.
     """
-    if not isinstance(times, Tensor):
-        raise TypeError(f"times must be a torch.Tensor; got {type(times).__name__}.")
-    times = times.to(start)
-    _check_times(times)
     blocks = [part for part in transforms if isinstance(part, ContinuousTransform)]
     discrete = transforms[: len(transforms) - len(blocks)]
     if not blocks or any(isinstance(part, ContinuousTransform) for part in discrete):
@@ -36,14 +59,11 @@ def follow(
             f"got {[type(part).__name__ for part in transforms]} from data to base."
         )
     if times[0] == 1:
-        for part in discrete:
-            start = part.to_base(start, context)
+        start = chain.to_base(discrete, start, context, generator=generator)
     else:
         blocks = blocks[::-1]
     states = _follow_blocks(blocks, start, times, context)
-    for part in reversed(discrete):
-        states = part.to_data(states, context)
-    return states
+    return chain.to_data(discrete, states, context, generator=generator)
 
 
 def _follow_blocks(
@@ -64,19 +84,3 @@ def _follow_blocks(
             break
         state = states[-1]
     return torch.cat(passed)
-
-
-def _check_times(times: Tensor) -> None:
-    if times.ndim != 1 or len(times) < 2:
-        raise ValueError(f"times must be 1-D with at least 2 times; got {tuple(times.shape)}.")
-    steps = times.diff()
-    if not ((steps > 0).all() or (steps < 0).all()):
-        raise ValueError(
-            f"times must be strictly increasing or strictly decreasing in {times.dtype}."
-        )
-    first, last = float(times[0]), float(times[-1])
-    if first not in (0.0, 1.0) or not 0 <= last <= 1:
-        raise ValueError(
-            f"times must start at 0 (base) or 1 (data), and stay within [0, 1]; "
-            f"they go from {first} to {last}."
-        )

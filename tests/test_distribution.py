@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch.distributions import Distribution, constraints, kl_divergence
 from torch.distributions.transforms import Transform
-from zoo import cnf
+from zoo import BOUNDS, EVERY_FLOW, EXACT_FLOWS, cnf, rows_for
 
 from cnf import CNF, count_evaluations
+
+every_flow = pytest.mark.parametrize("make", EVERY_FLOW.values(), ids=EVERY_FLOW)
 
 
 def test_it_is_a_torch_distribution():
@@ -108,3 +110,52 @@ def test_rows_that_do_not_fit_the_batch_shape_are_refused_before_the_solve():
     ):
         distribution.log_prob(torch.randn(4, 2))
     assert nfe.value == 0
+
+
+@every_flow
+def test_draws_are_events_in_the_support(make):
+    flow = make()
+    distribution = flow(rows_for(flow, 2)[1]).expand((3, 2))
+    x = distribution.sample((4,))
+    assert x.shape == (4, 3, 2, *flow.event_shape)
+    assert distribution.event_shape == flow.event_shape
+    assert distribution.support.event_dim == len(flow.event_shape)
+    assert distribution.support.check(x).shape == (4, 3, 2)
+    assert distribution.support.check(x).all()
+    assert distribution.log_prob(x).shape == (4, 3, 2)
+
+
+@pytest.mark.parametrize("make", EXACT_FLOWS.values(), ids=EXACT_FLOWS)
+def test_torch_builds_the_same_density_from_base_and_transform(make):
+    flow = make()
+    x, context = rows_for(flow, 2)
+    distribution = flow(context)
+    composed = torch.distributions.TransformedDistribution(
+        distribution.base, [distribution.transform.inv], validate_args=False
+    )
+    assert composed.event_shape == flow.event_shape
+    torch.testing.assert_close(composed.log_prob(x), flow.log_prob(x, context), rtol=0, atol=1e-6)
+    assert composed.rsample((3,)).shape == (3, *distribution.batch_shape, *flow.event_shape)
+
+
+@every_flow
+def test_the_transform_says_whether_it_is_bijective_and_gives_shapes_and_domain(make):
+    flow = make()
+    x, context = rows_for(flow, 2)
+    transform = flow(context).transform
+    assert transform.bijective == (flow.likelihood != "lower_bound")
+    z = transform(x)
+    assert z.shape == transform.forward_shape(x.shape)
+    assert x.shape == transform.inverse_shape(z.shape)
+    assert transform.domain.check(x).all()
+    assert transform.codomain.check(z).all()
+    torch.testing.assert_close(transform.inv(z), x, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", BOUNDS.values(), ids=BOUNDS)
+def test_a_map_that_is_no_bijection_has_no_jacobian_determinant(make):
+    flow = make()
+    x, context = rows_for(flow, 2)
+    transform = flow(context).transform
+    with pytest.raises(NotImplementedError, match=r"use flow\.to_base_and_ladj"):
+        transform.log_abs_det_jacobian(x, transform(x))

@@ -12,13 +12,14 @@ from laws import (
     to_data_undoes_to_base,
 )
 from torch.distributions import MultivariateNormal
-from zoo import FLOWS, PRECISE, cnf, mlp, perturbed, rows_for
+from zoo import EVERY_FLOW, EXACT_FLOWS, FLOWS, PRECISE, cnf, mlp, perturbed, rows_for, seeded
 
 from cnf import (
     CNF,
     Affine,
     ContinuousTransform,
     Exact,
+    Flatten,
     Flow,
     Hutchinson,
     LinearField,
@@ -27,7 +28,9 @@ from cnf import (
 )
 from cnf.bases import Base, StandardNormal
 
-every_flow = pytest.mark.parametrize("make", FLOWS.values(), ids=FLOWS)
+flow_of_the_plane = pytest.mark.parametrize("make", FLOWS.values(), ids=FLOWS)
+exact_flow = pytest.mark.parametrize("make", EXACT_FLOWS.values(), ids=EXACT_FLOWS)
+every_flow = pytest.mark.parametrize("make", EVERY_FLOW.values(), ids=EVERY_FLOW)
 ADJOINT = ODESolver(rtol=1e-9, atol=1e-9, gradient="adjoint")
 BACKPROP = ODESolver(rtol=1e-9, atol=1e-9, gradient="backprop")
 
@@ -55,7 +58,7 @@ def test_log_prob_is_that_of_the_brute_force_change_of_variables(features):
     torch.testing.assert_close(flow.log_prob(x), normal.log_prob(z) + ladj, rtol=0, atol=1e-9)
 
 
-@every_flow
+@exact_flow
 def test_ladj_is_slogdet_of_the_jacobian(make):
     flow = make()
     ladj_is_slogdet_of_the_jacobian(flow, *rows_for(flow, 3), atol=1e-6)
@@ -68,7 +71,7 @@ def test_to_data_undoes_to_base(make, batch):
     to_data_undoes_to_base(flow, *rows_for(flow, *batch), atol=1e-6)
 
 
-@every_flow
+@flow_of_the_plane
 def test_density_integrates_to_one(make):
     flow = make()
     flow = flow.using(solver=ODESolver(rtol=1e-5, atol=1e-5))
@@ -82,7 +85,7 @@ def test_density_integrates_to_one(make):
     assert abs(float(mass) - 1) < 1e-3
 
 
-@every_flow
+@exact_flow
 @pytest.mark.parametrize("solver", [ADJOINT, BACKPROP], ids=["adjoint", "backprop"])
 def test_gradients_of_log_prob_and_rsample_reach_everything(make, solver):
     flow = make().using(solver=solver)
@@ -139,13 +142,13 @@ def test_train_and_eval_mode_give_the_same_value_and_gradient(make):
     found = []
     for mode in (flow.train, flow.eval):
         mode()
-        value = flow.log_prob(x, context)
+        value = flow.log_prob(x, context, generator=seeded())
         found.append((value, *gradients(flow, value)))
     for train, evaluated in zip(*found, strict=True):
         assert torch.equal(train, evaluated)
 
 
-@every_flow
+@exact_flow
 def test_the_value_of_a_row_does_not_depend_on_its_batch(make):
     flow = make()
     x, context = rows_for(flow, 6)
@@ -155,7 +158,7 @@ def test_the_value_of_a_row_does_not_depend_on_its_batch(make):
         torch.testing.assert_close(flow.log_prob(x[row], c), together[row], rtol=0, atol=1e-6)
 
 
-@every_flow
+@exact_flow
 def test_sampled_and_evaluated_log_prob_agree(make):
     flow = make()
     context = rows_for(flow, 2)[1]
@@ -163,7 +166,7 @@ def test_sampled_and_evaluated_log_prob_agree(make):
     torch.testing.assert_close(log_prob, flow.log_prob(x, context), rtol=0, atol=1e-6)
 
 
-@every_flow
+@flow_of_the_plane
 def test_samples_follow_the_density(make):
     """The mean of q(x) / p(x) over draws from p is 1, for a density q inside p (4 std. errors)."""
     flow = make().using(solver=ODESolver(rtol=1e-5, atol=1e-5))
@@ -180,10 +183,8 @@ def test_a_generator_fixes_the_draws_and_leaves_the_global_one(make):
     flow = make()
     context = rows_for(flow, 2)[1]
     before = torch.get_rng_state()
-    first, second = (
-        flow.sample((3,), context, generator=torch.Generator().manual_seed(5)) for _ in range(2)
-    )
-    assert torch.equal(first, second)
+    first, second = (flow.sample_and_log_prob((3,), context, generator=seeded()) for _ in range(2))
+    assert all(map(torch.equal, first, second))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -195,6 +196,18 @@ def test_a_call_leaves_nothing_behind(make):
     flow.log_prob(x, context).sum().backward()
     flow.sample(2, context)
     assert before == {name: (id(part), sorted(vars(part))) for name, part in flow.named_modules()}
+
+
+@every_flow
+@pytest.mark.parametrize("sample_shape", [(), (2, 3)], ids=str)
+def test_draws_have_the_shape_of_events_and_can_be_asked_about(make, sample_shape):
+    flow = make()
+    x, context = rows_for(flow, 4)
+    batch = () if context is None else (4,)
+    drawn, log_prob = flow.sample_and_log_prob(sample_shape, context)
+    assert drawn.shape == (*sample_shape, *batch, *flow.event_shape)
+    assert log_prob.shape == flow.log_prob(drawn, context).shape == (*sample_shape, *batch)
+    assert flow.log_prob(x[:1].expand(2, 4, *flow.event_shape), context).shape == (2, 4)
 
 
 @pytest.mark.parametrize(
@@ -301,6 +314,23 @@ def test_bad_rows_are_refused(x, error, message, call):
 
 @pytest.mark.usefixtures("shapes_unchecked")
 @pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(3, 4), r"x must have shape \(\*batch, 1, 2, 2\); got \(3, 4\)"),
+        (torch.zeros(2, 2), r"got \(2, 2\)"),
+        (torch.full((3, 1, 2, 2), torch.nan), "NaN or inf in rows 0, 1, 2"),
+        (torch.full((1, 2, 2), torch.inf), "NaN or inf in the only row"),
+    ],
+)
+def test_bad_images_are_refused(x, message):
+    with pytest.raises(ValueError, match=message):
+        EXACT_FLOWS["image"]().float().log_prob(x.float())
+    with pytest.raises(ValueError, match=r"z must have shape \(\*batch, 4\); got \(3, 1, 2, 2\)"):
+        EXACT_FLOWS["image"]().to_data(torch.zeros(3, 1, 2, 2))
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+@pytest.mark.parametrize(
     ("features", "context", "message"),
     [
         (0, torch.zeros(3, 1), "context must be None.*context_features=0"),
@@ -332,8 +362,17 @@ def test_bad_sample_shapes_are_refused():
         (lambda: Flow([]), ValueError, "transforms must not be empty when base is None"),
         (lambda: Flow([torch.nn.ReLU()]), TypeError, "cnf transforms; got ReLU"),
         (lambda: Flow([Affine(2)], base="normal"), TypeError, "such as StandardNormal; got str"),
-        (lambda: Flow([Affine(2), Affine(3)]), ValueError, r"same features; got \[2, 3\] and 2"),
-        (lambda: CNF(2, base=StandardNormal(3)), ValueError, r"got \[2\] and 3"),
+        (lambda: Flow([Affine(2), Affine(3)]), ValueError, "Affine gives 2 and Affine takes 3"),
+        (
+            lambda: CNF(2, base=StandardNormal(3)),
+            ValueError,
+            "ContinuousTransform gives 2, and base has 3",
+        ),
+        (
+            lambda: Flow([Affine(4), Flatten((2, 2))]),
+            ValueError,
+            r"only the first .* Flatten takes \(2, 2\) and comes after Affine",
+        ),
         (lambda: CNF(2, blocks=0), ValueError, "blocks must be at least 1; got 0"),
         (
             lambda: Flow([ContinuousTransform(mlp(2, 1)), ContinuousTransform(mlp(2, 3))]),
@@ -362,11 +401,14 @@ def test_every_call_takes_an_empty_batch_and_keeps_its_graph(make):
     flow = make()
     x, context = rows_for(flow, 0)
     times = torch.tensor([0.0, 0.5, 1.0])
-    assert flow.trajectory(x, times, context).shape == (3, 0, 2)
-    assert flow.to_data(x, context).shape == (0, 2)
+    z = flow.to_base(x, context)
+    assert z.shape == (0, flow.base.features)
+    assert flow.to_data(z, context).shape == (0, *flow.event_shape)
+    if isinstance(flow.chain[-1], ContinuousTransform):
+        assert flow.trajectory(z, times, context).shape == (3, 0, *flow.event_shape)
     assert flow.sample_and_log_prob(3, context)[1].shape[-1] in (0, 3)
     flow.log_prob(x, context).sum().backward()
-    flow.to_data(x, context).sum().backward()
+    flow.to_base(x, context).sum().backward()
     assert all(parameter.grad.abs().sum() == 0 for parameter in flow.parameters())
 
 

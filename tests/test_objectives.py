@@ -5,7 +5,17 @@ import math
 import pytest
 import torch
 from torch import nn
-from zoo import FLOWS, PRECISE, UserNetwork, mlp, perturbed, rows_for
+from zoo import (
+    EVERY_FLOW,
+    EXACT_FLOWS,
+    FLOWS,
+    PRECISE,
+    UserNetwork,
+    mlp,
+    perturbed,
+    rows_for,
+    seeded,
+)
 
 from cnf import (
     CNF,
@@ -43,13 +53,13 @@ def deep_cnf(features, **settings):
     return perturbed(CNF(features, **DEEP, **settings))
 
 
-@pytest.mark.parametrize("make", FLOWS.values(), ids=FLOWS)
+@pytest.mark.parametrize("make", EVERY_FLOW.values(), ids=EVERY_FLOW)
 def test_the_loss_is_minus_the_mean_log_prob_and_so_is_its_gradient(make):
     flow = make()
     x, context = rows_for(flow, 4)
 
-    loss = MaximumLikelihood(flow, solver=BACKPROP)(x, context)
-    expected = -flow.log_prob(x, context).mean()
+    loss = MaximumLikelihood(flow, solver=BACKPROP)(x, context, generator=seeded())
+    expected = -flow.log_prob(x, context, generator=seeded()).mean()
 
     torch.testing.assert_close(loss, expected, rtol=0, atol=1e-7)
     pairs = zip(gradients(loss, flow), gradients(expected, flow), strict=True)
@@ -202,6 +212,16 @@ def test_the_solver_of_the_objective_is_the_one_used():
         loss = objective(x)
         loss.backward()
     assert nfe.value == 4 * 5
+
+
+def test_the_solver_of_the_objective_reaches_nested_transforms():
+    flow = EXACT_FLOWS["multi-scale with context"]()
+    objective = MaximumLikelihood(
+        flow, solver=ODESolver(method="rk4", steps=5, gradient="backprop")
+    )
+    with count_evaluations(flow) as nfe:
+        objective(*rows_for(flow, 4))
+    assert nfe.value == 2 * 4 * 5
 
 
 def test_the_default_of_the_objective_is_cheaper_than_a_precise_flow():

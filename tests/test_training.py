@@ -20,10 +20,14 @@ from cnf import (
     CNF,
     Affine,
     ContinuousTransform,
+    Dequantize,
     Exact,
+    FactorOut,
+    Flatten,
     Flow,
     Hutchinson,
     LinearField,
+    Logit,
     ModuleField,
     ODEError,
     ODESolver,
@@ -32,6 +36,7 @@ from cnf import (
 )
 from cnf.objectives import MaximumLikelihood
 from cnf.training import History, TrainingConfig, TrainingError, fit
+from cnf.training.rows import warn_if_far_from_standard
 
 CHEAP = ODESolver(method="rk4", steps=2, gradient="backprop")
 
@@ -825,6 +830,57 @@ def test_data_far_from_standard_are_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fit(Flow([Standardize.from_data(x), *affine_flow().chain]), x, config(1))
+
+
+def image_flow(levels=4):
+    return Flow([Flatten((1, 2, 2)), Dequantize(4, levels), Logit(4), Affine(4)])
+
+
+def test_a_flow_of_images_is_trained_and_validated_on_images():
+    x = torch.randint(4, (60, 1, 2, 2)).to(torch.get_default_dtype())
+    history = fit(image_flow(), x, config(40, learning_rate=0.05), validation=x[:20])
+    assert sum(history.loss[-5:]) < sum(history.loss[:5])
+    assert math.isfinite(history.validation[-1])
+
+
+def test_the_noise_of_a_flow_comes_from_the_seed_of_the_training():
+    x = torch.randint(4, (60, 1, 2, 2)).to(torch.get_default_dtype())
+    before = torch.get_rng_state()
+    first, second = (fit(image_flow(), x, config(3), validation=x[:9]) for _ in range(2))
+    assert without_seconds(first) == without_seconds(second)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+BAD_IMAGES = {
+    "flattened": (
+        zeros(5, 4),
+        ValueError,
+        r"NAME must have shape \(\*batch, 1, 2, 2\); got \(5, 4",
+    ),
+    "one image": (
+        zeros(1, 2, 2),
+        ValueError,
+        r"NAME must have shape \(rows, 1, 2, 2\); got \(1, 2",
+    ),
+    "no level": (
+        torch.tensor([0.0, 3.0, 4.0, 0.5, 1.0]).reshape(5, 1, 1, 1).expand(5, 1, 2, 2),
+        ValueError,
+        "NAME must be integers from 0 to 3; got other values in rows 2, 3",
+    ),
+}
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+@pytest.mark.parametrize(("bad", "error", "message"), BAD_IMAGES.values(), ids=BAD_IMAGES)
+def test_bad_images_are_refused_by_name(bad, error, message, refuses):
+    refuses(image_flow().float(), zeros(5, 1, 2, 2), bad.float(), error, message)
+
+
+def test_the_warning_of_data_far_from_standard_solves_nothing():
+    flow = Flow([FactorOut([Affine(2), ContinuousTransform(LinearField(2))], 3)])
+    with count_evaluations(flow) as nfe:
+        warn_if_far_from_standard(flow, torch.randn(10, 3))
+    assert nfe.value == 0
 
 
 def test_a_history_is_short_to_look_at():

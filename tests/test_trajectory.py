@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from zoo import FLOWS, PRECISE, cnf, perturbed, rows_for
+from zoo import EVERY_FLOW, FLOWS, PRECISE, cnf, perturbed, rows_for, seeded
 
 from cnf import Affine, ContinuousTransform, Flow, LinearField, Standardize
 
@@ -87,3 +87,16 @@ def test_a_flow_without_a_path_is_refused(position):
     chains = [[Affine(2)], [continuous, Affine(2)]]
     with pytest.raises(ValueError, match="on its base side, in its continuous transforms"):
         Flow(chains[position]).trajectory(torch.zeros(1, 2), torch.tensor([0.0, 1.0]))
+
+
+@pytest.mark.parametrize("name", ["image", "dequantized image", "augmented with context"])
+def test_a_path_has_events_of_the_data_at_each_time(name):
+    flow = EVERY_FLOW[name]()
+    x, context = rows_for(flow, 3)
+    back = flow.trajectory(x, torch.tensor([1.0, 0.5, 0.0]), context, generator=seeded())
+    assert back.shape == (3, 3, *flow.event_shape)
+    torch.testing.assert_close(back[0], x)
+    z = torch.randn(3, flow.base.features)
+    forth = flow.trajectory(z, torch.tensor([0.0, 0.5, 1.0]), context)
+    assert forth.shape == (3, 3, *flow.event_shape)
+    torch.testing.assert_close(forth[-1], flow.to_data(z, context), rtol=0, atol=1e-6)

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from laws import every_parameter_matters, ladj_is_slogdet_of_the_jacobian, to_data_undoes_to_base
-from zoo import PRECISE, TRANSFORMS, UserNetwork, mlp, perturbed, rows_for
+from zoo import BIJECTIONS, PRECISE, TRANSFORMS, UserNetwork, mlp, perturbed, rows_for, seeded
 
 from cnf import (
     Affine,
@@ -19,8 +19,10 @@ from cnf import (
     Standardize,
     count_evaluations,
 )
+from cnf.regularizers import kinetic_energy
 
 every_transform = pytest.mark.parametrize("make", TRANSFORMS.values(), ids=TRANSFORMS)
+every_bijection = pytest.mark.parametrize("make", BIJECTIONS.values(), ids=BIJECTIONS)
 
 
 @every_transform
@@ -30,7 +32,7 @@ def test_to_data_undoes_to_base(make, batch):
     to_data_undoes_to_base(transform, *rows_for(transform, *batch), atol=1e-6)
 
 
-@every_transform
+@every_bijection
 def test_ladj_is_slogdet_of_the_jacobian(make):
     transform = make()
     ladj_is_slogdet_of_the_jacobian(transform, *rows_for(transform, 3), atol=1e-6)
@@ -46,10 +48,9 @@ def test_gradient_reaches_every_parameter(make):
 
 @every_transform
 def test_dtype_is_kept(make):
+    loose = ODESolver(rtol=1e-4, atol=1e-4)
     for dtype in (torch.float32, torch.float64):
-        transform = make().to(dtype)
-        if isinstance(transform, ContinuousTransform):
-            transform = transform.using(solver=ODESolver(rtol=1e-4, atol=1e-4))
+        transform = make().to(dtype).rebuilt(lambda part: part.using(solver=loose))
         x, context = rows_for(transform, 3)
         context = None if context is None else context.to(dtype)
         z, ladj = transform.to_base_and_ladj(x.to(dtype), context)
@@ -60,8 +61,57 @@ def test_dtype_is_kept(make):
 def test_an_empty_batch_gives_an_empty_result(make):
     transform = make()
     z, ladj = transform.to_base_and_ladj(*rows_for(transform, 0))
-    assert z.shape == (0, transform.features)
+    assert z.shape == (0, transform.base_features)
     assert ladj.shape == (0,)
+
+
+@every_transform
+def test_only_what_draws_on_the_way_to_the_base_is_a_bound_and_no_bijection(make):
+    transform = make()
+    x, context = rows_for(transform, 4)
+    before = torch.get_rng_state()
+    transform.to_base(x, context)
+    draws = not torch.equal(torch.get_rng_state(), before)
+    assert draws == (transform.likelihood == "lower_bound") == (not transform.is_bijective)
+
+
+@every_transform
+def test_a_generator_fixes_what_is_drawn_and_leaves_the_global_one(make):
+    transform = make()
+    x, context = rows_for(transform, 4)
+    before = torch.get_rng_state()
+    first = transform.to_base_and_ladj(x, context, generator=seeded())
+    second = transform.to_base_with_costs(x, context, regularizers=[], generator=seeded())
+    torch.testing.assert_close(first, second[:2], rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@every_transform
+def test_costs_stand_beside_the_same_map_and_are_those_of_the_continuous_parts(make):
+    transform = make()
+    x, context = rows_for(transform, 3, 2)
+    z, ladj, costs = transform.to_base_with_costs(
+        x, context, regularizers=[kinetic_energy], generator=seeded()
+    )
+    torch.testing.assert_close(
+        (z, ladj), transform.to_base_and_ladj(x, context, generator=seeded()), rtol=0, atol=1e-9
+    )
+    moves = any(isinstance(part, ContinuousTransform) for part in transform.modules())
+    assert costs.shape == (1, 3, 2)
+    assert bool((costs > 0).all()) == moves
+    assert bool((costs == 0).all()) != moves
+
+
+@every_transform
+def test_rebuilding_changes_every_continuous_part_and_shares_every_parameter(make):
+    transform = make()
+    other = transform.rebuilt(lambda part: part.using(divergence=Hutchinson()))
+    assert [id(p) for p in other.parameters()] == [id(p) for p in transform.parameters()]
+    divergences = [p.divergence for p in other.modules() if isinstance(p, ContinuousTransform)]
+    assert all(divergence == Hutchinson() for divergence in divergences)
+    x, context = rows_for(transform, 4)
+    expected = transform.to_base(x, context, generator=seeded())
+    assert torch.equal(other.to_base(x, context, generator=seeded()), expected)
 
 
 @pytest.mark.parametrize("rate", [0.7, -1.3])

@@ -6,20 +6,28 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributions.constraints import Constraint
 
 from cnf import (
     CNF,
     Affine,
+    Augment,
     ContinuousTransform,
     ConvField,
+    Dequantize,
+    FactorOut,
+    Flatten,
     Flow,
     LinearField,
+    Logit,
     MLPField,
     ModuleField,
     NeuralODE,
     ODESolver,
+    Permute,
     PotentialField,
     ResidualField,
+    Squeeze,
     Standardize,
     VectorField,
 )
@@ -142,7 +150,7 @@ FIELDS: dict[str, Callable[[], VectorField]] = {
     "user with context": lambda: perturbed(ModuleField(UserNetwork(2, 3), 2, 3)),
 }
 
-TRANSFORMS: dict[str, Callable[[], Transform]] = {
+BIJECTIONS: dict[str, Callable[[], Transform]] = {
     "affine": lambda: perturbed(Affine(2)),
     "standardize": lambda: Standardize.from_data(3 + 2 * torch.randn(50, 2)),
     "continuous": lambda: ContinuousTransform(mlp(), solver=PRECISE),
@@ -157,13 +165,46 @@ TRANSFORMS: dict[str, Callable[[], Transform]] = {
         potential(), solver=PRECISE, start_time=-0.3, end_time=0.8
     ),
     "continuous rk4": lambda: ContinuousTransform(mlp(), solver=ODESolver(method="rk4", steps=40)),
+    "logit": lambda: Logit(3),
+    "flatten": lambda: Flatten((2, 1, 3)),
+    "permute": lambda: Permute([2, 0, 3, 1]),
+    "squeeze": lambda: Squeeze((2, 4, 2)),
+    "factor out": lambda: FactorOut([perturbed(Affine(2)), Permute([1, 0])], 5),
+    "factor out continuous with context": lambda: FactorOut(
+        [perturbed(Affine(2)), ContinuousTransform(mlp(2, 3), solver=PRECISE)], 3
+    ),
 }
+
+SURJECTIONS: dict[str, Callable[[], Transform]] = {
+    "dequantize": lambda: Dequantize(3, 5),
+    "augment": lambda: Augment(2, 3),
+    "augment learnt": lambda: perturbed(Augment(3, 2, hidden_features=(8,))),
+    "augment learnt with context": lambda: perturbed(Augment(2, 1, 3, hidden_features=())),
+    "factor out of an augmented part": lambda: FactorOut(
+        [perturbed(Augment(2, 1, hidden_features=(4, 4)))], 3
+    ),
+}
+"""Random on the way to the base, so that a likelihood is a lower bound."""
+
+TRANSFORMS = {**BIJECTIONS, **SURJECTIONS}
 
 
 def cnf(features: int = 2, context_features: int = 0, **settings: object) -> CNF:
     """A small, smooth CNF, solved precisely."""
     settings = {"hidden_features": (8, 8), "frequency": 1.0, "solver": PRECISE, **settings}
     return perturbed(CNF(features, context_features, **settings))
+
+
+def multi_scale() -> Flow:
+    """Images of one channel; half of the features are factored out after the first block."""
+    return Flow(
+        [
+            Flatten((1, 2, 4)),
+            Squeeze((1, 2, 4)),
+            ContinuousTransform(mlp(8, 3), solver=PRECISE),
+            FactorOut([perturbed(Affine(4)), ContinuousTransform(mlp(4, 3), solver=PRECISE)], 8),
+        ]
+    )
 
 
 FLOWS: dict[str, Callable[[], Flow]] = {
@@ -184,6 +225,30 @@ FLOWS: dict[str, Callable[[], Flow]] = {
         [ContinuousTransform(perturbed(ModuleField(UserNetwork(2), 2)), solver=PRECISE)]
     ),
 }
+"""Exact flows of the plane."""
+
+EXACT_FLOWS: dict[str, Callable[[], Flow]] = {
+    **FLOWS,
+    "logit": lambda: cnf(transforms=[Logit(2)]),
+    "image": lambda: cnf(4, transforms=[Flatten((1, 2, 2)), Permute([3, 1, 0, 2])]),
+    "multi-scale with context": multi_scale,
+}
+
+BOUNDS: dict[str, Callable[[], Flow]] = {
+    "dequantized image": lambda: cnf(
+        4, transforms=[Flatten((1, 2, 2)), Dequantize(4, 3), Logit(4)]
+    ),
+    "augmented": lambda: cnf(2, augment=1),
+    "augmented with context": lambda: cnf(
+        2, 3, transforms=[Affine(2), Augment(2, 2, 3, hidden_features=(8,))]
+    ),
+    "augmented inside": lambda: cnf(
+        3, transforms=[FactorOut([Augment(2, 1, hidden_features=())], 3)]
+    ),
+}
+"""Flows whose likelihood is a lower bound."""
+
+EVERY_FLOW = {**EXACT_FLOWS, **BOUNDS}
 
 NEURAL_ODES: dict[str, Callable[[], NeuralODE]] = {
     "plain": lambda: NeuralODE(mlp(), solver=PRECISE),
@@ -203,6 +268,22 @@ def rows_for(
     module: VectorField | Transform | Flow | NeuralODE, *batch: int
 ) -> tuple[Tensor, Tensor | None]:
     """Random rows of batch shape `batch` for a specimen, and contexts if it takes them."""
-    x = torch.randn(*batch, module.features)
+    x = torch.randn(*batch, *getattr(module, "event_shape", (module.features,)))
+    x = inside(getattr(module, "support", None), x)
     size = module.context_features
     return x, torch.randn(*batch, size) if size else None
+
+
+def inside(support: Constraint | None, x: Tensor) -> Tensor:
+    """Real numbers `x`, mapped into `support`; None is for all real numbers."""
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    if not hasattr(support, "upper_bound"):
+        return x
+    x = support.lower_bound + (support.upper_bound - support.lower_bound) * x.sigmoid()
+    return x.round() if support.is_discrete else x
+
+
+def seeded() -> torch.Generator:
+    """A generator that always draws the same."""
+    return torch.Generator().manual_seed(0)

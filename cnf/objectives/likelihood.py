@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -11,7 +12,7 @@ from cnf.divergence import Divergence, Exact, Hutchinson
 from cnf.flow import Flow
 from cnf.ode import ODESolver
 from cnf.regularizers import CostRate, needs_products
-from cnf.transforms import ContinuousTransform, Transform
+from cnf.transforms import ContinuousTransform
 from cnf.vector_fields import VectorField
 
 _FEW_FEATURES = 8
@@ -84,7 +85,7 @@ class MaximumLikelihood(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "batch features"],
+        x: Float[Tensor, "batch *event"],
         context: Float[Tensor, "batch context_features"] | None = None,
         *,
         generator: torch.Generator | None = None,
@@ -97,19 +98,17 @@ class MaximumLikelihood(nn.Module):
         """
         if x.numel() == 0:
             raise ValueError(f"x must have at least one row; got shape {tuple(x.shape)}.")
-        flow = Flow(
-            [self._for_training(transform, generator) for transform in self.flow.chain],
-            self.flow.base,
-        )
+        change = partial(self._for_training, generator=generator)
+        flow = Flow([part.rebuilt(change) for part in self.flow.chain], self.flow.base)
         z, ladj, costs = flow.to_base_with_costs(
             x, context, regularizers=list(self.regularizers), generator=generator
         )
         weights = x.new_tensor(list(self.regularizers.values()))
         return (weights @ costs - flow.base.log_prob(z) - ladj).mean()
 
-    def _for_training(self, transform: Transform, generator: torch.Generator | None) -> Transform:
-        if not isinstance(transform, ContinuousTransform):
-            return transform
+    def _for_training(
+        self, transform: ContinuousTransform, *, generator: torch.Generator | None
+    ) -> ContinuousTransform:
         products = any(map(needs_products, self.regularizers))
         divergence = (
             self.divergence

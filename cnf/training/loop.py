@@ -52,7 +52,7 @@ def fit(
         objective: A flow, trained by `MaximumLikelihood`, or an objective: a module with a `flow`,
             whose ``forward(x, context, generator=...)`` returns the loss. Its own parameters are
             trained too.
-        data: Rows ``(rows, features)``, or rows and contexts ``(rows, context_features)``.
+        data: Rows ``(rows, *event_shape)``, or rows and contexts ``(rows, context_features)``.
         config: Settings.
         validation: Held-out data of the same form. The flow ends with the weights whose
             negative log-likelihood of them, as `log_prob` gives it, is lowest, also when training

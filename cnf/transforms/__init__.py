@@ -1,7 +1,24 @@
 """Transforms between data and base."""
 
+from cnf.transforms.augment import Augment
 from cnf.transforms.base import Likelihood, Transform
 from cnf.transforms.continuous import ContinuousTransform
+from cnf.transforms.dequantize import Dequantize, Logit
 from cnf.transforms.elementwise import Affine, Standardize
+from cnf.transforms.factor_out import FactorOut
+from cnf.transforms.reshape import Flatten, Permute, Squeeze
 
-__all__ = ["Affine", "ContinuousTransform", "Likelihood", "Standardize", "Transform"]
+__all__ = [
+    "Affine",
+    "Augment",
+    "ContinuousTransform",
+    "Dequantize",
+    "FactorOut",
+    "Flatten",
+    "Likelihood",
+    "Logit",
+    "Permute",
+    "Squeeze",
+    "Standardize",
+    "Transform",
+]

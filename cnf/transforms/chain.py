@@ -1,26 +1,73 @@
-"""What the parts of a chain must agree on."""
+"""A chain of transforms, from data to base: what its parts must agree on, and the way through."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from torch import nn
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributions import constraints
 
-from cnf.transforms.base import Transform
+from cnf._checks import check_count, reference_tensor
+from cnf.bases import Base, StandardNormal
+from cnf.regularizers import CostRate
+from cnf.transforms.base import Likelihood, Transform
+
+_STRONGEST_FIRST: tuple[Likelihood, ...] = ("exact", "estimate", "lower_bound")
 
 
-def check_one_dtype(parts: Sequence[nn.Module]) -> None:
-    """Refuse parts of different dtypes.
+def as_chain(transforms: Iterable[Transform]) -> list[Transform]:
+    """The transforms as a list, if each takes what the one before it gives.
 
     Raises:
-        ValueError: If there are several.
+        TypeError: If they are not transforms, or a single one.
+        ValueError: If neighbours do not fit.
     """
-    tensors = itertools.chain(*((*part.parameters(), *part.buffers()) for part in parts))
-    dtypes = {str(tensor.dtype) for tensor in tensors if tensor.is_floating_point()}
-    if len(dtypes) > 1:
-        raise ValueError(
-            f"transforms and base must have one dtype; got {', '.join(sorted(dtypes))}. Convert "
-            "a part with part.to(torch.float32), or the data that Standardize.from_data is given."
+    if isinstance(transforms, Transform):
+        raise TypeError("transforms must be a list; put the single transform in brackets.")
+    chain = list(transforms)
+    for part in chain:
+        if not isinstance(part, Transform):
+            raise TypeError(f"transforms must be cnf transforms; got {type(part).__name__}.")
+    for part, following in itertools.pairwise(chain):
+        name, next_name = type(part).__name__, type(following).__name__
+        if len(following.event_shape) != 1:
+            raise ValueError(
+                "only the first of the transforms may take events that are not vectors; "
+                f"{next_name} takes {tuple(following.event_shape)} and comes after {name}."
+            )
+        if part.base_features != following.features:
+            raise ValueError(
+                "each of the transforms must take as many features as the one before it gives; "
+                f"{name} gives {part.base_features} and {next_name} takes {following.features}."
+            )
+    return chain
+
+
+def base_for(transforms: Sequence[Transform], base: Base | None) -> Base:
+    """`base`, if it fits the end of the chain; for None a standard normal that does.
+
+    Raises:
+        TypeError: If `base` is of another type.
+        ValueError: If it does not fit, dtypes differ, or neither it nor any transform is given.
+    """
+    if base is None:
+        if not transforms:
+            raise ValueError("transforms must not be empty when base is None.")
+        like = reference_tensor(nn.ModuleList(transforms))
+        base = StandardNormal(transforms[-1].base_features).to(like)
+    if not isinstance(base, Base):
+        raise TypeError(
+            f"base must be a cnf.bases.Base, such as StandardNormal; got {type(base).__name__}."
         )
+    if transforms and transforms[-1].base_features != base.features:
+        raise ValueError(
+            "base must have as many features as the last of the transforms gives; "
+            f"{type(transforms[-1]).__name__} gives {transforms[-1].base_features}, and base has "
+            f"{base.features}."
+        )
+    _check_one_dtype([*transforms, base])
+    return base
 
 
 def agreed_context_features(transforms: Sequence[Transform]) -> int:
@@ -33,3 +80,132 @@ def agreed_context_features(transforms: Sequence[Transform]) -> int:
     if len(sizes) > 1:
         raise ValueError(f"transforms must agree on context_features; got {sorted(sizes)}.")
     return sizes.pop() if sizes else 0
+
+
+def weakest_likelihood(transforms: Sequence[Transform]) -> Likelihood:
+    """The weakest of "exact", "estimate" and "lower_bound" among the transforms."""
+    kinds = [transform.likelihood for transform in transforms]
+    return max(kinds, key=_STRONGEST_FIRST.index, default="exact")
+
+
+def check_importance_samples(transforms: Sequence[Transform], importance_samples: int) -> None:
+    """Refuse more than one importance sample where the mean of weights is no better bound.
+
+    Raises:
+        TypeError: If `importance_samples` is not an int.
+        ValueError: If it is less than 1, or more although the likelihood is no lower bound or has
+            a part that is an estimate.
+    """
+    check_count("importance_samples", importance_samples)
+    parts = [part for transform in transforms for part in transform.modules()]
+    kinds = {part.likelihood for part in parts if isinstance(part, Transform)}
+    if importance_samples > 1 and "lower_bound" not in kinds:
+        raise ValueError(
+            "importance_samples must be 1 unless the likelihood is a lower bound; "
+            f"got {importance_samples} for one that is {weakest_likelihood(transforms)!r}."
+        )
+    if importance_samples > 1 and "estimate" in kinds:
+        raise ValueError(
+            "importance_samples must be 1 where a part of the likelihood is an estimate, for the "
+            f"mean of such weights is no bound; got {importance_samples}. "
+            "Perhaps use flow.using(divergence=Exact())."
+        )
+
+
+def joint_support(transforms: Sequence[Transform]) -> constraints.Constraint:
+    """Which x the first transform may be given, as a constraint of whole events."""
+    stated = (part.support for part in transforms if part.support is not None)
+    support = next(stated, constraints.real_vector)
+    more_axes = _event_dim(transforms) - 1
+    return constraints.independent(support, more_axes) if more_axes else support
+
+
+def to_base(
+    transforms: Sequence[Transform],
+    x: Float[Tensor, "*batch_and_event"],
+    context: Float[Tensor, "*c_batch context_features"] | None,
+    *,
+    generator: torch.Generator | None,
+) -> Float[Tensor, "*batch base_features"]:
+    """From data to base."""
+    for part in transforms:
+        x = part.to_base(x, context, generator=generator)
+    return x
+
+
+def to_data(
+    transforms: Sequence[Transform],
+    z: Float[Tensor, "*batch base_features"],
+    context: Float[Tensor, "*c_batch context_features"] | None,
+    *,
+    generator: torch.Generator | None,
+) -> Float[Tensor, "*batch_and_event"]:
+    """From base to data."""
+    for part in reversed(transforms):
+        z = part.to_data(z, context, generator=generator)
+    return z
+
+
+def to_base_and_ladj(
+    transforms: Sequence[Transform],
+    x: Float[Tensor, "*batch_and_event"],
+    context: Float[Tensor, "*c_batch context_features"] | None,
+    *,
+    generator: torch.Generator | None,
+) -> tuple[Float[Tensor, "*batch base_features"], Float[Tensor, "*batch"]]:
+    """From data to base: z and ladj, in nats."""
+    total = x.new_zeros(x.shape[: x.ndim - _event_dim(transforms)])
+    for part in transforms:
+        x, ladj = part.to_base_and_ladj(x, context, generator=generator)
+        total = total + ladj
+    return x, total
+
+
+def to_data_and_ladj(
+    transforms: Sequence[Transform],
+    z: Float[Tensor, "*batch base_features"],
+    context: Float[Tensor, "*c_batch context_features"] | None,
+    *,
+    generator: torch.Generator | None,
+) -> tuple[Float[Tensor, "*batch_and_event"], Float[Tensor, "*batch"]]:
+    """From base to data: x and ladj, in nats."""
+    total = z.new_zeros(z.shape[:-1])
+    for part in reversed(transforms):
+        z, ladj = part.to_data_and_ladj(z, context, generator=generator)
+        total = total + ladj
+    return z, total
+
+
+def to_base_with_costs(
+    transforms: Sequence[Transform],
+    x: Float[Tensor, "*batch_and_event"],
+    context: Float[Tensor, "*c_batch context_features"] | None,
+    *,
+    regularizers: Sequence[CostRate],
+    generator: torch.Generator | None,
+) -> tuple[
+    Float[Tensor, "*batch base_features"], Float[Tensor, "*batch"], Float[Tensor, "costs *batch"]
+]:
+    """From data to base: z, ladj in nats, and the cost of the path by each regularizer."""
+    ladj = x.new_zeros(x.shape[: x.ndim - _event_dim(transforms)])
+    costs = x.new_zeros(len(regularizers), *ladj.shape)
+    for part in transforms:
+        x, further, spent = part.to_base_with_costs(
+            x, context, regularizers=regularizers, generator=generator
+        )
+        ladj, costs = ladj + further, costs + spent
+    return x, ladj, costs
+
+
+def _event_dim(transforms: Sequence[Transform]) -> int:
+    return len(transforms[0].event_shape) if transforms else 1
+
+
+def _check_one_dtype(parts: Sequence[nn.Module]) -> None:
+    tensors = itertools.chain(*((*part.parameters(), *part.buffers()) for part in parts))
+    dtypes = {str(tensor.dtype) for tensor in tensors if tensor.is_floating_point()}
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"transforms and base must have one dtype; got {', '.join(sorted(dtypes))}. Convert "
+            "a part with part.to(torch.float32), or the data that Standardize.from_data is given."
+        )

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -105,6 +105,12 @@ class ContinuousTransform(Transform):
             other.log_end_time = self.log_end_time
         return other
 
+    def rebuilt(
+        self, change: Callable[["ContinuousTransform"], "ContinuousTransform"]
+    ) -> "ContinuousTransform":
+        """What `change` makes of this transform."""
+        return change(self)
+
     def to_base_and_ladj(
         self,
         x: Float[Tensor, "*batch features"],
@@ -131,16 +137,22 @@ class ContinuousTransform(Transform):
         self,
         x: Float[Tensor, "*batch features"],
         context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
     ) -> Float[Tensor, "*batch features"]:
         """Solve from the end to the start, without the ladj and its cost."""
+        del generator
         return self.trajectory(x, x.new_tensor([1.0, 0.0]), context)[-1]
 
     def to_data(
         self,
         z: Float[Tensor, "*batch features"],
         context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
     ) -> Float[Tensor, "*batch features"]:
         """Solve from the start to the end, without the ladj and its cost."""
+        del generator
         return self.trajectory(z, z.new_tensor([0.0, 1.0]), context)[-1]
 
     def trajectory(

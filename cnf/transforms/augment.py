@@ -1,0 +1,151 @@
+"""The transform that adds features, so that the base side is larger than the data side."""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cnf._checks import check_count
+from cnf.transforms.base import Likelihood, Transform
+
+
+class Augment(Transform):
+    r"""Appends random features e, drawn from q(e | x, context): ``z = (x, e)``.
+
+    What follows is a density of x and e together, and so gives a lower bound of that of x:
+
+    .. math:: \log p(x) \ge \mathbb{E}_q [\log p(x, e) - \log q(e | x)]
+
+    The gap is the distance (Kullback-Leibler divergence) of q from the posterior of e under the
+    flow. Draws are reparameterised, so that q learns with the flow. Paths of an ODE that would have
+    to cross in the space of x have room beside each other in the larger one.
+
+    Args:
+        features: Size of x.
+        augment: Size of e.
+        context_features: Size of the context; 0 for none.
+        hidden_features: Widths of the hidden layers of the network that gives the mean and the
+            logarithm of the standard deviation of e; ``()`` for an affine map. A new q is standard
+            normal. None for one that always is.
+
+    Raises:
+        TypeError: If a size is not an int.
+        ValueError: If a size is out of range.
+
+    References:
+        Huang, Dinh & Courville (2020), Augmented Normalizing Flows.
+        https://arxiv.org/abs/2002.07101
+        Nielsen et al. (2020), SurVAE Flows. https://arxiv.org/abs/2007.02731
+        Dupont, Doucet & Teh (2019), Augmented Neural ODEs. https://arxiv.org/abs/1904.01681
+
+    Example:
+        >>> z, ladj = Augment(2, 3, hidden_features=(64,)).to_base_and_ladj(torch.zeros(5, 2))
+        >>> z.shape, ladj.shape
+        (torch.Size([5, 5]), torch.Size([5]))
+    """
+
+    def __init__(
+        self,
+        features: int,
+        augment: int,
+        context_features: int = 0,
+        *,
+        hidden_features: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(features, context_features)
+        self.augment = check_count("augment", augment)
+        self.hidden_features: tuple[int, ...] | None = None
+        if hidden_features is not None:
+            self.hidden_features = _check_widths(hidden_features)
+            self.network = self._network(self.hidden_features)
+
+    def extra_repr(self) -> str:
+        """Sizes of x and e."""
+        return f"features={self.features}, augment={self.augment}"
+
+    @property
+    def base_features(self) -> int:
+        """Size of x and e together."""
+        return self.features + self.augment
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """A lower bound."""
+        return "lower_bound"
+
+    @property
+    def is_bijective(self) -> bool:
+        """False, for the same x comes from every e."""
+        return False
+
+    def to_base_and_ladj(
+        self,
+        x: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*batch base_features"], Float[Tensor, "*batch"]]:
+        """Append a draw e; the ladj is -log q(e | x), in nats."""
+        mean, log_std = self._mean_and_log_std(x, context)
+        noise = torch.randn(
+            *x.shape[:-1], self.augment, generator=generator, dtype=x.dtype, device=x.device
+        )
+        z = torch.cat([x, mean + log_std.exp() * noise], -1)
+        return z, -_log_normal(noise, log_std)
+
+    def to_data_and_ladj(
+        self,
+        z: Float[Tensor, "*batch base_features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+        """Drop e; the ladj is log q(e | x), in nats."""
+        del generator
+        x, e = z[..., : self.features], z[..., self.features :]
+        mean, log_std = self._mean_and_log_std(x, context)
+        return x, _log_normal((e - mean) * (-log_std).exp(), log_std)
+
+    def to_data(
+        self,
+        z: Float[Tensor, "*batch base_features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "*batch features"]:
+        """Drop e."""
+        del context, generator
+        return z[..., : self.features]
+
+    def _mean_and_log_std(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.hidden_features is None:
+            zeros = x.new_zeros(*x.shape[:-1], self.augment)
+            return zeros, zeros
+        if context is not None:
+            x = torch.cat([x, context.expand(*x.shape[:-1], self.context_features)], -1)
+        mean, log_std = self.network(x).chunk(2, -1)
+        return mean, log_std
+
+    def _network(self, hidden_features: Sequence[int]) -> nn.Sequential:
+        widths = [self.features + self.context_features, *hidden_features]
+        layers: list[nn.Module] = []
+        for inputs, outputs in itertools.pairwise(widths):
+            layers += [nn.Linear(inputs, outputs), nn.SiLU()]
+        last = nn.Linear(widths[-1], 2 * self.augment)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        return nn.Sequential(*layers, last)
+
+
+def _check_widths(hidden_features: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(hidden_features, Sequence):
+        raise TypeError(f"hidden_features must be widths or None; got {hidden_features!r}.")
+    return tuple(check_count("each of hidden_features", width) for width in hidden_features)
+
+
+def _log_normal(noise: Tensor, log_std: Tensor) -> Tensor:
+    """Log-density of mean + std * noise, in nats."""
+    return (-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)

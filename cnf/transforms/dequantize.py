@@ -1,0 +1,168 @@
+"""Discrete data and bounded data as real numbers."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.distributions import constraints
+from torch.nn.functional import logsigmoid
+
+from cnf._checks import check_count, check_support, refuse_rows
+from cnf.transforms.base import Likelihood, Transform
+
+
+class Dequantize(Transform):
+    r"""Integers 0, …, K - 1 made continuous by uniform noise u: ``z = (x + u) / K``.
+
+    With it, `Flow.log_prob` is a lower bound of the log-probability of the integers, in nats:
+
+    .. math:: \log P(x) \ge \mathbb{E}_u \log p_z((x + u) / K) - D \log K
+
+    Back towards the data numbers are rounded down, those outside [0, 1) to the nearest level. This
+    carries no gradient.
+
+    Args:
+        features: Size of x, the D of the formula.
+        levels: Number K of the integers; they come as floating numbers.
+
+    Raises:
+        TypeError: If an argument is not an int.
+        ValueError: If `features` is less than 1 or `levels` less than 2, or, when called, x holds
+            anything but these integers.
+
+    References:
+        Theis, van den Oord & Bethge (2016), A Note on the Evaluation of Generative Models.
+        https://arxiv.org/abs/1511.01844
+
+    Example:
+        >>> dequantize = Dequantize(features=2, levels=256)
+        >>> z = dequantize.to_base(torch.tensor([0.0, 255.0]))
+        >>> dequantize.to_data(z)
+        tensor([  0., 255.])
+    """
+
+    def __init__(self, features: int, levels: int) -> None:
+        super().__init__(features)
+        self.levels = check_count("levels", levels, least=2)
+
+    def extra_repr(self) -> str:
+        """Number of levels."""
+        return f"levels={self.levels}"
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """The integers from 0 to levels - 1."""
+        return constraints.independent(constraints.integer_interval(0, self.levels - 1), 1)
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """A lower bound, by the noise."""
+        return "lower_bound"
+
+    @property
+    def is_bijective(self) -> bool:
+        """False, for a whole cell comes from each x."""
+        return False
+
+    def to_base_and_ladj(
+        self,
+        x: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+        """Add noise and divide by the number of levels."""
+        del context
+        check_support("x", x, self.support)
+        noise = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+        # Else x + u may be rounded up to x + 1.
+        noise = noise.clamp(max=1 - 2 * self.levels * torch.finfo(x.dtype).eps)
+        return (x + noise) / self.levels, -self._log_volume(x)
+
+    def to_data_and_ladj(
+        self,
+        z: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+        """Multiply by the number of levels and round down."""
+        del context, generator
+        x = (z * self.levels).floor().clamp(0, self.levels - 1)
+        return x, self._log_volume(z)
+
+    def _log_volume(self, x: Tensor) -> Tensor:
+        return x.new_full(x.shape[:-1], self.features * math.log(self.levels))
+
+
+class Logit(Transform):
+    r"""Numbers in [0, 1] spread over the real line: the logit of ``alpha + (1 - 2 alpha) x``.
+
+    `alpha` keeps 0 and 1 from going to infinity. It also lets x reach beyond them, by
+    ``alpha / (1 - 2 alpha)`` on each side: so far draws of a flow may go, and have a density.
+
+    Args:
+        features: Size of x.
+        alpha: Share of the unit interval kept free on each side; 0 if x never is 0 or 1.
+
+    Raises:
+        TypeError: If `features` is not an int.
+        ValueError: If `features` is less than 1 or `alpha` not in [0, 0.5), or, when called, x
+            reaches as far as said above.
+
+    References:
+        Dinh et al. (2017), Density Estimation Using Real NVP. https://arxiv.org/abs/1605.08803
+
+    Example:
+        >>> Logit(2, alpha=0.25).to_base(torch.tensor([0.5, 1.0]))
+        tensor([0.0000, 1.0986])
+    """
+
+    def __init__(self, features: int, *, alpha: float = 0.05) -> None:
+        super().__init__(features)
+        if not 0 <= alpha < 0.5:
+            raise ValueError(f"alpha must be at least 0 and less than 0.5; got {alpha}.")
+        self.alpha = alpha
+
+    def extra_repr(self) -> str:
+        """Share of the unit interval kept free."""
+        return f"alpha={self.alpha}"
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """The unit interval, and what `alpha` adds to it."""
+        margin = self.alpha / (1 - 2 * self.alpha)
+        return constraints.independent(constraints.interval(-margin, 1 + margin), 1)
+
+    def to_base_and_ladj(
+        self,
+        x: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+        """Squeeze towards the middle and take the logit."""
+        del context, generator
+        share = self.alpha + (1 - 2 * self.alpha) * x
+        margin = self.alpha / (1 - 2 * self.alpha)
+        inside = ((share > 0) & (share < 1)).all(-1)
+        refuse_rows("x", ~inside, f"strictly between {0 - margin:.4g} and {1 + margin:.4g}")
+        z = share.log() - (-share).log1p()
+        return z, -self._log_slope(z)
+
+    def to_data_and_ladj(
+        self,
+        z: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+        """Take the sigmoid and undo the squeezing."""
+        del context, generator
+        return (z.sigmoid() - self.alpha) / (1 - 2 * self.alpha), self._log_slope(z)
+
+    def _log_slope(self, z: Tensor) -> Tensor:
+        """Log of dx/dz, summed over the features."""
+        slopes = logsigmoid(z) + logsigmoid(-z)
+        return slopes.sum(-1) - self.features * math.log(1 - 2 * self.alpha)

@@ -1,0 +1,162 @@
+"""A transform that leaves features out: the multi-scale architecture."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cnf.regularizers import CostRate
+from cnf.transforms import chain
+from cnf.transforms.base import Likelihood, Transform
+from cnf.transforms.continuous import ContinuousTransform
+
+
+class FactorOut(Transform):
+    """Applies transforms to the first features; the rest go to the base as they are.
+
+    With a base of independent features this is the factoring out of a multi-scale flow: what is
+    left out early need not pass through all layers, and each layer costs less. `transforms` take
+    the features that are kept, and the result stands before the rest. One that does not take all
+    numbers, such as a `Dequantize` of some columns of a table, checks its own features.
+
+    Args:
+        transforms: From data to base; the first says how many features are kept.
+        features: Size of x.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If `transforms` is empty, they do not fit together, or nothing is left out.
+
+    References:
+        Dinh et al. (2017), Density Estimation Using Real NVP. https://arxiv.org/abs/1605.08803
+
+    Example:
+        >>> from cnf.transforms import Affine
+        >>> FactorOut([Affine(3)], features=12)
+        FactorOut(
+          kept=3, left_out=9
+          (transforms): ModuleList(
+            (0): Affine()
+          )
+        )
+    """
+
+    def __init__(self, transforms: Iterable[Transform], features: int) -> None:
+        parts = chain.as_chain(transforms)
+        if not parts:
+            raise ValueError("transforms must hold at least one transform; got none.")
+        if len(parts[0].event_shape) != 1:
+            raise ValueError(
+                "transforms must take vectors; "
+                f"{type(parts[0]).__name__} takes {tuple(parts[0].event_shape)}."
+            )
+        super().__init__(features, chain.agreed_context_features(parts))
+        self.kept = parts[0].features
+        if self.kept >= self.features:
+            raise ValueError(
+                f"features must be more than the {self.kept} that transforms take; "
+                f"got {self.features}."
+            )
+        self.transforms = nn.ModuleList(parts)
+
+    def extra_repr(self) -> str:
+        """How many features are kept and left out."""
+        return f"kept={self.kept}, left_out={self.features - self.kept}"
+
+    @property
+    def chain(self) -> list[Transform]:
+        """The transforms as a list, from data to base."""
+        return cast("list[Transform]", list(self.transforms))
+
+    @property
+    def base_features(self) -> int:
+        """Number of entries of z."""
+        return self.chain[-1].base_features + self.features - self.kept
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """The weakest among the transforms."""
+        return chain.weakest_likelihood(self.chain)
+
+    @property
+    def is_bijective(self) -> bool:
+        """Whether all transforms are."""
+        return all(part.is_bijective for part in self.chain)
+
+    def rebuilt(self, change: Callable[[ContinuousTransform], ContinuousTransform]) -> "FactorOut":
+        """The same with `change` made to what is continuous in the transforms."""
+        return FactorOut([part.rebuilt(change) for part in self.chain], self.features)
+
+    def to_base_and_ladj(
+        self,
+        x: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*batch base_features"], Float[Tensor, "*batch"]]:
+        """The kept features towards the base, and the rest beside them."""
+        kept, rest = self._split(x)
+        z, ladj = chain.to_base_and_ladj(self.chain, kept, context, generator=generator)
+        return torch.cat([z, rest], -1), ladj
+
+    def to_data_and_ladj(
+        self,
+        z: Float[Tensor, "*batch base_features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+        """The kept features towards the data, and the rest beside them."""
+        kept, rest = self._split(z)
+        x, ladj = chain.to_data_and_ladj(self.chain, kept, context, generator=generator)
+        return torch.cat([x, rest], -1), ladj
+
+    def to_base_with_costs(
+        self,
+        x: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        regularizers: Sequence[CostRate],
+        generator: torch.Generator | None = None,
+    ) -> tuple[
+        Float[Tensor, "*batch base_features"],
+        Float[Tensor, "*batch"],
+        Float[Tensor, "costs *batch"],
+    ]:
+        """Towards the base: z, ladj, and the costs of the transforms."""
+        kept, rest = self._split(x)
+        z, ladj, costs = chain.to_base_with_costs(
+            self.chain, kept, context, regularizers=regularizers, generator=generator
+        )
+        return torch.cat([z, rest], -1), ladj, costs
+
+    def to_base(
+        self,
+        x: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "*batch base_features"]:
+        """Towards the base, without the ladj and its cost."""
+        kept, rest = self._split(x)
+        z = chain.to_base(self.chain, kept, context, generator=generator)
+        return torch.cat([z, rest], -1)
+
+    def to_data(
+        self,
+        z: Float[Tensor, "*batch base_features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "*batch features"]:
+        """Towards the data, without the ladj and its cost."""
+        kept, rest = self._split(z)
+        x = chain.to_data(self.chain, kept, context, generator=generator)
+        return torch.cat([x, rest], -1)
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the transforms take or give, and the rest, which has one size on both sides."""
+        kept = x.shape[-1] - (self.features - self.kept)
+        return x[..., :kept], x[..., kept:]

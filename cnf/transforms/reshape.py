@@ -1,0 +1,190 @@
+"""Transforms that rearrange the entries of x."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.distributions import constraints
+
+from cnf._checks import check_count
+from cnf.transforms.base import Transform
+
+
+class Rearrangement(Transform):
+    """The same numbers in another order or shape: the ladj is 0.
+
+    A subclass defines the two directions.
+
+    Args:
+        features: Number of entries of x.
+    """
+
+    @abstractmethod
+    def _to_base(self, x: Tensor) -> Tensor:
+        """Rearrange."""
+
+    @abstractmethod
+    def _to_data(self, z: Tensor) -> Tensor:
+        """Undo it."""
+
+    @property
+    def support(self) -> constraints.Constraint | None:
+        """None, for the next transform says which numbers x may hold."""
+        return None
+
+    def to_base_and_ladj(
+        self,
+        x: Float[Tensor, "*batch_and_event"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+        """Rearrange; the ladj is 0."""
+        del context, generator
+        z = self._to_base(x)
+        return z, z.new_zeros(z.shape[:-1])
+
+    def to_data_and_ladj(
+        self,
+        z: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*batch_and_event"], Float[Tensor, "*batch"]]:
+        """Undo it; the ladj is 0."""
+        del context, generator
+        return self._to_data(z), z.new_zeros(z.shape[:-1])
+
+
+class Flatten(Rearrangement):
+    """Events of any shape, such as images, as vectors in C order. Comes first in a flow.
+
+    Args:
+        shape: Shape of an event, such as ``(channels, height, width)``.
+
+    Raises:
+        TypeError: If a size is not an int.
+        ValueError: If there is no size, or one is less than 1.
+
+    Example:
+        >>> Flatten((3, 8, 8)).to_base(torch.zeros(5, 3, 8, 8)).shape
+        torch.Size([5, 192])
+    """
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        sizes = _check_shape(shape)
+        super().__init__(math.prod(sizes))
+        self.shape = sizes
+
+    def extra_repr(self) -> str:
+        """Shape of an event."""
+        return f"shape={self.shape}"
+
+    @property
+    def event_shape(self) -> torch.Size:
+        """Shape of a single x."""
+        return torch.Size(self.shape)
+
+    def _to_base(self, x: Tensor) -> Tensor:
+        return x.flatten(-len(self.shape))
+
+    def _to_data(self, z: Tensor) -> Tensor:
+        return z.reshape(*z.shape[:-1], *self.shape)
+
+
+class Permute(Rearrangement):
+    """Features in another, fixed order: ``z[..., i] = x[..., order[i]]``.
+
+    Args:
+        order: Each of the numbers from 0 to features - 1, once.
+
+    Raises:
+        TypeError: If an entry is not an int.
+        ValueError: If `order` is not a permutation.
+
+    Example:
+        >>> Permute([2, 0, 1]).to_base(torch.tensor([10.0, 11.0, 12.0]))
+        tensor([12., 10., 11.])
+    """
+
+    def __init__(self, order: Sequence[int]) -> None:
+        places = tuple(check_count("each of order", place, least=0) for place in order)
+        if not places or sorted(places) != list(range(len(places))):
+            raise ValueError(
+                f"order must hold each of 0, 1, …, features - 1 once; got {list(places)}."
+            )
+        super().__init__(len(places))
+        self.order = places
+        there = torch.tensor(places)
+        self.register_buffer("_there", there, persistent=False)
+        self.register_buffer("_back", there.argsort(), persistent=False)
+        self._there: Tensor
+        self._back: Tensor
+
+    def _to_base(self, x: Tensor) -> Tensor:
+        return x[..., self._there]
+
+    def _to_data(self, z: Tensor) -> Tensor:
+        return z[..., self._back]
+
+
+class Squeeze(Rearrangement):
+    """Each 2 x 2 square of a flattened image becomes four channels of one pixel.
+
+    Channels of the result count the places within a square fastest, as in
+    `torch.nn.functional.pixel_unshuffle`.
+
+    Args:
+        shape: Shape ``(channels, height, width)`` of the image that x is, flattened in C order.
+
+    Raises:
+        TypeError: If a size is not an int.
+        ValueError: If there are not three sizes, one is less than 1, or height or width is odd.
+
+    References:
+        Dinh et al. (2017), Density Estimation Using Real NVP. https://arxiv.org/abs/1605.08803
+
+    Example:
+        >>> Squeeze((3, 8, 8)).squeezed_shape
+        (12, 4, 4)
+    """
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        sizes = _check_shape(shape)
+        if len(sizes) != 3 or sizes[1] % 2 or sizes[2] % 2:
+            raise ValueError(
+                f"shape must be (channels, height, width), the last two even; got {sizes}."
+            )
+        super().__init__(math.prod(sizes))
+        self.shape = sizes
+
+    def extra_repr(self) -> str:
+        """Shape of the image."""
+        return f"shape={self.shape}"
+
+    @property
+    def squeezed_shape(self) -> tuple[int, int, int]:
+        """Shape ``(4 channels, height / 2, width / 2)`` of the image that z is, flattened."""
+        channels, height, width = self.shape
+        return 4 * channels, height // 2, width // 2
+
+    def _to_base(self, x: Tensor) -> Tensor:
+        channels, height, width = self.shape
+        squares = x.reshape(*x.shape[:-1], channels, height // 2, 2, width // 2, 2)
+        return squares.movedim((-3, -1), (-4, -3)).flatten(-5)
+
+    def _to_data(self, z: Tensor) -> Tensor:
+        channels, height, width = self.shape
+        squares = z.reshape(*z.shape[:-1], channels, 2, 2, height // 2, width // 2)
+        return squares.movedim((-4, -3), (-3, -1)).flatten(-5)
+
+
+def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(shape, Sequence):
+        raise TypeError(f"shape must be sizes such as (3, 32, 32); got {shape!r}.")
+    if not shape:
+        raise ValueError("shape must have at least one size; got ().")
+    return tuple(check_count("each of shape", size) for size in shape)
