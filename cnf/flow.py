@@ -34,7 +34,8 @@ class Flow(nn.Module):
 
     ``log p(x) = log base(z) + ladj`` in nats, where z and ladj are what the transforms make of x.
     Points have shape ``(*batch, *event_shape)``: vectors, unless the first transform takes images.
-    A context ``(*batch, context_features)`` broadcasts. Everything random takes a `generator`.
+    A context ``(*batch, context_features)`` broadcasts; a conditional flow needs one. Everything
+    random takes a `generator`. Each method raises what `log_prob` raises.
 
     Args:
         transforms: From data to base.
@@ -45,8 +46,8 @@ class Flow(nn.Module):
         ValueError: If the parts do not fit together.
 
     References:
-        Papamakarios et al. (2021), https://arxiv.org/abs/1912.02762 (a survey); Burda et al.
-        (2016), https://arxiv.org/abs/1509.00519 (the mean of importance weights)
+        Papamakarios et al. (2021), https://arxiv.org/abs/1912.02762; for the mean of importance
+        weights Burda et al. (2016), https://arxiv.org/abs/1509.00519
     """
 
     def __init__(self, transforms: Iterable[Transform], base: Base | None = None) -> None:
@@ -109,7 +110,7 @@ class Flow(nn.Module):
 
         Args:
             x: Points, ``(*batch, *event_shape)``.
-            context: What the density is conditioned on, if the flow is conditional.
+            context: What the density is conditioned on.
             importance_samples: Number of weights; 1 unless the likelihood is a lower bound.
             generator: Source of the probes of an estimate, and of the draws of a bound.
 
@@ -120,13 +121,27 @@ class Flow(nn.Module):
         """
         chain.check_importance_samples(self.chain, importance_samples)
         x = self._admit("x", x, context)
-        if importance_samples > 1:
-            x = x.expand(importance_samples, *x.shape)
+        many = importance_samples > 1
+        x = x.expand(importance_samples, *x.shape) if many else x
         z, ladj = chain.to_base_and_ladj(self.chain, x, context, generator=generator)
         log_weight = self.base.log_prob(z) + ladj
-        if importance_samples > 1:
-            log_weight = log_weight.logsumexp(0) - math.log(importance_samples)
-        return log_weight
+        return log_weight.logsumexp(0) - math.log(importance_samples) if many else log_weight
+
+    def log_prob_and_error(
+        self,
+        x: Float[Tensor, "*batch_and_event"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*joint_batch"], Float[Tensor, "*joint_batch"]]:
+        """Log-density in nats and its standard error across the probes of an estimate, else 0.
+
+        Raises:
+            ValueError: If the likelihood is a lower bound, or an estimate by less than two probes.
+        """
+        x = self._admit("x", x, context)
+        z, ladj, error = chain.to_base_with_error(self.chain, x, context, generator=generator)
+        return self.base.log_prob(z) + ladj, error
 
     def sample(
         self,
@@ -150,13 +165,8 @@ class Flow(nn.Module):
 
         Args:
             sample_shape: Number or shape of the draws for each context.
-            context: What the density is conditioned on, if the flow is conditional.
+            context: What the density is conditioned on.
             generator: Source of the draws.
-
-        Raises:
-            TypeError: If `sample_shape` is not a number or shape, or `context` not a tensor.
-            ValueError: If a size is negative or the context does not fit.
-            ODEError: If a solve fails.
         """
         z = self.base.rsample(self._shape(sample_shape, context), generator=generator)
         return chain.to_data(self.chain, z, context, generator=generator)
@@ -261,23 +271,18 @@ class Flow(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "times *joint_batch_and_event"]:
-        """States along the path, in the units of the data.
+        """States along the path, in the units of the data; the base side must be an ODE.
 
         Args:
             x_or_z: Where the path starts: data if ``times[0]`` is 1, base points if it is 0.
             times: Strictly increasing or decreasing, within [0, 1]. Several blocks in a row
                 share the time between them evenly.
-            context: What the density is conditioned on, if the flow is conditional.
+            context: What the density is conditioned on.
             generator: Source of what a transform draws on the way to the ODE.
 
         Returns:
             The state at each time. What lies between the ODE and the data, such as a
             `Standardize`, is applied to every state, those at t = 0 included.
-
-        Raises:
-            TypeError: If an argument is not a tensor.
-            ValueError: If an argument does not fit, or the base side of the flow is not an ODE.
-            ODEError: If a solve fails.
         """
         times = check_times(times, like=reference_tensor(self))
         x_or_z = self._admit("x_or_z", x_or_z, context, base=bool(times[0] == 0))

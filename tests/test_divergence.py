@@ -7,8 +7,9 @@ import pytest
 import torch
 from zoo import FIELDS, cnf, mlp, perturbed, rows_for
 
-from cnf import ContinuousTransform, Exact, Hutchinson, LinearField, ODESolver
+from cnf import ContinuousTransform, Exact, Flow, Hutchinson, LinearField, ODESolver
 from cnf.divergence import Divergence
+from cnf.regularizers import jacobian_frobenius
 
 NOISES = ["rademacher", "gaussian"]
 T = torch.tensor(0.4, dtype=torch.float64)
@@ -280,3 +281,74 @@ def test_settings_are_values(divergence):
 def test_the_interface_cannot_be_made():
     with pytest.raises(TypeError, match="abstract"):
         Divergence()
+
+
+@pytest.mark.parametrize("bottleneck", [False, True])
+@pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
+def test_standard_error_is_the_spread_of_the_estimate(noise, bottleneck):
+    flow = cnf(4, hidden_features=(8, 3, 6), activation="tanh", frequency=None, blocks=2)
+    flow = flow.using(
+        divergence=Hutchinson(noise=noise, probes=6, bottleneck=bottleneck),
+        solver=ODESolver(rtol=1e-5, atol=1e-5),
+    )
+    x = torch.randn(4).expand(3000, 4)
+    log_prob, error = flow.log_prob_and_error(x)
+    exact = flow.using(divergence=Exact()).log_prob(x[:1])
+    assert (log_prob.mean() - exact).abs() < 4 * log_prob.std() / 3000**0.5
+    # The mean of the squared errors is an unbiased estimate of the variance.
+    squares = error.square()
+    deviations = (log_prob - exact).square()
+    spread = (squares - deviations).std() / 3000**0.5
+    assert (squares.mean() - deviations.mean()).abs() < 4 * spread
+
+
+def test_standard_error_leaves_the_log_density_as_it_is():
+    flow = cnf().using(divergence=Hutchinson(probes=3))
+    x = torch.randn(5, 2)
+    log_prob, error = flow.log_prob_and_error(x, generator=torch.Generator().manual_seed(1))
+    expected = flow.log_prob(x, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(log_prob, expected, rtol=0, atol=1e-9)
+    assert (error > 0).all()
+
+
+def test_an_exact_likelihood_has_no_standard_error():
+    flow = cnf()
+    x = torch.randn(5, 2)
+    log_prob, error = flow.log_prob_and_error(x)
+    torch.testing.assert_close(log_prob, flow.log_prob(x), rtol=0, atol=0)
+    assert (error == 0).all()
+
+
+def test_only_estimated_blocks_contribute_to_the_standard_error():
+    first, second = cnf(blocks=2).chain
+    estimated = first.using(divergence=Hutchinson(probes=4))
+    x = torch.randn(5, 2)
+    seeds = [torch.Generator().manual_seed(1) for _ in range(2)]
+    _, mixed = Flow([estimated, second]).log_prob_and_error(x, generator=seeds[0])
+    _, alone = Flow([estimated]).log_prob_and_error(x, generator=seeds[1])
+    torch.testing.assert_close(mixed, alone, rtol=0, atol=1e-9)
+
+
+def test_bad_calls_for_a_standard_error_are_refused():
+    flow, x = cnf(), torch.randn(5, 2)
+    with pytest.raises(ValueError, match="at least 2"):
+        flow.using(divergence=Hutchinson()).log_prob_and_error(x)
+    blocks = [cnf().chain[0].using(divergence=Hutchinson(probes=n)) for n in (2, 3)]
+    with pytest.raises(ValueError, match=r"the same number of probes.*got \[2, 3\]"):
+        Flow(blocks).log_prob_and_error(x)
+    with pytest.raises(ValueError, match="it is a lower bound"):
+        cnf(augment=1).log_prob_and_error(x)
+
+
+def test_bottleneck_probes_give_no_products_for_regularizers():
+    transform = ContinuousTransform(
+        mlp(5, hidden_features=(8, 3)), divergence=Hutchinson(bottleneck=True)
+    )
+    with pytest.raises(ValueError, match=r"use Hutchinson\(bottleneck=False\)"):
+        transform.to_base_with_costs(torch.randn(2, 5), regularizers=[jacobian_frobenius])
+
+
+def test_a_bottleneck_must_be_there():
+    transform = ContinuousTransform(mlp(2), divergence=Hutchinson(bottleneck=True))
+    with pytest.raises(NotImplementedError, match="has no bottleneck"):
+        transform.to_base_and_ladj(torch.randn(2, 2))

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -10,8 +11,10 @@ from torch.distributions import constraints
 
 from cnf._checks import check_count, reference_tensor
 from cnf.bases import Base, StandardNormal
-from cnf.regularizers import CostRate
+from cnf.divergence import FieldEvaluation, Hutchinson
+from cnf.regularizers import CostRate, Regularizer
 from cnf.transforms.base import Likelihood, Transform
+from cnf.transforms.continuous import ContinuousTransform
 
 _STRONGEST_FIRST: tuple[Likelihood, ...] = ("exact", "estimate", "lower_bound")
 
@@ -195,6 +198,59 @@ def to_base_with_costs(
         )
         ladj, costs = ladj + further, costs + spent
     return x, ladj, costs
+
+
+def to_base_with_error(
+    transforms: Sequence[Transform],
+    x: Float[Tensor, "*batch_and_event"],
+    context: Float[Tensor, "*c_batch context_features"] | None,
+    *,
+    generator: torch.Generator | None,
+) -> tuple[Float[Tensor, "*batch base_features"], Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
+    """From data to base: z, ladj and its standard error, in nats.
+
+    Each probe integrates to an estimate of its own; these differ independently.
+
+    Raises:
+        ValueError: If the likelihood is a lower bound, or an estimate by less than two probes.
+    """
+    kind = weakest_likelihood(transforms)
+    if kind == "lower_bound":
+        raise ValueError("the likelihood must be exact or an estimate; it is a lower bound.")
+    if kind == "exact":
+        z, ladj = to_base_and_ladj(transforms, x, context, generator=generator)
+        return z, ladj, torch.zeros_like(ladj)
+    probes = _number_of_probes(transforms)
+    each = [
+        Regularizer(f"probe {i}", partial(_estimate, i=i), needs_products=False)
+        for i in range(probes)
+    ]
+    z, ladj, estimates = to_base_with_costs(
+        transforms, x, context, regularizers=each, generator=generator
+    )
+    return z, ladj, estimates.std(0) / probes**0.5
+
+
+def _number_of_probes(transforms: Sequence[Transform]) -> int:
+    parts = [part for transform in transforms for part in transform.modules()]
+    numbers = {
+        part.divergence.probes
+        for part in parts
+        if isinstance(part, ContinuousTransform) and isinstance(part.divergence, Hutchinson)
+    }
+    if len(numbers) != 1 or numbers == {1}:
+        raise ValueError(
+            "a standard error needs the same number of probes, at least 2, in every estimate; got "
+            f"{sorted(numbers)}. Perhaps flow.using(divergence=Hutchinson(probes=8))."
+        )
+    return numbers.pop()
+
+
+def _estimate(evaluation: FieldEvaluation, i: int) -> Tensor:
+    """The divergence by probe i alone; what is exact has none, and errs by nothing."""
+    if evaluation.estimates is None:
+        return torch.zeros_like(evaluation.divergence)
+    return evaluation.estimates[i]
 
 
 def _event_dim(transforms: Sequence[Transform]) -> int:
