@@ -10,6 +10,7 @@ them stand toy densities with the truth (`cnf.data`), metrics (`cnf.metrics`) an
 """
 
 from cnf.cnf import CNF
+from cnf.diagnostics import Check, LikelihoodReport, certify
 from cnf.divergence import Exact, Hutchinson
 from cnf.flow import Flow
 from cnf.neural_ode import NeuralODE
@@ -44,6 +45,7 @@ __all__ = [
     "CNF",
     "Affine",
     "Augment",
+    "Check",
     "ContinuousTransform",
     "ConvField",
     "Dequantize",
@@ -53,6 +55,7 @@ __all__ = [
     "Flow",
     "History",
     "Hutchinson",
+    "LikelihoodReport",
     "LinearField",
     "Logit",
     "MLPField",
@@ -69,6 +72,7 @@ __all__ = [
     "TrainingConfig",
     "TrainingError",
     "VectorField",
+    "certify",
     "count_evaluations",
     "fit",
     "load",

@@ -1,0 +1,6 @@
+"""How far the numbers of a flow can be trusted: each measured, judged, and with a remedy."""
+
+from cnf.diagnostics.certify import certify
+from cnf.diagnostics.report import Check, LikelihoodReport
+
+__all__ = ["Check", "LikelihoodReport", "certify"]

@@ -1,0 +1,242 @@
+"""The checks of a certification: each measures one number, and knows its limit."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from cnf.divergence import Exact, Hutchinson
+from cnf.flow import Flow
+from cnf.ode import ODESolver, methods
+from cnf.transforms import ContinuousTransform
+from cnf.vector_fields import count_evaluations
+
+_FEW_ROWS = 16
+_PROBES = 8
+_MANY_FEATURES = 64
+_GRID = 201
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is certified."""
+
+    flow: Flow
+    x: Tensor
+    context: Tensor | None
+    seed: int
+
+    def few(self) -> "Case":
+        """The first rows only, for what is costly."""
+        context = None if self.context is None else self.context[:_FEW_ROWS]
+        return dataclasses.replace(self, x=self.x[:_FEW_ROWS], context=context)
+
+    def by(self, flow: Flow) -> "Case":
+        """Another flow on the same rows."""
+        return dataclasses.replace(self, flow=flow)
+
+    @property
+    def generator(self) -> torch.Generator:
+        """A generator that always draws the same, so that differences are not those of draws."""
+        return torch.Generator(self.x.device).manual_seed(self.seed)
+
+    @property
+    def continuous(self) -> list[ContinuousTransform]:
+        """The continuous transforms, nested ones included."""
+        return [part for part in self.flow.modules() if isinstance(part, ContinuousTransform)]
+
+    def log_prob(self) -> Tensor:
+        """Log-density of the rows."""
+        return self.flow.log_prob(self.x, self.context, generator=self.generator)
+
+
+class Outcome(NamedTuple):
+    """A number and what to think of it, as in `cnf.diagnostics.Check`."""
+
+    value: float
+    limit: float
+    meaning: str
+    remedy: str
+
+
+class NotMeasuredError(Exception):
+    """A check does not apply; the message says why."""
+
+
+def _hutchinson(case: Case) -> Outcome:
+    _need_continuous(case)
+    _need_no_bound(case)
+    if not all(part.vector_field.has_closed_form_divergence for part in case.continuous):
+        case = case.few()
+    exact = case.by(case.flow.using(divergence=Exact())).log_prob()
+    estimated = case.flow.using(divergence=Hutchinson(probes=_PROBES))
+    log_prob, error = estimated.log_prob_and_error(case.x, case.context, generator=case.generator)
+    # Where the Jacobian is diagonal the estimate has no error, and the solver's is left.
+    floor = 10 * max(max(part.solver.rtol, part.solver.atol) for part in case.continuous)
+    spread = math.hypot(float(error.square().sum().sqrt()) / len(error), floor)
+    return Outcome(
+        float((exact - log_prob).mean().abs()) / spread,
+        4.0,
+        "exact against estimated mean, in standard errors",
+        "A field's velocity_and_products or velocity_and_divergence is wrong; compare both with "
+        "those of ModuleField.",
+    )
+
+
+def _standard_error(case: Case) -> Outcome:
+    if case.flow.likelihood != "estimate":
+        raise NotMeasuredError(f"the likelihood is {case.flow.likelihood!r}, not an estimate")
+    divergences = [part.divergence for part in case.continuous]
+    probes = [part.probes for part in divergences if isinstance(part, Hutchinson)]
+    if not probes:
+        raise NotMeasuredError("the divergence is not estimated by Hutchinson's method")
+    estimated = case.flow.using(divergence=Hutchinson(probes=_PROBES))
+    _, error = estimated.log_prob_and_error(case.x, case.context, generator=case.generator)
+    return Outcome(
+        float(error.mean()) * math.sqrt(_PROBES / min(probes)),
+        0.1,
+        "standard error of the log-density of one row",
+        "Use divergence=Exact(), or Hutchinson with more probes.",
+    )
+
+
+def _tolerance(case: Case) -> Outcome:
+    _need_continuous(case)
+    resolution = torch.finfo(case.x.dtype).eps
+    finer = [
+        part.rebuilt(lambda part: part.using(solver=_finer(part.solver, resolution)))
+        for part in case.flow.chain
+    ]
+    change = case.by(Flow(finer, case.flow.base)).log_prob() - case.log_prob()
+    return Outcome(
+        float(change.abs().max()),
+        0.05,
+        "largest change with ten times the precision",
+        "Tighten rtol and atol of the ODESolver (with fixed steps: raise steps), or use float64.",
+    )
+
+
+def _round_trip(case: Case) -> Outcome:
+    z = case.flow.to_base(case.x, case.context, generator=case.generator)
+    back = case.flow.to_data(z, case.context, generator=case.generator)
+    return Outcome(
+        float((back - case.x).abs().max() / case.x.std()),
+        0.01,
+        "largest error of x -> z -> x, in standard deviations",
+        "Tighten the tolerance, use float64, or regularise; look at inverse_lipschitz.",
+    )
+
+
+def _sampled_log_prob(case: Case) -> Outcome:
+    _need_no_bound(case)
+    if case.flow.likelihood == "estimate":
+        case = case.few()
+        case = case.by(case.flow.using(divergence=Exact()))
+    draws = len(case.x) if case.context is None else ()
+    x, log_prob = case.flow.sample_and_log_prob(draws, case.context, generator=case.generator)
+    again = case.flow.log_prob(x, case.context)
+    return Outcome(
+        float((log_prob - again).abs().max()),
+        0.05,
+        "largest difference of a sample's log-density, evaluated anew",
+        "Tighten rtol and atol of the ODESolver, or use float64.",
+    )
+
+
+def _integral(case: Case) -> Outcome:
+    _need_no_bound(case)
+    if case.flow.event_shape != (2,) or case.flow.support is not constraints.real_vector:
+        raise NotMeasuredError("for densities of the whole plane only")
+    flow = case.flow.using(divergence=Exact()) if case.continuous else case.flow
+    context = None if case.context is None else case.context[0]
+    samples = flow.sample(1000, context, generator=case.generator)
+    low, high = samples.amin(0), samples.amax(0)
+    margin = 0.5 * (high - low)
+    steps = torch.linspace(0, 1, _GRID).to(samples)
+    axes = [(low - margin)[i] + steps * (high - low + 2 * margin)[i] for i in range(2)]
+    log_prob = flow.log_prob(torch.cartesian_prod(*axes), context).view(_GRID, _GRID)
+    total = torch.trapezoid(torch.trapezoid(log_prob.exp(), axes[1]), axes[0])
+    return Outcome(
+        float((total - 1).abs()),
+        0.02,
+        f"distance of the integral from 1, on {_GRID} x {_GRID} points",
+        "Tighten the tolerance; if it passes, the density has details finer than the grid.",
+    )
+
+
+def _inverse_lipschitz(case: Case) -> Outcome:
+    if case.flow.features > _MANY_FEATURES:
+        raise NotMeasuredError(f"for at most {_MANY_FEATURES} features")
+    if any(methods()[part.solver.method] == "external" for part in case.continuous):
+        raise NotMeasuredError("the solver leaves torch, so that the Jacobian is not at hand")
+    few = case.few()
+    chain = [part.rebuilt(_by_backprop) for part in few.flow.chain]
+    with torch.enable_grad():
+        x = few.x.clone().requires_grad_()
+        z = Flow(chain, few.flow.base).to_base(x, few.context, generator=few.generator)
+        rows = [
+            torch.autograd.grad(z[:, i].sum(), x, retain_graph=True)[0].flatten(1)
+            for i in range(z.shape[-1])
+        ]
+    values = torch.linalg.svdvals(torch.stack(rows, 1).double())
+    # A rounding error grows by both factors on the way there and back.
+    allowed = 1e-3 / (torch.finfo(x.dtype).eps * float(values.max()))
+    return Outcome(
+        float(1 / values.min()),
+        allowed,
+        "largest stretch of an error by the inverse",
+        "Regularise (jacobian_frobenius), bound the scales, or use float64; samples and "
+        "reconstructions there are not to be trusted.",
+    )
+
+
+def _nfe(case: Case) -> Outcome:
+    _need_continuous(case)
+    with count_evaluations(case.flow) as nfe:
+        case.log_prob()
+    return Outcome(
+        float(nfe.value),
+        200.0 * len(case.continuous),
+        "evaluations of the vector fields",
+        "Train with kinetic_energy and jacobian_frobenius, standardise the data, or loosen the "
+        "tolerance.",
+    )
+
+
+CHECKS: dict[str, Callable[[Case], Outcome]] = {
+    "hutchinson": _hutchinson,
+    "standard_error": _standard_error,
+    "tolerance": _tolerance,
+    "round_trip": _round_trip,
+    "sampled_log_prob": _sampled_log_prob,
+    "integral": _integral,
+    "inverse_lipschitz": _inverse_lipschitz,
+    "nfe": _nfe,
+}
+
+
+def _need_continuous(case: Case) -> None:
+    if not case.continuous:
+        raise NotMeasuredError("the flow follows no ODE")
+
+
+def _need_no_bound(case: Case) -> None:
+    if case.flow.likelihood == "lower_bound":
+        raise NotMeasuredError("the likelihood is a lower bound")
+
+
+def _finer(solver: ODESolver, resolution: float) -> ODESolver:
+    budget = 10 * solver.max_evaluations
+    if solver.steps is not None:
+        return dataclasses.replace(solver, steps=2 * solver.steps, max_evaluations=budget)
+    rtol, atol = (max(value / 10, resolution) for value in (solver.rtol, solver.atol))
+    return dataclasses.replace(solver, rtol=rtol, atol=atol, max_evaluations=budget)
+
+
+def _by_backprop(part: ContinuousTransform) -> ContinuousTransform:
+    return part.using(solver=dataclasses.replace(part.solver, gradient="backprop"))

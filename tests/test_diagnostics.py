@@ -1,0 +1,189 @@
+"""Laws of certification: what is right passes, what is wrong in one way fails in that way."""
+
+import math
+
+import pytest
+import torch
+from zoo import BOUNDS, EXACT_FLOWS, cnf, perturbed, rows_for
+
+from cnf import (
+    Affine,
+    ContinuousTransform,
+    Exact,
+    Flow,
+    Hutchinson,
+    LinearField,
+    ODESolver,
+    Standardize,
+    certify,
+)
+from cnf.transforms import Transform
+
+NAMES = [
+    "hutchinson",
+    "standard_error",
+    "tolerance",
+    "round_trip",
+    "sampled_log_prob",
+    "integral",
+    "inverse_lipschitz",
+    "nfe",
+]
+
+
+def linear_flow(**settings):
+    return Flow([ContinuousTransform(perturbed(LinearField(2)), **settings)])
+
+
+def verdicts(report):
+    return {check.name: check.verdict for check in report.checks}
+
+
+@pytest.mark.parametrize("make", EXACT_FLOWS.values(), ids=EXACT_FLOWS)
+def test_exact_flows_pass(make):
+    flow = make()
+    report = certify(flow.using(solver=ODESolver()), *rows_for(flow, 20))
+    assert report.passed, report
+    assert [check.name for check in report.checks] == NAMES
+    assert report.likelihood == "exact"
+    assert report["standard_error"].verdict == "skip"
+
+
+@pytest.mark.parametrize("make", BOUNDS.values(), ids=BOUNDS)
+def test_bounds_are_measured_where_they_can_be(make):
+    flow = make()
+    report = certify(flow.using(solver=ODESolver()), *rows_for(flow, 20))
+    found = verdicts(report)
+    assert report.likelihood == "lower_bound"
+    assert found["tolerance"] == found["round_trip"] == found["nfe"] == "pass"
+    assert found["sampled_log_prob"] == found["integral"] == found["hutchinson"] == "skip"
+
+
+def test_the_stretch_of_a_linear_flow_is_the_norm_of_its_exponential():
+    flow = linear_flow(solver=ODESolver(rtol=1e-9, atol=1e-9))
+    found = certify(flow, torch.randn(5, 2))["inverse_lipschitz"]
+    matrix = torch.linalg.matrix_exp(flow.chain[0].vector_field.weight.detach())
+    assert found.value == pytest.approx(float(torch.linalg.svdvals(matrix)[0]), rel=1e-6)
+
+
+def test_the_standard_error_is_that_of_the_number_of_probes():
+    flow = linear_flow(divergence=Hutchinson(probes=3))
+    symmetric = flow.chain[0].vector_field.weight.detach()
+    symmetric = 0.5 * (symmetric + symmetric.T)
+    off_diagonal = symmetric.square().sum() - symmetric.diagonal().square().sum()
+    found = certify(flow, torch.randn(2000, 2))["standard_error"]
+    # Two features: an estimate is the trace plus or minus the same number. The mean of a standard
+    # deviation of 8 draws lies a few per cent below the standard deviation.
+    assert found.value == pytest.approx(math.sqrt(2 * off_diagonal / 3), rel=0.1)
+
+
+def test_a_wrong_divergence_is_found():
+    class Wrong(LinearField):
+        def velocity_and_divergence(self, t, x, context=None):
+            velocity, divergence = super().velocity_and_divergence(t, x, context)
+            return velocity, 1.1 * divergence
+
+    field = Wrong(2)
+    with torch.no_grad():
+        field.weight.copy_(torch.tensor([[0.5, 0.1], [0.0, 0.7]]))
+    report = certify(Flow([ContinuousTransform(field)]), torch.randn(200, 2))
+    assert {name for name, verdict in verdicts(report).items() if verdict == "fail"} == {
+        "hutchinson",
+        "integral",
+    }
+
+
+def test_a_wrong_ladj_is_found():
+    class Silent(Transform):
+        def to_base_and_ladj(self, x, context=None, *, generator=None):
+            return 2 * x, x.new_zeros(x.shape[:-1])
+
+        def to_data_and_ladj(self, z, context=None, *, generator=None):
+            return z / 2, z.new_zeros(z.shape[:-1])
+
+    report = certify(Flow([Silent(2)]), torch.randn(20, 2))
+    assert report["integral"].value == pytest.approx(0.75, abs=0.01)
+    assert report["integral"].verdict == "fail"
+
+
+def test_too_few_steps_are_found():
+    flow = cnf(solver=ODESolver(method="euler", steps=2))
+    found = verdicts(certify(flow, torch.randn(50, 2)))
+    assert found["tolerance"] == found["round_trip"] == found["sampled_log_prob"] == "fail"
+
+
+def test_an_exploding_inverse_is_found():
+    flow = Flow([Affine(2)])
+    with torch.no_grad():
+        flow.chain[0].log_scale.copy_(torch.tensor([20.0, -20.0]))
+    report = certify(flow.float(), torch.randn(10, 2, dtype=torch.float32))
+    assert report["inverse_lipschitz"].value == pytest.approx(math.exp(20.0), rel=1e-3)
+    assert report["inverse_lipschitz"].verdict == "fail"
+    with torch.no_grad():
+        flow.chain[0].log_scale.zero_()
+    assert certify(flow, torch.randn(10, 2, dtype=torch.float32)).passed
+
+
+def test_a_failed_solve_fails_the_check_with_its_message():
+    flow = cnf(solver=ODESolver(max_evaluations=9))
+    report = certify(flow, torch.randn(10, 2))
+    assert report["round_trip"].verdict == "fail"
+    assert "max_evaluations=9" in report["round_trip"].remedy
+    assert not report.passed
+
+
+def test_many_evaluations_are_found():
+    flow = linear_flow(solver=ODESolver(method="rk4", steps=60))
+    found = certify(flow, torch.randn(10, 2))["nfe"]
+    assert found.value == 240
+    assert found.verdict == "fail"
+    assert "kinetic_energy" in found.remedy
+
+
+def test_a_report_shows_each_check_and_the_remedy_of_those_that_failed():
+    flow = cnf(solver=ODESolver(method="euler", steps=2))
+    text = str(certify(flow, torch.randn(20, 2)))
+    assert "likelihood: exact, on 20 rows" in text
+    assert all(name in text for name in NAMES)
+    assert "raise steps" in text
+    assert "raise steps" not in str(certify(cnf(), torch.randn(20, 2)))
+
+
+def test_a_report_is_reproducible_and_changes_nothing():
+    flow = cnf(transforms=[Standardize.from_data(torch.randn(20, 2))])
+    flow = flow.using(divergence=Hutchinson(probes=2))
+    x = torch.randn(20, 2)
+    state = torch.get_rng_state()
+    first, second = certify(flow, x), certify(flow, x)
+    assert str(first) == str(second)
+    other = certify(flow, x, generator=torch.Generator().manual_seed(5))
+    assert other["hutchinson"].value != first["hutchinson"].value
+    assert (torch.get_rng_state() == state).all()
+    assert all(parameter.grad is None for parameter in flow.parameters())
+
+
+def test_an_estimate_is_certified_by_the_exact_flow_where_needed():
+    x = torch.randn(30, 2)
+    flow = cnf()
+    exact, estimate = (
+        certify(flow.using(divergence=divergence), x)
+        for divergence in (Exact(), Hutchinson(probes=500))
+    )
+    assert estimate["integral"].value == exact["integral"].value
+    assert estimate["standard_error"].verdict == "pass"
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+def test_bad_input_is_refused():
+    with pytest.raises(TypeError, match="flow must be a Flow; got Affine"):
+        certify(Affine(2), torch.randn(3, 2))
+    with pytest.raises(TypeError, match="x must be a Tensor; got list"):
+        certify(cnf(), [[0.0, 0.0]])
+    with pytest.raises(ValueError, match=r"at least 2 rows, and shape \(rows, 2\); got \(1, 2\)"):
+        certify(cnf(), torch.randn(1, 2))
+    with pytest.raises(ValueError, match=r"got \(2,\)"):
+        certify(cnf(), torch.randn(2))
+    with pytest.raises(ValueError, match="x must be finite"):
+        certify(cnf(), torch.tensor([[0.0, math.nan], [0.0, 0.0]]))
+    with pytest.raises(ValueError, match="context must have shape"):
+        certify(cnf(2, 3), torch.randn(4, 2))
