@@ -247,6 +247,7 @@ def measure(run: Run) -> dict[str, float]:
     }
 
 
+@torch.no_grad()
 def path_costs(transform: ContinuousTransform, x: Tensor) -> dict[str, float]:
     """What the paths cost on average, how straight they are, and the error of a round trip.
 

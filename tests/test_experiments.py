@@ -1,5 +1,6 @@
 """Every experiment runs in its quick form and writes what it promises."""
 
+import csv
 import json
 import math
 import subprocess
@@ -7,12 +8,13 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from cnf import History, load
+from cnf import ContinuousTransform, History, LinearField, load
 from cnf.data.toy import TOY_NAMES, toy_density
-from experiments import anode, toy2d
+from experiments import ablation, ablation_report, anode, toy2d
 
 
 @pytest.fixture(autouse=True)
@@ -86,3 +88,89 @@ def test_the_annuli_are_a_ball_and_a_ring_of_equal_weight():
 def test_anode_refuses_counts_that_measure_nothing():
     with pytest.raises(ValueError, match="seeds must be at least 1; got 0"):
         anode.Settings(seeds=0)
+
+
+@pytest.mark.slow
+def test_ablation_resumes_and_reports_what_it_measured(tmp_path, capsys):
+    settings = ablation.Settings(quick=True, out=tmp_path, progress=False)
+    rows = ablation.main(settings)
+
+    variants = ["none", "kinetic 0.01", "Frobenius 0.01", "both 0.01"]
+    variants += ["random end time 0.25", "potential + HJB 0.1"]
+    assert [row["variant"] for row in rows] == variants
+    assert all(row["seeds"] == 2 and row["data"] == TOY_NAMES[0] for row in rows)
+    assert all(row["nfe_forward"] > 0 and row["nfe_backward"] > 0 for row in rows)
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    with (tmp_path / "table.csv").open(newline="") as file:
+        written = list(csv.DictReader(file))
+    assert [float(row["nll"]) for row in written] == [row["nll"] for row in rows]
+    assert all(f"| {variant} |" in (tmp_path / "table.md").read_text() for variant in variants)
+
+    records = sorted((tmp_path / "runs").iterdir())
+    assert len(records) == 12
+    lost = json.loads(records[0].read_text())
+    records[0].unlink()
+    stamps = {path: path.stat().st_mtime_ns for path in records[1:]}
+    ablation.main(settings)
+    assert "12 runs, of which 11 are done" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in records[1:]} == stamps
+    found = json.loads(records[0].read_text())
+    assert found["nll"] == pytest.approx(lost["nll"], abs=1e-4)
+
+
+def test_ablation_measures_again_what_was_measured_with_other_settings(tmp_path):
+    run, other = (ablation.plan(ablation.Settings(steps=steps))[0] for steps in (3, 4))
+    record = {"run": asdict(run), "nll": 1.0}
+    ablation.path_of(tmp_path, run).write_text(json.dumps(record))
+    assert ablation.read(tmp_path, run)["nll"] == 1.0
+    assert ablation.read(tmp_path, other) is None
+
+
+def test_ablation_takes_a_table(tmp_path):
+    rng = np.random.default_rng(0)
+    path = tmp_path / "table.npz"
+    np.savez(path, x_train=rng.normal(size=(300, 3)), x_test=rng.normal(size=(50, 3)))
+    settings = ablation.Settings(data=(), table=path, steps=2, batch_size=50)
+    ablation.check(settings)
+    run = ablation.plan(settings)[0]
+    measured = ablation.measure(run)
+    assert math.isnan(measured["kl_gap"])
+    assert 3 < measured["nll"] < 6  # a normal of three features has 4.26
+    with pytest.raises(ValueError, match=r"data must be among .* got mooons"):
+        ablation.check(ablation.Settings(data=("mooons",)))
+    np.savez(path, x_train=np.zeros((3, 2)))
+    with pytest.raises(ValueError, match="has no array x_test"):
+        ablation.check(settings)
+
+
+def test_ablation_straightness_is_one_for_straight_paths():
+    field = LinearField(2)
+    with torch.no_grad():
+        field.bias.copy_(torch.tensor([3.0, 4.0]))
+    costs = ablation.path_costs(ContinuousTransform(field), torch.randn(10, 2))
+    assert costs["kinetic_energy"] == pytest.approx(25.0, rel=1e-4)
+    assert costs["straightness"] == pytest.approx(1.0, rel=1e-4)
+    assert costs["jacobian_frobenius"] == pytest.approx(0.0, abs=1e-6)
+    assert costs["round_trip_error"] < 1e-4
+
+
+def test_ablation_report_compares_with_none():
+    def record(data, name, nfe, gap, seed):
+        variant = {"name": name, "weight": 0.0}
+        values = dict.fromkeys(ablation_report.COLUMNS, 1.0)
+        run = {"data": data, "variant": variant, "seed": seed}
+        return {"run": run, **values, "nfe_forward": nfe, "kl_gap": gap}
+
+    records = [
+        record(data, name, nfe, gap, seed)
+        for data in ("a", "b")
+        for name, nfe, gap in (("none", 40, 0.1), ("kinetic", 20, 0.11 if data == "a" else 0.2))
+        for seed in range(2)
+    ]
+    rows = ablation_report.summarise(records)
+    (_, _, _, plain, _), (label, fewer, worse, reached, sets) = ablation_report.against_none(rows)
+    assert plain == 0
+    assert (label, reached, sets) == ("kinetic", 1, 2)
+    assert fewer == pytest.approx(2.0)
+    assert worse == pytest.approx(0.055)
+    assert ablation_report.mean_and_error([1.0, 3.0]) == pytest.approx((2.0, 1.0))
