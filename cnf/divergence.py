@@ -188,6 +188,11 @@ class Hutchinson(Divergence):
         if probes is None:
             raise ValueError("probes must be what draw_probes returned; got None.")
         if self.bottleneck:
+            if vector_field.bottleneck is None:
+                raise ValueError(
+                    f"this {type(vector_field).__name__} has no bottleneck; "
+                    "use Hutchinson(bottleneck=False)."
+                )
             if products:
                 raise ValueError(
                     "a regularizer needs products of the whole Jacobian, which probes of a "

@@ -2,9 +2,9 @@
 
 A regularizer maps a `FieldEvaluation` to the cost rate of each row, at least 0. Its integral over
 the length of time is the cost of the path, positive whichever way time runs. Costs are sums over
-the features of a row; RNODE's published code takes means over them, and half of the kinetic energy:
-divide its weights by the number of features d (kinetic energy: by 2 d) to get the same loss per
-feature.
+the features of a row, beside a likelihood in nats for each row. RNODE's code takes means over the
+features, and half of the kinetic energy, beside bits per dimension: times ln 2 (kinetic energy:
+half of that) its weights are ours, whatever the number of features.
 
 References:
     Finlay et al. (2020), How to Train Your Neural ODE (RNODE). https://arxiv.org/abs/2002.02798

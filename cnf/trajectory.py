@@ -53,7 +53,8 @@ def follow(
     """
     blocks = [part for part in transforms if isinstance(part, ContinuousTransform)]
     discrete = transforms[: len(transforms) - len(blocks)]
-    if not blocks or any(isinstance(part, ContinuousTransform) for part in discrete):
+    inner = [module for part in discrete for module in part.modules()]
+    if not blocks or any(isinstance(part, ContinuousTransform) for part in inner):
         raise ValueError(
             "a trajectory needs a flow that ends, on its base side, in its continuous transforms; "
             f"got {[type(part).__name__ for part in transforms]} from data to base."
@@ -78,7 +79,8 @@ def _follow_blocks(
         goes_on = bool((progress > i + 1).any())
         if goes_on and stops[-1] < 1:
             stops = torch.cat([stops, stops.new_ones(1)])
-        states = block.trajectory(state, stops if times[0] == 0 else 1 - stops, context)
+        here = stops if times[0] == 0 else 1 - stops
+        states = block.trajectory(state, here, chain.context_for(block, context))
         passed.append(states[1 : 1 + len(inside)])
         if not goes_on:
             break

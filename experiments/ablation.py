@@ -29,10 +29,12 @@ from cnf import (
     Flow,
     MaximumLikelihood,
     MLPField,
+    ODEError,
     ODESolver,
     PotentialField,
     Standardize,
     TrainingConfig,
+    TrainingError,
     count_evaluations,
     fit,
 )
@@ -210,7 +212,11 @@ def read(folder: Path, run: Run) -> dict[str, Any] | None:
 def measure_and_write(run: Run, folder: Path) -> None:
     """Train and measure one flow, on one thread, and keep the record."""
     torch.set_num_threads(1)
-    record = {"run": asdict(run), **measure(run)}
+    try:
+        measured: dict[str, Any] = measure(run)
+    except (ODEError, TrainingError) as error:
+        measured = {"failure": str(error)}  # a result too, and no reason to stop the others
+    record = {"run": asdict(run), **measured}
     write_atomically(path_of(folder, run), json.dumps(record, indent=2).encode())
 
 

@@ -61,16 +61,20 @@ def summarise(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         groups[Path(run["data"]).stem, variant["name"], variant["name"] + weight].append(record)
     rows = []
     for (data, name, label), group in groups.items():
-        row: dict[str, Any] = {"data": data, "name": name, "variant": label, "seeds": len(group)}
+        good = [record for record in group if "failure" not in record]
+        row: dict[str, Any] = {"data": data, "name": name, "variant": label, "seeds": len(good)}
+        row["failed"] = len(group) - len(good)
         for key in COLUMNS:
-            values = [record[key] for record in group]
+            values = [record[key] for record in good]
             row[key], row[f"{key}_standard_error"] = mean_and_error(values)
         rows.append(row)
     return rows
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean, and its standard error; NaN for a single value."""
+    """Mean, and its standard error; NaN where there are too few values."""
+    if not values:
+        return math.nan, math.nan
     n, mean = len(values), sum(values) / len(values)
     if n == 1:
         return mean, math.nan
@@ -91,6 +95,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         cells = [_cell(row[key], row[f"{key}_standard_error"]) for key in COLUMNS]
         lines.append(f"| {row['data']} | {row['variant']} | {' | '.join(cells)} |")
+    failed = [f"{row['data']} {row['variant']} ({row['failed']})" for row in rows if row["failed"]]
+    if failed:
+        lines += ["", f"Training failed for: {', '.join(failed)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -100,6 +107,8 @@ def against_none(rows: list[dict[str, Any]]) -> list[tuple[str, float, float, in
     plain = {row["data"]: row for row in known if row["name"] == "none"}
     found: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for row in known:
+        if row["data"] not in plain:
+            continue
         reference = plain[row["data"]]
         fewer = reference["nfe_forward"] / row["nfe_forward"]
         found[row["variant"]].append((fewer, row["kl_gap"] - reference["kl_gap"]))

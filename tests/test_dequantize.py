@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from scipy.stats import kstest
 from torch.distributions import Normal, Uniform
 
 from cnf import Affine, Dequantize, Flow, Logit, Permute
@@ -124,3 +125,33 @@ def test_without_alpha_the_ends_of_the_interval_are_refused():
 def test_constructors_refuse(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("alpha", [0.05, 0.0, 1e-6])
+def test_whatever_logit_gives_has_a_logit(dtype, alpha):
+    logit = Logit(5, alpha=alpha)
+    z = torch.tensor([-1e4, -40.0, -17.0, 17.0, 1e4], dtype=dtype)
+    x, ladj = logit.to_data_and_ladj(z)
+    back, _ = logit.to_base_and_ladj(x)
+    assert back.isfinite().all()
+    assert logit.support.check(x)
+    assert ladj.isfinite()
+    assert (back.sign() == z.sign()).all()
+
+
+@pytest.mark.parametrize(("dtype", "levels"), [(torch.float32, 65536), (torch.float64, 2**20)])
+def test_noise_stays_between_its_levels(dtype, levels):
+    dequantize = Dequantize(20_000, levels)
+    x = torch.randint(levels, (20_000,)).to(dtype)
+    x[-1] = levels - 1
+    z, _ = dequantize.to_base_and_ladj(x)
+    assert (dequantize.to_data(z) == x).all()
+    noise = (z.double() * levels - x.double()).numpy()
+    assert kstest(noise, "uniform", (0, 1)).pvalue > 1e-3
+
+
+def test_a_dtype_too_coarse_for_the_noise_is_refused():
+    for dtype, levels in ((torch.bfloat16, 256), (torch.float16, 1024)):
+        with pytest.raises(ValueError, match=f"x must have a finer dtype than {dtype}"):
+            Dequantize(3, levels).to_base(torch.zeros(3, dtype=dtype))

@@ -336,6 +336,13 @@ def test_bad_calls_for_a_standard_error_are_refused():
     blocks = [cnf().chain[0].using(divergence=Hutchinson(probes=n)) for n in (2, 3)]
     with pytest.raises(ValueError, match=r"the same number of probes.*got \[2, 3\]"):
         Flow(blocks).log_prob_and_error(x)
+
+    class Unknown(Exact):
+        is_exact = False
+
+    mixed = [blocks[0], blocks[1].using(divergence=Unknown())]
+    with pytest.raises(ValueError, match=r"by Hutchinson only; got \['Unknown'\]"):
+        Flow(mixed).log_prob_and_error(x)
     with pytest.raises(ValueError, match="it is a lower bound"):
         cnf(augment=1).log_prob_and_error(x)
 
@@ -350,5 +357,5 @@ def test_bottleneck_probes_give_no_products_for_regularizers():
 
 def test_a_bottleneck_must_be_there():
     transform = ContinuousTransform(mlp(2), divergence=Hutchinson(bottleneck=True))
-    with pytest.raises(NotImplementedError, match="has no bottleneck"):
+    with pytest.raises(ValueError, match=r"this MLPField has no bottleneck; use Hutchinson"):
         transform.to_base_and_ladj(torch.randn(2, 2))

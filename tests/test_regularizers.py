@@ -280,24 +280,51 @@ def test_a_random_end_time_is_that_of_the_solve():
 
 
 def test_random_end_times_are_uniform_and_leave_the_flow_alone():
-    """A constant field c moves x by (1 - s) c: the loss tells the end time s of each solve."""
+    """A constant field of 1 moves x = 3 to 2 + s: the loss tells the end time s of each solve."""
     field = LinearField(1)
     with torch.no_grad():
         field.bias.fill_(1.0)
-    flow = Flow([ContinuousTransform(field, solver=ODESolver(method="euler", steps=1))])
-    x = torch.tensor([[1.0]])
+    one_step = ODESolver(method="euler", steps=1)
+    flow = Flow([ContinuousTransform(field, solver=one_step)])
+    x = torch.tensor([[3.0]])
     before = flow.log_prob(x)
-    objective = MaximumLikelihood(
-        flow, random_end_time=0.5, solver=ODESolver(method="euler", steps=1)
-    )
+    objective = MaximumLikelihood(flow, random_end_time=0.5, solver=one_step)
     generator = torch.Generator().manual_seed(0)
-    squares = torch.stack([objective(x, generator=generator) for _ in range(500)])
-    times = (2 * squares - math.log(2 * math.pi)).clamp(min=0).sqrt().detach()  # |s|
-    assert kstest(times.numpy(), "uniform", (0, 0.5)).pvalue > 1e-3
+    losses = torch.stack([objective(x, generator=generator) for _ in range(500)]).detach()
+    times = (2 * losses - math.log(2 * math.pi)).sqrt() - 2
+    assert kstest(times.numpy(), "uniform", (-0.5, 1.0)).pvalue > 1e-3
     assert (flow.log_prob(x) == before).all()
+
+
+@pytest.mark.parametrize("learn", [False, True])
+@pytest.mark.parametrize("end_time", [0.2, 3.0])
+def test_random_end_times_are_shares_of_the_end_time(end_time, learn):
+    """Whatever the end time, costs stay positive: it is never passed."""
+    transform = ContinuousTransform(
+        mlp(), solver=PRECISE, end_time=2.0 if learn else end_time, learn_end_time=learn
+    )
+    if learn:
+        with torch.no_grad():
+            transform.log_end_time.fill_(math.log(end_time))
+    x = torch.randn(4, 2)
+    for start in (-0.9, 0.9):
+        found = costs(transform.using(start_time=start), x)
+        fixed = ContinuousTransform(
+            transform.vector_field, solver=PRECISE, end_time=end_time, start_time=start
+        )
+        assert (found > 0).all()
+        torch.testing.assert_close(found, costs(fixed, x), rtol=0, atol=1e-7)
+    objective = MaximumLikelihood(Flow([transform]), random_end_time=0.95)
+    assert all(objective(x).isfinite() for _ in range(5))
 
 
 @pytest.mark.parametrize("width", [-0.1, 1.0, math.nan])
 def test_bad_random_end_times_are_refused(width):
     with pytest.raises(ValueError, match=r"random_end_time must be in \[0, 1\)"):
         MaximumLikelihood(cnf(), random_end_time=width)
+
+
+@pytest.mark.parametrize("time", [1.0, 2.0, math.nan, -math.inf])
+def test_bad_start_times_are_refused(time):
+    with pytest.raises(ValueError, match="start_time is a share of the end time"):
+        ContinuousTransform(LinearField(2), start_time=time)

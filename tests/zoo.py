@@ -212,6 +212,9 @@ FLOWS: dict[str, Callable[[], Flow]] = {
     "cnf with context": lambda: cnf(2, 3),
     "two blocks": lambda: cnf(blocks=2),
     "standardized": lambda: cnf(transforms=[Standardize.from_data(3 + 2 * torch.randn(50, 2))]),
+    "partly with context": lambda: Flow(
+        [ContinuousTransform(part, solver=PRECISE) for part in (mlp(2, 3), mlp())]
+    ),
     "learnt affine with context": lambda: cnf(2, 3, transforms=[Affine(2)]),
     "linear": lambda: Flow([ContinuousTransform(perturbed(LinearField(2)), solver=PRECISE)]),
     "time features": lambda: Flow([ContinuousTransform(mlp(time_features=2), solver=PRECISE)]),
@@ -241,6 +244,9 @@ BOUNDS: dict[str, Callable[[], Flow]] = {
     "augmented": lambda: cnf(2, augment=1),
     "augmented with context": lambda: cnf(
         2, 3, transforms=[Affine(2), Augment(2, 2, 3, hidden_features=(8,))]
+    ),
+    "augmented without context in a conditional flow": lambda: cnf(
+        2, 3, transforms=[perturbed(Augment(2, 1, hidden_features=(4,)))]
     ),
     "augmented inside": lambda: cnf(
         3, transforms=[FactorOut([Augment(2, 1, hidden_features=())], 3)]

@@ -30,7 +30,7 @@ def certify(
     - ``standard_error``: of the flow's own log-density of one row, if that is an estimate;
     - ``tolerance``: the largest change of a log-density when the tolerance of the solver is cut
       tenfold (for a method of fixed steps: their number doubled);
-    - ``round_trip``: the largest error of x -> z -> x, in standard deviations of x;
+    - ``round_trip``: the largest error of x -> z -> x, in standard deviations of each feature;
     - ``sampled_log_prob``: the largest difference between the log-density that comes with a sample
       and that of the sample evaluated anew;
     - ``integral``: the distance from 1 of the integral of the density over a grid, in 2-D;
@@ -65,7 +65,9 @@ def certify(
             f"x must have at least 2 rows, and shape (rows, {', '.join(map(str, flow.event_shape))}"
             f"); got {tuple(x.shape)}."
         )
-    seed = 0 if generator is None else int(torch.randint(2**31, (), generator=generator))
+    seed = 0
+    if generator is not None:
+        seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
     case = Case(flow=flow, x=x.detach(), context=context, seed=seed)
     with torch.inference_mode(False), torch.no_grad():
         flow.to_base_and_ladj(x[:0], None if context is None else context[:0])  # refuses bad input

@@ -50,6 +50,12 @@ class Case:
         """The continuous transforms, nested ones included."""
         return [part for part in self.flow.modules() if isinstance(part, ContinuousTransform)]
 
+    @property
+    def scale(self) -> Tensor:
+        """Standard deviation of each entry of x; 1 where it does not vary."""
+        std = self.x.std(0)
+        return torch.where(std > 0, std, torch.ones_like(std))
+
     def log_prob(self) -> Tensor:
         """Log-density of the rows."""
         return self.flow.log_prob(self.x, self.context, generator=self.generator)
@@ -93,14 +99,14 @@ def _standard_error(case: Case) -> Outcome:
         raise NotMeasuredError(f"the likelihood is {case.flow.likelihood!r}, not an estimate")
     divergences = [part.divergence for part in case.continuous]
     probes = [part.probes for part in divergences if isinstance(part, Hutchinson)]
-    if not probes:
-        raise NotMeasuredError("the divergence is not estimated by Hutchinson's method")
-    estimated = case.flow.using(divergence=Hutchinson(probes=_PROBES))
+    if len(probes) < sum(part is not None and not part.is_exact for part in divergences):
+        raise NotMeasuredError("known of estimates by Hutchinson's method only")
+    estimated = Flow([part.rebuilt(_with_probes) for part in case.flow.chain], case.flow.base)
     _, error = estimated.log_prob_and_error(case.x, case.context, generator=case.generator)
     return Outcome(
         float(error.mean()) * math.sqrt(_PROBES / min(probes)),
         0.1,
-        "standard error of the log-density of one row",
+        "mean standard error of the log-density of a row",
         "Use divergence=Exact(), or Hutchinson with more probes.",
     )
 
@@ -116,7 +122,7 @@ def _tolerance(case: Case) -> Outcome:
     return Outcome(
         float(change.abs().max()),
         0.05,
-        "largest change with ten times the precision",
+        "largest change when solved more precisely",
         "Tighten rtol and atol of the ODESolver (with fixed steps: raise steps), or use float64.",
     )
 
@@ -125,7 +131,7 @@ def _round_trip(case: Case) -> Outcome:
     z = case.flow.to_base(case.x, case.context, generator=case.generator)
     back = case.flow.to_data(z, case.context, generator=case.generator)
     return Outcome(
-        float((back - case.x).abs().max() / case.x.std()),
+        float(((back - case.x).abs() / case.scale).max()),
         0.01,
         "largest error of x -> z -> x, in standard deviations",
         "Tighten the tolerance, use float64, or regularise; look at inverse_lipschitz.",
@@ -183,13 +189,14 @@ def _inverse_lipschitz(case: Case) -> Outcome:
             torch.autograd.grad(z[:, i].sum(), x, retain_graph=True)[0].flatten(1)
             for i in range(z.shape[-1])
         ]
-    values = torch.linalg.svdvals(torch.stack(rows, 1).double())
+    jacobians = torch.stack(rows, 1) * case.scale.flatten()
+    values = torch.linalg.svdvals(jacobians.double())
     # A rounding error grows by both factors on the way there and back.
     allowed = 1e-3 / (torch.finfo(x.dtype).eps * float(values.max()))
     return Outcome(
         float(1 / values.min()),
         allowed,
-        "largest stretch of an error by the inverse",
+        "largest stretch of an error by the inverse, in standard deviations",
         "Regularise (jacobian_frobenius), bound the scales, or use float64; samples and "
         "reconstructions there are not to be trusted.",
     )
@@ -240,3 +247,9 @@ def _finer(solver: ODESolver, resolution: float) -> ODESolver:
 
 def _by_backprop(part: ContinuousTransform) -> ContinuousTransform:
     return part.using(solver=dataclasses.replace(part.solver, gradient="backprop"))
+
+
+def _with_probes(part: ContinuousTransform) -> ContinuousTransform:
+    if not isinstance(part.divergence, Hutchinson):
+        return part
+    return part.using(divergence=dataclasses.replace(part.divergence, probes=_PROBES))

@@ -47,7 +47,11 @@ class LikelihoodReport:
         return all(check.verdict != "fail" for check in self.checks)
 
     def __getitem__(self, name: str) -> Check:
-        """The check of this name."""
+        """The check of this name.
+
+        Raises:
+            KeyError: If there is none.
+        """
         return {check.name: check for check in self.checks}[name]
 
     def __str__(self) -> str:

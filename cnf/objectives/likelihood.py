@@ -37,8 +37,8 @@ class MaximumLikelihood(nn.Module):
             regularizer that needs Jacobian products; `Hutchinson` with one Rademacher probe
             otherwise.
         random_end_time: STEER's half-width b, in [0, 1): each solve from data to base stops at a
-            time drawn uniformly from [-b, b], in place of 0. (Here time runs from base to data, so
-            that the end of the solve is the start of `ContinuousTransform`.)
+            time drawn uniformly from [-b, b], in units of the end time, in place of 0. (Here time
+            runs from base to data, so that a solve ends at the start of `ContinuousTransform`.)
 
     Raises:
         TypeError: If `flow` is not a `Flow`, or a regularizer is not callable.
@@ -119,7 +119,7 @@ class MaximumLikelihood(nn.Module):
         if self.random_end_time:
             device = "cpu" if generator is None else generator.device
             draw = torch.rand((), generator=generator, device=device).item()
-            start_time += self.random_end_time * (2 * draw - 1)
+            start_time += (1 - start_time) * self.random_end_time * (2 * draw - 1)
         return transform.using(solver=self.solver, divergence=divergence, start_time=start_time)
 
 

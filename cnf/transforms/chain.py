@@ -85,6 +85,11 @@ def agreed_context_features(transforms: Sequence[Transform]) -> int:
     return sizes.pop() if sizes else 0
 
 
+def context_for(part: Transform, context: Tensor | None) -> Tensor | None:
+    """The context, if this part of a conditional chain takes one."""
+    return context if part.context_features else None
+
+
 def weakest_likelihood(transforms: Sequence[Transform]) -> Likelihood:
     """The weakest of "exact", "estimate" and "lower_bound" among the transforms."""
     kinds = [transform.likelihood for transform in transforms]
@@ -132,7 +137,7 @@ def to_base(
 ) -> Float[Tensor, "*batch base_features"]:
     """From data to base."""
     for part in transforms:
-        x = part.to_base(x, context, generator=generator)
+        x = part.to_base(x, context_for(part, context), generator=generator)
     return x
 
 
@@ -145,7 +150,7 @@ def to_data(
 ) -> Float[Tensor, "*batch_and_event"]:
     """From base to data."""
     for part in reversed(transforms):
-        z = part.to_data(z, context, generator=generator)
+        z = part.to_data(z, context_for(part, context), generator=generator)
     return z
 
 
@@ -159,7 +164,7 @@ def to_base_and_ladj(
     """From data to base: z and ladj, in nats."""
     total = x.new_zeros(x.shape[: x.ndim - _event_dim(transforms)])
     for part in transforms:
-        x, ladj = part.to_base_and_ladj(x, context, generator=generator)
+        x, ladj = part.to_base_and_ladj(x, context_for(part, context), generator=generator)
         total = total + ladj
     return x, total
 
@@ -174,7 +179,7 @@ def to_data_and_ladj(
     """From base to data: x and ladj, in nats."""
     total = z.new_zeros(z.shape[:-1])
     for part in reversed(transforms):
-        z, ladj = part.to_data_and_ladj(z, context, generator=generator)
+        z, ladj = part.to_data_and_ladj(z, context_for(part, context), generator=generator)
         total = total + ladj
     return z, total
 
@@ -194,7 +199,7 @@ def to_base_with_costs(
     costs = x.new_zeros(len(regularizers), *ladj.shape)
     for part in transforms:
         x, further, spent = part.to_base_with_costs(
-            x, context, regularizers=regularizers, generator=generator
+            x, context_for(part, context), regularizers=regularizers, generator=generator
         )
         ladj, costs = ladj + further, costs + spent
     return x, ladj, costs
@@ -228,16 +233,21 @@ def to_base_with_error(
     z, ladj, estimates = to_base_with_costs(
         transforms, x, context, regularizers=each, generator=generator
     )
-    return z, ladj, estimates.std(0) / probes**0.5
+    # Not estimates.std(0), which warns of a batch without rows.
+    spread = (estimates - estimates.mean(0)).square().sum(0) / (probes - 1)
+    return z, ladj, (spread / probes).sqrt()
 
 
 def _number_of_probes(transforms: Sequence[Transform]) -> int:
     parts = [part for transform in transforms for part in transform.modules()]
-    numbers = {
-        part.divergence.probes
-        for part in parts
-        if isinstance(part, ContinuousTransform) and isinstance(part.divergence, Hutchinson)
-    }
+    divergences = [part.divergence for part in parts if isinstance(part, ContinuousTransform)]
+    estimates = [part for part in divergences if part is not None and not part.is_exact]
+    numbers = {part.probes for part in estimates if isinstance(part, Hutchinson)}
+    if not all(isinstance(part, Hutchinson) for part in estimates):
+        raise ValueError(
+            "a standard error is known of estimates by Hutchinson only; got "
+            f"{sorted({type(part).__name__ for part in estimates})}."
+        )
     if len(numbers) != 1 or numbers == {1}:
         raise ValueError(
             "a standard error needs the same number of probes, at least 2, in every estimate; got "

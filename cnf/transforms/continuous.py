@@ -19,7 +19,7 @@ _MANY_FEATURES = 64
 
 
 class ContinuousTransform(Transform):
-    r"""Follows dx/dt = v(t, x | context), from the base at `start_time` to the data at `end_time`.
+    r"""Follows dx/dt = v(t, x | context), from the base at t = 0 to the data at t = `end_time`.
 
     The ladj is the integral of the divergence of v along the path, from where the call starts to
     where it ends: :math:`-\int_0^1 \nabla \cdot v \, dt` towards the base, with the default
@@ -29,14 +29,14 @@ class ContinuousTransform(Transform):
         vector_field: The field v.
         divergence: How its divergence is computed; None for `Exact`.
         solver: How the ODE is solved; None for `ODESolver()`.
-        start_time: Time of the base. A field that depends on t sees times between the two.
-        end_time: Time of the data.
+        start_time: Time of the base where it is not 0, as a share of the end time, less than 1.
+        end_time: Time of the data. A field that depends on t sees times between the two.
         learn_end_time: Whether the end time, which starts from `end_time`, is a parameter. (It was
             meant to be in FFJORD's published code, where it gets no gradient.)
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If `end_time` is not positive and finite, or `start_time` not less.
+        ValueError: If `end_time` is not positive and finite, or `start_time` not less than 1.
 
     References:
         Chen et al. (2018), Neural Ordinary Differential Equations, theorem 1.
@@ -70,12 +70,13 @@ class ContinuousTransform(Transform):
         self.solver = ODESolver() if solver is None else solver
         if not 0 < end_time < math.inf:
             raise ValueError(f"end_time must be positive and finite; got {end_time}.")
-        if not -math.inf < start_time < end_time:
+        if not -math.inf < start_time < 1:
             raise ValueError(
-                f"start_time must be finite and less than end_time={end_time}; got {start_time}."
+                "start_time is a share of the end time and must be finite and less than 1; "
+                f"got {start_time}."
             )
-        self.start_time = start_time
-        self.end_time = end_time
+        self.start_time = float(start_time)
+        self.end_time = float(end_time)
         self.learn_end_time = learn_end_time
         if learn_end_time:
             self.log_end_time = nn.Parameter(torch.tensor(math.log(end_time)))
@@ -92,7 +93,12 @@ class ContinuousTransform(Transform):
         divergence: Divergence | None = None,
         start_time: float | None = None,
     ) -> "ContinuousTransform":
-        """The same transform, sharing every parameter, with another solver, divergence or start."""
+        """The same transform, sharing every parameter, with another solver, divergence or start.
+
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ValueError: If `start_time` is not less than 1.
+        """
         other = ContinuousTransform(
             self.vector_field,
             divergence=self.divergence if divergence is None else divergence,
@@ -229,7 +235,7 @@ class ContinuousTransform(Transform):
         controlled: int | None = None,
     ) -> State:
         end_time = self.log_end_time.exp() if self.learn_end_time else self.end_time
-        times = self.start_time + times * (end_time - self.start_time)
+        times = end_time * (self.start_time + times * (1 - self.start_time))
         return self.solver.solve(
             rhs,
             state,

@@ -11,6 +11,9 @@ from torch.nn.functional import logsigmoid
 from cnf._checks import check_count, check_support, refuse_rows
 from cnf.transforms.base import Likelihood, Transform
 
+_COARSEST = 0.01
+"""Largest resolution of a dtype, in steps between levels, that noise may have."""
+
 
 class Dequantize(Transform):
     r"""Integers 0, …, K - 1 made continuous by uniform noise u: ``z = (x + u) / K``.
@@ -29,7 +32,7 @@ class Dequantize(Transform):
     Raises:
         TypeError: If an argument is not an int.
         ValueError: If `features` is less than 1 or `levels` less than 2, or, when called, x holds
-            anything but these integers.
+            anything but these integers, or is of a dtype too coarse for the noise between them.
 
     References:
         Theis, van den Oord & Bethge (2016), A Note on the Evaluation of Generative Models.
@@ -75,10 +78,15 @@ class Dequantize(Transform):
         """Add noise and divide by the number of levels."""
         del context
         check_support("x", x, self.support)
+        if self.levels * torch.finfo(x.dtype).eps > _COARSEST:
+            raise ValueError(
+                f"x must have a finer dtype than {x.dtype}, in which noise between {self.levels} "
+                "levels is rounded away; use float32 or float64."
+            )
         noise = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-        # Else x + u may be rounded up to x + 1.
-        noise = noise.clamp(max=1 - 2 * self.levels * torch.finfo(x.dtype).eps)
-        return (x + noise) / self.levels, -self._log_volume(x)
+        # Half an ulp below: neither the sum nor its quotient may be rounded up to the next level.
+        largest = (x + 1) * (1 - 2 * torch.finfo(x.dtype).eps)
+        return torch.minimum(x + noise, largest) / self.levels, -self._log_volume(x)
 
     def to_data_and_ladj(
         self,
@@ -123,7 +131,7 @@ class Logit(Transform):
         super().__init__(features)
         if not 0 <= alpha < 0.5:
             raise ValueError(f"alpha must be at least 0 and less than 0.5; got {alpha}.")
-        self.alpha = alpha
+        self.alpha = float(alpha)
 
     def extra_repr(self) -> str:
         """Share of the unit interval kept free."""
@@ -160,6 +168,9 @@ class Logit(Transform):
     ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
         """Take the sigmoid and undo the squeezing."""
         del context, generator
+        # Farther out, x would be rounded to the very end of its range, which has no logit.
+        farthest = -math.log(4 * torch.finfo(z.dtype).eps)
+        z = z.clamp(-farthest, farthest)
         return (z.sigmoid() - self.alpha) / (1 - 2 * self.alpha), self._log_slope(z)
 
     def _log_slope(self, z: Tensor) -> Tensor:
