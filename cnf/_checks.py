@@ -204,6 +204,20 @@ def check_count(name: str, value: int, *, least: int = 1) -> int:
     return operator.index(value)
 
 
+def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """Refuse what is no shape of at least one size; return ints.
+
+    Raises:
+        TypeError: If `shape` is not a sequence of ints.
+        ValueError: If it is empty, or a size less than 1.
+    """
+    if not isinstance(shape, Sequence):
+        raise TypeError(f"shape must be sizes such as (3, 32, 32); got {shape!r}.")
+    if not shape:
+        raise ValueError("shape must have at least one size; got ().")
+    return tuple(check_count("each of shape", size) for size in shape)
+
+
 def _is_integer(value: object) -> bool:
     return isinstance(value, SupportsIndex) and not isinstance(value, bool | Tensor)
 

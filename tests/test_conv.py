@@ -136,7 +136,7 @@ def test_the_exact_divergence_of_many_pixels_warns():
 VALUE, TYPE = ValueError, TypeError
 BAD_ARGUMENTS = [
     ({"shape": (8, 8)}, VALUE, r"shape must be \(channels, height, width\); got \(8, 8\)\."),
-    ({"shape": 64}, VALUE, r"shape must be \(channels, height, width\); got 64\."),
+    ({"shape": 64}, TYPE, r"shape must be sizes such as \(3, 32, 32\); got 64\."),
     ({"shape": (1, 0, 8)}, VALUE, r"each of shape must be at least 1; got 0\."),
     ({"shape": (1, 8.0, 8)}, TYPE, r"each of shape must be an int; got 8\.0\."),
     ({"context_features": -1}, VALUE, r"context_features must be at least 0; got -1\."),

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import constraints
 
-from cnf._checks import check_count
+from cnf._checks import check_count, check_shape
 from cnf.transforms.base import Transform
 
 
@@ -75,7 +75,7 @@ class Flatten(Rearrangement):
     """
 
     def __init__(self, shape: Sequence[int]) -> None:
-        sizes = _check_shape(shape)
+        sizes = check_shape(shape)
         super().__init__(math.prod(sizes))
         self.shape = sizes
 
@@ -153,7 +153,7 @@ class Squeeze(Rearrangement):
     """
 
     def __init__(self, shape: Sequence[int]) -> None:
-        sizes = _check_shape(shape)
+        sizes = check_shape(shape)
         if len(sizes) != 3 or sizes[1] % 2 or sizes[2] % 2:
             raise ValueError(
                 f"shape must be (channels, height, width), the last two even; got {sizes}."
@@ -180,11 +180,3 @@ class Squeeze(Rearrangement):
         channels, height, width = self.shape
         squares = z.reshape(*z.shape[:-1], channels, 2, 2, height // 2, width // 2)
         return squares.movedim((-4, -3), (-3, -1)).flatten(-5)
-
-
-def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    if not isinstance(shape, Sequence):
-        raise TypeError(f"shape must be sizes such as (3, 32, 32); got {shape!r}.")
-    if not shape:
-        raise ValueError("shape must have at least one size; got ().")
-    return tuple(check_count("each of shape", size) for size in shape)
