@@ -1,10 +1,11 @@
 """A multi-scale convolutional CNF on handwritten digits, in bits per dimension.
 
 Run as ``python -m experiments.digits``; ``--help`` lists the settings. The digits have 8 x 8 pixels
-of 17 levels: those of the UCI set (Alpaydin and Kaynak, https://doi.org/10.24432/C50P49) that
-scikit-learn carries, or those of a file. Pixels are made continuous by uniform noise, so the
-likelihood is a lower bound of the log-probability of the integers, and its bits per dimension an
-upper bound of theirs.
+of 17 levels: those of the UCI set that scikit-learn carries (Alpaydin and Kaynak, 1998,
+https://archive.ics.uci.edu/ml/datasets/Optical+Recognition+of+Handwritten+Digits), or a file's.
+
+Uniform noise makes the pixels continuous, so that the likelihood is a lower bound of the
+log-probability of the integers, and its bits per dimension an upper bound of theirs.
 
 Claim: the bound is lower than those of Gaussians with full covariance, of the noisy pixels and of
 their logits.
