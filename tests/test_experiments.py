@@ -1,6 +1,7 @@
 """Every experiment runs in its quick form and writes what it promises."""
 
 import csv
+import io
 import json
 import math
 import subprocess
@@ -11,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
 from cnf import ContinuousTransform, History, LinearField, load
 from cnf.data.toy import TOY_NAMES, toy_density
-from experiments import ablation, ablation_report, anode, toy2d
+from cnf.metrics import bits_per_dim
+from experiments import ablation, ablation_report, anode, digits, digits_data, toy2d
 
 
 @pytest.fixture(autouse=True)
@@ -174,3 +177,137 @@ def test_ablation_report_compares_with_none():
     assert fewer == pytest.approx(2.0)
     assert worse == pytest.approx(0.055)
     assert ablation_report.mean_and_error([1.0, 3.0]) == pytest.approx((2.0, 1.0))
+
+
+def any_digits(rows, *, seed=0):
+    return np.random.default_rng(seed).integers(0, digits_data.LEVELS, (rows, 8, 8))
+
+
+def digits_file(folder, **changes):
+    arrays = {"x_train": any_digits(80), "x_val": any_digits(5), "x_test": any_digits(5), **changes}
+    np.savez(folder / "digits.npz", **{k: v for k, v in arrays.items() if v is not None})
+    return folder / "digits.npz"
+
+
+@pytest.mark.slow
+def test_digits(tmp_path, capsys):
+    metrics = digits.main(digits.Settings(quick=True, out=tmp_path, progress=False))
+
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "metrics.json").read_text()) == asdict(metrics)
+    assert str(metrics.bound) in capsys.readouterr().out
+    history = History.load(tmp_path / "history.csv")
+    assert history.loss[-1] < history.loss[0]
+    flow = load(tmp_path / "model.safetensors")
+    assert metrics.likelihood == flow.likelihood == "lower_bound"
+    test = digits_data.read_scikit_learn().test[:16]
+    with torch.no_grad():
+        again, tighter = (
+            bits_per_dim(
+                flow.log_prob(
+                    test, importance_samples=count, generator=torch.Generator().manual_seed(9)
+                ),
+                64,
+            )
+            for count in (1, metrics.importance_samples)
+        )
+    # The images are the same, so that only the noise of the pixels differs.
+    assert abs(float(again.mean()) - metrics.bound.mean) < metrics.bound.standard_error
+    difference = abs(float(tighter.mean()) - metrics.tighter_bound.mean)
+    assert difference < metrics.tighter_bound.standard_error
+    assert metrics.gaussian_of_logits.mean < metrics.bound.mean < metrics.gaussian_of_pixels.mean
+
+
+@pytest.mark.slow
+def test_digits_of_a_file_from_the_command_line(tmp_path):
+    command = [sys.executable, "-m", "experiments.digits", "--quick", "--no-progress"]
+    settings = {"cwd": Path(__file__).parents[1], "capture_output": True, "text": True}
+    arguments = ["--out", str(tmp_path / "out"), "--data"]
+    file = str(digits_file(tmp_path))
+    run = subprocess.run([*command, *arguments, file], check=True, timeout=120, **settings)
+    assert "lower_bound" in run.stdout
+    assert (tmp_path / "out" / "figure.png").is_file()
+    digits_file(tmp_path, x_test=None)
+    refused = subprocess.run([*command, *arguments, file], check=False, timeout=120, **settings)
+    assert refused.returncode != 0
+    assert refused.stderr.startswith("digits: ")
+    assert "x_test" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float64])
+def test_digits_are_read_as_they_are(tmp_path, dtype):
+    images = any_digits(80).astype(dtype)
+    read = digits_data.read(digits_file(tmp_path, x_train=images))
+    assert [tuple(part.shape) for part in read] == [(80, 1, 8, 8), (5, 1, 8, 8), (5, 1, 8, 8)]
+    assert (read.train[:, 0].numpy() == images).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x_val": None}, r"must be an .npz file with the arrays .*x_val"),
+        ({"x_train": any_digits(80).reshape(80, 64)}, r"x_train .*got \(80, 64\)"),
+        ({"x_train": any_digits(64)}, r"x_train .*at least 65 rows; got \(64, 8, 8\)"),
+        ({"x_test": any_digits(1)}, r"x_test .*at least 2 rows"),
+        ({"x_val": any_digits(5) + 1}, r"x_val must hold integers from 0 to 16"),
+        ({"x_val": any_digits(5) - 1}, r"x_val must hold integers"),
+        ({"x_val": any_digits(5) / 2}, r"x_val must hold integers"),
+        ({"x_val": np.full((5, 8, 8), np.nan)}, r"x_val must hold integers"),
+    ],
+)
+def test_other_digits_are_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        digits_data.read(digits_file(tmp_path, **changes))
+
+
+def test_what_is_no_file_of_digits_is_refused(tmp_path):
+    file = digits_file(tmp_path)
+    one_array = io.BytesIO()
+    np.save(one_array, any_digits(80))
+    for content in (b"", b"garbage", file.read_bytes()[:5000], one_array.getvalue()):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"digits.npz' must be an .npz file"):
+            digits_data.read(file)
+    with pytest.raises(FileNotFoundError, match=r"absent\.npz"):
+        digits_data.read(tmp_path / "absent.npz")
+
+
+def test_the_digits_of_scikit_learn_are_parted_without_loss():
+    parts = digits_data.read_scikit_learn()
+    assert [len(part) for part in parts] == [1297, 200, 300]
+    images = torch.cat(parts).flatten(1).numpy()
+    everything = load_digits().data
+    assert (np.unique(images, axis=0) == np.unique(everything, axis=0)).all()
+    assert len(np.unique(everything, axis=0)) == len(images)
+
+
+def test_without_scikit_learn_digits_say_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install scikit-learn, or name a file by"):
+        digits_data.read_scikit_learn()
+
+
+def test_the_gaussian_of_noisy_pixels_has_its_entropy():
+    # In each image two values, one above the other, and no others: with unit noise, 32 pairs of
+    # pixels of covariance [[a, c], [c, a]] each, where a = c + 1/12 and c is the variance of a
+    # uniform integer.
+    columns = np.random.default_rng(0).integers(0, digits_data.LEVELS, (60_000, 32))
+    images = torch.as_tensor(columns.repeat(2, axis=-1), dtype=torch.float32).reshape(-1, 1, 8, 8)
+    parts = digits_data.Digits(images[:30_000], images[:2], images[30_000:])
+    pixels = digits.pixels_as_reals()[:2]
+    log_prob = digits.gaussian_log_prob(pixels, parts, torch.Generator().manual_seed(0))
+    c, noise = (digits_data.LEVELS**2 - 1) / 12, 1 / 12
+    determinant = (c + noise) ** 2 - c**2
+    entropy = 0.5 * math.log2((2 * math.pi * math.e) ** 2 * determinant) / 2
+    assert digits.Bits.of(log_prob).mean == pytest.approx(entropy, abs=2e-3)
+
+
+def test_a_mosaic_shows_the_first_images_row_by_row():
+    images = torch.arange(1.0, 6).view(5, 1, 1, 1).expand(5, 1, 8, 8)
+    picture = digits.mosaic(images, 2)
+    assert picture.shape == (18, 18)
+    assert picture[::9, ::9].tolist() == [[1, 2], [3, 4]]
+    assert picture[7::9, 7::9].tolist() == [[1, 2], [3, 4]]
+    assert (picture[8::9] == 0).all()
+    assert (picture[:, 8::9] == 0).all()
