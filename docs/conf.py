@@ -20,5 +20,5 @@ default_role = "any"
 nitpicky = False
 suppress_warnings = ["ref.any"]
 html_theme = "furo"
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "ablation_table.md"]
 templates_path = ["_templates"]
