@@ -243,10 +243,10 @@ def _number_of_probes(transforms: Sequence[Transform]) -> int:
     divergences = [part.divergence for part in parts if isinstance(part, ContinuousTransform)]
     estimates = [part for part in divergences if part is not None and not part.is_exact]
     numbers = {part.probes for part in estimates if isinstance(part, Hutchinson)}
-    if not all(isinstance(part, Hutchinson) for part in estimates):
+    others = {type(part).__name__ for part in estimates if not isinstance(part, Hutchinson)}
+    if others:
         raise ValueError(
-            "a standard error is known of estimates by Hutchinson only; got "
-            f"{sorted({type(part).__name__ for part in estimates})}."
+            f"a standard error is known of estimates by Hutchinson only; got {sorted(others)}."
         )
     if len(numbers) != 1 or numbers == {1}:
         raise ValueError(
