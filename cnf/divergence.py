@@ -131,7 +131,7 @@ class Hutchinson(Divergence):
 
     A field v = g(h(x)) with a `bottleneck` narrower than x has the divergence
     :math:`\mathrm{tr}(\partial h / \partial x \; \partial g / \partial h)`, a trace of a smaller
-    matrix, whose estimate mostly varies less: FFJORD's variance reduction.
+    matrix, whose estimate by Rademacher probes mostly varies less: FFJORD's variance reduction.
 
     Raises:
         TypeError: If `probes` is not an int.

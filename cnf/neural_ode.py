@@ -140,6 +140,12 @@ class NeuralODE(nn.Module):
     def _admit(self, x: Tensor, context: Tensor | None) -> Tensor:
         """The public door: check both tensors; `x` with zeros, in the joint batch shape."""
         like = reference_tensor(self)
+        if self.augment and isinstance(x, Tensor) and x.shape[-1:] == (self.vector_field.features,):
+            raise ValueError(
+                f"x must have shape (*batch, {self.features}), because the "
+                f"{self.vector_field.features} features of vector_field include augment="
+                f"{self.augment} zeros; got {tuple(x.shape)}."
+            )
         check_vectors("x", x, self.features, like=like)
         check_context(context, self.context_features, like=like)
         x = x.expand(*joint_batch_shape(x, context), self.features)

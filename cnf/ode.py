@@ -158,7 +158,7 @@ class ODESolver:
         if kind == "adaptive" and max(self.rtol, self.atol) < resolution:
             raise ValueError(
                 f"rtol and atol must not both be finer than {dtype} can tell, {resolution:.1e}; "
-                f"got {self.rtol} and {self.atol}. Loosen them, or use float32 or float64."
+                f"got {self.rtol} and {self.atol}. Loosen them, or use float64."
             )
 
     def _options(

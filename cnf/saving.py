@@ -77,7 +77,10 @@ def save(flow: Flow, path: str | os.PathLike[str]) -> None:
         2
     """
     if not isinstance(flow, Flow):
-        raise TypeError(f"flow must be a cnf.Flow; got {type(flow).__name__}.")
+        raise TypeError(
+            f"flow must be a cnf.Flow; got {type(flow).__name__}. "
+            "Save the state_dict() of any other module with torch.save."
+        )
     description = {"format": FORMAT_VERSION, "flow": _describe(flow)}
     _refuse_what_a_file_cannot_keep(flow)
     tensors = {name: value.detach().contiguous() for name, value in flow.state_dict().items()}

@@ -127,6 +127,7 @@ def main(settings: Settings) -> list[dict[str, Any]]:
             batch_size=64,
             rows=500,
             held_out=200,
+            out=settings.out / "quick",
         )
     runs = settings.out / "runs"
     runs.mkdir(parents=True, exist_ok=True)

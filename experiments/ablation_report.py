@@ -171,6 +171,10 @@ def _drawn(error: float) -> float:
 
 
 def _cell(value: float, error: float) -> str:
+    """The value to the last digit that its error leaves."""
     if math.isnan(value):
         return "-"
-    return f"{value:.3g}" if math.isnan(error) else f"{value:.3g} ± {error:.1g}"
+    if math.isnan(error) or error == 0:
+        return f"{value:.3g}"
+    decimals = max(0, -math.floor(math.log10(error)))
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}"

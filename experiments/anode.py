@@ -141,7 +141,8 @@ TASKS = {
 def main(settings: Settings) -> list[Result]:
     """Train, measure, print, and write the results."""
     if settings.quick:
-        settings = replace(settings, steps=40, batch_size=64, held_out=1000, seeds=1)
+        quick = {"steps": 40, "batch_size": 64, "held_out": 1000, "seeds": 1}
+        settings = replace(settings, **quick, out=settings.out / "quick")
     settings.out.mkdir(parents=True, exist_ok=True)
     runs = []
     print(

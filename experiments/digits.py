@@ -136,7 +136,8 @@ def main(settings: Settings) -> Metrics:
     started = time.perf_counter()
     digits = read(settings.data) if settings.data else read_scikit_learn()
     if settings.quick:
-        settings = replace(settings, channels=4, steps=4, batch_size=32, importance_samples=2)
+        quick = {"channels": 4, "steps": 4, "batch_size": 32, "importance_samples": 2}
+        settings = replace(settings, **quick, out=settings.out / "quick")
         digits = Digits(digits.train, digits.validation[:16], digits.test[:16])
     settings.out.mkdir(parents=True, exist_ok=True)
 

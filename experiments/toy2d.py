@@ -75,7 +75,7 @@ def main(settings: Settings) -> Metrics:
     """Train, measure, print, and write the results."""
     started = time.perf_counter()
     if settings.quick:
-        settings = replace(settings, steps=20, rows=2000, held_out=1000)
+        settings = replace(settings, steps=20, rows=2000, held_out=1000, out=settings.out / "quick")
     folder = settings.out / settings.data
     folder.mkdir(parents=True, exist_ok=True)
     truth = toy_density(settings.data)

@@ -32,7 +32,7 @@ def test_toy2d(name, tmp_path, capsys):
     settings = toy2d.Settings(data=name, quick=True, out=tmp_path, progress=False)
     metrics = toy2d.main(settings)
 
-    folder = tmp_path / name
+    folder = tmp_path / "quick" / name
     assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((folder / "metrics.json").read_text())["kl_gap"] == metrics.kl_gap
     assert f"{metrics.kl_gap:.4f}" in capsys.readouterr().out
@@ -52,7 +52,7 @@ def test_toy2d_from_the_command_line(tmp_path):
     settings = {"cwd": Path(__file__).parents[1], "capture_output": True, "text": True}
     run = subprocess.run([*command, "--out", str(tmp_path)], check=True, timeout=120, **settings)
     assert "KL gap" in run.stdout
-    assert (tmp_path / "moons" / "figure.png").is_file()
+    assert (tmp_path / "quick" / "moons" / "figure.png").is_file()
     refused = subprocess.run([*command, "--data", "mooons"], check=False, timeout=120, **settings)
     assert refused.returncode != 0
     assert "pinwheel" in refused.stderr
@@ -62,8 +62,10 @@ def test_toy2d_from_the_command_line(tmp_path):
 def test_anode(tmp_path, capsys):
     results = anode.main(anode.Settings(quick=True, out=tmp_path))
 
-    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((tmp_path / "metrics.json").read_text()) == list(map(asdict, results))
+    assert (tmp_path / "quick" / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "quick" / "metrics.json").read_text()) == list(
+        map(asdict, results)
+    )
     found = {(result.task, result.augment): result for result in results}
     assert set(found) == {("swap", 0), ("swap", 1), ("annuli", 0), ("annuli", 1)}
     printed = capsys.readouterr().out
@@ -103,13 +105,15 @@ def test_ablation_resumes_and_reports_what_it_measured(tmp_path, capsys):
     assert [row["variant"] for row in rows] == variants
     assert all(row["seeds"] == 2 and row["data"] == TOY_NAMES[0] for row in rows)
     assert all(row["nfe_forward"] > 0 and row["nfe_backward"] > 0 for row in rows)
-    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
-    with (tmp_path / "table.csv").open(newline="") as file:
+    assert (tmp_path / "quick" / "figure.png").read_bytes().startswith(b"\x89PNG")
+    with (tmp_path / "quick" / "table.csv").open(newline="") as file:
         written = list(csv.DictReader(file))
     assert [float(row["nll"]) for row in written] == [row["nll"] for row in rows]
-    assert all(f"| {variant} |" in (tmp_path / "table.md").read_text() for variant in variants)
+    assert all(
+        f"| {variant} |" in (tmp_path / "quick" / "table.md").read_text() for variant in variants
+    )
 
-    records = sorted((tmp_path / "runs").iterdir())
+    records = sorted((tmp_path / "quick" / "runs").iterdir())
     assert len(records) == 12
     lost = json.loads(records[0].read_text())
     records[0].unlink()
@@ -193,12 +197,12 @@ def digits_file(folder, **changes):
 def test_digits(tmp_path, capsys):
     metrics = digits.main(digits.Settings(quick=True, out=tmp_path, progress=False))
 
-    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((tmp_path / "metrics.json").read_text()) == asdict(metrics)
+    assert (tmp_path / "quick" / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "quick" / "metrics.json").read_text()) == asdict(metrics)
     assert str(metrics.bound) in capsys.readouterr().out
-    history = History.load(tmp_path / "history.csv")
+    history = History.load(tmp_path / "quick" / "history.csv")
     assert history.loss[-1] < history.loss[0]
-    flow = load(tmp_path / "model.safetensors")
+    flow = load(tmp_path / "quick" / "model.safetensors")
     assert metrics.likelihood == flow.likelihood == "lower_bound"
     test = digits_data.read_scikit_learn().test[:16]
     with torch.no_grad():
@@ -226,7 +230,7 @@ def test_digits_of_a_file_from_the_command_line(tmp_path):
     file = str(digits_file(tmp_path))
     run = subprocess.run([*command, *arguments, file], check=True, timeout=120, **settings)
     assert "lower_bound" in run.stdout
-    assert (tmp_path / "out" / "figure.png").is_file()
+    assert (tmp_path / "out" / "quick" / "figure.png").is_file()
     digits_file(tmp_path, x_test=None)
     refused = subprocess.run([*command, *arguments, file], check=False, timeout=120, **settings)
     assert refused.returncode != 0
@@ -311,3 +315,12 @@ def test_a_mosaic_shows_the_first_images_row_by_row():
     assert picture[7::9, 7::9].tolist() == [[1, 2], [3, 4]]
     assert (picture[8::9] == 0).all()
     assert (picture[:, 8::9] == 0).all()
+
+
+def test_ablation_cells_show_what_the_error_leaves():
+    cell = ablation_report._cell
+    assert cell(2.70382, 0.0006) == "2.7038 ± 0.0006"
+    assert cell(44.0, 0.0) == "44"
+    assert cell(98.0, 12.0) == "98 ± 12"
+    assert cell(math.nan, math.nan) == "-"
+    assert cell(0.5123, math.nan) == "0.512"

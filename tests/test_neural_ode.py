@@ -226,7 +226,11 @@ def test_constructors_refuse(make, error, message):
 @pytest.mark.parametrize(
     ("x", "error", "message"),
     [
-        (torch.zeros(4, 3), ValueError, r"x must have shape \(\*batch, 2\); got \(4, 3\)"),
+        (
+            torch.zeros(4, 3),
+            ValueError,
+            r"x must have shape \(\*batch, 2\), because the 3 features of vector_field include",
+        ),
         (torch.tensor([[0.0, 0.0], [0.0, torch.nan]]), ValueError, "x must be finite.*row 1"),
         (torch.zeros(4, 2, dtype=torch.int64), ValueError, "x must have a floating dtype"),
         ([[0.0, 0.0]], TypeError, "x must be a torch.Tensor; got list"),

@@ -328,3 +328,9 @@ def test_bad_random_end_times_are_refused(width):
 def test_bad_start_times_are_refused(time):
     with pytest.raises(ValueError, match="start_time is a share of the end time"):
         ContinuousTransform(LinearField(2), start_time=time)
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+def test_regularizers_come_with_weights():
+    with pytest.raises(TypeError, match="regularizers must be weights by regularizer, such as"):
+        MaximumLikelihood(cnf(), [kinetic_energy])

@@ -88,7 +88,7 @@ def _hutchinson(case: Case) -> Outcome:
     return Outcome(
         float((exact - log_prob).mean().abs()) / spread,
         4.0,
-        "exact against estimated mean, in standard errors",
+        "exact mean log-density against the estimated one, in standard errors",
         "A field's velocity_and_products or velocity_and_divergence is wrong; compare both with "
         "those of ModuleField.",
     )
@@ -134,7 +134,7 @@ def _round_trip(case: Case) -> Outcome:
         float(((back - case.x).abs() / case.scale).max()),
         0.01,
         "largest error of x -> z -> x, in standard deviations",
-        "Tighten the tolerance, use float64, or regularise; look at inverse_lipschitz.",
+        "Solve more precisely (see tolerance), use float64, or regularise (see inverse_lipschitz).",
     )
 
 
@@ -150,7 +150,7 @@ def _sampled_log_prob(case: Case) -> Outcome:
         float((log_prob - again).abs().max()),
         0.05,
         "largest difference of a sample's log-density, evaluated anew",
-        "Tighten rtol and atol of the ODESolver, or use float64.",
+        "Solve more precisely (see tolerance), or use float64.",
     )
 
 
@@ -171,7 +171,7 @@ def _integral(case: Case) -> Outcome:
         float((total - 1).abs()),
         0.02,
         f"distance of the integral from 1, on {_GRID} x {_GRID} points",
-        "Tighten the tolerance; if it passes, the density has details finer than the grid.",
+        "Solve more precisely (see tolerance); or the density has details finer than the grid.",
     )
 
 
@@ -196,7 +196,7 @@ def _inverse_lipschitz(case: Case) -> Outcome:
     return Outcome(
         float(1 / values.min()),
         allowed,
-        "largest stretch of an error by the inverse, in standard deviations",
+        "largest stretch of an error from base to data; the limit is what rounding allows",
         "Regularise (jacobian_frobenius), bound the scales, or use float64; samples and "
         "reconstructions there are not to be trusted.",
     )

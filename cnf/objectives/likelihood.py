@@ -69,6 +69,11 @@ class MaximumLikelihood(nn.Module):
         if not isinstance(flow, Flow):
             raise TypeError(f"flow must be a cnf.Flow; got {type(flow).__name__}.")
         self.flow = flow
+        if regularizers is not None and not isinstance(regularizers, Mapping):
+            raise TypeError(
+                "regularizers must be weights by regularizer, such as {kinetic_energy: 0.01}; "
+                f"got {regularizers!r}."
+            )
         self.regularizers = dict(regularizers or {})
         for regularizer, weight in self.regularizers.items():
             if not callable(regularizer):
