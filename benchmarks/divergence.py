@@ -80,7 +80,10 @@ def fields(settings: Settings) -> list[MLPField | PotentialField]:
     """One of each class and layer, with noise on the weights: a new field is at rest."""
     d, hidden = settings.features, settings.hidden
     made: list[MLPField | PotentialField] = [
-        *(MLPField(d, hidden_features=(hidden, hidden), layer=layer) for layer in LAYERS),
+        *(
+            MLPField(d, hidden_features=(hidden, hidden), layer=layer, time_features=0)
+            for layer in LAYERS
+        ),
         *(PotentialField(d, hidden_features=hidden, layer=layer) for layer in LAYERS),
     ]
     with torch.no_grad():

@@ -150,7 +150,12 @@ def trained_fields(mixture: Mixture, settings: Settings) -> dict[str, MLPField]:
         "narrow": (hidden, bottleneck, hidden),
     }
     fields = {
-        name: MLPField(mixture.features, hidden_features=hidden_features)
+        name: MLPField(
+            mixture.features,
+            hidden_features=hidden_features,
+            layer="concatsquash",
+            time_features=0,
+        )
         for name, hidden_features in widths.items()
     }
     for field in fields.values():

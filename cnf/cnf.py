@@ -27,6 +27,7 @@ class CNF(Flow):
         activation: Activation, or one for each hidden layer; None for a sinusoidal first layer,
             then silu; see `MLPField`.
         frequency: Initial scale of a sinusoidal first layer; see `MLPField`.
+        time_features: Number of waves of time that the layers see; see `MLPField`.
         divergence: How the divergence is computed; None for `Exact`.
         solver: How the ODE is solved; None for `ODESolver()`.
         blocks: Number of vector fields in a row.
@@ -59,9 +60,10 @@ class CNF(Flow):
         context_features: int = 0,
         *,
         hidden_features: Sequence[int] = (128, 128),
-        layer: str = "concatsquash",
+        layer: str = "film",
         activation: str | Sequence[str] | None = None,
         frequency: float | None = None,
+        time_features: int | None = None,
         divergence: Divergence | None = None,
         solver: ODESolver | None = None,
         blocks: int = 1,
@@ -88,6 +90,7 @@ class CNF(Flow):
                     layer=layer,
                     activation=activation,
                     frequency=frequency,
+                    time_features=time_features,
                 ),
                 divergence=divergence,
                 solver=solver,

@@ -226,7 +226,11 @@ def measure(run: Run) -> dict[str, float]:
     train, test, entropy = data_of(run)
     torch.manual_seed(run.seed)
     features = train.shape[-1]
-    field = PotentialField(features) if run.variant.potential else MLPField(features)
+    field = (
+        PotentialField(features)
+        if run.variant.potential
+        else MLPField(features, layer="concatsquash", time_features=0)
+    )
     transform = ContinuousTransform(field, solver=_EVALUATION)
     flow = Flow([Standardize.from_data(train), transform])
     objective = MaximumLikelihood(

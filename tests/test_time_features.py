@@ -24,7 +24,7 @@ def waves(t, count):
 @pytest.mark.parametrize("layer", TIMED)
 def test_time_features_are_a_context_that_follows_time(layer, times, context_features):
     field = mlp(2, context_features, layer=layer, time_features=3)
-    same = mlp(2, context_features + 6, layer=layer)
+    same = mlp(2, context_features + 6, layer=layer, time_features=0)
     same.load_state_dict(field.state_dict())
     x, context = rows_for(field, 3, 4)
     t = torch.rand(times)

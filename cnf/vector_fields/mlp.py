@@ -21,6 +21,7 @@ from cnf.vector_fields.settings import (
 )
 
 _CLOSED_FORM_DEPTH = 2
+_WAVES = 8
 
 
 class MLPField(LayeredField):
@@ -50,10 +51,10 @@ class MLPField(LayeredField):
             one name for each; None for "sin" in the first and "silu" in the others.
         frequency: Initial standard deviation of the input weights of a sinusoidal first layer;
             None for ``4 / sqrt(max(1, features - 1))``, which suits standardised data.
-        time_features: Number m of waves: layers see ``sin(pi k t)`` and ``cos(pi k t)`` for
-            k = 1 … m beside t, as if they were part of the context. They shift what a layer
-            gives, and scale it where its gate depends on the context; the gate of the output
-            layer depends on t alone.
+        time_features: Number m of waves; None for 8, or for 0 with the layer "ignore". Layers see
+            ``sin(pi k t)`` and ``cos(pi k t)`` for k = 1 … m beside t, as if they were part of the
+            context. They shift what a layer gives, and scale it where its gate depends on the
+            context; the gate of the output layer depends on t alone.
 
     Raises:
         TypeError: If a size is not an int.
@@ -82,16 +83,18 @@ class MLPField(LayeredField):
         context_features: int = 0,
         *,
         hidden_features: Sequence[int] = (128, 128),
-        layer: str = "concatsquash",
+        layer: str = "film",
         activation: str | Sequence[str] | None = None,
         frequency: float | None = None,
-        time_features: int = 0,
+        time_features: int | None = None,
     ) -> None:
         super().__init__(features, context_features)
         self.hidden_features = check_widths("hidden_features", hidden_features)
         self.layer = check_layer(layer)
         self.activation = check_activations(activation, len(self.hidden_features))
         self.frequency = check_frequency(frequency, features, self.activation[0])
+        if time_features is None:
+            time_features = 0 if layer == "ignore" else _WAVES
         self.time_features = check_time_features(time_features, layer)
         widths = (self.features, *self.hidden_features, self.features)
         conditions = self.context_features + 2 * self.time_features
