@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cnf.divergence import Divergence
 from cnf.flow import Flow
-from cnf.objectives.solving import TRAINING_SOLVER, check_flow, for_training, rebuilt
+from cnf.objectives.solving import check_flow, for_training, rebuilt, training_solver
 from cnf.objectives.weights import weighted_mean
 from cnf.ode import ODESolver
 from cnf.regularizers import CostRate, needs_products
@@ -82,7 +82,7 @@ class MaximumLikelihood(nn.Module):
                 raise ValueError(
                     f"regularizers must have finite weights, at least 0; got {weight}."
                 )
-        self.solver = solver or TRAINING_SOLVER
+        self.solver = solver or training_solver()
         self.divergence = divergence
         if not 0 <= random_end_time < 1:
             raise ValueError(f"random_end_time must be in [0, 1); got {random_end_time}.")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from cnf._checks import check_count, name_rows
 from cnf.divergence import Divergence
 from cnf.flow import Flow
-from cnf.objectives.solving import TRAINING_SOLVER, check_flow, for_training, rebuilt
+from cnf.objectives.solving import check_flow, for_training, rebuilt, training_solver
 from cnf.ode import ODESolver
 from cnf.transforms import ContinuousTransform
 
@@ -76,7 +76,7 @@ class ReverseKL(nn.Module):
             raise TypeError(f"log_density must be callable; got {type(log_density).__name__}.")
         self.log_density = log_density
         self.draws = check_count("draws", draws)
-        self.solver = solver or TRAINING_SOLVER
+        self.solver = solver or training_solver()
         self.divergence = divergence
 
     def forward(

@@ -8,10 +8,12 @@ from cnf.ode import ODESolver
 from cnf.transforms import ContinuousTransform
 from cnf.vector_fields import VectorField
 
-TRAINING_SOLVER = ODESolver(rtol=1e-3, atol=1e-3, gradient="backprop")
-"""The solver of an objective that names none: dopri5, loose, differentiated by backprop."""
-
 _FEW_FEATURES = 8
+
+
+def training_solver() -> ODESolver:
+    """The solver of an objective that names none: dopri5, loose, differentiated by backprop."""
+    return ODESolver(rtol=1e-3, atol=1e-3, gradient="backprop")
 
 
 def check_flow(flow: Flow) -> Flow:
