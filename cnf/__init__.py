@@ -14,7 +14,16 @@ from cnf.diagnostics import Check, LikelihoodReport, certify
 from cnf.divergence import Exact, Hutchinson
 from cnf.flow import Flow
 from cnf.neural_ode import NeuralODE
-from cnf.objectives import MaximumLikelihood
+from cnf.objectives import (
+    FlowMatching,
+    IndependentPairing,
+    LinearPath,
+    MaximumLikelihood,
+    OptimalTransport,
+    ReverseKL,
+    SmoothedPath,
+    VariancePreservingPath,
+)
 from cnf.ode import ODEError, ODESolver
 from cnf.saving import load, save
 from cnf.training import History, TrainingConfig, TrainingError, fit
@@ -53,10 +62,13 @@ __all__ = [
     "FactorOut",
     "Flatten",
     "Flow",
+    "FlowMatching",
     "History",
     "Hutchinson",
+    "IndependentPairing",
     "LikelihoodReport",
     "LinearField",
+    "LinearPath",
     "Logit",
     "MLPField",
     "MaximumLikelihood",
@@ -64,13 +76,17 @@ __all__ = [
     "NeuralODE",
     "ODEError",
     "ODESolver",
+    "OptimalTransport",
     "Permute",
     "PotentialField",
     "ResidualField",
+    "ReverseKL",
+    "SmoothedPath",
     "Squeeze",
     "Standardize",
     "TrainingConfig",
     "TrainingError",
+    "VariancePreservingPath",
     "VectorField",
     "certify",
     "count_evaluations",

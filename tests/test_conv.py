@@ -18,6 +18,12 @@ AFFINE_MAPS = {
     "bias of each row": lambda: AffineMap(torch.randn(2, 27), None, torch.randn(4, 2)),
     "gate of each row": lambda: AffineMap(torch.randn(2, 27), torch.rand(4, 2), torch.randn(2)),
     "weight of each row": lambda: AffineMap(torch.randn(4, 2, 27), None, torch.randn(4, 2)),
+    "offset under the gate of each row": lambda: AffineMap(
+        torch.randn(2, 27), torch.rand(4, 2), torch.randn(4, 2), torch.randn(2)
+    ),
+    "offset under gate and weight of each row": lambda: AffineMap(
+        torch.randn(4, 2, 27), torch.rand(4, 2), torch.randn(2), torch.randn(2)
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""Laws of metrics: units."""
+"""Laws of metrics: units, and what weights are worth."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 
 from cnf import Dequantize, Flow
 from cnf.bases import StandardNormal
-from cnf.metrics import bits_per_dim
+from cnf.metrics import bits_per_dim, effective_sample_size, log_mean_exp
 
 
 def test_a_fair_choice_among_k_levels_is_log2_k_bits():
@@ -31,3 +31,53 @@ def test_bits_of_integers_do_not_depend_on_their_scaling_to_the_unit_interval():
 def test_dimensions_are_counted_from_one():
     with pytest.raises(ValueError, match="dimensions must be at least 1; got 0"):
         bits_per_dim(torch.zeros(2), 0)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e4, -1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_equal_weights_are_worth_all_draws(shift, dtype):
+    log_weights = torch.full((100, 3), shift, dtype=dtype)
+    expected = torch.full((3,), 100.0, dtype=dtype)
+    torch.testing.assert_close(effective_sample_size(log_weights), expected)
+    torch.testing.assert_close(log_mean_exp(log_weights), log_weights[0])
+
+
+def test_weights_1_2_3_and_0_are_worth_36_14ths_and_have_mean_6_4ths():
+    log_weights = torch.tensor([1.0, 2.0, 3.0, 0.0]).log()
+    for shift in (0.0, 700.0, -800.0):
+        shifted = log_weights + shift
+        torch.testing.assert_close(effective_sample_size(shifted), torch.tensor(36 / 14))
+        torch.testing.assert_close(log_mean_exp(shifted), torch.tensor(math.log(1.5) + shift))
+
+
+def test_a_weight_that_outdoes_the_rest_is_worth_one_draw():
+    log_weights = torch.cat([torch.tensor([2000.0]), torch.zeros(99)])
+    torch.testing.assert_close(effective_sample_size(log_weights), torch.tensor(1.0))
+
+
+def test_weights_of_a_wider_normal_have_the_known_worth():
+    """For p = N(0, 1) and q = N(0, s^2), E[w]^2 / E[w^2] = sqrt(2 s^2 - 1) / s^2; within 5 %."""
+    std = 1.5
+    x = std * torch.randn(20_000)
+    p, q = torch.distributions.Normal(0.0, 1.0), torch.distributions.Normal(0.0, std)
+    log_weights = p.log_prob(x) - q.log_prob(x) + 3.0
+    share = effective_sample_size(log_weights) / 20_000
+    torch.testing.assert_close(share.item(), math.sqrt(2 * std**2 - 1) / std**2, rtol=0.05, atol=0)
+    torch.testing.assert_close(log_mean_exp(log_weights).item(), 3.0, rtol=0, atol=0.02)
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+@pytest.mark.parametrize("metric", [effective_sample_size, log_mean_exp])
+@pytest.mark.parametrize(
+    ("log_weights", "message"),
+    [
+        (torch.tensor(0.0), r"must have shape \(draws, \*batch\); got \(\)"),
+        (torch.zeros(0, 2), r"must have shape \(draws, \*batch\); got \(0, 2\)"),
+        (torch.tensor([0.0, math.nan]), "must be finite, or -inf for a weight of zero.*got 1 col"),
+        (torch.tensor([0.0, math.inf]), "must be finite, or -inf for a weight of zero"),
+        (torch.full((3, 2), -math.inf), "not -inf throughout; got 2 columns"),
+    ],
+)
+def test_weights_that_have_no_worth_are_refused(metric, log_weights, message):
+    with pytest.raises(ValueError, match=message):
+        metric(log_weights)

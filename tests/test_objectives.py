@@ -29,7 +29,8 @@ from cnf import (
     ODESolver,
     count_evaluations,
 )
-from cnf.objectives import MaximumLikelihood
+from cnf.objectives import FlowMatching, MaximumLikelihood, ReverseKL
+from cnf.regularizers import kinetic_energy
 
 BACKPROP = ODESolver(rtol=1e-9, atol=1e-9, gradient="backprop")
 DEEP = {"hidden_features": (8, 8, 8), "activation": "tanh"}
@@ -274,6 +275,69 @@ def test_rows_count_alike():
     halves = [objective(x[part], context[part]) for part in (slice(0, 3), slice(3, 6))]
 
     torch.testing.assert_close(whole, sum(halves) / 2, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("regularizers", [None, {kinetic_energy: 0.3}], ids=["plain", "costly"])
+def test_a_row_of_weight_two_counts_as_two_rows(regularizers):
+    flow = FLOWS["cnf with context"]()
+    x, context = rows_for(flow, 3)
+    objective = MaximumLikelihood(flow, regularizers, solver=BACKPROP)
+    twice = [0, 0, 1, 2]
+
+    weighted = objective(x, context, weight=torch.tensor([1.5, 0.75, 0.75]))
+    repeated = objective(x[twice], context[twice])
+
+    torch.testing.assert_close(weighted, repeated, rtol=0, atol=1e-7)
+    for gradient, expected in zip(*(gradients(v, flow) for v in (weighted, repeated)), strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_of_one_change_nothing():
+    flow = FLOWS["cnf"]()
+    x, _ = rows_for(flow, 4)
+    objective = MaximumLikelihood(flow)
+    torch.testing.assert_close(objective(x, weight=torch.ones(4)), objective(x), rtol=0, atol=1e-14)
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+@pytest.mark.parametrize("objective", [MaximumLikelihood, FlowMatching])
+@pytest.mark.parametrize(
+    ("weight", "error", "message"),
+    [
+        (torch.ones(3), ValueError, r"one entry for each row, shape \(4,\); got \(3,\)"),
+        (torch.ones(4, 1), ValueError, r"one entry for each row, shape \(4,\); got \(4, 1\)"),
+        (torch.tensor(1.0), ValueError, r"one entry for each row, shape \(4,\); got \(\)"),
+        (torch.tensor([1.0, -1.0, 1.0, 1.0]), ValueError, "weight must be at least 0.*row 1"),
+        (torch.tensor([1.0, 1.0, math.nan, 1.0]), ValueError, "weight must be finite.*row 2"),
+        (torch.ones(4, dtype=torch.int64), ValueError, "weight must have a floating dtype"),
+        (torch.ones(4, dtype=torch.float64), ValueError, "weight must have the model's dtype"),
+        ([1.0] * 4, TypeError, r"weight must be a torch\.Tensor; got list"),
+    ],
+)
+def test_bad_weights_are_refused(objective, weight, error, message):
+    with pytest.raises(error, match=message):
+        objective(CNF(2).float())(torch.zeros(4, 2).float(), weight=weight)
+
+
+def test_costs_keep_their_precision_under_autocast():
+    """A cost of 1 + 2^-12 would be 1 in bfloat16."""
+
+    def constant(evaluation):
+        return torch.full_like(evaluation.divergence, 1 + 2**-12)
+
+    flow = Flow([ContinuousTransform(LinearField(2))]).float()
+    x = torch.zeros(4, 2, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        costly, plain = (MaximumLikelihood(flow, r)(x) for r in ({constant: 1.0}, None))
+    torch.testing.assert_close((costly - plain).item(), 1 + 2**-12, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("objective", "takes_data"),
+    [(MaximumLikelihood, True), (FlowMatching, True), (ReverseKL, False)],
+)
+def test_an_objective_says_whether_it_takes_data(objective, takes_data):
+    assert objective.takes_data is takes_data
 
 
 @pytest.mark.usefixtures("shapes_unchecked")

@@ -1,5 +1,25 @@
 """Training objectives: modules whose ``forward`` returns the loss."""
 
+from cnf.objectives.flow_matching import FlowMatching
 from cnf.objectives.likelihood import MaximumLikelihood
+from cnf.objectives.pairings import IndependentPairing, OptimalTransport, Pairing
+from cnf.objectives.paths import (
+    LinearPath,
+    ProbabilityPath,
+    SmoothedPath,
+    VariancePreservingPath,
+)
+from cnf.objectives.reverse_kl import ReverseKL
 
-__all__ = ["MaximumLikelihood"]
+__all__ = [
+    "FlowMatching",
+    "IndependentPairing",
+    "LinearPath",
+    "MaximumLikelihood",
+    "OptimalTransport",
+    "Pairing",
+    "ProbabilityPath",
+    "ReverseKL",
+    "SmoothedPath",
+    "VariancePreservingPath",
+]

@@ -8,14 +8,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cnf.divergence import Divergence, Exact, Hutchinson
+from cnf.divergence import Divergence
 from cnf.flow import Flow
+from cnf.objectives.solving import check_flow, for_training, rebuilt, training_solver
+from cnf.objectives.weights import weighted_mean
 from cnf.ode import ODESolver
 from cnf.regularizers import CostRate, needs_products
 from cnf.transforms import ContinuousTransform
-from cnf.vector_fields import VectorField
-
-_FEW_FEATURES = 8
 
 
 class MaximumLikelihood(nn.Module):
@@ -56,6 +55,9 @@ class MaximumLikelihood(nn.Module):
         tensor(1.8379, grad_fn=<MeanBackward0>)
     """
 
+    takes_data = True
+    """Whether the objective is trained on rows of data."""
+
     def __init__(
         self,
         flow: Flow,
@@ -66,9 +68,7 @@ class MaximumLikelihood(nn.Module):
         random_end_time: float = 0.0,
     ) -> None:
         super().__init__()
-        if not isinstance(flow, Flow):
-            raise TypeError(f"flow must be a cnf.Flow; got {type(flow).__name__}.")
-        self.flow = flow
+        self.flow = check_flow(flow)
         if regularizers is not None and not isinstance(regularizers, Mapping):
             raise TypeError(
                 "regularizers must be weights by regularizer, such as {kinetic_energy: 0.01}; "
@@ -82,7 +82,7 @@ class MaximumLikelihood(nn.Module):
                 raise ValueError(
                     f"regularizers must have finite weights, at least 0; got {weight}."
                 )
-        self.solver = solver or ODESolver(rtol=1e-3, atol=1e-3, gradient="backprop")
+        self.solver = solver or training_solver()
         self.divergence = divergence
         if not 0 <= random_end_time < 1:
             raise ValueError(f"random_end_time must be in [0, 1); got {random_end_time}.")
@@ -93,9 +93,16 @@ class MaximumLikelihood(nn.Module):
         x: Float[Tensor, "batch *event"],
         context: Float[Tensor, "batch context_features"] | None = None,
         *,
+        weight: Float[Tensor, " batch"] | None = None,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, ""]:
-        """The loss of a minibatch; `generator` draws the probes and end times.
+        """The loss of a minibatch.
+
+        Args:
+            x: Rows of data.
+            context: What the flow is conditioned on.
+            weight: How much each row counts, relative to a mean of 1; None for 1 each.
+            generator: Source of the probes and end times.
 
         Raises:
             ValueError: If the minibatch is empty or does not fit the flow.
@@ -103,35 +110,25 @@ class MaximumLikelihood(nn.Module):
         """
         if x.numel() == 0:
             raise ValueError(f"x must have at least one row; got shape {tuple(x.shape)}.")
-        change = partial(self._for_training, generator=generator)
-        flow = Flow([part.rebuilt(change) for part in self.flow.chain], self.flow.base)
+        flow = rebuilt(self.flow, partial(self._for_training, generator=generator))
         z, ladj, costs = flow.to_base_with_costs(
             x, context, regularizers=list(self.regularizers), generator=generator
         )
-        weights = x.new_tensor(list(self.regularizers.values()))
-        return (weights @ costs - flow.base.log_prob(z) - ladj).mean()
+        weights = x.new_tensor(list(self.regularizers.values())).unsqueeze(-1)
+        # Not a matrix product, which autocast would round.
+        losses = (weights * costs).sum(0) - flow.base.log_prob(z) - ladj
+        return weighted_mean(losses, weight)
 
     def _for_training(
         self, transform: ContinuousTransform, *, generator: torch.Generator | None
     ) -> ContinuousTransform:
         products = any(map(needs_products, self.regularizers))
-        divergence = (
-            self.divergence
-            or transform.divergence
-            or affordable(transform.vector_field, products=products)
+        transform = for_training(
+            transform, solver=self.solver, divergence=self.divergence, products=products
         )
-        start_time = transform.start_time
-        if self.random_end_time:
-            device = "cpu" if generator is None else generator.device
-            draw = torch.rand((), generator=generator, device=device).item()
-            start_time += (1 - start_time) * self.random_end_time * (2 * draw - 1)
-        return transform.using(solver=self.solver, divergence=divergence, start_time=start_time)
-
-
-def affordable(vector_field: VectorField, *, products: bool) -> Divergence:
-    """The exact divergence where it is cheap, else an estimate from one Rademacher probe.
-
-    Where Jacobian products are needed too, a closed form of the divergence alone saves nothing.
-    """
-    closed_form = vector_field.has_closed_form_divergence and not products
-    return Exact() if closed_form or vector_field.features <= _FEW_FEATURES else Hutchinson()
+        if not self.random_end_time:
+            return transform
+        device = "cpu" if generator is None else generator.device
+        draw = torch.rand((), generator=generator, device=device).item()
+        shift = (1 - transform.start_time) * self.random_end_time * (2 * draw - 1)
+        return transform.using(start_time=transform.start_time + shift)

@@ -111,6 +111,11 @@ class ContinuousTransform(Transform):
             other.log_end_time = self.log_end_time
         return other
 
+    def field_times(self, shares: Float[Tensor, "*times"]) -> Float[Tensor, "*times"]:
+        """The times that the field sees at `shares` of the way from the base, 0, to the data, 1."""
+        end_time = self.log_end_time.exp() if self.learn_end_time else self.end_time
+        return end_time * (self.start_time + shares * (1 - self.start_time))
+
     def rebuilt(
         self, change: Callable[["ContinuousTransform"], "ContinuousTransform"]
     ) -> "ContinuousTransform":
@@ -234,12 +239,10 @@ class ContinuousTransform(Transform):
         context: Tensor | None,
         controlled: int | None = None,
     ) -> State:
-        end_time = self.log_end_time.exp() if self.learn_end_time else self.end_time
-        times = end_time * (self.start_time + times * (1 - self.start_time))
         return self.solver.solve(
             rhs,
             state,
-            times,
+            self.field_times(times),
             dependencies=lambda: self.vector_field.dependencies(context),
             controlled=controlled,
         )

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class AffineMap(NamedTuple):
-    """The map ``x -> gate * (weight x) + bias`` that a layer is at one time and context."""
+    """The map ``x -> gate * (weight x + offset) + bias`` of a layer at one time and context."""
 
     weight: Tensor
     """Shape ``(out, in)``, or ``(*batch, out, in)`` where rows differ in it."""
@@ -16,6 +16,9 @@ class AffineMap(NamedTuple):
     """Shape ``(*batch, out)``, where rows differ in it; None stands for ones."""
     bias: Tensor
     """Shape ``(out,)`` or ``(*batch, out)``."""
+    offset: Tensor | None = None
+    """Shape ``(out,)``; None stands for zeros. It could stand in the bias, times the gate; but
+    where rows differ in the gate, to add it within the product is cheaper."""
 
     @property
     def is_shared(self) -> bool:
@@ -26,19 +29,20 @@ class AffineMap(NamedTuple):
         """The map of `x`."""
         if self.is_shared and self.bias.ndim == 1:
             return nn.functional.linear(x, self.weight, self.bias)
-        return self.tangent(x) + self.bias
+        return self._scaled(self._product(x, self.offset)) + self.bias
+
+    @property
+    def at_zero(self) -> Float[Tensor, "*batch out"]:
+        """The map of zero."""
+        return self.bias if self.offset is None else self.bias + self._scaled(self.offset)
 
     def tangent(self, dx: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """The derivative of the map in direction `dx`."""
-        if self.weight.ndim == 2:
-            product = nn.functional.linear(dx, self.weight)
-        else:
-            product = (self.weight @ dx.unsqueeze(-1)).squeeze(-1)
-        return product if self.gate is None else self.gate * product
+        return self._scaled(self._product(dx))
 
     def cotangent(self, dy: Float[Tensor, "*batch out"]) -> Float[Tensor, "*batch in"]:
         """The transposed derivative of the map, of `dy`."""
-        dy = dy if self.gate is None else self.gate * dy
+        dy = self._scaled(dy)
         if self.weight.ndim == 2:
             return dy @ self.weight
         return (dy.unsqueeze(-2) @ self.weight).squeeze(-2)
@@ -48,3 +52,12 @@ class AffineMap(NamedTuple):
     ) -> tuple[Float[Tensor, "*batch out"], Callable[[Tensor], Tensor]]:
         """The map of `x`, and its derivative."""
         return self.value(x), self.tangent
+
+    def _product(self, x: Tensor, offset: Tensor | None = None) -> Tensor:
+        if self.weight.ndim == 2:
+            return nn.functional.linear(x, self.weight, offset)
+        product = (self.weight @ x.unsqueeze(-1)).squeeze(-1)
+        return product if offset is None else product + offset
+
+    def _scaled(self, y: Tensor) -> Tensor:
+        return y if self.gate is None else self.gate * y

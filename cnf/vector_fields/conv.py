@@ -120,13 +120,13 @@ class Convolution(NamedTuple):
         self, x: Float[Tensor, "rows channels height width"]
     ) -> Float[Tensor, "rows out height width"]:
         """The map of `x`."""
-        return self.tangent(x) + self.affine.bias[..., None, None]
+        return self.tangent(x) + self.affine.at_zero[..., None, None]
 
     def tangent(
         self, dx: Float[Tensor, "*probes rows channels height width"]
     ) -> Float[Tensor, "*probes rows out height width"]:
         """The derivative of the map in direction `dx`."""
-        weight, gate, _ = self.affine
+        weight, gate = self.affine.weight, self.affine.gate
         size, padding = self.kernel_size, self.kernel_size // 2
         images = dx.flatten(0, -4)
         if weight.ndim == 2:

@@ -1,7 +1,7 @@
 """Time-conditioned linear layers: each is an affine map of x whose parts depend on t and context.
 
-Every layer has the form ``gate * (W x) + bias``. A field needs to know no more to carry tangents
-through it (``gate * (W dx)``) or to write its divergence in closed form.
+Every layer has the form ``gate * (W x + offset) + bias``. A field needs to know no more to carry
+tangents through it (``gate * (W dx)``) or to write its divergence in closed form.
 
 References:
     Grathwohl et al. (2019), FFJORD. https://arxiv.org/abs/1810.01367
@@ -81,14 +81,16 @@ class TimeLinear(nn.Module, ABC):
     def _gate_inputs(self) -> int:
         return 1 + (self.context_features if self.gate_context else 0)
 
-    def _gated(self, t: Tensor, context: Tensor | None, gate: nn.Module) -> AffineMap:
-        """``sigmoid(gate(t, c)) * (W x + b)``."""
+    def _gated(
+        self, t: Tensor, context: Tensor | None, gate: nn.Module, shift: Tensor
+    ) -> AffineMap:
+        """``sigmoid(gate(t, c)) * (W x + b) + shift``."""
         conditions = time_and_context(t, context if self.gate_context else None)
         factor = gate(conditions).sigmoid()
-        bias = factor * self.linear.bias
+        weight, offset = self.linear.weight, self.linear.bias
         if factor.ndim == 1:  # the same for each row: cheaper on the weight than on every row
-            return AffineMap(factor.unsqueeze(-1) * self.linear.weight, None, bias)
-        return AffineMap(self.linear.weight, factor, bias)
+            return AffineMap(factor.unsqueeze(-1) * weight, None, factor * offset + shift)
+        return AffineMap(weight, factor, shift, offset)
 
 
 class IgnoreLinear(TimeLinear):
@@ -143,10 +145,9 @@ class SquashLinear(TimeLinear):
         context: Float[Tensor, "*c_batch context_features"] | None,
     ) -> AffineMap:
         """The affine map at this time and context."""
-        affine = self._gated(t, context, self.gate)
-        if context is None or self.gate_context:
-            return affine
-        return affine._replace(bias=affine.bias + self.shift(context))
+        shifted = context is not None and not self.gate_context
+        shift = self.shift(context) if shifted else torch.zeros_like(self.linear.bias)
+        return self._gated(t, context, self.gate, shift)
 
 
 class ConcatSquashLinear(TimeLinear):
@@ -166,8 +167,7 @@ class ConcatSquashLinear(TimeLinear):
         context: Float[Tensor, "*c_batch context_features"] | None,
     ) -> AffineMap:
         """The affine map at this time and context."""
-        affine = self._gated(t, context, self.gate)
-        return affine._replace(bias=affine.bias + self.shift(time_and_context(t, context)))
+        return self._gated(t, context, self.gate, self.shift(time_and_context(t, context)))
 
 
 class BlendLinear(TimeLinear):

@@ -1,0 +1,170 @@
+"""Flow matching: training by regression, without solving the ODE."""
+
+from collections.abc import Callable
+from typing import Literal, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cnf._checks import (
+    check_context,
+    check_events,
+    check_support,
+    check_type,
+    joint_batch_shape,
+    reference_tensor,
+)
+from cnf.flow import Flow
+from cnf.objectives.pairings import IndependentPairing, Pairing
+from cnf.objectives.paths import LinearPath, ProbabilityPath
+from cnf.objectives.solving import check_flow
+from cnf.objectives.weights import weighted_mean
+from cnf.transforms import ContinuousTransform, Transform, chain
+
+_TIMES: dict[str, Callable[..., Tensor]] = {
+    "uniform": torch.rand,
+    "logit_normal": lambda *size, **options: torch.randn(*size, **options).sigmoid(),
+}
+
+
+class FlowMatching(nn.Module):
+    r"""Regression of the vector field on the velocities of paths from base to data.
+
+    For each row, a path that ends in it and a time t are drawn; the loss of the row is the mean
+    over the features of
+
+    .. math:: (v(t, x_t) - \dot x_t)^2
+
+    Its minimum over all fields is the mean velocity of the paths through a point at a time, whose
+    flow has at each time the density of the states :math:`x_t`, and so at t = 1 that of the data.
+    The value of the minimum is not zero, but how much the velocities of paths through one point
+    differ, so that it says nothing about the fit: judge by `Flow.log_prob`.
+
+    A step takes one evaluation of the field for each row. It trains the field of a flow with one
+    `ContinuousTransform`, and this alone: what the other transforms (and a learnt end time) are is
+    taken as given, without gradient. `MaximumLikelihood` trains all.
+
+    Args:
+        flow: The flow to train. The transforms before its ODE take the data to where paths end,
+            and those behind it with the base say where paths start.
+        path: How a point moves; None for `LinearPath`.
+        pairing: Which point of the base goes with which row of the data; None for
+            `IndependentPairing`.
+        times: Distribution of t: "uniform", or "logit_normal" for the sigmoid of a standard normal
+            number, which visits the middle more often.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If the flow has not exactly one `ContinuousTransform`, and that among its own
+            transforms, or `times` is unknown.
+
+    References:
+        Lipman et al. (2023), Flow Matching for Generative Modeling.
+        https://arxiv.org/abs/2210.02747
+        Esser et al. (2024), Scaling Rectified Flow Transformers for High-Resolution Image
+        Synthesis, https://arxiv.org/abs/2403.03206, for logit-normal times.
+
+    Example:
+        >>> from cnf import CNF
+        >>> objective = FlowMatching(CNF(2))
+        >>> objective(torch.zeros(3, 2)).backward()
+    """
+
+    takes_data = True
+    """Whether the objective is trained on rows of data."""
+
+    def __init__(
+        self,
+        flow: Flow,
+        path: ProbabilityPath | None = None,
+        pairing: Pairing | None = None,
+        *,
+        times: Literal["uniform", "logit_normal"] = "uniform",
+    ) -> None:
+        super().__init__()
+        self.flow = check_flow(flow)
+        _split(flow)
+        self.path = LinearPath() if path is None else path
+        check_type("path", self.path, ProbabilityPath, "use LinearPath()")
+        self.pairing = IndependentPairing() if pairing is None else pairing
+        check_type("pairing", self.pairing, Pairing, "use OptimalTransport()")
+        if times not in _TIMES:
+            raise ValueError(f"times must be one of {', '.join(_TIMES)}; got {times!r}.")
+        self.times = times
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch *event"],
+        context: Float[Tensor, "batch context_features"] | None = None,
+        *,
+        weight: Float[Tensor, " batch"] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, ""]:
+        """The loss of a minibatch.
+
+        Args:
+            x: Rows of data.
+            context: What the flow is conditioned on.
+            weight: How much each row counts, relative to a mean of 1; None for 1 each.
+            generator: Source of the points of the base, the times, and what a path or a transform
+                draws.
+
+        Raises:
+            ValueError: If the minibatch is empty or does not fit the flow.
+        """
+        x, context = self._admit(x, context)
+        before, transform, behind = _split(self.flow)
+        with torch.no_grad():
+            x1 = chain.to_base(before, x, context, generator=generator)
+            z = self.flow.base.rsample(x1.shape[:1], generator=generator)
+            x0 = chain.to_data(behind, z, context, generator=generator)
+            x0 = self.pairing(x0, x1, context)
+            share = _TIMES[self.times](
+                len(x1), generator=generator, dtype=x1.dtype, device=x1.device
+            )
+            state, target = self.path.state_and_velocity(share, x0, x1, generator=generator)
+            start, end = transform.field_times(x1.new_tensor([0.0, 1.0]))
+            t = torch.lerp(start, end, share)
+        velocity = transform.vector_field(t, state, chain.context_for(transform, context))
+        errors = (end - start) * velocity - target
+        return weighted_mean(errors.square().mean(-1), weight)
+
+    def _admit(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Check rows and contexts, and give every row its context."""
+        flow = self.flow
+        like = reference_tensor(flow)
+        check_events("x", x, flow.event_shape, like=like)
+        check_context(context, flow.context_features, like=like)
+        check_support("x", x, flow.support)
+        shape = joint_batch_shape(x, context, len(flow.event_shape))
+        if len(shape) != 1 or shape[0] == 0:
+            raise ValueError(
+                f"x must have one batch axis and at least one row; got batch shape {tuple(shape)}."
+            )
+        if context is not None:
+            context = context.expand(*shape, -1)
+        return x.expand(*shape, *flow.event_shape), context
+
+
+def _split(flow: Flow) -> tuple[list[Transform], ContinuousTransform, list[Transform]]:
+    """The transforms between data and ODE, the ODE, and the transforms between it and the base.
+
+    Raises:
+        ValueError: If there is not exactly one ODE, or it is a part of another transform.
+    """
+    parts = flow.chain
+    number = sum(isinstance(part, ContinuousTransform) for part in parts)
+    nested = any(
+        isinstance(inner, ContinuousTransform) and inner is not part
+        for part in parts
+        for inner in part.modules()
+    )
+    if number != 1 or nested:
+        inside = ", and there is one inside of another transform" if nested else ""
+        raise ValueError(
+            "flow must have exactly one ContinuousTransform among its transforms, to know between "
+            f"which ends paths run; got {number}{inside}. Use MaximumLikelihood."
+        )
+    place = next(i for i, part in enumerate(parts) if isinstance(part, ContinuousTransform))
+    return parts[:place], cast(ContinuousTransform, parts[place]), parts[place + 1 :]

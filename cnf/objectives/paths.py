@@ -1,0 +1,153 @@
+"""Probability paths: how a point moves from the base to the data while a field is matched."""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class ProbabilityPath(ABC):
+    """A random path from x0, a point of the base, at t = 0 to x1, one of the data, at t = 1.
+
+    The flow that is matched has at each time the density of the states at that time.
+    """
+
+    @abstractmethod
+    def state_and_velocity(
+        self,
+        t: Float[Tensor, "*batch"],
+        x0: Float[Tensor, "*batch features"],
+        x1: Float[Tensor, "*batch features"],
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch features"]]:
+        """The state at time `t` and its derivative in time, with what is random held fixed.
+
+        Args:
+            t: Times from 0 to 1, one for each row.
+            x0: Where the paths start.
+            x1: Where they end.
+            generator: Source of the noise of a path that has some.
+        """
+
+
+@dataclass(frozen=True)
+class LinearPath(ProbabilityPath):
+    r"""Straight, at constant speed: :math:`x_t = (1 - (1 - \sigma) t) \, x_0 + t \, x_1`.
+
+    Lipman et al. call it the path of optimal transport, which it is between x0 and one x1; with
+    :math:`\sigma = 0` it is the path of rectified flows. What is learnt is the density of the
+    data with normal noise of standard deviation :math:`\sigma` added.
+
+    Raises:
+        ValueError: If `sigma_min` is not in [0, 1).
+
+    References:
+        Lipman et al. (2023), Flow Matching for Generative Modeling.
+        https://arxiv.org/abs/2210.02747
+
+    Example:
+        >>> t, x0, x1 = torch.tensor([0.25]), torch.zeros(1, 1), torch.ones(1, 1)
+        >>> LinearPath().state_and_velocity(t, x0, x1)
+        (tensor([[0.2500]]), tensor([[1.]]))
+    """
+
+    sigma_min: float = 0.0
+    """What is left of x0 at t = 1, a share."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sigma_min < 1:
+            raise ValueError(f"sigma_min must be in [0, 1); got {self.sigma_min}.")
+
+    def state_and_velocity(
+        self,
+        t: Float[Tensor, "*batch"],
+        x0: Float[Tensor, "*batch features"],
+        x1: Float[Tensor, "*batch features"],
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch features"]]:
+        """The state at time `t` and its derivative in time."""
+        del generator
+        velocity = x1 - (1 - self.sigma_min) * x0
+        return x0 + t.unsqueeze(-1) * velocity, velocity
+
+
+@dataclass(frozen=True)
+class VariancePreservingPath(ProbabilityPath):
+    r"""Along a circle: :math:`x_t = \cos(\pi t / 2) \, x_0 + \sin(\pi t / 2) \, x_1`.
+
+    Where x0 and x1 are independent and have the same covariance, so has every :math:`x_t`.
+
+    References:
+        Albergo & Vanden-Eijnden (2023), Building Normalizing Flows with Stochastic Interpolants.
+        https://arxiv.org/abs/2209.15571
+
+    Example:
+        >>> t, x0, x1 = torch.tensor([0.5]), torch.ones(1, 1), torch.ones(1, 1)
+        >>> VariancePreservingPath().state_and_velocity(t, x0, x1)[0]
+        tensor([[1.4142]])
+    """
+
+    def state_and_velocity(
+        self,
+        t: Float[Tensor, "*batch"],
+        x0: Float[Tensor, "*batch features"],
+        x1: Float[Tensor, "*batch features"],
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch features"]]:
+        """The state at time `t` and its derivative in time."""
+        del generator
+        angle = 0.5 * math.pi * t.unsqueeze(-1)
+        cos, sin = angle.cos(), angle.sin()
+        return cos * x0 + sin * x1, 0.5 * math.pi * (cos * x1 - sin * x0)
+
+
+@dataclass(frozen=True)
+class SmoothedPath(ProbabilityPath):
+    r"""Straight, with normal noise about it: :math:`x_t = (1 - t) x_0 + t x_1 + \sigma \epsilon`.
+
+    The noise :math:`\epsilon` of a path is the same at every time. It smooths both ends: where the
+    field is learnt well, it takes the base with the noise to the data with the noise. As the flow
+    starts from the base without it, its density is that of the smoothed data only nearly, the
+    more so the smaller :math:`\sigma`; `LinearPath` with a `sigma_min` has no such error.
+
+    Raises:
+        ValueError: If `sigma` is not positive and finite.
+
+    References:
+        Tong et al. (2024), Improving and Generalizing Flow-Based Generative Models with Minibatch
+        Optimal Transport. https://arxiv.org/abs/2302.00482
+
+    Example:
+        >>> t, x0, x1 = torch.tensor([0.25]), torch.zeros(1, 1), torch.ones(1, 1)
+        >>> SmoothedPath(0.1).state_and_velocity(t, x0, x1)[1]
+        tensor([[1.]])
+    """
+
+    sigma: float
+    """Standard deviation of the noise."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma < math.inf:
+            raise ValueError(
+                f"sigma must be positive and finite; got {self.sigma}. Without noise, use "
+                "LinearPath()."
+            )
+
+    def state_and_velocity(
+        self,
+        t: Float[Tensor, "*batch"],
+        x0: Float[Tensor, "*batch features"],
+        x1: Float[Tensor, "*batch features"],
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch features"]]:
+        """The state at time `t` and its derivative in time, which the noise does not change."""
+        noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=x0.device)
+        velocity = x1 - x0
+        return x0 + t.unsqueeze(-1) * velocity + self.sigma * noise, velocity

@@ -1,0 +1,153 @@
+"""Variational inference: training without data, for a target known up to a constant."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cnf._checks import check_count, name_rows
+from cnf.divergence import Divergence
+from cnf.flow import Flow
+from cnf.objectives.solving import check_flow, for_training, rebuilt, training_solver
+from cnf.ode import ODESolver
+from cnf.transforms import ContinuousTransform
+
+
+class ReverseKL(nn.Module):
+    r"""How far the flow q is from a target p, given by an unnormalised log-density.
+
+    .. math:: \mathbb{E}_{x \sim q} [\log q(x) - \log \tilde p(x)] = \mathrm{KL}(q \| p) - \log Z
+        \quad\text{for}\quad p = \tilde p / Z
+
+    in nats, estimated from draws of the flow, and minimised through them. It needs no data: a
+    posterior of which likelihood and prior are known is a target. Beware that it is content to miss
+    parts of p: where q has no mass, it does not look. `log_weights` tell how well the parts that q
+    has fit.
+
+    Args:
+        flow: The flow to train.
+        log_density: The log of the target's density, in nats and up to a constant:
+            ``log_density(x)``, or ``log_density(x, context)`` for a conditional flow, with x of
+            shape ``(draws, *batch, *event_shape)`` and the context ``(draws, *batch,
+            context_features)``, returns shape ``(draws, *batch)``. It must be differentiable in
+            x, and finite wherever the flow draws: a target with bounded support needs a flow whose
+            first transforms map into it, as `Logit` does.
+        draws: Number of draws for each context in a step.
+        solver: How the ODE is solved in training; None for dopri5 at tolerance 1e-3,
+            differentiated by backprop.
+        divergence: How the divergence is computed in training; None as for `MaximumLikelihood`.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If `draws` is less than 1, or the likelihood of the flow is a lower bound.
+
+    References:
+        Rezende & Mohamed (2015), Variational Inference with Normalizing Flows.
+        https://arxiv.org/abs/1505.05770
+
+    Example:
+        >>> from cnf import CNF
+        >>> objective = ReverseKL(CNF(2), lambda x: -0.5 * x.square().sum(-1), draws=4)
+        >>> objective()
+        tensor(-1.8379, grad_fn=<MeanBackward0>)
+    """
+
+    takes_data = False
+    """Whether the objective is trained on rows of data."""
+
+    def __init__(
+        self,
+        flow: Flow,
+        log_density: Callable[..., Tensor],
+        *,
+        draws: int = 512,
+        solver: ODESolver | None = None,
+        divergence: Divergence | None = None,
+    ) -> None:
+        super().__init__()
+        self.flow = check_flow(flow)
+        if flow.likelihood == "lower_bound":
+            raise ValueError(
+                "flow must have a log-density of its draws, exact or estimated; its likelihood is "
+                "a lower bound. Leave out transforms such as Augment and Dequantize."
+            )
+        if not callable(log_density):
+            raise TypeError(f"log_density must be callable; got {type(log_density).__name__}.")
+        self.log_density = log_density
+        self.draws = check_count("draws", draws)
+        self.solver = solver or training_solver()
+        self.divergence = divergence
+
+    def forward(
+        self,
+        context: Float[Tensor, "*batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, ""]:
+        """The loss, a mean over draws and contexts; `generator` draws points and probes.
+
+        Raises:
+            ValueError: If the context does not fit the flow, or `log_density` returns another
+                shape or what is not finite.
+            ODEError: If the solve fails.
+        """
+        flow = rebuilt(self.flow, self._for_training)
+        x, log_prob = flow.rsample_and_log_prob(self.draws, context, generator=generator)
+        target = self._target(x, log_prob, context)
+        _refuse(~target.detach().isfinite(), "finite")
+        return (log_prob - target).mean()
+
+    @torch.no_grad()
+    def log_weights(
+        self,
+        draws: int,
+        context: Float[Tensor, "*batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "draws *batch"]:
+        r"""Logs of the importance weights :math:`\tilde p(x) / q(x)` of fresh draws x, in nats.
+
+        Solved as the flow solves; they are as good as its likelihood, and only an exact one gives
+        weights without bias. `cnf.metrics.effective_sample_size` says how many draws from p they
+        are worth, and `cnf.metrics.log_mean_exp` of them estimates log Z. Here the target may be
+        zero where the flow draws; the log of the weight is -inf there.
+
+        Raises:
+            TypeError: If `draws` is not an int.
+            ValueError: If `draws` is less than 1, the context does not fit the flow, or
+                `log_density` returns another shape, NaN or inf.
+            ODEError: If the solve fails.
+        """
+        check_count("draws", draws)
+        x, log_prob = self.flow.sample_and_log_prob(draws, context, generator=generator)
+        target = self._target(x, log_prob, context)
+        _refuse(target.isnan() | target.isposinf(), "finite or -inf")
+        return target - log_prob
+
+    def _for_training(self, transform: ContinuousTransform) -> ContinuousTransform:
+        return for_training(transform, solver=self.solver, divergence=self.divergence)
+
+    def _target(self, x: Tensor, log_prob: Tensor, context: Tensor | None) -> Tensor:
+        """The target's log-density at draws, of the shape of theirs under the flow."""
+        if context is None:
+            value = self.log_density(x)
+        else:
+            value = self.log_density(x, context.expand(*log_prob.shape, context.shape[-1]))
+        if not isinstance(value, Tensor):
+            raise TypeError(f"log_density must return a tensor; got {type(value).__name__}.")
+        if value.shape != log_prob.shape:
+            raise ValueError(
+                f"log_density must return shape {tuple(log_prob.shape)} for x of shape "
+                f"{tuple(x.shape)}; got {tuple(value.shape)}."
+            )
+        return value
+
+
+def _refuse(bad: Tensor, expected: str) -> None:
+    if bad.any():
+        raise ValueError(
+            f"log_density must be {expected} wherever the flow draws; got other values in draws, "
+            f"{name_rows(bad)}. Where the target has bounded support, put a transform such as "
+            "Logit first in the flow, whose draws then lie within."
+        )

@@ -1,0 +1,63 @@
+"""How the ODE of a flow is solved in training: less precisely than for a reported likelihood."""
+
+from collections.abc import Callable
+
+from cnf.divergence import Divergence, Exact, Hutchinson
+from cnf.flow import Flow
+from cnf.ode import ODESolver
+from cnf.transforms import ContinuousTransform
+from cnf.vector_fields import VectorField
+
+_FEW_FEATURES = 8
+
+
+def training_solver() -> ODESolver:
+    """The solver of an objective that names none: dopri5, loose, differentiated by backprop."""
+    return ODESolver(rtol=1e-3, atol=1e-3, gradient="backprop")
+
+
+def check_flow(flow: Flow) -> Flow:
+    """Refuse what is no flow.
+
+    Raises:
+        TypeError: If `flow` is of another type.
+    """
+    if not isinstance(flow, Flow):
+        raise TypeError(f"flow must be a cnf.Flow; got {type(flow).__name__}.")
+    return flow
+
+
+def rebuilt(flow: Flow, change: Callable[[ContinuousTransform], ContinuousTransform]) -> Flow:
+    """The same flow, sharing every parameter, with `change` made to what is continuous in it."""
+    return Flow([part.rebuilt(change) for part in flow.chain], flow.base)
+
+
+def for_training(
+    transform: ContinuousTransform,
+    *,
+    solver: ODESolver,
+    divergence: Divergence | None,
+    products: bool = False,
+) -> ContinuousTransform:
+    """The same transform as it is solved in training.
+
+    Args:
+        transform: The transform, whose parameters are shared.
+        solver: Solver of the objective.
+        divergence: Divergence of the objective; None for the transform's own if it names one, else
+            what is `affordable`.
+        products: Whether Jacobian products are needed too.
+    """
+    chosen = (
+        divergence or transform.divergence or affordable(transform.vector_field, products=products)
+    )
+    return transform.using(solver=solver, divergence=chosen)
+
+
+def affordable(vector_field: VectorField, *, products: bool) -> Divergence:
+    """The exact divergence where it is cheap, else an estimate from one Rademacher probe.
+
+    Where Jacobian products are needed too, a closed form of the divergence alone saves nothing.
+    """
+    closed_form = vector_field.has_closed_form_divergence and not products
+    return Exact() if closed_form or vector_field.features <= _FEW_FEATURES else Hutchinson()
