@@ -17,7 +17,7 @@ from cnf.neural_ode import NeuralODE
 from cnf.objectives import MaximumLikelihood
 from cnf.ode import ODEError, ODESolver
 from cnf.saving import load, save
-from cnf.training import History, TrainingConfig, TrainingError, fit
+from cnf.training import Checkpoints, History, TrainingConfig, TrainingError, fit, recipe
 from cnf.transforms import (
     Affine,
     Augment,
@@ -46,6 +46,7 @@ __all__ = [
     "Affine",
     "Augment",
     "Check",
+    "Checkpoints",
     "ContinuousTransform",
     "ConvField",
     "Dequantize",
@@ -76,5 +77,6 @@ __all__ = [
     "count_evaluations",
     "fit",
     "load",
+    "recipe",
     "save",
 ]
