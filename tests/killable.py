@@ -29,7 +29,14 @@ def phases() -> tuple[TrainingConfig, ...]:
     return (
         common(steps=25, batch_size=15, ema=0.9, validate_every=4, accumulate=2),
         common(steps=60, batch_size=20, learning_rate=0.3, validate_every=3, patience=2, seed=1),
-        common(steps=14, learning_rate=0.5, ema=0.8, validate_every=5, accumulate=3),
+        common(
+            steps=14,
+            learning_rate=1.0,
+            schedule="constant",
+            ema=0.8,
+            validate_every=5,
+            accumulate=3,
+        ),
     )
 
 
