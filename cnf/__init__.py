@@ -26,7 +26,7 @@ from cnf.objectives import (
 )
 from cnf.ode import ODEError, ODESolver
 from cnf.saving import load, save
-from cnf.training import History, TrainingConfig, TrainingError, fit
+from cnf.training import Checkpoints, History, TrainingConfig, TrainingError, fit, recipe
 from cnf.transforms import (
     Affine,
     Augment,
@@ -55,6 +55,7 @@ __all__ = [
     "Affine",
     "Augment",
     "Check",
+    "Checkpoints",
     "ContinuousTransform",
     "ConvField",
     "Dequantize",
@@ -92,5 +93,6 @@ __all__ = [
     "count_evaluations",
     "fit",
     "load",
+    "recipe",
     "save",
 ]

@@ -53,7 +53,10 @@ class Watch:
         self.evaluations += 1
         if self.in_backward:
             state = _WatchedGradient.apply(self, t, *state)  # type: ignore[no-untyped-call]
-        rates = self.rhs(t, state)
+        # Under autocast a network returns what is coarser than the state of the ODE may be.
+        rates = tuple(
+            rate.to(part.dtype) for rate, part in zip(self.rhs(t, state), state, strict=True)
+        )
         self.last = tuple(part.detach() for part in (*state, *rates))
         self.first = self.last if self.first is None else self.first
         return rates

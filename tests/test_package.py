@@ -37,7 +37,16 @@ def test_a_star_import_brings_the_public_names_and_no_others():
     assert done.returncode == 0, done.stderr
 
 
-LATE = ["scipy", "lightning_fabric", "matplotlib", "tyro", "zuko", "sklearn", "torchdiffeq"]
+LATE = [
+    "scipy",
+    "lightning_fabric",
+    "matplotlib",
+    "tyro",
+    "zuko",
+    "sklearn",
+    "torchdiffeq",
+    "tensorboard",
+]
 
 
 def test_importing_cnf_imports_no_library_that_few_need():

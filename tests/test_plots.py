@@ -321,6 +321,22 @@ def test_running_median_keeps_a_straight_line_away_from_the_ends():
     np.testing.assert_allclose(y[inside], 1000 - x[inside] / 3)
 
 
+def test_the_running_median_keeps_within_a_phase_whose_end_is_marked():
+    columns = {
+        "step": list(range(1, 101)),
+        "phase": [1] * 40 + [2] * 60,
+        "loss": [5.0] * 40 + [1.0] * 60,
+    }
+    ax = panel(plot_training(columns))
+    _, median, end = ax.lines
+
+    x, y = median.get_xdata(), median.get_ydata()
+    np.testing.assert_array_equal(y[x <= 40], 5)
+    np.testing.assert_array_equal(y[x > 40], 1)
+    assert list(end.get_xdata()) == [40.5, 40.5]
+    assert ax.get_ylabel() == "loss"  # of which kind depends on the phase
+
+
 def test_values_not_measured_leave_no_mark():
     columns = {
         "step": [1, 2, 3, 4],

@@ -14,6 +14,17 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from training_runs import (
+    CHEAP,
+    affine_flow,
+    assert_same,
+    config,
+    differ,
+    linear_flow,
+    small_cnf,
+    weights,
+    without_seconds,
+)
 from zoo import UserNetwork, perturbed
 
 from cnf import (
@@ -36,46 +47,8 @@ from cnf import (
 )
 from cnf.objectives import MaximumLikelihood
 from cnf.training import History, TrainingConfig, TrainingError, fit
-from cnf.training.rows import warn_if_far_from_standard
-
-CHEAP = ODESolver(method="rk4", steps=2, gradient="backprop")
-
-
-def config(steps=5, **settings):
-    """A constant learning rate, and no progress bar."""
-    return TrainingConfig(steps=steps, progress=False, **{"schedule": "constant", **settings})
-
-
-def linear_flow(features=2, context_features=0):
-    return Flow([ContinuousTransform(LinearField(features, context_features))])
-
-
-def small_cnf(**settings):
-    return CNF(2, hidden_features=(8, 8), **settings)
-
-
-def affine_flow(features=2):
-    """The cheapest flow: no ODE."""
-    return Flow([Affine(features)])
-
-
-def weights(flow):
-    return {name: value.clone() for name, value in flow.state_dict().items()}
-
-
-def assert_same(first, second):
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
-
-
-def differ(first, second):
-    return any(not torch.equal(first[name], second[name]) for name in first)
-
-
-def without_seconds(history):
-    """The columns that a repetition must repeat, as text: NaN equals NaN."""
-    return {name: str(column) for name, column in history.columns.items() if name != "seconds"}
+from cnf.training.rows import as_rows
+from cnf.training.scale import warn_if_far_from_standard
 
 
 class Watched(nn.Module):
@@ -224,7 +197,7 @@ def test_the_flow_ends_with_the_weights_of_the_best_validation(ema):
 def test_validation_counts_every_row_in_whatever_chunks(monkeypatch):
     flow = affine_flow()
     held_out = torch.randn(50, 2)
-    monkeypatch.setattr("cnf.training.loop._VALIDATION_ROWS", 7)
+    monkeypatch.setattr("cnf.training.validation._ROWS", 7)
     history = fit(flow, torch.randn(20, 2), config(1), validation=held_out)
     assert history.validation == [pytest.approx(-flow.log_prob(held_out).mean().item(), rel=1e-12)]
 
@@ -457,7 +430,7 @@ def filled_history():
     history = History()
     history.append(step=1, loss=math.pi, learning_rate=1e-3, nfe=14, seconds=0.1)
     history.append(step=2, loss=1 / 3, learning_rate=2e-3, nfe=8, seconds=1e-9, validation=-0.7)
-    history.append(step=3, loss=-1e300, learning_rate=5e-324, nfe=10**6, seconds=2.0)
+    history.append(step=3, loss=-1e300, learning_rate=5e-324, nfe=10**6, seconds=2.0, phase=2)
     return history
 
 
@@ -494,19 +467,19 @@ def test_the_file_of_a_record_is_csv_with_named_columns(tmp_path):
     filled_history().save(tmp_path / "history.csv")
     with (tmp_path / "history.csv").open(newline="") as file:
         header, *rows = csv.reader(file)
-    assert header == ["step", "loss", "learning_rate", "nfe", "seconds", "validation"]
-    assert [float(row[1]) for row in rows] == [math.pi, 1 / 3, -1e300]
-    assert [row[5] for row in rows] == ["nan", "-0.7", "nan"]
+    assert header == ["step", "phase", "loss", "learning_rate", "nfe", "seconds", "validation"]
+    assert [float(row[2]) for row in rows] == [math.pi, 1 / 3, -1e300]
+    assert [row[6] for row in rows] == ["nan", "-0.7", "nan"]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "must have the columns step, loss"),
+        ("", "must have the columns step, phase, loss"),
         ("a,b\n1,2\n", r"must have the columns .*got \['a', 'b'\]"),
-        ("HEADER\n1,2.0,0.1\n", "is damaged in line 2"),
-        ("HEADER\n1,2.0,0.1,14,0.5,nan\n2,x,0.1,14,0.6,nan\n", "is damaged in line 3"),
-        ("HEADER\n1,2.0,0.1,14,0.5,nan,7\n", "is damaged in line 2"),
+        ("HEADER\n1,1,2.0,0.1\n", "is damaged in line 2"),
+        ("HEADER\n1,1,2.0,0.1,14,0.5,nan\n2,1,x,0.1,14,0.6,nan\n", "is damaged in line 3"),
+        ("HEADER\n1,1,2.0,0.1,14,0.5,nan,7\n", "is damaged in line 2"),
     ],
     ids=["empty", "other columns", "short row", "text", "long row"],
 )
@@ -715,7 +688,7 @@ def test_an_objective_without_flow_is_refused(objective):
 @pytest.mark.usefixtures("shapes_unchecked")
 def test_validation_in_the_place_of_the_config_is_refused():
     x = torch.zeros(5, 2)
-    with pytest.raises(TypeError, match="config must be a TrainingConfig; got Tensor"):
+    with pytest.raises(TypeError, match="config must be a TrainingConfig or several; got Tensor"):
         fit(affine_flow(), x, x)
 
 
@@ -879,7 +852,7 @@ def test_bad_images_are_refused_by_name(bad, error, message, refuses):
 def test_the_warning_of_data_far_from_standard_solves_nothing():
     flow = Flow([FactorOut([Affine(2), ContinuousTransform(LinearField(2))], 3)])
     with count_evaluations(flow) as nfe:
-        warn_if_far_from_standard(flow, torch.randn(10, 3))
+        warn_if_far_from_standard(flow, as_rows("data", torch.randn(10, 3), flow))
     assert nfe.value == 0
 
 

@@ -1,1 +1,5 @@
 """Data as tensors; knows nothing of models."""
+
+from cnf.data.npy import NpyRows
+
+__all__ = ["NpyRows"]

@@ -1,5 +1,6 @@
 """The picture of a training run."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -25,7 +26,9 @@ def plot_training(
     Values not measured (None or not finite) leave no mark; single spikes may leave the panel.
 
     Args:
-        history_columns: Columns "step" and "loss" and perhaps "validation", losses in nats.
+        history_columns: Columns "step" and "loss", and perhaps "validation" in nats and "phase".
+            Losses of several phases may be of different kinds, so that a line marks the end of
+            each, and the running median keeps within it.
         reference: Loss of a perfect model, which is the entropy of the truth, in nats.
         ax: Panel to draw into.
         title: Text above the panel.
@@ -39,11 +42,12 @@ def plot_training(
         raise ValueError('history_columns must hold a finite "loss"; got none.')
     if reference is not None and not math.isfinite(reference):
         raise ValueError(f"reference must be finite; got {reference}.")
-    places, medians = _running_median(losses)
+    ends = _ends_of_phases(history_columns)
+    places, medians = _medians_within_phases(steps, losses, ends)
     ax = new_panel(width=5.2) if ax is None else ax
     ax.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=0.6)
-    ax.plot(steps[places], medians, color=BLUE, linewidth=1.6, label="loss, running median")
-    shown = [*np.quantile(losses, [0.01, 0.99]), *medians]
+    ax.plot(places, medians, color=BLUE, linewidth=1.6, label="loss, running median")
+    shown = [*np.quantile(losses, [0.01, 0.99]), *medians[np.isfinite(medians)]]
     if "validation" in history_columns:
         steps, validation = _measured(history_columns, "validation")
         if len(validation):
@@ -52,7 +56,34 @@ def plot_training(
     if reference is not None:
         ax.axhline(reference, color=BLACK, linewidth=0.9, ls="--", label="entropy of the truth")
         shown.append(reference)
+    for end in ends:
+        ax.axvline(end, color=BLACK, linewidth=0.9, ls=":")
+    ax.set_ylabel("loss" if ends else "loss (nats)", fontsize=TEXT_SIZE)
     return _finish_training(ax, float(min(shown)), float(max(shown)), title)
+
+
+def _ends_of_phases(columns: Mapping[str, Sequence[Number | None]]) -> list[float]:
+    """The step halfway between two phases, for each two."""
+    steps, phases = columns["step"], columns.get("phase", [])
+    return [
+        float(steps[row]) + 0.5  # type: ignore[arg-type]
+        for row, (phase, following) in enumerate(itertools.pairwise(phases))
+        if phase != following
+    ]
+
+
+def _medians_within_phases(
+    steps: np.ndarray, losses: np.ndarray, ends: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and running medians, with NaN between phases."""
+    cuts = np.searchsorted(steps, ends)
+    parts = []
+    for part_steps, part in zip(np.split(steps, cuts), np.split(losses, cuts), strict=True):
+        if len(part):
+            places, medians = _running_median(part)
+            parts += [np.array([part_steps[places], medians]), np.full((2, 1), np.nan)]
+    joined = np.concatenate(parts[:-1], axis=1)
+    return joined[0], joined[1]
 
 
 def _measured(
@@ -85,7 +116,6 @@ def _finish_training(
     margin = 0.06 * (high - low) or 1.0
     ax.set(ylim=(low - margin, high + margin), xmargin=0.02)
     ax.set_xlabel("step", fontsize=TEXT_SIZE)
-    ax.set_ylabel("loss (nats)", fontsize=TEXT_SIZE)
     ax.tick_params(labelsize=TEXT_SIZE)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(loc="upper right", fontsize=TEXT_SIZE, frameon=False)

@@ -1,7 +1,20 @@
 """Training, on Lightning Fabric."""
 
+from cnf.training.callbacks import Callback, StepReport
+from cnf.training.checkpoint import Checkpoints
 from cnf.training.config import TrainingConfig
 from cnf.training.history import History
-from cnf.training.loop import TrainingError, fit
+from cnf.training.loop import fit
+from cnf.training.recipe import recipe
+from cnf.training.run import TrainingError
 
-__all__ = ["History", "TrainingConfig", "TrainingError", "fit"]
+__all__ = [
+    "Callback",
+    "Checkpoints",
+    "History",
+    "StepReport",
+    "TrainingConfig",
+    "TrainingError",
+    "fit",
+    "recipe",
+]

@@ -1,20 +1,26 @@
-"""Settings of a training run."""
+"""Settings of a phase of training."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import nn
+
 from cnf._checks import check_count
+from cnf.flow import Flow
+from cnf.objectives import MaximumLikelihood
 
 _SCHEDULES = ("cosine", "constant")
+_PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How a flow is trained.
+    """How a flow is trained: in one phase, of perhaps several.
 
     Raises:
-        TypeError: If a count is not an int.
+        TypeError: If a count is not an int, or `objective` not callable.
         ValueError: If a setting is out of range.
 
     Example:
@@ -22,10 +28,13 @@ class TrainingConfig:
         512
     """
 
+    objective: Callable[[Flow], nn.Module] = MaximumLikelihood
+    """Makes what is minimised, where `fit` is given a flow: a class of `cnf.objectives`, or one
+    with settings, such as ``functools.partial(MaximumLikelihood, random_end_time=0.1)``."""
     steps: int = 2000
     """Number of minibatches."""
     batch_size: int = 512
-    """Rows of a minibatch; all rows if there are fewer."""
+    """Rows of a minibatch, over all processes; all rows if there are fewer."""
     learning_rate: float = 4e-3
     """Peak learning rate of Adam."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -38,18 +47,36 @@ class TrainingConfig:
     kept; None for no average."""
     validate_every: int = 200
     """Steps between validations, if there are validation data; the last step is validated too."""
+    patience: int | None = None
+    """Validations without a new best after which the phase ends early; None to go through all
+    steps."""
+    accumulate: int = 1
+    """Number of parts into which each process cuts its share of a minibatch, to add up their
+    gradients: less memory, the same step but for rounding and what is drawn at random."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Precision of a network's matrix products in training. With "bfloat16", the state of the
+    ODE and the log-density stay in the dtype of the flow, which must be float32."""
     seed: int = 0
-    """Seed of the order of the rows and of the probes."""
+    """Seed of the order of the rows and of everything that the objective draws."""
     progress: bool = True
     """Whether to show a progress bar."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "validate_every"):
+        if not callable(self.objective):
+            raise TypeError(
+                "objective must be callable and make an objective of a flow, such as "
+                f"MaximumLikelihood; got {self.objective!r}."
+            )
+        for name in ("steps", "batch_size", "validate_every", "accumulate"):
             check_count(name, getattr(self, name))
+        check_count("seed", self.seed, least=0)
+        if self.patience is not None:
+            check_count("patience", self.patience)
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive; got {self.learning_rate}.")
-        if self.schedule not in _SCHEDULES:
-            raise ValueError(f"schedule must be one of {_SCHEDULES}; got {self.schedule!r}.")
+        for name, choices in (("schedule", _SCHEDULES), ("precision", _PRECISIONS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}; got {getattr(self, name)!r}.")
         if self.gradient_clip is not None and not self.gradient_clip > 0:
             raise ValueError(f"gradient_clip must be positive or None; got {self.gradient_clip}.")
         if self.ema is not None and not 0 < self.ema < 1:

@@ -14,7 +14,7 @@ from cnf.plots import plot_training
 if TYPE_CHECKING:
     import matplotlib.figure
 
-_KINDS: dict[str, type] = {"step": int, "nfe": int}
+_KINDS: dict[str, type] = {"step": int, "phase": int, "nfe": int}
 
 
 @dataclass(repr=False)
@@ -29,15 +29,19 @@ class History:
     """
 
     step: list[int] = field(default_factory=list)
-    """Steps taken, from 1."""
+    """Steps taken, from 1, over all phases."""
+    phase: list[int] = field(default_factory=list)
+    """Phase of training that the step belongs to, from 1."""
     loss: list[float] = field(default_factory=list)
-    """Loss of the minibatch, before the step."""
+    """Loss of the minibatch by the objective of the phase, before the step."""
     learning_rate: list[float] = field(default_factory=list)
     """Learning rate of the step."""
     nfe: list[int] = field(default_factory=list)
-    """Vector-field evaluations of the step, forward and backward."""
+    """Vector-field evaluations of the step, forward and backward, over all parts of its
+    minibatch."""
     seconds: list[float] = field(default_factory=list)
-    """Wall-clock time since the start of training, validation included."""
+    """Wall-clock time since the start of training, validation included, without that between an
+    interruption and the resumption from a checkpoint."""
     validation: list[float] = field(default_factory=list)
     """Negative log-likelihood of the validation data after the step, in nats; NaN if not taken."""
 
@@ -53,10 +57,11 @@ class History:
         learning_rate: float,
         nfe: int,
         seconds: float,
+        phase: int = 1,
         validation: float = math.nan,
     ) -> None:
         """Add a step."""
-        row = (step, loss, learning_rate, nfe, seconds, validation)
+        row = (step, phase, loss, learning_rate, nfe, seconds, validation)
         for column, value in zip(self.columns.values(), row, strict=True):
             column.append(value)
 

@@ -1,76 +1,231 @@
-"""The rows that a flow is trained on, checked once and cut into minibatches."""
+"""The rows that a flow is trained on, in whatever form they come, and the checks of them."""
 
-import itertools
-import warnings
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import Dataset, IterableDataset
 
-from cnf._checks import check_context, check_events, check_support, reference_tensor
+from cnf._checks import (
+    check_context,
+    check_events,
+    check_support,
+    check_vectors,
+    reference_tensor,
+    refuse_rows,
+)
 from cnf.flow import Flow
-from cnf.training.config import TrainingConfig
-from cnf.transforms import ContinuousTransform, Transform, chain
 
-Data = Tensor | tuple[Tensor, Tensor]
-"""Rows ``(rows, *event_shape)``, or a pair of rows and contexts ``(rows, context_features)``."""
+Data = Tensor | tuple[Tensor, Tensor] | Mapping[str, Tensor] | Dataset[Any]
+"""Rows ``(rows, *event_shape)``; a pair of rows and contexts ``(rows, context_features)``; both
+by name, with weights ``(rows,)`` if wanted, ``{"x": ..., "context": ..., "weight": ...}``; or a
+`torch.utils.data.Dataset` whose items are one of these three for a single row."""
 
-_ROWS_TRIED = 10_000
-_FAR = 20.0
+_FORMS = "a tensor, a pair (x, context) or a dict with x and perhaps context and weight"
 
 
-def as_tensors(name: str, data: Data, flow: Flow) -> tuple[Tensor, ...]:
-    """Rows, or rows and contexts, checked once before training."""
-    x, context = data if isinstance(data, tuple | list) and len(data) == 2 else (data, None)
+class Batch(NamedTuple):
+    """Some of the rows."""
+
+    inputs: tuple[Any, ...]
+    """What an objective is called with: x and context, or the context alone, or nothing."""
+    weight: Tensor | None = None
+    """Weight of each row, ``(rows,)``, if there are weights."""
+
+
+class Rows(ABC):
+    """Rows that can be asked for by index.
+
+    Args:
+        name: Name of the argument that they came as, for messages.
+        flow: The flow that they are for.
+        contexts: Whether they are contexts alone.
+    """
+
+    def __init__(self, name: str, flow: Flow, *, contexts: bool) -> None:
+        self.name = name
+        self.flow = flow
+        self.contexts = contexts
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    @abstractmethod
+    def take(self, indices: Tensor) -> Batch:
+        """The rows at these places, checked."""
+
+    def some(self, most: int) -> Batch:
+        """As many rows as there are, but `most` at most, evenly from first to last."""
+        count = min(most, len(self))
+        return self.take(torch.arange(count) * len(self) // count)
+
+    def _batch(self, columns: Mapping[str, Tensor]) -> Batch:
+        context = columns.get("context")
+        inputs = (context,) if self.contexts else (columns["x"], context)
+        return Batch(inputs, columns.get("weight"))
+
+
+class TensorRows(Rows):
+    """Rows in tensors, checked once; weights are scaled to a mean of 1."""
+
+    def __init__(self, name: str, data: Any, flow: Flow, *, contexts: bool = False) -> None:
+        super().__init__(name, flow, contexts=contexts)
+        columns = _by_name(name, data, contexts=contexts)
+        self.columns = _checked(name, columns, flow, contexts=contexts)
+        if "weight" in columns:
+            weight = columns["weight"]
+            if not weight.sum() > 0:
+                raise ValueError(f"the weights of {name} must not all be 0.")
+            self.columns["weight"] = weight / weight.mean()
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def take(self, indices: Tensor) -> Batch:
+        """The rows at these places."""
+        return self._batch(
+            {key: column[indices.to(column.device)] for key, column in self.columns.items()}
+        )
+
+
+class DatasetRows(Rows):
+    """Rows of a `Dataset`, read and checked when they are asked for; weights are left as they are.
+
+    They are moved to the device of the flow.
+    """
+
+    def __init__(
+        self, name: str, dataset: Dataset[Any], flow: Flow, *, contexts: bool = False
+    ) -> None:
+        super().__init__(name, flow, contexts=contexts)
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            raise TypeError(
+                f"{name} must be a Dataset with a length and an item for each index; "
+                f"got {type(dataset).__name__}."
+            )
+        self.dataset = dataset
+        self.rows = len(dataset)
+        if self.rows == 0:
+            raise ValueError(f"{name} must have at least one row; got an empty Dataset.")
+        self.take(torch.tensor([0]))
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def take(self, indices: Tensor) -> Batch:
+        """The rows at these places, in one call if the dataset has ``__getitems__``."""
+        places = indices.tolist()
+        if hasattr(self.dataset, "__getitems__"):
+            items = self.dataset.__getitems__(places)
+        else:
+            items = [self.dataset[place] for place in places]
+        named = [_by_name(self.name, item, contexts=self.contexts) for item in items]
+        columns = _stacked(self.name, named)
+        like = reference_tensor(self.flow)
+        columns = {key: column.to(like.device) for key, column in columns.items()}
+        try:
+            return self._batch(_checked(self.name, columns, self.flow, contexts=self.contexts))
+        except ValueError:
+            for row, place in enumerate(places):
+                self._refuse(place, {key: column[row] for key, column in columns.items()})
+            raise
+
+    def _refuse(self, place: int, item: Mapping[str, Tensor]) -> None:
+        """Refuse a single row under its place in the dataset, if it is at fault by itself."""
+        name, like = f"{self.name}[{place}]", reference_tensor(self.flow)
+        if "x" in item:
+            check_events(name, item["x"], self.flow.event_shape, like=like)
+            check_support(name, item["x"], self.flow.support)
+        if "context" in item and self.flow.context_features:
+            features = self.flow.context_features
+            check_vectors(f"the context of {name}", item["context"], features, like=like)
+
+
+def as_rows(name: str, data: Any, flow: Flow, *, contexts: bool = False) -> Rows:
+    """Data of any form as rows.
+
+    Raises:
+        TypeError: If they have no form that `Data` names.
+        ValueError: If they do not fit the flow.
+    """
+    kind = DatasetRows if isinstance(data, Dataset) else TensorRows
+    return kind(name, data, flow, contexts=contexts)
+
+
+def _by_name(name: str, data: Any, *, contexts: bool) -> dict[str, Any]:
+    """Data, or an item of a Dataset, as columns by name."""
+    if isinstance(data, Mapping):
+        first = "context" if contexts else "x"
+        known = {"context"} if contexts else {"x", "context", "weight"}
+        if first not in data or not data.keys() <= known:
+            raise ValueError(
+                f"{name} must have the keys {', '.join(sorted(known))}, of which {first} is "
+                f"needed; got {', '.join(map(str, data))}."
+            )
+        return {key: value for key, value in data.items() if value is not None}
+    if contexts:
+        return {"context": data}
+    if isinstance(data, tuple | list) and len(data) == 2:
+        return {"x": data[0]} if data[1] is None else {"x": data[0], "context": data[1]}
+    if isinstance(data, tuple) and len(data) == 1:
+        return {"x": data[0]}
+    return {"x": data}
+
+
+def _stacked(name: str, items: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """The columns of single rows, which must have the same."""
+    columns: dict[str, list[Tensor]] = {}
+    items = list(items)
+    for item in items:
+        for key, value in item.items():
+            if not isinstance(value, Tensor):
+                raise TypeError(
+                    f"{name} must hold {_FORMS} for each row; got {type(value).__name__} for {key}."
+                )
+            columns.setdefault(key, []).append(value)
+    for key, values in columns.items():
+        if len(values) < len(items) or len({value.shape for value in values}) > 1:
+            raise ValueError(f"{name} must have {key} of the same shape in each row.")
+    return {key: torch.stack(values) for key, values in columns.items()}
+
+
+def _checked(
+    name: str, columns: Mapping[str, Any], flow: Flow, *, contexts: bool
+) -> dict[str, Tensor]:
+    """The columns, if they fit the flow and each other."""
     like = reference_tensor(flow)
-    check_events(name, x, flow.event_shape, like=like)
+    context: Any = columns.get("context")
+    x = context if contexts else columns["x"]
+    shape = torch.Size([flow.context_features]) if contexts else flow.event_shape
+    if not contexts:
+        check_events(name, x, shape, like=like)
     if context is None and flow.context_features:
         raise ValueError(
             f"{name} must be a pair of rows and contexts, because the flow is conditional; got "
             f"rows alone. Pass (x, context), with context of shape (rows, {flow.context_features})."
         )
     check_context(context, flow.context_features, like=like)
-    if x.ndim != 1 + len(flow.event_shape) or len(x) == 0:
-        expected = ", ".join(map(str, ("rows", *flow.event_shape)))
+    if x.ndim != 1 + len(shape) or len(x) == 0:
+        expected = ", ".join(map(str, ("rows", *shape)))
         raise ValueError(f"{name} must have shape ({expected}); got {tuple(x.shape)}.")
-    check_support(name, x, flow.support)
-    if context is None:
-        return (x,)
-    if context.shape[:-1] != x.shape[:1]:
+    if not contexts:
+        check_support(name, x, flow.support)
+    if context is not None and context.shape[:-1] != x.shape[:1]:
         raise ValueError(
             f"{name} must have one context for each row; got {tuple(x.shape)} rows and "
             f"{tuple(context.shape)} contexts."
         )
-    return x, context
+    if "weight" in columns:
+        _check_weight(name, columns["weight"], x)
+    return dict(columns)
 
 
-@torch.no_grad()
-def warn_if_far_from_standard(flow: Flow, x: Tensor, context: Tensor | None = None) -> None:
-    """Warn if rows reach the first vector field at another scale than it starts from."""
-    x, context = x[:_ROWS_TRIED], None if context is None else context[:_ROWS_TRIED]
-    discrete = itertools.takewhile(_is_discrete, flow.chain)
-    noise = torch.Generator(x.device).manual_seed(0)
-    size = chain.to_base(list(discrete), x, context, generator=noise).square().mean(0).sqrt()
-    if not (size < _FAR).all():
-        warnings.warn(
-            f"the data reach the vector field with a root mean square of up to {size.max():.3g}, "
-            "where training expects about 1; put Standardize.from_data(x) first among the "
-            "transforms, and look for outliers.",
-            stacklevel=3,
-        )
-
-
-def _is_discrete(transform: Transform) -> bool:
-    return not any(isinstance(part, ContinuousTransform) for part in transform.modules())
-
-
-def minibatches(data: tuple[Tensor, ...], config: TrainingConfig) -> Iterator[tuple[Tensor, ...]]:
-    """Minibatches without end, the rows in a new order each time through."""
-    order = torch.Generator().manual_seed(config.seed)
-    dataset = TensorDataset(*data)
-    size = min(config.batch_size, len(dataset))
-    sampler = BatchSampler(RandomSampler(dataset, generator=order), size, drop_last=True)
-    loader = DataLoader(dataset, sampler=sampler, batch_size=None, generator=order)
-    while True:
-        yield from loader
+def _check_weight(name: str, weight: Tensor, x: Tensor) -> None:
+    what = f"the weights of {name}"
+    check_events(what, weight, (), like=x)
+    if weight.shape != x.shape[:1]:
+        raise ValueError(f"{what} must have shape ({len(x)},); got {tuple(weight.shape)}.")
+    refuse_rows(what, weight < 0, "at least 0")

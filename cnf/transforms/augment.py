@@ -126,7 +126,8 @@ class Augment(Transform):
             return zeros, zeros
         if context is not None:
             x = torch.cat([x, context.expand(*x.shape[:-1], self.context_features)], -1)
-        mean, log_std = self.network(x).chunk(2, -1)
+        # Under autocast the network returns what is coarser than a log-density may be.
+        mean, log_std = self.network(x).to(x.dtype).chunk(2, -1)
         return mean, log_std
 
     def _network(self, hidden_features: Sequence[int]) -> nn.Sequential:

@@ -1,0 +1,61 @@
+"""Rows of a file that may be larger than memory."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+
+class NpyRows(Dataset[Tensor]):
+    """The rows of a ``.npy`` file, each read when it is asked for and not before.
+
+    To give rows contexts or weights, stack two files by name with torch's
+    ``StackDataset(x=NpyRows("x.npy"), context=NpyRows("context.npy"))``.
+
+    Args:
+        path: File of an array with at least one axis; the first is that of the rows.
+        dtype: What rows are converted to; None to leave them as they are.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not ``.npy``, or holds no rows of numbers.
+
+    Example:
+        >>> import tempfile
+        >>> path = tempfile.mkdtemp() + "/x.npy"
+        >>> np.save(path, np.arange(6.0).reshape(3, 2))
+        >>> rows = NpyRows(path, dtype=torch.float32)
+        >>> len(rows), rows[2]
+        (3, tensor([4., 5.]))
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
+        self.path = Path(path)
+        self.dtype = dtype
+        try:
+            self.array = np.lib.format.open_memmap(self.path, mode="r")
+        except (EOFError, ValueError) as error:
+            raise ValueError(
+                f"{str(path)!r} is not a .npy file of numbers, or is cut short ({error}). Write "
+                "it with numpy.save."
+            ) from error
+        if self.array.ndim == 0 or self.array.dtype.kind not in "biuf":
+            raise ValueError(
+                f"{str(path)!r} must hold rows of numbers; it holds an array of shape "
+                f"{self.array.shape} of {self.array.dtype}."
+            )
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Tensor]:
+        """The rows at these places, read at once."""
+        rows = torch.from_numpy(self.array[list(indices)])  # such an index makes a copy
+        return list(rows if self.dtype is None else rows.to(self.dtype))

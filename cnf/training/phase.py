@@ -1,0 +1,215 @@
+"""One phase of training: a step, and all that the next one depends on."""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from cnf._checks import reference_tensor
+from cnf.flow import Flow
+from cnf.training.config import TrainingConfig
+from cnf.training.processes import Processes
+from cnf.training.randomness import Order, draws
+from cnf.training.rows import Batch, Rows
+from cnf.vector_fields import count_evaluations
+
+_WARM_UP = 0.02
+
+
+class NotFiniteError(RuntimeError):
+    """A loss, gradient or validation is NaN or infinite."""
+
+
+class Part(NamedTuple):
+    """A part of a minibatch, of those that one process takes."""
+
+    number: int
+    """Its number among the parts of all processes."""
+    share: float
+    """Its share of the rows of the minibatch."""
+    batch: Batch
+    """Its rows."""
+
+
+class Phase:
+    """A phase under way: the optimiser, the average of the weights and how far it has come.
+
+    Args:
+        objective: What is minimised.
+        flow: The flow that it trains.
+        config: Settings.
+        number: Number of the phase, from 1.
+        rows: What it is trained on, if on anything.
+        processes: Who takes part.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        flow: Flow,
+        config: TrainingConfig,
+        *,
+        number: int,
+        rows: Rows | None,
+        processes: Processes,
+    ) -> None:
+        self.objective = objective
+        self.flow = flow
+        self.config = config
+        self.number = number
+        self.rows = rows
+        self.processes = processes
+        self.step = 0
+        self.stale_validations = 0
+        self.good = snapshot(objective)
+        self.optimizer = torch.optim.Adam(objective.parameters(), lr=config.learning_rate)
+        self.averaged = _average(flow, config.ema)
+        self.order = None
+        if rows is not None:
+            self.order = Order(len(rows), config.batch_size, seed=config.seed, phase=number)
+
+    @property
+    def result(self) -> Flow:
+        """What is validated and kept: the averaged flow if there is one."""
+        return self.flow if self.averaged is None else cast(Flow, self.averaged.module)
+
+    @property
+    def is_out_of_patience(self) -> bool:
+        """Whether too many validations in a row brought no new best."""
+        patience = self.config.patience
+        return patience is not None and self.stale_validations >= patience
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is no further step to take."""
+        return self.step >= self.config.steps or self.is_out_of_patience
+
+    @property
+    def is_validated(self) -> bool:
+        """Whether a validation is due after the last step."""
+        return self.step % self.config.validate_every == 0 or self.step == self.config.steps
+
+    def advance(self) -> dict[str, Any]:
+        """Take one step; the weights that it starts from are good if they get through it.
+
+        Raises:
+            NotFiniteError: If the loss or its gradient is not finite.
+            ODEError: If a solve fails.
+        """
+        self.step += 1
+        self.optimizer.zero_grad()
+        loss, nfe = self.processes.sums(self._gradients)
+        parameters = list(self.objective.parameters())
+        self.processes.add_gradients(parameters)
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.gradient_clip or math.inf)
+        check_finite("norm of the gradient", norm.item())
+        for name, value in self.objective.state_dict().items():
+            self.good[name].copy_(value)
+        rate = self.config.learning_rate * self._schedule()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.flow)
+        return {"loss": loss, "learning_rate": rate, "nfe": int(nfe)}
+
+    def fall_back(self) -> None:
+        """Leave the last good weights in the flow, alone: an average may hold some that failed."""
+        restore(self.objective, self.good)
+        self.averaged = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next step depends on, but the objective itself."""
+        return {
+            "step": self.step,
+            "stale_validations": self.stale_validations,
+            "good": self.good,
+            "optimizer": self.optimizer.state_dict(),
+            "averaged": None if self.averaged is None else self.averaged.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.step = state["step"]
+        self.stale_validations = state["stale_validations"]
+        for name, value in state["good"].items():
+            self.good[name].copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.averaged is not None:
+            self.averaged.load_state_dict(state["averaged"])
+
+    def _gradients(self) -> tuple[float, float]:
+        """Add up the gradients of the parts of this process; its share of the loss, and the nfe."""
+        device = reference_tensor(self.flow).device
+        coarse = self.config.precision == "bfloat16"
+        total = 0.0
+        with count_evaluations(self.flow) as nfe:
+            for part in self._parts():
+                generator = draws(
+                    self.config.seed,
+                    phase=self.number,
+                    step=self.step,
+                    part=part.number,
+                    device=device,
+                )
+                with torch.autocast(device.type, torch.bfloat16, enabled=coarse):
+                    loss = part.share * self._loss(part.batch, generator)
+                check_finite("loss", loss.item())
+                loss.backward()
+                total += loss.item()
+        return total, float(nfe.value)
+
+    def _parts(self) -> Iterator[Part]:
+        each, rank = self.config.accumulate, self.processes.rank
+        count = each * self.processes.count
+        mine = range(rank * each, (rank + 1) * each)
+        if self.rows is None or self.order is None:
+            yield from (Part(number, 1 / count, Batch(())) for number in mine)
+            return
+        indices = self.order.minibatch(self.step)
+        for number in mine:
+            rows = indices.tensor_split(count)[number]
+            yield Part(number, len(rows) / len(indices), self.rows.take(rows))
+
+    def _loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        weight = {} if batch.weight is None else {"weight": batch.weight}
+        return cast(Tensor, self.objective(*batch.inputs, **weight, generator=generator))
+
+    def _schedule(self) -> float:
+        """Factor of the learning rate at this step."""
+        steps, done = self.config.steps, self.step - 1
+        warm_up = max(1, round(_WARM_UP * steps))
+        if done < warm_up:
+            return (done + 1) / warm_up
+        if self.config.schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * (done - warm_up) / max(1, steps - warm_up)))
+
+
+def check_finite(name: str, value: float) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        NotFiniteError: If it is one of them.
+    """
+    if not math.isfinite(value):
+        raise NotFiniteError(f"the {name} is {value}")
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of the tensors of a module."""
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def restore(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Put back what `snapshot` copied."""
+    module.load_state_dict(weights)
+
+
+def _average(flow: Flow, decay: float | None) -> AveragedModel | None:
+    if decay is None:
+        return None
+    return AveragedModel(flow, multi_avg_fn=get_ema_multi_avg_fn(decay))

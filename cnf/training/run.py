@@ -1,0 +1,229 @@
+"""A run: its phases in order, the record, and the weights to keep."""
+
+import contextlib
+import copy
+import math
+import time
+from collections.abc import Iterator, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cnf.flow import Flow
+from cnf.ode import ODEError
+from cnf.training.callbacks import Callback, StepReport
+from cnf.training.checkpoint import Checkpoints
+from cnf.training.fingerprint import fingerprint
+from cnf.training.folder import RunFolder
+from cnf.training.history import History
+from cnf.training.phase import NotFiniteError, Phase, check_finite, restore, snapshot
+from cnf.training.plan import Plan
+from cnf.training.processes import OtherProcessError, Processes
+from cnf.training.rows import Rows
+from cnf.training.validation import negative_log_likelihood
+
+
+class TrainingError(RuntimeError):
+    """Training stopped because a loss or gradient was not finite, or a solve failed.
+
+    The flow holds the weights of the best validation or, without one, the last good weights, those
+    that last gave a finite loss and gradient; `history` holds the steps before the one that failed.
+    """
+
+    def __init__(self, message: str, history: History) -> None:
+        super().__init__(message, history)  # all arguments, so that it can be pickled
+        self.history = history
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class Run:
+    """One call of `fit`.
+
+    Args:
+        plan: Objectives and settings, phase by phase.
+        flow: The flow to train.
+        rows: What it is trained on, if on anything.
+        validation: Held-out rows.
+        processes: Who takes part.
+        callbacks: Called after each step.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        flow: Flow,
+        rows: Rows | None,
+        validation: Rows | None,
+        processes: Processes,
+        callbacks: Sequence[Callback],
+    ) -> None:
+        self.plan = plan
+        self.flow = flow
+        self.rows = rows
+        self.validation = validation
+        self.processes = processes
+        self.callbacks = callbacks
+        self.folder: RunFolder | None = None
+        self.history = History()
+        self.finished_phases = 0
+        self.phase: Phase | None = None
+        self.best: dict[str, Tensor] | None = None
+        self.best_nll = math.inf
+        self._started = 0.0
+
+    def keep_in(self, checkpoints: Checkpoints, *, resume: bool) -> None:
+        """Keep the run in a folder; go on with the one that is there, if there is and is to be.
+
+        Raises:
+            FileExistsError: If the folder holds a run, and `resume` is false.
+            ValueError: If the run in the folder is another one, or cannot be read.
+        """
+        told = fingerprint(self.plan, self.flow, self.rows, self.validation, self.processes)
+        folder = self.folder = RunFolder(checkpoints, told)
+        state = self.processes.from_first(lambda: folder.open(resume=resume))
+        if state is not None:
+            self._load_state_dict(state)
+
+    def go(self) -> None:
+        """Train, and leave in the flow what is to be kept, however the training ends."""
+        seconds_before = self.history.seconds[-1] if self.history.seconds else 0.0
+        self._started = time.perf_counter() - seconds_before
+        try:
+            if self.finished_phases < len(self.plan):
+                while self.finished_phases < len(self.plan):
+                    self._go_through(self.phase or self._begin())
+                self._write_checkpoint()
+        finally:
+            restore(self.flow, self._kept())
+            for objective, _ in self.plan:
+                objective.zero_grad()
+            if self.folder is not None and self.processes.is_first:
+                self.folder.close(self.history)
+
+    def _load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.history = History(
+            **{name: column.tolist() for name, column in state["history"].items()}
+        )
+        self.finished_phases = state["finished_phases"]
+        self.best, self.best_nll = state["best"], state["best_nll"]
+        self._objective.load_state_dict(state["objective"])
+        if state["phase"] is not None:
+            self._begin().load_state_dict(state["phase"])
+
+    def _state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds: all that the rest of the run depends on."""
+        return {
+            "history": {name: _as_tensor(column) for name, column in self.history.columns.items()},
+            "finished_phases": self.finished_phases,
+            "best": self.best,
+            "best_nll": self.best_nll,
+            "objective": self._objective.state_dict(),
+            "phase": None if self.phase is None else self.phase.state_dict(),
+        }
+
+    @property
+    def _objective(self) -> nn.Module:
+        """That of the phase under way, or of the last one."""
+        return self.plan[min(self.finished_phases, len(self.plan) - 1)][0]
+
+    def _begin(self) -> Phase:
+        objective, config = self.plan[self.finished_phases]
+        self.phase = Phase(
+            objective,
+            self.flow,
+            config,
+            number=self.finished_phases + 1,
+            rows=self.rows,
+            processes=self.processes,
+        )
+        return self.phase
+
+    def _go_through(self, phase: Phase) -> None:
+        """Take the steps of a phase, and leave in the flow what the next one starts from."""
+        stopped = False
+        with self._progress_bar(phase) as bar:
+            while not (phase.is_over or stopped):
+                self._take_step(phase, bar)
+                stopped = self._is_told_to_stop(phase)
+        restore(self.flow, self._kept() if phase.is_out_of_patience else snapshot(phase.result))
+        self.finished_phases = len(self.plan) if stopped else phase.number
+        self.phase = None
+
+    def _take_step(self, phase: Phase, bar: tqdm) -> None:
+        with self._keeping_good_weights(phase):
+            entry = phase.advance()
+            nll = self._validate(phase)
+        if nll < self.best_nll:
+            self.best, self.best_nll = snapshot(phase.result), nll
+            phase.stale_validations = 0
+        elif not math.isnan(nll):
+            phase.stale_validations += 1
+        step = len(self.history.step) + 1
+        seconds = time.perf_counter() - self._started
+        self.history.append(step=step, phase=phase.number, **entry, seconds=seconds, validation=nll)
+        bar.set_description(f"loss {entry['loss']:.4f}, nfe {entry['nfe']}", refresh=False)
+        if not math.isnan(nll):
+            bar.set_postfix_str(f"validation {nll:.4f}", refresh=False)
+        bar.update()
+        if self.folder is not None and step % self.folder.every == 0:
+            self._write_checkpoint()
+
+    def _validate(self, phase: Phase) -> float:
+        """Negative log-likelihood of the validation data after a step, in nats; NaN if not due."""
+        if self.validation is None or not phase.is_validated:
+            return math.nan
+        nll = negative_log_likelihood(phase.result, self.validation, self.processes)
+        check_finite("validation loss", nll)
+        return nll
+
+    def _progress_bar(self, phase: Phase) -> tqdm:
+        hidden = not (phase.config.progress and self.processes.is_first)
+        return tqdm(total=phase.config.steps, initial=phase.step, disable=hidden, unit="step")
+
+    def _is_told_to_stop(self, phase: Phase) -> bool:
+        if not self.callbacks:
+            return False
+        row = {name: column[-1] for name, column in self.history.columns.items()}
+        report = StepReport(phase.number, row["step"], MappingProxyType(row), phase.result)
+        return self.processes.from_first(
+            lambda: True in [bool(callback(report)) for callback in self.callbacks]
+        )
+
+    def _kept(self) -> dict[str, Tensor]:
+        """The weights that the flow gets in the end, if it is now."""
+        return self.best or snapshot(self.flow if self.phase is None else self.phase.result)
+
+    def _write_checkpoint(self) -> None:
+        folder = self.folder
+        if folder is not None:
+            kept = copy.deepcopy(self.flow)
+            restore(kept, self._kept())
+            self.processes.from_first(lambda: folder.write(self._state_dict(), self.history, kept))
+
+    @contextlib.contextmanager
+    def _keeping_good_weights(self, phase: Phase) -> Iterator[None]:
+        """Leave the last good weights in the flow if the step fails."""
+        try:
+            yield
+        except (NotFiniteError, ODEError, OtherProcessError) as error:
+            phase.fall_back()
+            place = f"step {phase.step} of {phase.config.steps}"
+            if len(self.plan) > 1:
+                place += f" of phase {phase.number}"
+            raise TrainingError(
+                f"training stopped at {place}: {str(error).rstrip('.')}. The flow keeps its best "
+                f"or last good weights. Settings: {phase.config}. Try a lower learning_rate, a "
+                "smaller gradient_clip or a tighter tolerance, and look for outliers in the data.",
+                self.history,
+            ) from error
+
+
+def _as_tensor(column: Sequence[int] | Sequence[float]) -> Tensor:
+    whole = all(isinstance(value, int) for value in column)
+    return torch.tensor(column, dtype=torch.int64 if whole else torch.float64)

@@ -1,0 +1,396 @@
+"""Laws of checkpoints: a run that was cut off resumes to the same end, bit for bit."""
+
+import itertools
+import math
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import jaxtyping
+import killable
+import pytest
+import torch
+from torch import nn
+from training_runs import affine_flow, assert_same, config, weights, without_seconds
+
+from cnf import Affine, Checkpoints, Flow, History, fit, load
+from cnf.training import TrainingError
+from cnf.training.checkpoint import checkpoints_in
+
+TESTS = Path(__file__).parent
+
+
+def assert_equal(first, second):
+    """Of what a checkpoint may hold, but the seconds of the record."""
+    assert type(first) is type(second)
+    if isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first.keys() - {"seconds"}:
+            assert_equal(first[key], second[key])
+    elif isinstance(first, list | tuple):
+        for one, other in zip(first, second, strict=True):
+            assert_equal(one, other)
+    elif isinstance(first, torch.Tensor):
+        torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
+    else:
+        assert first == second
+
+
+def assert_same_run(folder, other):
+    """All checkpoints left hold the same: weights, best, averages, moments and record."""
+    names = [file.name for file in checkpoints_in(folder)]
+    assert names == [file.name for file in checkpoints_in(other)]
+    for name in names:
+        assert_equal(*(torch.load(where / name) for where in (folder, other)))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run of `killable` without interruption: its folder, weights and record."""
+    folder = tmp_path_factory.mktemp("whole")
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    jaxtyping.config.update("jaxtyping_disable", True)  # for speed
+    flow, history = killable.train(folder)
+    jaxtyping.config.update("jaxtyping_disable", False)
+    torch.set_default_dtype(dtype)
+    return folder, weights(flow), history
+
+
+def test_the_run_has_all_that_a_checkpoint_must_keep(whole):
+    folder, _, history = whole
+    phases = [history.phase.count(number) for number in (1, 2, 3)]
+    assert phases[0] == 25
+    assert 3 <= phases[1] < 60  # out of patience
+    assert phases[2] == 14
+    nlls = [nll for nll in history.validation if not math.isnan(nll)]
+    assert min(nlls) not in (nlls[0], nlls[-1])
+    newest, *_, oldest = (torch.load(file) for file in checkpoints_in(folder))
+    assert newest["phase"] is None
+    assert oldest["phase"]["averaged"] is not None
+
+
+KILLS = {
+    "between steps": ["step:3", "step:7", "step:30", "step:50"],
+    "in a step": ["forward:5", "forward:31", "forward:60", "forward:9"],
+    "while writing": [f"write:{n}" for n in (1, 2, 3, 4, 8, 10)],
+    "at any moment": ["after:0.1", "after:0.35", "write:3", "after:0.25", "forward:23"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", KILLS.values(), ids=KILLS)
+def test_a_run_that_is_killed_again_and_again_ends_as_one_that_never_was(kills, whole, tmp_path):
+    done = subprocess.run(
+        [sys.executable, TESTS / "killable.py", tmp_path, *kills],
+        cwd=TESTS.parent,
+        env={"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    *ends, last = done.stdout.splitlines()
+    sure = [kill for kill in kills if not kill.startswith("after")]
+    assert {f"{kill}: killed" for kill in sure} <= set(ends)
+    assert last == "None: exit 0"
+    folder, final, history = whole
+    told = torch.load(tmp_path / "result")
+    assert_same(told["flow"], final)
+    assert {name: str(column) for name, column in told["history"].items()} == without_seconds(
+        history
+    )
+    assert_same_run(tmp_path, folder)
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("shapes_unchecked")  # for speed
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_run_that_is_interrupted_anywhere_resumes_to_the_same_end(error, whole, tmp_path):
+    def interrupt(report):
+        if report.step in steps:
+            steps.remove(report.step)
+            raise error
+
+    steps = {2, 7, 8, 25, 26, 40}
+    for _ in range(6):
+        with pytest.raises(error):
+            killable.train(tmp_path, callbacks=[interrupt])
+    flow, history = killable.train(tmp_path, callbacks=[interrupt])
+
+    folder, final, record = whole
+    assert not steps
+    assert_same(weights(flow), final)
+    assert without_seconds(history) == without_seconds(record)
+    assert history.seconds == sorted(history.seconds)
+    assert_same_run(tmp_path, folder)
+
+
+def test_a_finished_run_is_given_back_at_once(whole, monkeypatch):
+    folder, final, history = whole
+    before = [file.read_bytes() for file in checkpoints_in(folder)]
+    monkeypatch.setattr(killable.MaximumLikelihood, "forward", None)  # that none may call
+
+    flow, again = killable.train(folder)
+
+    assert_same(weights(flow), final)
+    assert str(again.columns) == str(history.columns)
+    assert [file.read_bytes() for file in checkpoints_in(folder)] == before
+
+
+X = torch.linspace(-2, 2, 40, dtype=torch.float64).reshape(20, 2)
+
+
+def short(folder, *, flow=None, resume=False, every=2, keep=2, data=X, validation=X, **settings):
+    """Six steps of the cheapest flow."""
+    torch.manual_seed(0)
+    flow = affine_flow() if flow is None else flow
+    settings = config(**{"steps": 6, "batch_size": 5, "validate_every": 3, **settings})
+    checkpoints = Checkpoints(folder=folder, every=every, keep=keep)
+    history = fit(
+        flow, data, settings, validation=validation, checkpoints=checkpoints, resume=resume
+    )
+    return flow, history
+
+
+def test_the_folder_holds_the_newest_checkpoints_the_record_and_the_flow(tmp_path):
+    flow, history = short(tmp_path / "deep" / "run", every=1, keep=3)
+
+    names = sorted(file.name for file in (tmp_path / "deep" / "run").iterdir())
+    checkpoints = [f"checkpoint_00000000{step}.pt" for step in (4, 5, 6)]
+    assert names[:5] == ["best.safetensors", *checkpoints, names[4]]
+    assert names[4].startswith("events.out.tfevents")
+    assert names[5:] == ["history.csv"]
+    assert str(History.load(tmp_path / "deep" / "run" / "history.csv")) == str(history)
+    assert_same(weights(load(tmp_path / "deep" / "run" / "best.safetensors")), weights(flow))
+
+
+def test_the_flow_in_the_folder_is_the_best_so_far(tmp_path):
+    held_out = X[:5] + 0.3
+
+    def check(report):
+        if report.step % 2 == 0:
+            nll = -load(tmp_path / "best.safetensors").log_prob(held_out).mean().item()
+            seen.append((nll, report.row["validation"]))
+
+    seen = []
+    fit(
+        affine_flow(),
+        X,
+        config(40, learning_rate=0.3, batch_size=4, validate_every=2),
+        validation=held_out,
+        checkpoints=Checkpoints(folder=tmp_path, every=2),
+        callbacks=[check],
+    )
+    bests = itertools.accumulate((nll for _, nll in seen), min)
+    assert [nll for nll, _ in seen] == pytest.approx(list(bests))
+    assert seen[-1][0] < seen[-1][1]
+
+
+class Foreign(nn.Module):
+    """A part that no file of a flow can describe."""
+
+
+def test_a_flow_that_cannot_be_saved_is_kept_in_the_checkpoint_alone(tmp_path):
+    flow = affine_flow()
+    flow.chain[0].extra = Foreign()
+    shared = Flow([flow.chain[0], flow.chain[0]])
+    final = weights(short(tmp_path, flow=shared)[0])
+    assert not (tmp_path / "best.safetensors").exists()
+    again, _ = short(tmp_path, flow=Flow([(part := Affine(2)), part]), resume=True)
+    assert_same(weights(again), final)
+
+
+def test_without_checkpoints_resume_starts_from_the_beginning(tmp_path):
+    plain, history = short(tmp_path / "plain")
+    resumed, other = short(tmp_path / "resumed", resume=True)
+    assert_same(weights(resumed), weights(plain))
+    assert without_seconds(other) == without_seconds(history)
+
+
+@pytest.mark.parametrize("name", ["checkpoint_000000006.pt", "history.csv", "best.safetensors"])
+def test_nothing_is_overwritten_unasked(name, tmp_path):
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(FileExistsError, match=rf"holds a run already \({name}\).*resume=True"):
+        short(tmp_path)
+    assert (tmp_path / name).read_text() == "precious"
+
+
+def truncated(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def emptied(file):
+    file.write_bytes(b"")
+
+
+def flipped(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncated, emptied, flipped])
+def test_a_damaged_checkpoint_falls_back_on_the_one_before(damage, tmp_path):
+    flow, history = short(tmp_path)
+    newest, _ = checkpoints_in(tmp_path)
+    damage(newest)
+
+    with pytest.warns(UserWarning, match=rf"{newest.name}' is damaged"):
+        again, record = short(tmp_path, resume=True)
+
+    assert_same(weights(again), weights(flow))
+    assert without_seconds(record) == without_seconds(history)
+
+
+def test_checkpoints_that_are_all_damaged_are_refused(tmp_path):
+    short(tmp_path)
+    for file in checkpoints_in(tmp_path):
+        truncated(file)
+    with (
+        pytest.warns(UserWarning, match="is damaged"),
+        pytest.raises(ValueError, match=r"every checkpoint in .* is damaged. Restore"),
+    ):
+        short(tmp_path, resume=True)
+
+
+class Code:
+    """Does something when it is unpickled."""
+
+    def __reduce__(self):
+        return warnings.warn, ("code was run",)
+
+
+def test_a_checkpoint_is_data_and_never_code(tmp_path):
+    short(tmp_path)
+    newest, _ = checkpoints_in(tmp_path)
+    for disguise in (
+        lambda: torch.save({"format": 1, "history": Code()}, newest),
+        lambda: newest.write_bytes(pickle.dumps(Code())),
+    ):
+        disguise()
+        with pytest.warns(UserWarning, match="is damaged") as caught:
+            short(tmp_path, resume=True)
+        assert not any(str(warning.message) == "code was run" for warning in caught)
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path):
+    short(tmp_path)
+    newest, _ = checkpoints_in(tmp_path)
+    torch.save({**torch.load(newest), "format": 2}, newest)
+    with pytest.raises(ValueError, match=r"has format 2, newer than the 1 .*Upgrade cnf-flows"):
+        short(tmp_path, resume=True)
+
+
+OTHER_RUNS = {
+    "steps": ({"steps": 7}, "steps of phase 1: 6 there, 7 here"),
+    "average": ({"ema": 0.5}, "ema of phase 1: None there, 0.5 here"),
+    "parts": ({"accumulate": 2}, r"parts of a minibatch .* in phase 1: 1 there, 2 here"),
+    "fewer rows": ({"data": X[:19]}, "data: 20 rows .* there, 19 rows .* here"),
+    "other rows": ({"data": X + 1e-9}, "data: 20 rows with the hash .* there, 20 rows with"),
+    "no validation": ({"validation": None}, "validation: 20 rows .* there, none here"),
+    "other flow": (
+        {"flow": Flow([Affine(2), Affine(2)]).double()},
+        r"tensor 'transforms.1.loc' of the flow: none there, torch.float64 \(2,\) here",
+    ),
+    "the same in other words": ({"data": {"x": X}}, None),
+    "other looks": ({"progress": True, "every": 3, "keep": 1}, None),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), OTHER_RUNS.values(), ids=OTHER_RUNS)
+def test_a_run_with_other_settings_data_or_flow_is_told_apart(change, message, tmp_path):
+    short(tmp_path)
+    if message is None:
+        assert len(short(tmp_path, resume=True, **change)[1].step) == 6
+    else:
+        with pytest.raises(ValueError, match=f"are of another run.*{message}.*another folder"):
+            short(tmp_path, resume=True, **change)
+
+
+def test_settings_without_a_stable_name_do_not_keep_a_run_from_resuming(tmp_path):
+    def run():
+        def objective(flow):  # another object each time
+            return killable.MaximumLikelihood(flow)
+
+        settings, checkpoints = config(3, objective=objective), Checkpoints(folder=tmp_path)
+        return fit(affine_flow(), X, settings, checkpoints=checkpoints, resume=True)
+
+    first, again = run(), run()
+    assert str(again.columns) == str(first.columns)
+
+
+def test_a_failure_leaves_the_record_in_the_folder_and_happens_again(tmp_path):
+    settings = {"flow": affine_flow(), "learning_rate": 1e200, "steps": 20, "every": 1}
+    with pytest.raises(TrainingError) as caught:
+        short(tmp_path, **settings)
+    record = History.load(tmp_path / "history.csv")
+    assert str(record.columns) == str(caught.value.history.columns)
+
+    with pytest.raises(TrainingError) as again:
+        short(tmp_path, **{**settings, "flow": affine_flow()}, resume=True)
+
+    assert str(again.value) == str(caught.value)
+
+
+def test_parameters_of_the_objective_itself_are_kept(tmp_path):
+    class Scaled(killable.MaximumLikelihood):
+        def __init__(self, flow):
+            super().__init__(flow)
+            self.own = nn.Parameter(torch.zeros(()))
+
+        def forward(self, x, context=None, *, generator=None):
+            loss = super().forward(x, context, generator=generator)
+            return loss + (self.own - 3).square()
+
+    def run(folder, steps=9, callbacks=()):
+        objective = Scaled(affine_flow())
+        checkpoints = Checkpoints(folder=folder, every=4)
+        settings = config(steps, learning_rate=0.1)
+        fit(objective, X, settings, checkpoints=checkpoints, resume=True, callbacks=callbacks)
+        return weights(objective)
+
+    def interrupt(report):
+        if report.step == 6:
+            raise KeyboardInterrupt
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", callbacks=[interrupt])
+    assert_same(run(tmp_path / "cut"), whole)
+    assert_same(run(tmp_path / "cut"), whole)  # finished by now
+
+
+def test_tensorboard_shows_each_step_once_after_a_resumption(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+    def interrupt(report):
+        if report.step == 5:
+            raise KeyboardInterrupt
+
+    checkpoints = Checkpoints(folder=tmp_path, every=2)
+    with pytest.raises(KeyboardInterrupt):
+        fit(affine_flow(), X, config(6), checkpoints=checkpoints, callbacks=[interrupt])
+    history = fit(affine_flow(), X, config(6), checkpoints=checkpoints, resume=True)
+
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    shown = {event.step: event.value for event in events.Scalars("loss")}
+    assert [event.step for event in events.Scalars("loss")] == history.step
+    assert list(shown.values()) == pytest.approx(history.loss)
+    assert "validation" not in events.Tags()["scalars"]
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+def test_bad_settings_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="every must be at least 1; got 0"):
+        Checkpoints(folder=tmp_path, every=0)
+    with pytest.raises(ValueError, match="keep must be at least 1; got 0"):
+        Checkpoints(folder=tmp_path, keep=0)
+    with pytest.raises(ValueError, match=r"resume=True needs checkpoints=Checkpoints\("):
+        fit(affine_flow(), X, config(), resume=True)

@@ -1,0 +1,285 @@
+"""Laws of the data that training takes: whatever form they come in, the same rows are learnt."""
+
+import functools
+import math
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset, IterableDataset, StackDataset, Subset, TensorDataset
+from training_runs import CHEAP, affine_flow, assert_same, config, weights, without_seconds
+
+from cnf import CNF, Affine, Flow, Logit, Standardize, fit
+from cnf.data import NpyRows
+from cnf.objectives import MaximumLikelihood
+from cnf.training.rows import as_rows
+
+
+class Weighted(MaximumLikelihood):
+    """The weighted mean of the negative log-likelihood."""
+
+    def forward(self, x, context=None, *, weight=None, generator=None):
+        flow = self.flow.using(solver=CHEAP)
+        nll = -flow.log_prob(x, context, generator=generator)
+        return (nll if weight is None else weight * nll).mean()
+
+
+def conditional_flow():
+    torch.manual_seed(0)
+    return CNF(2, 3, hidden_features=(4, 4), solver=CHEAP)
+
+
+class Listed(Dataset):
+    """Items of any form, and a record of which were asked for."""
+
+    def __init__(self, items):
+        self.items, self.asked = items, []
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        self.asked.append(index)
+        return self.items[index]
+
+
+def forms(x, context, weight):
+    """The same rows in every form that carries all of them."""
+    named = {"x": x, "context": context, "weight": weight}
+    rows = list(zip(x, context, weight, strict=True))
+    return {
+        "dict": named,
+        "dataset of dicts": Listed([dict(zip(named, row, strict=True)) for row in rows]),
+        "stacked datasets": StackDataset(**named),
+        "part of a dataset": Subset(StackDataset(**named), range(len(x))),
+    }
+
+
+@pytest.mark.parametrize("form", forms(*torch.zeros(3, 1)))
+def test_data_of_every_form_are_the_same_rows(form):
+    x, context = torch.randn(20, 2), torch.randn(20, 3)
+    weight = torch.rand(20)
+    weight /= weight.mean()
+    settings = config(4, batch_size=8, objective=Weighted, validate_every=2)
+    validation = {"x": x, "context": context, "weight": weight}
+    expected, flow = conditional_flow(), conditional_flow()
+    history = fit(expected, validation, settings, validation=validation)
+    data = forms(x, context, weight)[form]
+
+    same = fit(flow, data, settings, validation=data)
+
+    assert without_seconds(same) == without_seconds(history)
+    assert_same(weights(flow), weights(expected))
+
+
+@pytest.mark.parametrize("kind", [TensorDataset, Listed, lambda x: StackDataset(x=x)])
+def test_a_dataset_may_hold_rows_alone(kind):
+    x = torch.randn(20, 2)
+    flow, expected = affine_flow(), affine_flow()
+    history = fit(expected, x, config(5, batch_size=8))
+    same = fit(flow, kind(x), config(5, batch_size=8))
+    assert same.loss == history.loss
+    assert_same(weights(flow), weights(expected))
+
+
+def test_a_dataset_may_hold_pairs_of_rows_and_contexts():
+    x, context = torch.randn(20, 2), torch.randn(20, 3)
+    losses = [
+        fit(conditional_flow(), data, config(2, batch_size=8)).loss
+        for data in ((x, context), TensorDataset(x, context))
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_weight_of_two_counts_as_two_rows():
+    x, weight = torch.randn(6, 2), torch.tensor([1.0, 2.0, 1.0, 1.0, 2.0, 1.0])
+    repeated = torch.cat([x, x[weight == 2]])
+    settings = config(5, batch_size=8, learning_rate=0.1, objective=Weighted, validate_every=1)
+    weighted, plain = affine_flow(), affine_flow()
+
+    history = fit(
+        weighted, {"x": x, "weight": weight}, settings, validation={"x": x, "weight": 7 * weight}
+    )
+    expected = fit(plain, repeated, settings, validation=repeated)
+
+    assert history.loss == pytest.approx(expected.loss, rel=1e-12)
+    assert history.validation == pytest.approx(expected.validation, rel=1e-12)
+    torch.testing.assert_close(weights(weighted), weights(plain), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 50.0])
+def test_weights_of_tensors_are_relative_to_their_mean(scale):
+    x, weight = torch.randn(10, 2), torch.rand(10)
+    settings = config(3, batch_size=4, objective=Weighted)
+    losses = [
+        fit(affine_flow(), {"x": x, "weight": factor * weight}, settings).loss
+        for factor in (1.0, scale)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-12)
+
+
+def npy(folder, array):
+    np.save(folder / "x.npy", array)
+    return folder / "x.npy"
+
+
+def test_rows_of_a_file_are_those_of_the_array(tmp_path):
+    array = np.random.default_rng(0).normal(size=(30, 2))
+    rows = NpyRows(npy(tmp_path, array))
+    expected, flow = affine_flow(), affine_flow()
+
+    history = fit(expected, torch.from_numpy(array), config(4, batch_size=8))
+    same = fit(flow, rows, config(4, batch_size=8))
+
+    assert len(rows) == 30
+    assert torch.equal(rows[7], torch.from_numpy(array[7]))
+    assert same.loss == history.loss
+    assert_same(weights(flow), weights(expected))
+    assert NpyRows(rows.path, dtype=torch.float32)[0].dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_a_file_larger_than_memory_would_hold_is_read_row_by_row(tmp_path, monkeypatch):
+    rows, features = 2**19, 256  # a gigabyte of zeros, which take no room on the disk
+    path = tmp_path / "large.npy"
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float64, shape=(rows, features))
+    array[:1000] = np.random.default_rng(0).normal(size=(1000, features))
+    del array
+    asked = []
+    getitems = NpyRows.__getitems__
+    monkeypatch.setattr(
+        NpyRows,
+        "__getitems__",
+        lambda self, indices: asked.extend(indices) or getitems(self, indices),
+    )
+
+    tracemalloc.start()
+    fit(affine_flow(features), NpyRows(path), config(5, batch_size=64))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    looked_at_first = 1 + 10_000
+    assert len(asked) == looked_at_first + 5 * 64
+    assert peak < 1.5 * looked_at_first * features * 8 < rows * features * 8 / 30
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not a .npy file of numbers, or is cut short"),
+        (b"1,2\n3,4\n", "is not a .npy file of numbers, or is cut short"),
+        (np.array(1.0), "must hold rows of numbers"),
+        (np.array(["a", "b"]), "must hold rows of numbers"),
+    ],
+    ids=["empty", "text", "one number", "strings"],
+)
+def test_what_is_no_file_of_rows_is_refused(content, message, tmp_path):
+    path = tmp_path / "x.npy"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        np.save(path, content)
+    with pytest.raises(ValueError, match=message):
+        NpyRows(path)
+
+
+def test_a_file_that_is_cut_short_or_holds_objects_is_refused(tmp_path):
+    path = npy(tmp_path, np.zeros((100, 2)))
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match="is cut short"):
+        NpyRows(path)
+    np.save(path, np.array([{}, {}]), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"is not a \.npy file of numbers"):
+        NpyRows(path)
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.npy"):
+        NpyRows(tmp_path / "nowhere.npy")
+
+
+def with_bad_row(value):
+    x = torch.randn(50, 2).sigmoid()
+    x[17, 1] = value
+    return x
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (math.nan, r"data\[17\] must be finite; got NaN or inf in the only row"),
+        (1.5, r"data\[17\] must be numbers from .* to .*; got other values in the only row"),
+    ],
+)
+def test_a_bad_row_of_a_dataset_is_named_when_it_is_read(value, message, monkeypatch):
+    monkeypatch.setattr("cnf.training.scale._ROWS_TRIED", 2)
+    flow = Flow([Logit(2), Affine(2)])
+    with pytest.raises(ValueError, match=message):
+        fit(flow, Listed(with_bad_row(value)), config(100, batch_size=8))
+    assert all(value.isfinite().all() for value in flow.state_dict().values())
+
+
+def test_a_bad_context_of_a_dataset_is_named_by_its_row():
+    context = torch.randn(5, 3)
+    context[3, 0] = math.inf
+    data = TensorDataset(torch.randn(5, 2), context)
+    with pytest.raises(ValueError, match=r"the context of data\[3\] must be finite"):
+        fit(conditional_flow(), data, config())
+
+
+def test_a_bad_row_stops_the_training_with_the_weights_reached(monkeypatch):
+    monkeypatch.setattr("cnf.training.scale._ROWS_TRIED", 2)
+    read = Listed(with_bad_row(math.nan))
+    flow, shorter = affine_flow(), affine_flow()
+    with pytest.raises(ValueError, match="must be finite"):
+        fit(flow, read, config(100, batch_size=4, learning_rate=0.1))
+    steps = len(read.asked[3:]) // 4 - 1
+    assert steps > 0
+    monkeypatch.undo()
+    clean = with_bad_row(0.5)
+    clean[:, 0] = read.items[:, 0]
+    clean[:17, 1], clean[18:, 1] = read.items[:17, 1], read.items[18:, 1]
+    settings = config(100, batch_size=4, learning_rate=0.1)
+    fit(shorter, clean, settings, callbacks=[lambda report: report.step == steps])
+    assert_same(weights(flow), weights(shorter))
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        yield torch.zeros(2)
+
+
+zeros = functools.partial(torch.zeros, dtype=torch.float32)
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        (Endless(), TypeError, "must be a Dataset with a length and an item for each index"),
+        (Listed([]), ValueError, "must have at least one row; got an empty Dataset"),
+        (Listed([zeros(2), zeros(3)]), ValueError, "must have x of the same shape in each row"),
+        (Listed([zeros(3)] * 2), ValueError, r"data\[0\] must have shape \(\*batch, 2\); got \(3,"),
+        (Listed([np.zeros(2)]), TypeError, "must hold a tensor.* got ndarray for x"),
+        (Listed([zeros(2).double()]), ValueError, "must have the model's dtype torch.float32"),
+        (Listed([{"x": zeros(2)}, {"x": zeros(2), "weight": zeros(())}]), ValueError, "weight of"),
+        ({"y": zeros(5, 2)}, ValueError, "keys context, weight, x, of which x is needed; got y"),
+        ({"x": zeros(5, 2), "labels": 1}, ValueError, "keys context, weight, x.* got x, labels"),
+        ({"x": zeros(5, 2), "weight": zeros(4)}, ValueError, r"weights of data .*\(5,\); got \(4,"),
+        ({"x": zeros(5, 2), "weight": zeros(5)}, ValueError, "weights of data must not all be 0"),
+        ({"x": zeros(5, 2), "weight": zeros(5) - 1}, ValueError, "weights of data .* at least 0"),
+        ({"x": zeros(5, 2), "weight": zeros(5) / 0}, ValueError, "weights of data must be finite"),
+        ({"x": zeros(5, 2), "weight": [1] * 5}, TypeError, r"weights of data must be a torch\.T"),
+    ],
+    ids=str,
+)
+def test_data_of_no_form_are_refused(data, error, message):
+    with pytest.raises(error, match=message):
+        as_rows("data", data, affine_flow().float()).take(torch.arange(len(data)))
+
+
+def test_standardisation_of_a_dataset_is_that_of_its_rows(monkeypatch):
+    monkeypatch.setattr("cnf.training.plan.recipe", lambda: (config(1),))
+    x = 5 + 3 * torch.randn(200, 2)
+    flow = CNF(2, hidden_features=(4,), solver=CHEAP)
+    fit(flow, TensorDataset(x))
+    expected = Standardize.from_data(x)
+    assert_same(weights(flow.chain[0]), weights(expected))
