@@ -71,7 +71,7 @@ def ffjord(x: Tensor, seed: int, clock: Clock) -> None:
 
 
 def zuko_cnf(x: Tensor, seed: int, clock: Clock) -> None:
-    """zuko's CNF by likelihood: its defaults but for the exact trace and 3 x 64 units."""
+    """The CNF of zuko by likelihood: its defaults but for the exact trace and 3 x 64 units."""
     import zuko
 
     torch.manual_seed(seed)
@@ -93,7 +93,7 @@ def zuko_cnf(x: Tensor, seed: int, clock: Clock) -> None:
 
 
 def torchcfm_matching(x: Tensor, seed: int, clock: Clock) -> None:
-    """torchcfm's conditional flow matching: its network of 3 x 64 units, Adam, batches of 256."""
+    """Conditional flow matching by torchcfm: its network of 3 x 64 units, Adam, batches of 256."""
     from torchcfm.conditional_flow_matching import ConditionalFlowMatcher
     from torchcfm.models import MLP
 
@@ -136,7 +136,9 @@ def ways() -> dict[str, Way]:
         "torchcfm": ("torchcfm", torchcfm_matching),
     }
     return {
-        name: way for name, (library, way) in everything.items() if importlib.util.find_spec(library)
+        name: way
+        for name, (library, way) in everything.items()
+        if importlib.util.find_spec(library)
     }
 
 

@@ -128,7 +128,7 @@ class Stopwatch:
 
 
 def main(settings: Settings) -> dict[str, Any]:
-    """Train in every way on every set, print the tables, and write them; returns what was written."""
+    """Train in every way on every set, print the tables and write them; returns what is written."""
     if settings.quick:
         settings = replace(
             settings, data=settings.data[:1], seconds=0.5, seeds=1, rows=1000, held_out=200
@@ -136,7 +136,9 @@ def main(settings: Settings) -> dict[str, Any]:
     facts = machine()
     tasks = [
         Task(way=way, data=data, seed=seed)
-        for seed, data, way in itertools.product(range(settings.seeds), settings.data, settings.ways)
+        for seed, data, way in itertools.product(
+            range(settings.seeds), settings.data, settings.ways
+        )
     ]
     work = [(task, settings) for task in tasks]
     if settings.jobs == 1:

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cnf._checks import reference_tensor
 from cnf.flow import Flow
+from cnf.training.average import Average
 from cnf.training.config import TrainingConfig
 from cnf.training.processes import Processes
 from cnf.training.randomness import Order, draws
@@ -65,8 +65,11 @@ class Phase:
         self.step = 0
         self.stale_validations = 0
         self.good = snapshot(objective)
-        self.optimizer = torch.optim.Adam(objective.parameters(), lr=config.learning_rate)
-        self.averaged = _average(flow, config.ema)
+        self._parameters = list(objective.parameters())
+        self._now = list(objective.state_dict().values())
+        # One call for all weights: one for each would take a third of a step of flow matching.
+        self.optimizer = torch.optim.Adam(self._parameters, lr=config.learning_rate, fused=True)
+        self.averaged = None if config.ema is None else Average(flow, config.ema)
         self.order = None
         if rows is not None:
             self.order = Order(len(rows), config.batch_size, seed=config.seed, phase=number)
@@ -74,7 +77,7 @@ class Phase:
     @property
     def result(self) -> Flow:
         """What is validated and kept: the averaged flow if there is one."""
-        return self.flow if self.averaged is None else cast(Flow, self.averaged.module)
+        return self.flow if self.averaged is None else self.averaged.flow
 
     @property
     def is_out_of_patience(self) -> bool:
@@ -102,18 +105,16 @@ class Phase:
         self.step += 1
         self.optimizer.zero_grad()
         loss, nfe = self.processes.sums(self._gradients)
-        parameters = list(self.objective.parameters())
-        self.processes.add_gradients(parameters)
-        norm = nn.utils.clip_grad_norm_(parameters, self.config.gradient_clip or math.inf)
+        self.processes.add_gradients(self._parameters)
+        norm = nn.utils.clip_grad_norm_(self._parameters, self.config.gradient_clip or math.inf)
         check_finite("norm of the gradient", norm.item())
-        for name, value in self.objective.state_dict().items():
-            self.good[name].copy_(value)
+        torch._foreach_copy_(list(self.good.values()), self._now)
         rate = self.config.learning_rate * self._schedule()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         if self.averaged is not None:
-            self.averaged.update_parameters(self.flow)
+            self.averaged.update()
         return {"loss": loss, "learning_rate": rate, "nfe": int(nfe)}
 
     def fall_back(self) -> None:
@@ -207,9 +208,3 @@ def snapshot(module: nn.Module) -> dict[str, Tensor]:
 def restore(module: nn.Module, weights: dict[str, Tensor]) -> None:
     """Put back what `snapshot` copied."""
     module.load_state_dict(weights)
-
-
-def _average(flow: Flow, decay: float | None) -> AveragedModel | None:
-    if decay is None:
-        return None
-    return AveragedModel(flow, multi_avg_fn=get_ema_multi_avg_fn(decay))

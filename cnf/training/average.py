@@ -1,0 +1,44 @@
+"""The exponential moving average of the weights."""
+
+import copy
+from typing import Any
+
+import torch
+
+from cnf.flow import Flow
+
+
+class Average:
+    """A copy of a flow whose weights follow those of the flow slowly.
+
+    After n steps the share of the past is ``min(decay, (1 + n) / (10 + n))``, so that the initial
+    weights are soon forgotten, whatever the decay.
+
+    Args:
+        flow: The flow that is followed.
+        decay: Share of the past that each step keeps in the end.
+    """
+
+    def __init__(self, flow: Flow, decay: float) -> None:
+        self.flow = copy.deepcopy(flow)
+        self.decay = decay
+        self.steps = 0
+        # torch's AveragedModel looks the weights up anew each time, which takes as long as a
+        # fifth of a step of flow matching.
+        self._weights = [weight.detach() for weight in self.flow.parameters()]
+        self._followed = [weight.detach() for weight in flow.parameters()]
+
+    def update(self) -> None:
+        """Follow the weights of the flow."""
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        torch._foreach_lerp_(self._weights, self._followed, 1 - decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averaged weights, and the steps so far."""
+        return {"steps": self.steps, "flow": self.flow.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.steps = state["steps"]
+        self.flow.load_state_dict(state["flow"])
