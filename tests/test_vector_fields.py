@@ -105,6 +105,17 @@ def test_divergence_is_the_trace_with_one_activation_for_each_layer(pair):
     assert_divergence_is_the_trace(field, torch.rand(()), x)
 
 
+@pytest.mark.parametrize("make", FIELDS.values(), ids=FIELDS)
+def test_rows_may_share_times(make):
+    field = make()
+    x, context = rows_for(field, 3, 4)
+    t = torch.rand(3, 1)
+    shared = field(t, x, context), field.velocity_and_divergence(t, x, context)
+    each = t.expand(3, 4)
+    alone = field(each, x, context), field.velocity_and_divergence(each, x, context)
+    torch.testing.assert_close(shared, alone, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("contexts", ["none", "one for all", "one for each row"])
 @pytest.mark.parametrize("times", ["one for all", "one for each row"])
 @pytest.mark.parametrize("batch", BATCHES, ids=str)

@@ -18,7 +18,7 @@ class ProbabilityPath(ABC):
     @abstractmethod
     def state_and_velocity(
         self,
-        t: Float[Tensor, "*batch"],
+        t: Float[Tensor, "*t_batch"],
         x0: Float[Tensor, "*batch features"],
         x1: Float[Tensor, "*batch features"],
         *,
@@ -27,7 +27,7 @@ class ProbabilityPath(ABC):
         """The state at time `t` and its derivative in time, with what is random held fixed.
 
         Args:
-            t: Times from 0 to 1, one for each row.
+            t: Times from 0 to 1, of a shape that broadcasts with the rows'.
             x0: Where the paths start.
             x1: Where they end.
             generator: Source of the noise of a path that has some.
@@ -64,7 +64,7 @@ class LinearPath(ProbabilityPath):
 
     def state_and_velocity(
         self,
-        t: Float[Tensor, "*batch"],
+        t: Float[Tensor, "*t_batch"],
         x0: Float[Tensor, "*batch features"],
         x1: Float[Tensor, "*batch features"],
         *,
@@ -94,7 +94,7 @@ class VariancePreservingPath(ProbabilityPath):
 
     def state_and_velocity(
         self,
-        t: Float[Tensor, "*batch"],
+        t: Float[Tensor, "*t_batch"],
         x0: Float[Tensor, "*batch features"],
         x1: Float[Tensor, "*batch features"],
         *,
@@ -141,7 +141,7 @@ class SmoothedPath(ProbabilityPath):
 
     def state_and_velocity(
         self,
-        t: Float[Tensor, "*batch"],
+        t: Float[Tensor, "*t_batch"],
         x0: Float[Tensor, "*batch features"],
         x1: Float[Tensor, "*batch features"],
         *,

@@ -2,31 +2,67 @@
 
 from functools import partial
 
+from cnf.objectives import FlowMatching, MaximumLikelihood
 from cnf.training.config import TrainingConfig
+
+_VALIDATIONS = 10
 
 
 def recipe(
     *,
-    likelihood_steps: int = 2000,
+    matching_steps: int = 12_000,
+    likelihood_steps: int = 200,
     batch_size: int = 512,
+    learning_rate: float = 4e-3,
+    patience: int | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> tuple[TrainingConfig, ...]:
-    """Maximum likelihood at a loose tolerance, with a decaying rate.
+    """Flow matching with an average of the weights, then maximum likelihood at a loose tolerance.
+
+    A step of matching takes one evaluation of the network, and brings a flow near the data in a
+    hundredth of the time that likelihood takes; but it is likelihood that wins the last hundredths
+    of a nat on toy sets, and more on tables. Both rates decay to zero. Validation, if there are
+    data for it, takes place ten times in each phase.
 
     Args:
-        likelihood_steps: Number of minibatches.
+        matching_steps: Minibatches of flow matching; 0 to leave the phase out.
+        likelihood_steps: Minibatches of maximum likelihood, a step of which takes about as long as
+            fifty of matching; 0 to leave the phase out.
         batch_size: Rows of a minibatch.
-        seed: Seed of the order of the rows and of everything that the objective draws.
-        progress: Whether to show a progress bar.
+        learning_rate: Peak learning rate.
+        patience: Validations without a new best after which a phase ends early.
+        seed: Seed of the order of the rows and of everything that the objectives draw.
+        progress: Whether to show progress bars.
 
     Raises:
         TypeError: If a count is not an int.
         ValueError: If a setting is out of range.
 
+    References:
+        Lipman et al. (2023), Flow Matching for Generative Modeling.
+        https://arxiv.org/abs/2210.02747
+
     Example:
-        >>> [phase.steps for phase in recipe(likelihood_steps=100)]
-        [100]
+        >>> [phase.steps for phase in recipe(matching_steps=1000, likelihood_steps=100)]
+        [1000, 100]
     """
-    common = partial(TrainingConfig, batch_size=batch_size, seed=seed, progress=progress)
-    return (common(steps=likelihood_steps),)
+    phases = (
+        (partial(FlowMatching, times="late"), matching_steps, 0.999),
+        (MaximumLikelihood, likelihood_steps, 0.99),
+    )
+    return tuple(
+        TrainingConfig(
+            objective=objective,
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            ema=ema,
+            validate_every=max(1, steps // _VALIDATIONS),
+            patience=patience,
+            seed=seed,
+            progress=progress,
+        )
+        for objective, steps, ema in phases
+        if steps
+    )

@@ -41,7 +41,7 @@ class VectorField(nn.Module, ABC):
         """Velocity at `x`.
 
         Args:
-            t: Time, 0-dim or one for each row, ``(*batch,)``.
+            t: Time, 0-dim or of a shape that broadcasts with ``(*batch,)``.
             x: Points, ``(*batch, features)``.
             context: Its batch axes broadcast to those of `x`.
         """
@@ -194,7 +194,8 @@ class ModuleField(VectorField):
         x: Float[Tensor, "*batch features"],
         context: Float[Tensor, "*c_batch context_features"] | None = None,
     ) -> Float[Tensor, "*batch features"]:
-        """Velocity at `x`, as the network gives it."""
+        """Velocity at `x`, as the network gives it; t is 0-dim or one for each row."""
+        t = t.expand(x.shape[:-1]) if t.ndim else t
         velocity = self.network(t, x) if context is None else self.network(t, x, context)
         if not isinstance(velocity, Tensor) or velocity.shape != x.shape:
             got = tuple(velocity.shape) if isinstance(velocity, Tensor) else type(velocity).__name__
