@@ -36,10 +36,10 @@ class FlowMatching(nn.Module):
 
     .. math:: (v(t, x_t) - \dot x_t)^2
 
-    Its minimum over all fields is the mean velocity of the paths through a point at a time, whose
-    flow has at each time the density of the states :math:`x_t`, and so at t = 1 that of the data.
-    The value of the minimum is not zero, but how much the velocities of paths through one point
-    differ, so that it says nothing about the fit: judge by `Flow.log_prob`.
+    Whatever the distribution of t, the best field is the mean velocity of the paths through a point
+    at a time, whose flow has at each time the density of the states :math:`x_t`, and so at t = 1
+    that of the data. The least loss is not zero, but how much the velocities of paths through one
+    point differ, so that the loss says nothing about the fit: judge by `Flow.log_prob`.
 
     A step takes one evaluation of the field for each row. It trains the field of a flow with one
     `ContinuousTransform`, and this alone: what the other transforms (and a learnt end time) are is

@@ -114,9 +114,10 @@ class MaximumLikelihood(nn.Module):
         z, ladj, costs = flow.to_base_with_costs(
             x, context, regularizers=list(self.regularizers), generator=generator
         )
-        weights = x.new_tensor(list(self.regularizers.values())).unsqueeze(-1)
+        losses = -flow.base.log_prob(z) - ladj
         # Not a matrix product, which autocast would round.
-        losses = (weights * costs).sum(0) - flow.base.log_prob(z) - ladj
+        for each, cost in zip(self.regularizers.values(), costs, strict=True):
+            losses = losses + each * cost
         return weighted_mean(losses, weight)
 
     def _for_training(

@@ -7,7 +7,7 @@ from cnf._checks import check_events, refuse_rows
 
 
 def weighted_mean(
-    losses: Float[Tensor, " batch"], weight: Float[Tensor, " batch"] | None
+    losses: Float[Tensor, "*batch"], weight: Float[Tensor, "*batch"] | None
 ) -> Float[Tensor, ""]:
     """The mean of ``weight * losses``; None stands for ones.
 
