@@ -176,8 +176,8 @@ def with_noise(x: Tensor, generator: torch.Generator | None) -> Tensor:
     """Integers plus noise in [0, 1), which rounding does not carry to the next integer."""
     noise = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
     # An ulp and more below: neither the sum nor a quotient of it may be rounded up.
-    above = x + 1
-    return torch.minimum(x + noise, above - 2 * torch.finfo(x.dtype).eps * above.abs().clamp(min=1))
+    below_next = (x + 1) - 2 * torch.finfo(x.dtype).eps * (x + 1).abs()
+    return torch.minimum(x + noise, below_next)
 
 
 def logit(share: Tensor) -> Tensor:
