@@ -38,6 +38,8 @@ from cnf.transforms import (
     Permute,
     Squeeze,
     Standardize,
+    Unconstrain,
+    transforms_for,
 )
 from cnf.vector_fields import (
     ConvField,
@@ -87,6 +89,7 @@ __all__ = [
     "Standardize",
     "TrainingConfig",
     "TrainingError",
+    "Unconstrain",
     "VariancePreservingPath",
     "VectorField",
     "certify",
@@ -95,4 +98,5 @@ __all__ = [
     "load",
     "recipe",
     "save",
+    "transforms_for",
 ]

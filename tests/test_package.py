@@ -46,6 +46,8 @@ LATE = [
     "sklearn",
     "torchdiffeq",
     "tensorboard",
+    "pyarrow",
+    "h5py",
 ]
 
 
