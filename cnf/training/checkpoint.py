@@ -1,6 +1,7 @@
 """Checkpoints: what a run resumes from, as data in files that are whole or not there at all."""
 
 import io
+import os
 import pickle
 import warnings
 import zipfile
@@ -35,7 +36,7 @@ class Checkpoints:
         2
     """
 
-    folder: Path
+    folder: str | os.PathLike[str]
     """Where to; made if it does not exist. One folder holds one run."""
     every: int = 500
     """Steps between checkpoints; the end of training is kept too."""
@@ -43,7 +44,6 @@ class Checkpoints:
     """Number of the newest checkpoints that are kept."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "folder", Path(self.folder))
         check_count("every", self.every)
         check_count("keep", self.keep)
 

@@ -32,7 +32,7 @@ class RunFolder:
     """
 
     def __init__(self, settings: Checkpoints, fingerprint: dict[str, str]) -> None:
-        self.folder: Path = settings.folder
+        self.folder = Path(settings.folder)
         self.every = settings.every
         self.keep = settings.keep
         self.fingerprint = fingerprint
