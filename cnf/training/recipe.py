@@ -5,7 +5,7 @@ from functools import partial
 from cnf.objectives import FlowMatching, MaximumLikelihood
 from cnf.training.config import TrainingConfig
 
-_VALIDATIONS = 10
+_VALIDATIONS = 5
 
 
 def recipe(
@@ -23,7 +23,7 @@ def recipe(
     A step of matching takes one evaluation of the network, and brings a flow near the data in a
     hundredth of the time that likelihood takes; but it is likelihood that wins the last hundredths
     of a nat on toy sets, and more on tables. Both rates decay to zero. Validation, if there are
-    data for it, takes place ten times in each phase.
+    data for it, takes place five times in each phase.
 
     Args:
         matching_steps: Minibatches of flow matching; 0 to leave the phase out.
