@@ -118,8 +118,8 @@ def test_a_run_that_is_interrupted_anywhere_resumes_to_the_same_end(error, whole
             steps.remove(report.step)
             raise error
 
-    steps = {2, 7, 8, 25, 26, 40}
-    for _ in range(6):
+    steps = {2, 7, 8, 25, 26, 42, 50}
+    for _ in range(7):
         with pytest.raises(error):
             killable.train(tmp_path, callbacks=[interrupt])
     flow, history = killable.train(tmp_path, callbacks=[interrupt])

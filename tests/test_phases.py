@@ -17,6 +17,7 @@ from training_runs import (
     weights,
     without_seconds,
 )
+from zoo import perturbed
 
 from cnf import (
     CNF,
@@ -249,6 +250,23 @@ def test_under_autocast_states_log_densities_and_gradients_keep_their_dtype(make
     assert {parameter.grad.dtype for parameter in flow.parameters()} == {torch.float32}
     difference = (log_prob - exact).abs().max()
     assert 0 < difference < 0.05 * exact.abs().max()
+
+
+@pytest.mark.parametrize("method", ["euler", "rk4"])
+def test_rates_coarser_than_the_state_are_added_up_in_the_precision_of_the_state(method):
+    rate, times = torch.ones(1, dtype=torch.bfloat16), torch.tensor([0.0, 1.0]).float()
+    solver = ODESolver(method=method, steps=3)  # a third has no end in bfloat16
+    (states,) = solver.solve(lambda t, state: (rate,), (torch.zeros(1).float(),), times)
+    assert states[-1].item() == pytest.approx(1, abs=1e-6)
+
+
+def test_under_autocast_a_draw_of_augment_has_the_density_that_it_was_drawn_from():
+    augment = perturbed(Augment(2, 3, hidden_features=(8,)).float())
+    x = torch.randn(50, 2).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        z, ladj = augment.to_base_and_ladj(x)
+        _, ladj_back = augment.to_data_and_ladj(z)
+    torch.testing.assert_close(ladj_back, -ladj, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
