@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+import cnf
 from cnf import (
     CNF,
     ContinuousTransform,
@@ -41,9 +42,10 @@ Way = Callable[[Tensor, int, Clock], None]
 
 
 def recipe(x: Tensor, seed: int, clock: Clock) -> None:
-    """Ours: `fit` with nothing but a flow and data."""
+    """Ours: the default flow, and what `fit` does when it is told nothing else."""
     torch.manual_seed(seed)
-    fit(CNF(2), x, callbacks=[_showing(clock)])
+    flow = CNF(2, transforms=[Standardize.from_data(x)])
+    fit(flow, x, cnf.recipe(seed=seed, progress=False), callbacks=[_showing(clock)])
 
 
 def ffjord(x: Tensor, seed: int, clock: Clock) -> None:
@@ -95,7 +97,7 @@ def zuko_cnf(x: Tensor, seed: int, clock: Clock) -> None:
 def torchcfm_matching(x: Tensor, seed: int, clock: Clock) -> None:
     """Conditional flow matching by torchcfm: its network of 3 x 64 units, Adam, batches of 256."""
     from torchcfm.conditional_flow_matching import ConditionalFlowMatcher
-    from torchcfm.models import MLP
+    from torchcfm.models.models import MLP
 
     torch.manual_seed(seed)
     standardize = Standardize.from_data(x)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from zoo import mlp
 
-from benchmarks import divergence, timing, trace
+from benchmarks import divergence, quality, timing, trace
 from cnf import Hutchinson
+from cnf.data.toy import toy_density
 from cnf.vector_fields.layers import LAYERS
 
 
@@ -182,3 +183,48 @@ def test_from_the_command_line(name, tmp_path):
     refused = subprocess.run([*command, "--rounds", "0"], check=False, timeout=120, **settings)
     assert refused.returncode != 0
     assert "rounds must be at least 1" in refused.stderr
+
+
+def test_a_stopwatch_stands_still_while_it_looks(monkeypatch):
+    clock = 0.0
+    monkeypatch.setattr(time, "process_time", lambda: clock)
+    truth = toy_density("moons")
+    held_out = truth.sample(100, generator=torch.Generator().manual_seed(0))
+    watch = quality.Stopwatch(truth, held_out, seconds=4.0)
+
+    def log_prob(x):
+        nonlocal clock
+        clock += 100.0
+        return truth.log_prob(x)
+
+    over = []
+    for _ in range(6):
+        clock += 0.9
+        over.append(watch(log_prob))
+    watch.finish()
+    assert over == [False] * 4 + [True] * 2
+    seconds = [look["seconds"] for look in watch.record]
+    assert seconds == pytest.approx([0.9, 1.8, 2.7, 3.6, 5.4])
+    assert [look["steps"] for look in watch.record] == [1, 2, 3, 4, 6]
+    nll = -truth.log_prob(held_out).mean().item()
+    assert [look["nll"] for look in watch.record] == pytest.approx([nll] * 5)
+    assert watch.record[0]["gap"] == pytest.approx(nll - truth.entropy())
+
+
+def test_a_time_is_that_of_the_first_look_which_reached_it():
+    record = [{"seconds": t, "gap": gap} for t, gap in [(1.0, 0.9), (2.0, 0.2), (3.0, 0.3)]]
+    assert quality.time_to("gap", 0.2, record) == 2.0
+    assert quality.time_to("gap", 0.9, record) == 1.0
+    assert quality.time_to("gap", 0.1, record) == math.inf
+
+
+@pytest.mark.slow
+def test_quality_from_the_command_line(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.quality", "--quick", "--out", str(tmp_path)]
+    settings = {"cwd": Path(__file__).parents[1], "capture_output": True, "text": True}
+    run = subprocess.run([*command, "--jobs", "2"], check=True, timeout=300, **settings)
+    assert (tmp_path / "table.md").read_text() in run.stdout
+    assert "| ours |" in run.stdout
+    refused = subprocess.run([*command, "--data", "cats"], check=False, timeout=120, **settings)
+    assert refused.returncode != 0
+    assert "data must be among" in refused.stderr
