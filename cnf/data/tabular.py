@@ -1,0 +1,276 @@
+"""Tables of numbers, read from files and written to them.
+
+Whatever is wrong with a file is a `ValueError` in one line that names the file, the line, the
+column and what was found there.
+"""
+
+import io
+import os
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from cnf._files import write_atomically
+from cnf.data.csv_files import (
+    LARGEST,
+    find_columns,
+    numbered_names,
+    read_csv,
+    to_csv,
+    unacceptable,
+)
+
+
+class Table(NamedTuple):
+    """Rows of numbers with names for the columns."""
+
+    values: NDArray[np.float64]
+    """``(rows, columns)``, finite."""
+    columns: tuple[str, ...]
+    """One name for each column; ``x1, x2, …`` where the file has none."""
+
+
+def read_table(
+    path: str | os.PathLike[str],
+    columns: Sequence[str] | None = None,
+    *,
+    array: str | None = None,
+) -> Table:
+    r"""Read a table of finite numbers from a file.
+
+    The suffix says what the file is: text (``.csv``, ``.tsv``, ``.txt``), ``.npy``, ``.npz`` or
+    ``.parquet`` (which needs pyarrow). Text is UTF-8, with or without byte-order mark, its cells
+    parted by comma, semicolon or tab, perhaps quoted. Its first line is a header unless it holds a
+    number. Blank lines are skipped.
+
+    Args:
+        path: The file.
+        columns: Names of those to read, in this order; None for all. The others may hold anything.
+        array: Name of the array in an ``.npz`` file; None if it has one of two axes only. An array
+            of text called ``columns`` beside it gives the names.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is of another kind, damaged or empty, has no such column, lines of
+            different length, or holds anything but numbers that single precision can hold. The
+            message names line and column.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "points.csv"
+        >>> _ = path.write_text("name,height,width\nA,1.5,2\nB,3,4.5\n")
+        >>> read_table(path, ["width", "height"])
+        Table(values=array([[2. , 1.5], [4.5, 3. ]]), columns=('width', 'height'))
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {str(path)!r} to read a table from.")
+    if isinstance(columns, str):
+        raise TypeError(f"columns must be a list of names; got the text {columns!r}.")
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise ValueError(
+            f"{path} must be one of {', '.join(_READERS)}; got the suffix {path.suffix!r}. "
+            "Rename it if it is one of them."
+        )
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}, line 1: must hold a table; the file is empty.")
+    if array is not None and reader is not _read_npz:
+        raise ValueError(f"array must be None unless the file is an .npz; got {array!r}.")
+    wanted = None if columns is None else tuple(columns)
+    return Table(*(reader(path, wanted) if array is None else _read_npz(path, wanted, array)))
+
+
+def write_table(
+    path: str | os.PathLike[str], values: ArrayLike, columns: Sequence[str] | None = None
+) -> None:
+    """Write a table, atomically, as ``.csv``, ``.tsv`` or ``.npy`` by the suffix.
+
+    Numbers come back as they were: text has as many digits as their dtype needs.
+
+    Args:
+        path: Where to; the folder must exist.
+        values: ``(rows, columns)``.
+        columns: Names for the header of text; None for no header. ``.npy`` keeps no names.
+
+    Raises:
+        OSError: If the file cannot be written.
+        ValueError: If the suffix is another, or the names do not fit the values.
+    """
+    path = Path(path)
+    table = np.asarray(values)
+    if table.ndim != 2:
+        raise ValueError(f"values must have shape (rows, columns); got {table.shape}.")
+    if path.suffix.lower() == ".npy":
+        content = io.BytesIO()
+        np.save(content, table, allow_pickle=False)
+        write_atomically(path, content.getvalue())
+    elif path.suffix.lower() in (".csv", ".tsv"):
+        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+        write_atomically(path, to_csv(table, columns, delimiter=delimiter).encode())
+    else:
+        raise ValueError(f"{path} must end in .csv, .tsv or .npy; got {path.suffix!r}.")
+
+
+def check_for_training(table: Table, name: str = "the table") -> None:
+    """Refuse a table that no density can be fitted to.
+
+    Args:
+        table: The table.
+        name: What to call it in the message, such as the path.
+
+    Raises:
+        ValueError: If it has less than two rows, or a column is constant.
+    """
+    if len(table.values) < 2:
+        raise ValueError(f"{name} must have at least 2 rows to fit; got {len(table.values)}.")
+    constant = np.flatnonzero((table.values == table.values[0]).all(0))
+    if len(constant):
+        listed = ", ".join(
+            f"{table.columns[i]!r} (always {table.values[0, i]:g})" for i in constant
+        )
+        raise ValueError(
+            f"{name} must vary in every column, for a constant has no density; it does not in "
+            f"{listed}. Leave such columns out."
+        )
+
+
+def _read_npy(
+    path: Path, columns: tuple[str, ...] | None
+) -> tuple[NDArray[np.float64], tuple[str, ...]]:
+    values = _numbers(path, "the array", _open_numpy(path))
+    return _selected(path, values, numbered_names(values.shape[1]), columns)
+
+
+def _read_npz(
+    path: Path, columns: tuple[str, ...] | None, array: str | None = None
+) -> tuple[NDArray[np.float64], tuple[str, ...]]:
+    arrays = _open_numpy(path)
+    if array is None:
+        tables = [name for name, found in arrays.items() if found.ndim == 2]
+        if len(tables) != 1:
+            raise ValueError(
+                f"{path} must have one array of two axes, or array must name it; it has "
+                f"{', '.join(f'{name} {found.shape}' for name, found in arrays.items())}."
+            )
+        array = tables[0]
+    if array not in arrays:
+        raise ValueError(f"{path} has no array {array!r}; it has {', '.join(arrays)}.")
+    values = _numbers(path, f"the array {array}", arrays[array])
+    names = numbered_names(values.shape[1])
+    stated = arrays.get("columns")
+    if stated is not None and stated.dtype.kind == "U" and stated.shape == (values.shape[1],):
+        names = tuple(map(str, stated))
+    return _selected(path, values, names, columns)
+
+
+def _open_numpy(path: Path) -> Any:
+    """The array of an .npy file, or those of an .npz file by name."""
+    try:
+        with path.open("rb") as file:
+            content = np.load(file, allow_pickle=False)
+            return content if isinstance(content, np.ndarray) else dict(content)
+    except (EOFError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"{path} must be a NumPy file of plain numbers; it is damaged, or holds Python "
+            f"objects ({str(error).splitlines()[0].rstrip('.')}). Save it again from NumPy."
+        ) from error
+
+
+def _read_parquet(
+    path: Path, columns: tuple[str, ...] | None
+) -> tuple[NDArray[np.float64], tuple[str, ...]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{path} needs pyarrow, which is not installed: pip install pyarrow, or convert it to "
+            "CSV."
+        ) from error
+    try:
+        table = parquet.ParquetFile(path).read()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ValueError(
+            f"{path} must be a Parquet file ({str(error).splitlines()[0].rstrip('.')})."
+        ) from error
+    names = tuple(table.column_names)
+    chosen = find_columns(str(path), names, columns)
+    values = [_parquet_column(path, table, index) for index in chosen]
+    matrix = np.column_stack(values) if values else np.empty((0, 0))
+    return _checked(path, matrix, tuple(names[index] for index in chosen))
+
+
+def _parquet_column(path: Path, table: Any, index: int) -> NDArray[np.float64]:
+    column, name = table.column(index), table.column_names[index]
+    if column.null_count:
+        row = column.is_null().to_pylist().index(True)
+        raise ValueError(
+            f"{_cell(path, row, name)}: must be a number; the cell is empty. Fill it or drop the "
+            "row."
+        )
+    values: NDArray[Any] = column.to_numpy()
+    if values.dtype.kind not in "fiub":
+        raise ValueError(
+            f"{path}, column {name!r}: must hold numbers; got {column.type}. Choose other columns."
+        )
+    return values.astype(np.float64)
+
+
+def _numbers(path: Path, what: str, values: Any) -> NDArray[np.float64]:
+    """An array as a table; a vector is one column."""
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiub":
+        kind = getattr(values, "dtype", type(values).__name__)
+        raise ValueError(f"{path} must hold real numbers; {what} holds {kind}.")
+    if values.ndim == 1:
+        values = values[:, None]
+    if values.ndim != 2:
+        raise ValueError(f"{path} must have shape (rows, columns); {what} has {values.shape}.")
+    table: NDArray[np.float64] = values.astype(np.float64)
+    return table
+
+
+def _selected(
+    path: Path,
+    values: NDArray[np.float64],
+    names: tuple[str, ...],
+    columns: tuple[str, ...] | None,
+) -> tuple[NDArray[np.float64], tuple[str, ...]]:
+    chosen = find_columns(str(path), names, columns)
+    if columns is not None:
+        values = values[:, chosen]
+    return _checked(path, values, tuple(names[index] for index in chosen))
+
+
+def _checked(
+    path: Path, values: NDArray[np.float64], names: tuple[str, ...]
+) -> tuple[NDArray[np.float64], tuple[str, ...]]:
+    if values.size == 0:
+        raise ValueError(f"{path} must have rows and columns; got the shape {values.shape}.")
+    bad = ~(np.abs(values) <= LARGEST)
+    if bad.any():
+        row, column = map(int, np.argwhere(bad)[0])
+        value = values[row, column]
+        reason = unacceptable(str(value), value)
+        raise ValueError(f"{_cell(path, row, names[column])}: {reason}")
+    return values, names
+
+
+def _cell(path: Path, row: int, name: str) -> str:
+    return f"{path}, row {row + 1} (from 1), column {name!r}"
+
+
+_Reader = Callable[[Path, tuple[str, ...] | None], tuple[NDArray[np.float64], tuple[str, ...]]]
+_READERS: dict[str, _Reader] = {
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".txt": read_csv,
+    ".npy": _read_npy,
+    ".npz": _read_npz,
+    ".parquet": _read_parquet,
+}

@@ -1,0 +1,285 @@
+"""Tables: what is written is read, in any form, and each defect is named by line and column."""
+
+import csv
+import sys
+
+import numpy as np
+import pytest
+
+from cnf.data.tabular import Table, check_for_training, read_table, write_table
+
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+def file_of(folder, content, name="data.csv"):
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".npy"])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("shape", [(7, 3), (1, 1), (5, 1), (1, 4)], ids=str)
+def test_what_is_written_is_read_to_the_last_bit(tmp_path, suffix, dtype, shape):
+    rng = np.random.default_rng(0)
+    values = (rng.normal(size=shape) * 10.0 ** rng.integers(-30, 30, shape)).astype(dtype)
+    names = tuple("abcdef"[: shape[1]])
+    path = tmp_path / f"table{suffix}"
+    write_table(path, values, names)
+    table = read_table(path)
+    assert table.values.dtype == np.float64
+    assert (table.values.astype(dtype) == values).all()
+    assert table.columns == (("x1", "x2", "x3", "x4")[: shape[1]] if suffix == ".npy" else names)
+
+
+def test_text_is_short(tmp_path):
+    for dtype in (np.float32, np.float64):
+        write_table(tmp_path / "t.csv", np.array([[0.1, 2.0]], dtype))
+        assert (tmp_path / "t.csv").read_text() == "0.1,2.0\n"
+    write_table(tmp_path / "t.csv", np.array([[1, 2]]), ["a,b", "c"])
+    assert (tmp_path / "t.csv").read_text() == '"a,b",c\n1,2\n'
+
+
+EXPECTED = [[1.5, -2.0], [3e5, 4.0]]
+
+
+@pytest.mark.parametrize(
+    ("content", "columns"),
+    [
+        ("a,b\n1.5,-2\n3e5,4\n", ("a", "b")),
+        ("a,b\r\n1.5,-2\r\n3e5,4\r\n", ("a", "b")),
+        ("a,b\n1.5,-2\n3e5,4", ("a", "b")),
+        ("a;b\n1.5;-2\n3e5;4\n", ("a", "b")),
+        ("a\tb\n1.5\t-2\n3e5\t4\n", ("a", "b")),
+        ("width, m;b\n1.5;-2\n3e5;4\n", ("width, m", "b")),
+        ('"a","b"\n"1.5","-2"\n"3e5",4\n', ("a", "b")),
+        ('"a, or ""A""","b; B"\n1.5,-2\n3e5,4\n', ('a, or "A"', "b; B")),
+        ('"a\nA",b\n1.5,-2\n3e5,4\n', ("a\nA", "b")),
+        (" a , b \n 1.5 , -2 \n 3e5 ,+4.\n", ("a", "b")),
+        ("\n\na,b\n\n1.5,-2\n\n\n3e5,4\n\n", ("a", "b")),
+        ("\ufeffa,b\n1.5,-2\n3e5,4\n", ("a", "b")),
+        ("\ufeff1.5,-2\n3e5,4\n", ("x1", "x2")),
+        ("größe,b#\n1.5,-2\n3e5,4\n", ("größe", "b#")),
+        ("1.5,-2\n3e5,4\n", ("x1", "x2")),
+        ("1.5\t-2\n3e5\t4\n", ("x1", "x2")),
+    ],
+)
+def test_many_forms_of_text_are_the_same_table(tmp_path, content, columns):
+    table = read_table(file_of(tmp_path, content))
+    assert table.values.tolist() == EXPECTED
+    assert table.columns == columns
+
+
+def test_columns_are_chosen_by_name_and_order_whatever_the_others_hold(tmp_path):
+    path = file_of(tmp_path, 'name,a,b,note\nA,1,2,"x, y"\nB,3,4,\n')
+    table = read_table(path, ["b", "a"])
+    assert table.columns == ("b", "a")
+    assert table.values.tolist() == [[2, 1], [4, 3]]
+    assert read_table(path, ("a",)).values.tolist() == [[1], [3]]
+    path = file_of(tmp_path, "1,2\n3,4\n")
+    assert read_table(path, ["x2"]).values.tolist() == [[2], [4]]
+
+
+def test_a_row_alone_and_a_column_alone_are_tables(tmp_path):
+    assert read_table(file_of(tmp_path, "a,b\n1,2\n")).values.tolist() == [[1, 2]]
+    assert read_table(file_of(tmp_path, "a\n1\n2\n")).values.tolist() == [[1], [2]]
+
+
+LATIN = "a,größe\n1,2\n".encode("latin-1")
+LATER_LATIN = b"a,b\n" + b"1,2\n" * 5000 + b"1,2\xb5\n"
+
+DEFECTS = {
+    "empty": ("", r"line 1: .* the file is empty"),
+    "blank": ("\n \n\n", r"line 1: .* the file is empty"),
+    "header only": ("a,b\n", r"line 2: must hold numbers; the file ends after the header"),
+    "text": ("a,b\n1,2\n3,red\n", r"line 3, column 'b': must be a number; got 'red'"),
+    "text in the first line": ("1,red\n2,3\n", r"line 1, column 'x2': .* got 'red'"),
+    "long text": ("a\n" + "z" * 90 + "\n", r"line 2, column 'a': .* got 'z{40}…'"),
+    "quoted text": ('a,b\n1,"x, y"\n', r"line 2, column 'b': .* got 'x, y'"),
+    "after blank lines": ("\na,b\n\n1,2\n\n3,?\n", r"line 6, column 'b': .* got '\?'"),
+    "after lines in a cell": ('"a\nA",b\n1,2\n3,?\n', r"line 4, column 'b': .* got '\?'"),
+    "decimal comma": ("a;b\n1,5;2\n", r"line 2, column 'a': .* got '1,5'.* by a point"),
+    "spaces": ("a b\n1 2\n", r"line 2, column 'a b': .* got '1 2'. Cells are parted by comma"),
+    "comment": ("a,b\n1,2\n# 3,4\n", r"line 3, column 'a': .* got '# 3'"),
+    "underscore": ("a,b\n1_0,2\n", r"line 2, column 'a': .* got '1_0'"),
+    "foreign digits": ("a,b\n1,٢\n", r"line 2, column 'b': .* got '٢'"),
+    "hexadecimal": ("a,b\n1,0x10\n", r"line 2, column 'b': .* got '0x10'"),
+    "complex": ("a,b\n1,1j\n", r"line 2, column 'b': .* got '1j'"),
+    "date": ("a,b\n1,2024-01-01\n", r"line 2, column 'b': .* got '2024-01-01'"),
+    "empty cell": ("a,b\n1,2\n,4\n", r"line 3, column 'a': .* the cell is empty. Fill it"),
+    "cell of spaces": ("a,b\n1,2\n3, \n", r"line 3, column 'b': .* the cell is empty"),
+    "short line": ("a,b,c\n1,2,3\n4,5\n", r"line 3, column 2: .* of 3 cells.*the line has 2"),
+    "long line": ("a,b\n1,2\n3,4,5\n", r"line 3, column 2: .* of 2 cells.*the line has 3"),
+    "every line longer": ("a,b\n1,2,3\n4,5,6\n", r"line 2, column 2: .*the line has 3"),
+    "line of text": ("a,b\n1,2\nend of file\n", r"line 3, column 1: .*the line has 1"),
+    "NaN": ("a,b\n1,2\n3,NaN\n", r"line 3, column 'b': must be a finite number; got NaN"),
+    "inf": ("a,b\n1,2\n-inf,4\n", r"line 3, column 'a': must be a finite number; got -inf"),
+    "beyond double": ("a\n1\n1e400\n", r"line 3, column 'a': .* finite number; got 1e400"),
+    "beyond single": ("a\n1\n-4e38\n", r"line 3, column 'a': .* single precision holds; got -4e38"),
+    "same name": ("a,b,a\n1,2,3\n", r"line 1, column 3: .* 'a' is that of column 1 too"),
+    "no name": (",a\n0,1\n", r"line 1, column 1: must have a name; .*index=False"),
+    "UTF-16": ("a,b\n1,2\n".encode("utf-16"), r"line 1, column 1: must be UTF-8 .*iconv"),
+    "UTF-16 without mark": ("a,b\n1,2\n".encode("utf-16-le"), r"line 1, column 1: .*UTF-16"),
+    "latin-1": (LATIN, r"line 1, column 2: must be UTF-8 text; got the byte 0xf6.* LATIN1"),
+    "latin-1 far down": (LATER_LATIN, r"line 5002, column 2: .*UTF-8 text; got the byte 0xb5"),
+    "binary": (b"a,b\n\x00\x01\n", r"line 1, column 1: must be UTF-8"),
+    "open quote": ('a,b\n1,"2\n3,4\n', r"line 3, column 'b': .* got '2\\n3,4\\n'"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), DEFECTS.values(), ids=DEFECTS)
+def test_a_defect_is_named_with_file_line_and_column(tmp_path, content, message):
+    path = file_of(tmp_path, content)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_table(path)
+    assert str(caught.value).startswith(f"{path}, line ")
+    assert "\n" not in str(caught.value)
+
+
+def test_only_chosen_columns_must_be_numbers_but_each_line_whole(tmp_path):
+    path = file_of(tmp_path, "a,b,c\n1,2,x\n3,4,5,6\n")
+    with pytest.raises(ValueError, match=r"line 3, column 3: must be the last of 3 cells"):
+        read_table(path, ["a"])
+    path = file_of(tmp_path, "a,b,c\n1,2,x\n3,y,z\n")
+    with pytest.raises(ValueError, match=r"line 3, column 'b': .* got 'y'"):
+        read_table(path, ["b"])
+
+
+def test_a_cell_too_long_for_a_table_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="must be text of cells and lines"):
+        read_table(file_of(tmp_path, "a\n" + "1" * (csv.field_size_limit() + 1) + "\n"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (["a", "c"], r"line 1: has no column 'c'; it has 'a', 'b'"),
+        (["a", "a"], r"columns must be one or more different names; got \['a', 'a'\]"),
+        ([], r"columns must be one or more different names; got \[\]"),
+    ],
+)
+def test_columns_that_are_not_there_are_refused(tmp_path, columns, message):
+    with pytest.raises(ValueError, match=message):
+        read_table(file_of(tmp_path, "a,b\n1,2\n"), columns)
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+def test_one_name_is_no_list_of_names(tmp_path):
+    with pytest.raises(TypeError, match="columns must be a list of names; got the text 'ab'"):
+        read_table(file_of(tmp_path, "a,b\n1,2\n"), "ab")
+
+
+def test_what_is_no_table_file_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        read_table(tmp_path / "absent.csv")
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        read_table(tmp_path)
+    with pytest.raises(ValueError, match=r"must be one of .csv, .*; got the suffix '.xlsx'"):
+        read_table(file_of(tmp_path, "a", "data.xlsx"))
+    for name in ("data.npy", "data.npz", "data.parquet"):
+        with pytest.raises(ValueError, match=r"line 1: .* the file is empty"):
+            read_table(file_of(tmp_path, "", name))
+        with pytest.raises(ValueError, match=rf"{name} must be a"):
+            read_table(file_of(tmp_path, "garbage", name))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int64, np.uint8, bool])
+def test_arrays_of_any_real_dtype_are_tables(tmp_path, dtype):
+    values = np.array([[0, 1], [1, 1], [1, 0]], dtype)
+    np.save(tmp_path / "a.npy", values)
+    assert read_table(tmp_path / "a.npy").values.tolist() == values.tolist()
+    np.save(tmp_path / "a.npy", values[:, 0])
+    assert read_table(tmp_path / "a.npy").values.tolist() == values[:, :1].tolist()
+
+
+def test_an_npz_has_one_table_or_names_it(tmp_path):
+    path = tmp_path / "data.npz"
+    np.savez(path, data=np.eye(2), columns=["a", "b"], seed=np.array(3))
+    assert read_table(path).columns == ("a", "b")
+    assert read_table(path, ["b"]).values.tolist() == [[0], [1]]
+    np.savez(path, train=np.eye(2), test=np.zeros((3, 2)), columns=[1, 2])
+    assert read_table(path, array="test") == Table(pytest.approx(np.zeros((3, 2))), ("x1", "x2"))
+    with pytest.raises(ValueError, match=r"one array of two axes.*train \(2, 2\), test \(3, 2\)"):
+        read_table(path)
+    with pytest.raises(ValueError, match="has no array 'tst'; it has train, test, columns"):
+        read_table(path, array="tst")
+    with pytest.raises(ValueError, match="array must be None unless"):
+        read_table(file_of(tmp_path, "1,2\n"), array="a")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.array([[1.0, np.nan]]), r"row 1 \(from 1\), column 'x2': .* finite number; got nan"),
+        (np.array([[1.0], [np.inf]]), r"row 2 \(from 1\), column 'x1': .* finite number; got inf"),
+        (np.array([[1.0], [1e39]]), r"row 2 .* single precision holds; got 1e\+39"),
+        (np.array([["a", "b"]]), "must hold real numbers; the array holds <U1"),
+        (np.array([[1j]]), "must hold real numbers; the array holds complex128"),
+        (np.zeros((2, 2, 2)), r"must have shape \(rows, columns\); the array has \(2, 2, 2\)"),
+        (np.array(1.0), r"must have shape \(rows, columns\); the array has \(\)"),
+        (np.zeros((0, 3)), r"must have rows and columns; got the shape \(0, 3\)"),
+    ],
+)
+def test_arrays_that_are_no_tables_are_refused(tmp_path, values, message):
+    np.save(tmp_path / "data.npy", values)
+    with pytest.raises(ValueError, match=message):
+        read_table(tmp_path / "data.npy")
+
+
+def test_a_file_of_python_objects_is_refused_unread(tmp_path):
+    np.save(tmp_path / "data.npy", np.array([{"a": 1}]), allow_pickle=True)
+    with pytest.raises(ValueError, match="holds Python objects"):
+        read_table(tmp_path / "data.npy")
+    np.savez(tmp_path / "data.npz", x=np.array([[None]], object))
+    with pytest.raises(ValueError, match="holds Python objects"):
+        read_table(tmp_path / "data.npz")
+
+
+def test_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "data.parquet"
+
+    def write(**columns):
+        parquet.write_table(pyarrow.table(columns), path)
+
+    write(name=["A", "B"], a=[1, 2], b=[0.5, 1.5])
+    assert read_table(path, ["b", "a"]).values.tolist() == [[0.5, 1], [1.5, 2]]
+    with pytest.raises(ValueError, match=r"column 'name': must hold numbers; got string"):
+        read_table(path)
+    write(a=[1, 2], b=[0.5, None])
+    with pytest.raises(ValueError, match=r"row 2 \(from 1\), column 'b': .* the cell is empty"):
+        read_table(path)
+    write(a=[1, 2], b=[0.5, np.nan])
+    with pytest.raises(ValueError, match=r"row 2 \(from 1\), column 'b': .* got nan"):
+        read_table(path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="must be a Parquet file"):
+        read_table(path)
+
+
+def test_without_pyarrow_parquet_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"needs pyarrow, .* pip install pyarrow"):
+        read_table(file_of(tmp_path, "PAR1", "data.parquet"))
+
+
+def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match=r"must end in .csv, .tsv or .npy; got '.doc'"):
+        write_table(tmp_path / "t.doc", np.eye(2))
+    with pytest.raises(ValueError, match="columns must be 2 names; got 1"):
+        write_table(tmp_path / "t.csv", np.eye(2), ["a"])
+    with pytest.raises(ValueError, match=r"values must have shape \(rows, columns\); got \(2,\)"):
+        write_table(tmp_path / "t.csv", [1.0, 2.0])
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        write_table(tmp_path / "absent" / "t.csv", np.eye(2))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_trained_on_is_refused(tmp_path):
+    check_for_training(Table(np.eye(2), ("a", "b")))
+    with pytest.raises(ValueError, match=r"t.csv must have at least 2 rows to fit; got 1"):
+        check_for_training(Table(np.eye(1), ("a",)), "t.csv")
+    constant = np.array([[0.0, 0.1, 3.0], [1.0, 0.1, 3.0]])
+    with pytest.raises(ValueError, match=r"in 'b' \(always 0.1\), 'c' \(always 3\). Leave"):
+        check_for_training(Table(constant, ("a", "b", "c")))
