@@ -47,11 +47,15 @@ def test_importing_cnf_imports_no_library_that_few_need():
     assert done.stdout.split() == []
 
 
-def test_importing_every_module_of_cnf_imports_no_library_that_few_need():
+DOORS = ["cnf.cli", "cnf.estimator"]
+"""Modules that build on such a library from their first line, and that no other module imports."""
+
+
+def test_importing_every_other_module_of_cnf_imports_no_library_that_few_need():
     code = f"""
 import importlib, pkgutil, sys, cnf
 for module in pkgutil.walk_packages(cnf.__path__, "cnf."):
-    if not module.name.endswith("__main__"):
+    if module.name not in {DOORS}:
         importlib.import_module(module.name)
 print(*[name for name in {LATE} if name in sys.modules])
 """

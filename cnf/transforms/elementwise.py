@@ -87,7 +87,7 @@ class Standardize(Transform):
         Raises:
             TypeError: If `x` is not a tensor.
             ValueError: If `x` is not a finite floating tensor of shape ``(rows, features)`` with
-                at least two rows, or a feature is constant.
+                at least two rows, or a feature is constant, or its variance beyond the dtype.
         """
         if isinstance(x, Tensor) and (x.ndim != 2 or len(x) < 2):
             raise ValueError(
@@ -98,6 +98,11 @@ class Standardize(Transform):
         if not (std > 0).all():
             constant = (std <= 0).nonzero().flatten().tolist()
             raise ValueError(f"x must vary in every feature; it is constant in {constant}.")
+        if not std.isfinite().all():
+            wide = (~std.isfinite()).nonzero().flatten().tolist()
+            raise ValueError(
+                f"x must have a variance that {x.dtype} holds; it is too widely spread in {wide}."
+            )
         transform = cls(x.shape[-1]).to(x)
         transform.mean.copy_(mean)
         transform.log_std.copy_(std.log())
