@@ -29,6 +29,8 @@ from cnf.transforms import (
     Permute,
     Squeeze,
     Standardize,
+    Unconstrain,
+    transforms_for,
 )
 from cnf.vector_fields import (
     ConvField,
@@ -71,10 +73,12 @@ __all__ = [
     "Standardize",
     "TrainingConfig",
     "TrainingError",
+    "Unconstrain",
     "VectorField",
     "certify",
     "count_evaluations",
     "fit",
     "load",
     "save",
+    "transforms_for",
 ]

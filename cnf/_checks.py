@@ -88,9 +88,17 @@ def check_support(name: str, x: Tensor, support: Constraint) -> None:
     Raises:
         ValueError: If there are any.
     """
+    outside = ~rows_inside(x, support)
+    if outside.any():
+        refuse_rows(name, outside, _describe(support, x.detach()))
+
+
+def rows_inside(x: Tensor, support: Constraint) -> Tensor:
+    """Mask of shape ``(*batch,)``: which rows of x are in `support`, which is of whole events."""
     if x.numel() == 0:  # which torch's check cannot reshape
-        return
-    refuse_rows(name, ~support.check(x.detach()), _describe(support))
+        return x.new_ones(x.shape[: x.ndim - support.event_dim], dtype=torch.bool)
+    inside: Tensor = support.check(x.detach())
+    return inside
 
 
 def refuse_rows(name: str, bad: Tensor, expected: str) -> None:
@@ -106,14 +114,26 @@ def refuse_rows(name: str, bad: Tensor, expected: str) -> None:
         )
 
 
-def _describe(support: Constraint) -> str:
+def _describe(support: Constraint, x: Tensor) -> str:
+    """What x must be; of a support by columns, only where x is not."""
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
-    bounds = getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
-    if None in bounds:
-        return f"in {support}"
-    numbers = "integers" if support.is_discrete else "numbers"
-    return f"{numbers} from {bounds[0]:.6g} to {bounds[1]:.6g}"
+    if hasattr(support, "cseq"):
+        columns = [
+            f"{_describe(part, values)} in column {i}"
+            for i, (part, values) in enumerate(zip(support.cseq, x.unbind(-1), strict=True))
+            if not part.check(values).all()
+        ]
+        return ", ".join(columns)
+    low, high = (getattr(support, f"{side}_bound", None) for side in ("lower", "upper"))
+    word = "integers" if support.is_discrete else "numbers"
+    if low is None:
+        return word
+    if high is None:
+        return f"{word} greater than {low:.6g}"
+    if getattr(support, "is_open", False):
+        return f"strictly between {low:.6g} and {high:.6g}"
+    return f"{word} from {low:.6g} to {high:.6g}"
 
 
 def reference_tensor(module: nn.Module) -> Tensor:

@@ -17,6 +17,7 @@ from cnf._checks import (
     check_support,
     joint_batch_shape,
     reference_tensor,
+    rows_inside,
 )
 from cnf.bases import Base
 from cnf.distribution import FlowDistribution
@@ -25,6 +26,7 @@ from cnf.ode import ODESolver
 from cnf.regularizers import CostRate
 from cnf.trajectory import check_times, follow
 from cnf.transforms import Likelihood, Transform, chain
+from cnf.transforms.supports import select, spread
 
 AnyFlow = TypeVar("AnyFlow", bound="Flow")
 
@@ -105,8 +107,9 @@ class Flow(nn.Module):
     ) -> Float[Tensor, "*joint_batch"]:
         """Log-density of `x`, in nats, or what `likelihood` says in its place.
 
-        A lower bound is the log of the mean of `importance_samples` random weights, computed at
-        once; the more, the tighter on average.
+        Outside of `support` it is -inf; the other methods refuse such rows. A lower bound is the
+        log of the mean of `importance_samples` random weights, computed at once; the more, the
+        tighter on average.
 
         Args:
             x: Points, ``(*batch, *event_shape)``.
@@ -120,7 +123,15 @@ class Flow(nn.Module):
             ODEError: If a solve fails.
         """
         chain.check_importance_samples(self.chain, importance_samples)
-        x = self._admit("x", x, context)
+        x = self._admit("x", x, context, "anywhere")
+        inside = rows_inside(x, self.support)
+        if not inside.all():
+            log_prob = self.log_prob(
+                *select(inside, x, context),
+                importance_samples=importance_samples,
+                generator=generator,
+            )
+            return spread(inside, log_prob, elsewhere=-math.inf)
         many = importance_samples > 1
         x = x.expand(importance_samples, *x.shape) if many else x
         z, ladj = chain.to_base_and_ladj(self.chain, x, context, generator=generator)
@@ -139,7 +150,13 @@ class Flow(nn.Module):
         Raises:
             ValueError: If the likelihood is a lower bound, or an estimate by less than two probes.
         """
-        x = self._admit("x", x, context)
+        x = self._admit("x", x, context, "anywhere")
+        inside = rows_inside(x, self.support)
+        if not inside.all():
+            rows = select(inside, x, context)
+            log_prob, error = self.log_prob_and_error(*rows, generator=generator)
+            error = spread(inside, error, elsewhere=0.0)
+            return spread(inside, log_prob, elsewhere=-math.inf), error
         z, ladj, error = chain.to_base_with_error(self.chain, x, context, generator=generator)
         return self.base.log_prob(z) + ladj, error
 
@@ -220,7 +237,7 @@ class Flow(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "*joint_batch_and_event"]:
         """From base to data."""
-        z = self._admit("z", z, context, base=True)
+        z = self._admit("z", z, context, "base")
         return chain.to_data(self.chain, z, context, generator=generator)
 
     def to_base_and_ladj(
@@ -260,7 +277,7 @@ class Flow(nn.Module):
         generator: torch.Generator | None = None,
     ) -> tuple[Float[Tensor, "*joint_batch_and_event"], Float[Tensor, "*joint_batch"]]:
         """From base to data: x and log|det dx/dz|, in nats."""
-        z = self._admit("z", z, context, base=True)
+        z = self._admit("z", z, context, "base")
         return chain.to_data_and_ladj(self.chain, z, context, generator=generator)
 
     def trajectory(
@@ -285,7 +302,7 @@ class Flow(nn.Module):
             `Standardize`, is applied to every state, those at t = 0 included.
         """
         times = check_times(times, like=reference_tensor(self))
-        x_or_z = self._admit("x_or_z", x_or_z, context, base=bool(times[0] == 0))
+        x_or_z = self._admit("x_or_z", x_or_z, context, "base" if times[0] == 0 else "")
         return follow(self.chain, x_or_z, times, context, generator=generator)
 
     def _shape(self, sample_shape: int | Sequence[int], context: Tensor | None) -> torch.Size:
@@ -294,11 +311,14 @@ class Flow(nn.Module):
         batch = torch.Size() if context is None else context.shape[:-1]
         return check_sample_shape(sample_shape) + batch
 
-    def _admit(self, name: str, x: Tensor, context: Tensor | None, *, base: bool = False) -> Tensor:
-        """The public door: check both tensors, and give `x` the joint batch shape."""
-        shape = torch.Size([self.base.features]) if base else self.event_shape
+    def _admit(self, name: str, x: Tensor, context: Tensor | None, where: str = "") -> Tensor:
+        """The public door: check both tensors, and give `x` the joint batch shape.
+
+        Rows must be in the support, unless they are at the "base" or may be "anywhere".
+        """
+        shape = torch.Size([self.base.features]) if where == "base" else self.event_shape
         check_events(name, x, shape, like=reference_tensor(self))
         check_context(context, self.context_features, like=reference_tensor(self))
-        if not base:
+        if not where:
             check_support(name, x, self.support)
         return x.expand(joint_batch_shape(x, context, len(shape)) + shape)

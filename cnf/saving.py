@@ -33,6 +33,7 @@ from cnf.transforms import (
     Permute,
     Squeeze,
     Standardize,
+    Unconstrain,
 )
 from cnf.vector_fields import ConvField, LinearField, MLPField, PotentialField, ResidualField
 
@@ -45,7 +46,7 @@ _CLASSES: dict[str, type] = {
     for cls in (
         *(CNF, Flow, StandardNormal),
         *(Affine, Augment, ContinuousTransform, Dequantize, FactorOut, Flatten),
-        *(Logit, Permute, Squeeze, Standardize),
+        *(Logit, Permute, Squeeze, Standardize, Unconstrain),
         *(ConvField, LinearField, MLPField, PotentialField, ResidualField),
         *(Exact, Hutchinson, ODESolver),
     )

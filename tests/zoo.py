@@ -29,6 +29,7 @@ from cnf import (
     ResidualField,
     Squeeze,
     Standardize,
+    Unconstrain,
     VectorField,
 )
 from cnf.transforms import Transform
@@ -166,6 +167,9 @@ BIJECTIONS: dict[str, Callable[[], Transform]] = {
     ),
     "continuous rk4": lambda: ContinuousTransform(mlp(), solver=ODESolver(method="rk4", steps=40)),
     "logit": lambda: Logit(3),
+    "unconstrain": lambda: Unconstrain(
+        ["real", "positive", ("interval", -1.0, 4.0), ("periodic", 1, 7, 2.5)]
+    ),
     "flatten": lambda: Flatten((2, 1, 3)),
     "permute": lambda: Permute([2, 0, 3, 1]),
     "squeeze": lambda: Squeeze((2, 4, 2)),
@@ -177,6 +181,7 @@ BIJECTIONS: dict[str, Callable[[], Transform]] = {
 
 SURJECTIONS: dict[str, Callable[[], Transform]] = {
     "dequantize": lambda: Dequantize(3, 5),
+    "unconstrain integers": lambda: Unconstrain(["integer", "positive", "integer"]),
     "augment": lambda: Augment(2, 3),
     "augment learnt": lambda: perturbed(Augment(3, 2, hidden_features=(8,))),
     "augment learnt with context": lambda: perturbed(Augment(2, 1, 3, hidden_features=())),
@@ -233,6 +238,7 @@ FLOWS: dict[str, Callable[[], Flow]] = {
 EXACT_FLOWS: dict[str, Callable[[], Flow]] = {
     **FLOWS,
     "logit": lambda: cnf(transforms=[Logit(2)]),
+    "unconstrain": lambda: cnf(transforms=[Unconstrain(["positive", ("periodic", -1, 1)])]),
     "image": lambda: cnf(4, transforms=[Flatten((1, 2, 2)), Permute([3, 1, 0, 2])]),
     "multi-scale with context": multi_scale,
 }
@@ -241,6 +247,7 @@ BOUNDS: dict[str, Callable[[], Flow]] = {
     "dequantized image": lambda: cnf(
         4, transforms=[Flatten((1, 2, 2)), Dequantize(4, 3), Logit(4)]
     ),
+    "integer column": lambda: cnf(transforms=[Unconstrain([("interval", 2, 3), "integer"])]),
     "augmented": lambda: cnf(2, augment=1),
     "augmented with context": lambda: cnf(
         2, 3, transforms=[Affine(2), Augment(2, 2, 3, hidden_features=(8,))]
@@ -284,10 +291,14 @@ def inside(support: Constraint | None, x: Tensor) -> Tensor:
     """Real numbers `x`, mapped into `support`; None is for all real numbers."""
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
-    if not hasattr(support, "upper_bound"):
-        return x
-    x = support.lower_bound + (support.upper_bound - support.lower_bound) * x.sigmoid()
-    return x.round() if support.is_discrete else x
+    if hasattr(support, "cseq"):
+        parts = zip(support.cseq, x.unbind(-1), strict=True)
+        return torch.stack([inside(part, column) for part, column in parts], -1)
+    if hasattr(support, "upper_bound"):
+        x = support.lower_bound + (support.upper_bound - support.lower_bound) * x.sigmoid()
+    elif hasattr(support, "lower_bound"):
+        x = support.lower_bound + x.exp()
+    return x.round() if support is not None and support.is_discrete else x
 
 
 def seeded() -> torch.Generator:

@@ -7,6 +7,7 @@ from cnf.transforms.dequantize import Dequantize, Logit
 from cnf.transforms.elementwise import Affine, Standardize
 from cnf.transforms.factor_out import FactorOut
 from cnf.transforms.reshape import Flatten, Permute, Squeeze
+from cnf.transforms.unconstrain import Unconstrain, transforms_for
 
 __all__ = [
     "Affine",
@@ -21,4 +22,6 @@ __all__ = [
     "Squeeze",
     "Standardize",
     "Transform",
+    "Unconstrain",
+    "transforms_for",
 ]

@@ -8,10 +8,11 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 
-from cnf._checks import check_count, check_support, refuse_rows
+from cnf._checks import check_count, check_support
 from cnf.transforms.base import Likelihood, Transform
+from cnf.transforms.supports import OpenInterval
 
-_COARSEST = 0.01
+COARSEST_NOISE = 0.01
 """Largest resolution of a dtype, in steps between levels, that noise may have."""
 
 
@@ -78,15 +79,12 @@ class Dequantize(Transform):
         """Add noise and divide by the number of levels."""
         del context
         check_support("x", x, self.support)
-        if self.levels * torch.finfo(x.dtype).eps > _COARSEST:
+        if self.levels * torch.finfo(x.dtype).eps > COARSEST_NOISE:
             raise ValueError(
                 f"x must have a finer dtype than {x.dtype}, in which noise between {self.levels} "
                 "levels is rounded away; use float32 or float64."
             )
-        noise = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-        # Half an ulp below: neither the sum nor its quotient may be rounded up to the next level.
-        largest = (x + 1) * (1 - 2 * torch.finfo(x.dtype).eps)
-        return torch.minimum(x + noise, largest) / self.levels, -self._log_volume(x)
+        return with_noise(x, generator) / self.levels, -self._log_volume(x)
 
     def to_data_and_ladj(
         self,
@@ -139,9 +137,9 @@ class Logit(Transform):
 
     @property
     def support(self) -> constraints.Constraint:
-        """The unit interval, and what `alpha` adds to it."""
+        """The unit interval, its ends excluded, and what `alpha` adds to it."""
         margin = self.alpha / (1 - 2 * self.alpha)
-        return constraints.independent(constraints.interval(-margin, 1 + margin), 1)
+        return constraints.independent(OpenInterval(0 - margin, 1 + margin), 1)
 
     def to_base_and_ladj(
         self,
@@ -152,11 +150,8 @@ class Logit(Transform):
     ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
         """Squeeze towards the middle and take the logit."""
         del context, generator
-        share = self.alpha + (1 - 2 * self.alpha) * x
-        margin = self.alpha / (1 - 2 * self.alpha)
-        inside = ((share > 0) & (share < 1)).all(-1)
-        refuse_rows("x", ~inside, f"strictly between {0 - margin:.4g} and {1 + margin:.4g}")
-        z = share.log() - (-share).log1p()
+        check_support("x", x, self.support)
+        z = logit(self.alpha + (1 - 2 * self.alpha) * x)
         return z, -self._log_slope(z)
 
     def to_data_and_ladj(
@@ -168,12 +163,36 @@ class Logit(Transform):
     ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
         """Take the sigmoid and undo the squeezing."""
         del context, generator
-        # Farther out, x would be rounded to the very end of its range, which has no logit.
-        farthest = -math.log(4 * torch.finfo(z.dtype).eps)
-        z = z.clamp(-farthest, farthest)
+        z = within_reach_of_logit(z)
         return (z.sigmoid() - self.alpha) / (1 - 2 * self.alpha), self._log_slope(z)
 
     def _log_slope(self, z: Tensor) -> Tensor:
         """Log of dx/dz, summed over the features."""
-        slopes = logsigmoid(z) + logsigmoid(-z)
+        slopes = log_slope_of_sigmoid(z)
         return slopes.sum(-1) - self.features * math.log(1 - 2 * self.alpha)
+
+
+def with_noise(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Integers plus noise in [0, 1), which rounding does not carry to the next integer."""
+    noise = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+    # An ulp and more below: neither the sum nor a quotient of it may be rounded up.
+    above = x + 1
+    return torch.minimum(x + noise, above - 2 * torch.finfo(x.dtype).eps * above.abs().clamp(min=1))
+
+
+def logit(share: Tensor) -> Tensor:
+    """The logit of numbers between 0 and 1, finite where rounding has made them 0 or 1."""
+    info = torch.finfo(share.dtype)
+    share = share.clamp(info.tiny, 1 - info.eps / 2)
+    return share.log() - (-share).log1p()
+
+
+def within_reach_of_logit(z: Tensor) -> Tensor:
+    """The nearest number whose sigmoid is not rounded to 1, which has no logit."""
+    farthest = -math.log(4 * torch.finfo(z.dtype).eps)
+    return z.clamp(-farthest, farthest)
+
+
+def log_slope_of_sigmoid(z: Tensor) -> Tensor:
+    """Log of the derivative of the sigmoid."""
+    return logsigmoid(z) + logsigmoid(-z)

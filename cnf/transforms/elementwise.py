@@ -87,7 +87,7 @@ class Standardize(Transform):
         Raises:
             TypeError: If `x` is not a tensor.
             ValueError: If `x` is not a finite floating tensor of shape ``(rows, features)`` with
-                at least two rows, or a feature is constant, or its variance beyond the dtype.
+                at least two rows, or a feature is constant or too large for its dtype.
         """
         if isinstance(x, Tensor) and (x.ndim != 2 or len(x) < 2):
             raise ValueError(
@@ -99,9 +99,10 @@ class Standardize(Transform):
             constant = (std <= 0).nonzero().flatten().tolist()
             raise ValueError(f"x must vary in every feature; it is constant in {constant}.")
         if not std.isfinite().all():
-            wide = (~std.isfinite()).nonzero().flatten().tolist()
+            huge = (~std.isfinite()).nonzero().flatten().tolist()
             raise ValueError(
-                f"x must have a variance that {x.dtype} holds; it is too widely spread in {wide}."
+                f"x must have a standard deviation that {x.dtype} can hold; it is too large in "
+                f"{huge}. Rescale these features, or use float64."
             )
         transform = cls(x.shape[-1]).to(x)
         transform.mean.copy_(mean)
