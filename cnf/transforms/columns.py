@@ -2,7 +2,6 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from cnf.transforms.dequantize import (
 )
 from cnf.transforms.supports import Integers, OpenInterval
 
-Support = str | Sequence[str | int | float]
+Support = str | list[str | int | float] | tuple[str | int | float, ...]
 """What the numbers of a column may be: "real", "positive", ("interval", low, high),
 ("periodic", low, high) or "integer"."""
 
@@ -119,7 +118,7 @@ def column_map(index: int, column: Support) -> ColumnMap:
         ValueError: If it asks for none.
     """
     found: ColumnMap | None = None
-    entries = (column,) if isinstance(column, str) else column
+    entries = column if isinstance(column, list | tuple) else [column]
     match [float(entry) if isinstance(entry, int) else entry for entry in entries]:
         case ["real"]:
             found = _Real()
