@@ -1,5 +1,6 @@
 """The density of a table: a flow fitted to its rows, and scored so that no row sees another."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from cnf.cnf import CNF
 from cnf.flow import Flow
 from cnf.ode import ODESolver
 from cnf.training import History, TrainingConfig, fit
-from cnf.transforms import Transform
+from cnf.transforms import ContinuousTransform, Transform
 
 GRID_STEPS = 50
 """Equal steps of "rk4" in which a fitted density is evaluated. An adaptive method takes the steps
@@ -53,8 +54,6 @@ class DensitySettings:
     out none, and keeps the last weights."""
     seed: int = 0
     """Seed of the rows held out, the initial weights and the training."""
-    progress: bool = False
-    """Whether to show a progress bar."""
 
     def __post_init__(self) -> None:
         check_count("seed", self.seed, least=0)
@@ -66,9 +65,9 @@ class DensitySettings:
             raise ValueError(
                 f"validation_fraction must be in [0, 1); got {self.validation_fraction}."
             )
-        self.training()
+        self.training(progress=False)
 
-    def training(self) -> TrainingConfig:
+    def training(self, *, progress: bool) -> TrainingConfig:
         """The settings of the training loop."""
         return TrainingConfig(
             steps=self.steps,
@@ -76,7 +75,7 @@ class DensitySettings:
             learning_rate=self.learning_rate,
             validate_every=max(1, self.steps // _VALIDATIONS),
             seed=self.seed,
-            progress=self.progress,
+            progress=progress,
         )
 
 
@@ -114,6 +113,8 @@ def fit_density(
     rows: Rows,
     validation: Rows | None = None,
     settings: DensitySettings = DensitySettings(),
+    *,
+    progress: bool = False,
 ) -> tuple[Flow, History]:
     """Fit a flow to the rows of a table.
 
@@ -126,6 +127,7 @@ def fit_density(
         rows: Rows to train on.
         validation: Rows that choose the weights that are kept; None for the last weights.
         settings: Settings.
+        progress: Whether to show a progress bar.
 
     Returns:
         The flow, in float64 and solved in `GRID_STEPS` steps, and the record of the training, whose
@@ -143,15 +145,16 @@ def fit_density(
         >>> flow.log_prob(x).shape
         torch.Size([200])
     """
-    chain = list(transforms)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         network = CNF(
             rows.x.shape[-1],
             0 if rows.context is None else rows.context.shape[-1],
             hidden_features=settings.hidden_features,
+            solver=ODESolver(method="rk4", steps=GRID_STEPS),
         )
-        return _trained(chain, network, rows, validation, settings)
+        flow = Flow([*transforms, *network.double().chain])
+        return flow, _train(flow, rows, validation, settings, progress=progress)
 
 
 def continue_density(
@@ -159,45 +162,48 @@ def continue_density(
     rows: Rows,
     validation: Rows | None = None,
     settings: DensitySettings = DensitySettings(),
+    *,
+    progress: bool = False,
 ) -> tuple[Flow, History]:
     """Train a copy of what `fit_density` gave further, its transforms as they are.
 
     Arguments, results and errors are those of `fit_density`.
     """
-    *chain, last = deepcopy(flow).chain
+    flow = deepcopy(flow)
     with torch.random.fork_rng(devices=[]):
-        return _trained(chain, Flow([last]), rows, validation, settings)
-
-
-def _trained(
-    chain: list[Transform],
-    network: Flow,
-    rows: Rows,
-    validation: Rows | None,
-    settings: DensitySettings,
-) -> tuple[Flow, History]:
-    def prepared(raw: Rows) -> Rows:
-        x = Flow(chain).to_base(raw.x) if chain else raw.x
-        return raw._replace(x=x).map(Tensor.float)
-
-    network.float()
-    held_out = None if validation is None else prepared(validation)
-    history = _train(network, prepared(rows), held_out, settings)
-    flow = Flow([*chain, *network.double().chain])
-    return flow.using(solver=ODESolver(method="rk4", steps=GRID_STEPS)), history
+        return flow, _train(flow, rows, validation, settings, progress=progress)
 
 
 def _train(
-    network: Flow, rows: Rows, validation: Rows | None, settings: DensitySettings
+    flow: Flow,
+    rows: Rows,
+    validation: Rows | None,
+    settings: DensitySettings,
+    *,
+    progress: bool,
 ) -> History:
-    """The only call of the training loop."""
+    """Train a flow in place; the only call of the training loop."""
+    fixed = list(itertools.takewhile(_is_fixed, flow.chain))
+    learnt = Flow(flow.chain[len(fixed) :]).using(solver=ODESolver())
 
     def data(rows: Rows) -> Tensor | tuple[Tensor, Tensor]:
         rows = rows if rows.weight is None else rows.take(_repeats(rows.weight, settings.seed))
-        return rows.x if rows.context is None else (rows.x, rows.context)
+        x = (Flow(fixed).to_base(rows.x) if fixed else rows.x).float()
+        return x if rows.context is None else (x, rows.context.float())
 
     held_out = None if validation is None else data(validation)
-    return fit(network, data(rows), settings.training(), validation=held_out)
+    learnt.float()  # and with it the parts of `flow`, whose parameters these are
+    try:
+        config = settings.training(progress=progress)
+        return fit(learnt, data(rows), config, validation=held_out)
+    finally:
+        learnt.double()
+
+
+def _is_fixed(transform: Transform) -> bool:
+    """Whether the transform stays as it is in training, and draws nothing anew each time."""
+    learns = any(isinstance(part, ContinuousTransform) for part in transform.modules())
+    return transform.is_bijective and not learns
 
 
 def _repeats(weight: Tensor, seed: int) -> Tensor:

@@ -105,7 +105,7 @@ class CNFDensity(DensityMixin, BaseEstimator):
         settings = self._settings()
         standardize = Standardize.from_data(rows.x)
         self.flow_, self.history_ = fit_density(
-            [standardize], *hold_out(rows, settings), settings=settings
+            [standardize], *hold_out(rows, settings), settings=settings, progress=self.verbose
         )
         return self
 
@@ -124,7 +124,7 @@ class CNFDensity(DensityMixin, BaseEstimator):
         rows = self._rows(X, sample_weight, first=False)
         settings = self._settings()
         self.flow_, history = continue_density(
-            self.flow_, *hold_out(rows, settings), settings=settings
+            self.flow_, *hold_out(rows, settings), settings=settings, progress=self.verbose
         )
         self.history_ = _joined(self.history_, history)
         return self
@@ -167,7 +167,6 @@ class CNFDensity(DensityMixin, BaseEstimator):
             hidden_features=self.hidden_features,
             validation_fraction=self.validation_fraction,
             seed=_seed(self.random_state),
-            progress=self.verbose,
         )
 
     def _rows(self, X: ArrayLike, sample_weight: ArrayLike | None, *, first: bool) -> Rows:

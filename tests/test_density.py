@@ -152,10 +152,12 @@ def test_the_seed_decides():
 
 
 def test_settings_reach_the_training():
-    config = DensitySettings(steps=7, batch_size=5, learning_rate=1e-3, seed=2).training()
+    config = DensitySettings(steps=7, batch_size=5, learning_rate=1e-3, seed=2).training(
+        progress=True
+    )
     assert isinstance(config, TrainingConfig)
     assert (config.steps, config.batch_size, config.learning_rate) == (7, 5, 1e-3)
-    assert (config.seed, config.progress) == (2, False)
+    assert (config.seed, config.progress) == (2, True)
     flow, history = fit_density([], Rows(torch.randn(9, 1)), settings=settings(steps=7))
     assert len(history.step) == 7
     assert isinstance(flow, Flow)

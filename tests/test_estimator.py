@@ -241,7 +241,7 @@ def test_a_constant_column_is_named(rows):
     [
         ({"X": np.ones((1, 2))}, "1 sample"),
         ({"X": np.array([[1.0, np.nan], [2.0, 3.0]])}, "NaN"),
-        ({"X": np.array([[1e300, 1.0], [-1e300, 2.0]])}, "too widely spread"),
+        ({"X": np.array([[1e300, 1.0], [-1e300, 2.0]])}, "too large in [0]"),
         ({"X": np.array([[1e-300, 1.0], [2e-300, 2.0]])}, "constant"),
         ({"sample_weight": np.ones(3)}, "sample_weight must have shape (60,)"),
         ({"sample_weight": np.full(60, -1.0)}, "sample_weight must not be negative; got -1"),

@@ -148,11 +148,6 @@ def test_standardize_keeps_the_dtype_of_its_data():
         (torch.randn(1, 2), ValueError, "at least 2 rows; got \\(1, 2\\)"),
         (torch.randn(5), ValueError, "shape \\(rows, features\\)"),
         (torch.tensor([[1.0, 2.0], [1.0, 3.0]]), ValueError, "constant in \\[0\\]"),
-        (
-            torch.tensor([[1.0, 1e200], [0.0, 0.0]], dtype=torch.float64),
-            ValueError,
-            "too widely spread in \\[1\\]",
-        ),
         (torch.tensor([[1.0], [torch.nan]]), ValueError, "NaN or inf in row 1"),
         (torch.tensor([[1], [2]]), ValueError, "floating dtype; got torch.int64"),
         ([[1.0], [2.0]], TypeError, "torch.Tensor; got list"),
