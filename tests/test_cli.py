@@ -1,6 +1,8 @@
 """Laws of the command line: what it writes, what it says, and what it leaves alone."""
 
 import json
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -525,3 +527,19 @@ def test_help_and_version_are_printed(capsys):
     assert all(f"\n  {name} " in said for name in ("fit", "score", "sample", "certify", "plot"))
     assert main(["--version"]) == 0
     assert capsys.readouterr().out[0].isdigit()
+
+
+def test_the_commands_of_the_docs_run(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    random = np.random.RandomState(0)
+    height = random.uniform(1.5, 2, 60)
+    age, weight, children = random.uniform(20, 90, 60), 80 * height - 60, random.poisson(2, 60)
+    table = np.column_stack([age, height, weight + random.randn(60), children])
+    write_table("people.csv", table, ["age", "height", "weight", "children"])
+    text = (Path(__file__).parents[1] / "docs" / "command_line.md").read_text()
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    commands = [shlex.split(line) for block in blocks for line in block.splitlines()]
+    assert len(commands) == 10
+    for program, name, *arguments in commands:
+        assert program == "cnf"
+        assert run(name, *arguments, *(SMALL if name == "fit" else [])) == 0
