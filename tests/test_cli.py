@@ -138,6 +138,14 @@ def test_without_out_scores_go_to_stdout_and_all_else_to_stderr(folder, tmp_path
     assert said.err.startswith("log-density of 60 rows: mean")
 
 
+def test_scores_that_are_lower_bounds_are_the_same_each_time(folder, capsys):
+    said = []
+    for _ in range(2):
+        assert run("score", folder / "mixed", folder / "data.csv") == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+
+
 def test_columns_are_found_by_name(folder, tmp_path, capsys):
     table = read_table(folder / "data.csv", ["mass", "size"])
     lines = [f"{mass!r},of text,{size!r}" for mass, size in table.values.tolist()]

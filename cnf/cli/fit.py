@@ -70,7 +70,7 @@ class Fit(Command):
             "rows": len(rows.x),
             "support": assigned("support", self.support),
             "settings": asdict(self.settings),
-            "nll": _report(flow, training, held_out),
+            "nll": _report(flow, training, held_out, progress=self.progress),
         }
         TableModel(flow=flow, columns=columns, notes=notes).save(self.out, history)
         print(f"written to {self.out}")
@@ -123,13 +123,15 @@ def _stated(support: Support) -> str:
     return f"from {low:g} to {high:g}, {ends}"
 
 
-def _report(flow: Flow, training: Rows, held_out: Rows | None) -> Mapping[str, float | None]:
+def _report(
+    flow: Flow, training: Rows, held_out: Rows | None, *, progress: bool
+) -> Mapping[str, float | None]:
     """Print the NLL beside that of a Gaussian, and return what was found."""
     rows = training if held_out is None else held_out
     which = "training" if held_out is None else "held-out"
     bound = " (at most)" if flow.likelihood == "lower_bound" else ""
     print(f"NLL of {len(rows.x)} {which} rows, in nats:")
-    nll, error = mean_and_error(-density.log_prob(flow, rows))
+    nll, error = mean_and_error(-density.log_prob(flow, rows, progress=progress))
     print(f"  flow      {nll:.4f} ± {error:.4f}{bound}")
     gaussian = _gaussian_nll(training, rows)
     if gaussian is None:
