@@ -15,7 +15,12 @@ autosummary_generate = True
 autodoc_typehints = "none"
 autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {
+    "members": True,
+    "show-inheritance": True,
+    # Which scikit-learn adds to an estimator, with links into its own documentation.
+    "exclude-members": "set_fit_request, set_partial_fit_request",
+}
 default_role = "any"
 nitpicky = False
 suppress_warnings = ["ref.any"]

@@ -7,7 +7,7 @@ import torch
 
 from cnf import Dequantize, Flow
 from cnf.bases import StandardNormal
-from cnf.metrics import bits_per_dim, effective_sample_size, log_mean_exp
+from cnf.metrics import bits_per_dim, effective_sample_size, gaussian_log_prob, log_mean_exp
 
 
 def test_a_fair_choice_among_k_levels_is_log2_k_bits():
@@ -81,3 +81,22 @@ def test_weights_of_a_wider_normal_have_the_known_worth():
 def test_weights_that_have_no_worth_are_refused(metric, log_weights, message):
     with pytest.raises(ValueError, match=message):
         metric(log_weights)
+
+
+def test_the_gaussian_is_that_of_mean_and_covariance():
+    training = torch.randn(50, 3) @ torch.randn(3, 3) + 5
+    x = torch.randn(10, 3) + 5
+    offset = x - training.mean(0)
+    inverse = torch.linalg.inv(training.T.cov())
+    squares = (offset @ inverse * offset).sum(-1)
+    volume = torch.linalg.slogdet(2 * math.pi * training.T.cov()).logabsdet
+    torch.testing.assert_close(gaussian_log_prob(x, training), -(squares + volume) / 2)
+
+
+@pytest.mark.parametrize(
+    "training",
+    [torch.randn(1, 2), torch.ones(5, 2), torch.arange(8.0).reshape(4, 2), torch.randn(2, 2)],
+    ids=["one row", "constant", "a line", "too few rows"],
+)
+def test_there_is_no_gaussian_of_a_singular_covariance(training):
+    assert gaussian_log_prob(torch.zeros(1, 2), training) is None

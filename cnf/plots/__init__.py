@@ -1,4 +1,4 @@
-"""Pictures of two-dimensional flows: tensors and callables in, a matplotlib figure out.
+"""Pictures of flows and tables: tensors and callables in, a matplotlib figure out.
 
 Matplotlib is imported when the first figure is made, and neither pyplot nor a global setting is
 used. A picture goes into the panel `ax`, or into a new figure without one.
@@ -6,14 +6,18 @@ used. A picture goes into the panel `ax`, or into a new figure without one.
 
 from cnf.plots.figures import figure_grid, save_figure
 from cnf.plots.planes import plot_density, plot_samples, plot_trajectories, plot_vector_field
+from cnf.plots.tables import plot_column, plot_pairs, plot_two_columns
 from cnf.plots.training import plot_training
 
 __all__ = [
     "figure_grid",
+    "plot_column",
     "plot_density",
+    "plot_pairs",
     "plot_samples",
     "plot_training",
     "plot_trajectories",
+    "plot_two_columns",
     "plot_vector_field",
     "save_figure",
 ]

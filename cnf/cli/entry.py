@@ -1,0 +1,120 @@
+"""The way in and out of the command line: commands, errors in one line, exit codes."""
+
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import tyro
+from tyro.conf import FlagCreatePairsOff
+
+from cnf.cli.evaluate import Certify, Sample, Score
+from cnf.cli.fit import Fit
+from cnf.cli.options import Command
+from cnf.cli.plot import Plot
+
+_FAILED, _MISUSED, _INTERRUPTED = 1, 2, 130
+
+_COMMANDS: dict[str, type[Command]] = {
+    "fit": Fit,
+    "score": Score,
+    "sample": Sample,
+    "certify": Certify,
+    "plot": Plot,
+}
+
+_HELP = """\
+usage: cnf COMMAND ...
+
+Densities of tables, by continuous normalizing flows.
+
+commands:
+{commands}
+
+`cnf COMMAND --help` explains one, `cnf --version` prints the version. For a start:
+
+  cnf fit data.csv --out model
+  cnf score model new.csv --out scores.csv
+  cnf sample model -n 1000 --out samples.csv
+  cnf plot model data.csv --out picture.png"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: What stands behind ``cnf``; None for the arguments of the process.
+
+    Returns:
+        The exit code: 0; 1 for an error in data or model, and where `certify` finds a fault; 2 for
+        wrong arguments; 130 if interrupted.
+
+    Raises:
+        SystemExit: With code 2 if an option is wrong, with 0 after ``--help``.
+    """
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
+    if name in ("-h", "--help"):
+        print(_help())
+        return 0
+    if name == "--version":
+        print(version("cnf-flows"))
+        return 0
+    if name not in _COMMANDS:
+        wrong = f"there is no command {name!r}" if name else "a command is missing"
+        _say(f"error: {wrong}; the commands are {', '.join(_COMMANDS)}. See: cnf --help")
+        return _MISUSED
+    try:
+        command = tyro.cli(
+            _COMMANDS[name], prog=f"cnf {name}", args=rest, config=(FlagCreatePairsOff,)
+        )
+    except ValueError as error:
+        _say(f"error: {error} See: cnf {name} --help")
+        return _MISUSED
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        return _run(command)
+
+
+def _run(command: Command) -> int:
+    try:
+        code = command.run()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return _INTERRUPTED
+    except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _FAILED
+    except Exception as error:
+        if command.debug:
+            traceback.print_exc()
+        else:
+            _say(f"error: {_explained(error)}")
+        return _FAILED
+    return code
+
+
+def _help() -> str:
+    summaries = {
+        name: (command.__doc__ or "").partition("\n")[0] for name, command in _COMMANDS.items()
+    }
+    return _HELP.format(
+        commands="\n".join(f"  {name:<9}{summary}" for name, summary in summaries.items())
+    )
+
+
+def _explained(error: Exception) -> str:
+    text = str(error) or type(error).__name__
+    expected = isinstance(error, ValueError | TypeError | OSError | RuntimeError)
+    return text if expected else f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    _say(f"warning: {message}")
+
+
+def _say(text: str) -> None:
+    print("cnf:", " ".join(text.split()), file=sys.stderr)

@@ -1,0 +1,154 @@
+"""``cnf fit``."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tyro.conf import OmitArgPrefixes
+
+from cnf import density
+from cnf.cli.options import Assignments, Command, DataFile, assigned, mean_and_error, number
+from cnf.data.tabular import check_for_training, read_table
+from cnf.density import DensitySettings, Rows, fit_density, hold_out
+from cnf.flow import Flow
+from cnf.metrics import gaussian_log_prob
+from cnf.table_model import Columns, TableModel, check_destination
+from cnf.transforms import Unconstrain, transforms_for
+from cnf.transforms.columns import Support
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit(Command):
+    """Fit a density to the rows of a table, and write it into a folder.
+
+    The table is a file of numbers: .csv, .tsv, .npy, .npz or .parquet. Some of the rows are held
+    out: they choose the best weights, and their negative log-likelihood (NLL: the lower, the
+    better) is printed with its standard error, beside that of a Gaussian.
+    """
+
+    data: DataFile
+    """The table."""
+    out: Path
+    """Folder to make for the model."""
+    columns: tuple[str, ...] = ()
+    """Names of the columns to use, contexts aside; all of them if left out."""
+    context_columns: tuple[str, ...] = ()
+    """Columns that the density is conditioned on: it is that of the others, given these."""
+    support: Assignments = ()
+    """What a column may hold if not any number: positive, integer, interval:LOW:HIGH or
+    periodic:LOW:HIGH. For instance: --support age=positive share=interval:0:1"""
+    settings: OmitArgPrefixes[DensitySettings] = field(default_factory=DensitySettings)
+    force: bool = False
+    """Replace the model in the folder if there is one."""
+
+    def __post_init__(self) -> None:
+        self._supports()
+
+    def run(self) -> int:
+        """Fit, save and report."""
+        check_destination(self.out, replace=self.force)
+        wanted = [*self.columns, *self.context_columns] if self.columns else None
+        table = read_table(self.data, wanted)
+        check_for_training(table, str(self.data))
+        columns = Columns.of(table, self.context_columns)
+        rows = columns.rows(table)
+        supports = self._supports_of(columns, rows.x)
+        training, held_out = hold_out(rows, self.settings)
+        given = f" given {', '.join(columns.context_names)}" if columns.context_names else ""
+        print(f"{len(rows.x)} rows of {', '.join(columns.names)}{given}", flush=True)
+        flow, history = fit_density(
+            transforms_for(rows.x, supports),
+            training,
+            held_out,
+            self.settings,
+            progress=self.progress,
+        )
+        notes = {
+            "data": str(self.data),
+            "rows": len(rows.x),
+            "support": assigned("support", self.support),
+            "settings": asdict(self.settings),
+            "nll": _report(flow, training, held_out, progress=self.progress),
+        }
+        TableModel(flow=flow, columns=columns, notes=notes).save(self.out, history)
+        print(f"written to {self.out}")
+        return 0
+
+    def _supports(self) -> dict[str, Support]:
+        texts = assigned("support", self.support)
+        return {column: _parsed(column, text) for column, text in texts.items()}
+
+    def _supports_of(self, columns: Columns, x: Tensor) -> list[Support]:
+        """What each column may hold; every row must do so."""
+        supports = self._supports()
+        for column in supports:
+            if column not in columns.names:
+                raise ValueError(
+                    f"support must be of a column of the density; got {column!r}, which is not "
+                    f"among {', '.join(columns.names)}."
+                )
+        for index, column in enumerate(columns.names):
+            allowed = Unconstrain([supports.get(column, "real")]).support
+            outside = (~allowed.check(x[:, index : index + 1])).nonzero().flatten().tolist()
+            if outside:
+                raise ValueError(
+                    f"{self.data}, row {outside[0] + 1}, column {column!r}: must be "
+                    f"{_stated(supports[column])}, as support says; got "
+                    f"{float(x[outside[0], index]):g}. {len(outside)} of {len(x)} rows are not."
+                )
+        return [supports.get(column, "real") for column in columns.names]
+
+
+def _parsed(column: str, text: str) -> Support:
+    kind, *bounds = text.split(":")
+    numbers = [number(f"support of {column}", bound) for bound in bounds]
+    parsed: Support = (kind, *numbers) if numbers else kind
+    try:
+        Unconstrain([parsed])
+    except ValueError:
+        raise ValueError(
+            f"support of {column} must be real, positive, integer, interval:LOW:HIGH or "
+            f"periodic:LOW:HIGH, where LOW is less than HIGH; got {text!r}."
+        ) from None
+    return parsed
+
+
+def _stated(support: Support) -> str:
+    if isinstance(support, str):
+        return support
+    kind, low, high = support[:3]
+    ends = "the ends excluded" if kind == "interval" else "the ends included"
+    return f"from {low:g} to {high:g}, {ends}"
+
+
+def _report(
+    flow: Flow, training: Rows, held_out: Rows | None, *, progress: bool
+) -> Mapping[str, float | None]:
+    """Print the NLL beside that of a Gaussian, and return what was found."""
+    rows = training if held_out is None else held_out
+    which = "training" if held_out is None else "held-out"
+    bound = " (at most)" if flow.likelihood == "lower_bound" else ""
+    print(f"NLL of {len(rows.x)} {which} rows, in nats:")
+    nll, error = mean_and_error(-density.log_prob(flow, rows, progress=progress))
+    print(f"  flow      {nll:.4f} ± {error:.4f}{bound}")
+    gaussian = _gaussian_nll(training, rows)
+    if gaussian is None:
+        print("  Gaussian  has no density: columns depend on each other, or rows are too few")
+        return {"flow": nll, "standard_error": error, "gaussian": None}
+    floor, floor_error = mean_and_error(gaussian)
+    print(f"  Gaussian  {floor:.4f} ± {floor_error:.4f}")
+    return {"flow": nll, "standard_error": error, "gaussian": floor}
+
+
+def _gaussian_nll(training: Rows, rows: Rows) -> Tensor | None:
+    """That of a joint Gaussian of columns and contexts, given the contexts."""
+    if training.context is None or rows.context is None:
+        log_prob = gaussian_log_prob(rows.x, training.x)
+        return None if log_prob is None else -log_prob
+    joint = gaussian_log_prob(
+        torch.cat([rows.x, rows.context], -1), torch.cat([training.x, training.context], -1)
+    )
+    context = gaussian_log_prob(rows.context, training.context)
+    return None if joint is None or context is None else context - joint

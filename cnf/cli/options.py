@@ -1,0 +1,126 @@
+"""What the commands have in common: options, and the reading of their values."""
+
+import math
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from torch import Tensor
+from tyro.conf import Positional, arg
+
+from cnf.data.csv_files import to_csv
+from cnf.data.tabular import write_table
+
+ModelFolder = Annotated[Positional[Path], arg(metavar="MODEL")]
+DataFile = Annotated[Positional[Path], arg(metavar="DATA")]
+Assignments = Annotated[tuple[str, ...], arg(metavar="COLUMN=VALUE ...")]
+
+STDOUT = Path("-")
+_TABLES = (".csv", ".tsv", ".npy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command(ABC):
+    """What every command has."""
+
+    quiet: bool = False
+    """Show no progress bar. (There is none either where stderr is no terminal.)"""
+    debug: bool = False
+    """Show where an error comes from, in place of one line."""
+
+    @property
+    def progress(self) -> bool:
+        """Whether to show a progress bar."""
+        return not self.quiet and sys.stderr.isatty()
+
+    @abstractmethod
+    def run(self) -> int:
+        """Do what is asked for; return the exit code."""
+
+
+def assigned(option: str, entries: Sequence[str]) -> dict[str, str]:
+    """The values by column of an option such as ``--support a=positive b=integer``.
+
+    Raises:
+        ValueError: If an entry is not of this form, or a column comes twice.
+    """
+    pairs = [entry.rpartition("=") for entry in entries]
+    for entry, (column, _, value) in zip(entries, pairs, strict=True):
+        if not column or not value:
+            raise ValueError(f"{option} must be like COLUMN=VALUE; got {entry!r}.")
+    found = {column: value for column, _, value in pairs}
+    if len(found) < len(pairs):
+        raise ValueError(f"{option} must have one value for each column; got {' '.join(entries)}.")
+    return found
+
+
+def assigned_numbers(option: str, entries: Sequence[str]) -> dict[str, float]:
+    """The finite numbers by column of an option such as ``--context a=1 b=2.5``.
+
+    Raises:
+        ValueError: If an entry is not of this form.
+    """
+    return {column: number(option, text) for column, text in assigned(option, entries).items()}
+
+
+def number(option: str, text: str) -> float:
+    """The finite number that a text stands for.
+
+    Raises:
+        ValueError: If it stands for none.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{option} must be a finite number; got {text!r}.")
+    return value
+
+
+def check_table_name(path: Path) -> None:
+    """Refuse a file that is neither a table that can be written nor ``-``.
+
+    Raises:
+        ValueError: If the suffix is another.
+    """
+    if path != STDOUT and path.suffix.lower() not in _TABLES:
+        raise ValueError(f"out must end in {', '.join(_TABLES)}, or be -; got {str(path)!r}.")
+
+
+def check_new_file(path: Path, *, force: bool) -> None:
+    """Refuse to write over a file unasked, or into a folder that is not there.
+
+    Raises:
+        OSError: If the file exists and `force` is False, or its folder does not exist.
+    """
+    if path == STDOUT:
+        return
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {str(path.parent)!r} to write {path} to.")
+    if path.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a folder; give the name of a file.")
+    if path.exists() and not force:
+        raise FileExistsError(f"there is a file {str(path)!r}; replace it by --force.")
+
+
+def write_rows(path: Path, values: Tensor, columns: Sequence[str]) -> None:
+    """Write a table to a file, or to stdout as CSV.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    if path == STDOUT:
+        print(to_csv(values.numpy(), columns, delimiter=","), end="")
+    else:
+        write_table(path, values.numpy(), columns)
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """The mean of numbers, and its standard error; NaN if there is only one."""
+    error = values.std() / len(values) ** 0.5 if len(values) > 1 else torch.tensor(math.nan)
+    return float(values.mean()), float(error)

@@ -1,0 +1,108 @@
+"""``cnf plot``."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import torch
+from torch import Tensor
+from tyro.conf import Positional, arg
+
+from cnf import density
+from cnf._checks import check_count
+from cnf.cli.options import Assignments, Command, ModelFolder, assigned_numbers, check_new_file
+from cnf.density import Rows
+from cnf.flow import Flow
+from cnf.plots import plot_column, plot_pairs, plot_two_columns, save_figure
+from cnf.table_model import TableModel
+
+if TYPE_CHECKING:
+    import matplotlib.figure
+
+_COLUMNS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot(Command):
+    """Draw a model: its density and samples, beside the data if given.
+
+    A density of one or two columns is drawn itself; of more, every pair of columns of samples and
+    data. If the model is conditional, give either the data, whose contexts the samples are drawn
+    for, or one --context.
+    """
+
+    model: ModelFolder
+    """Folder of the model."""
+    data: Annotated[Positional[Path | None], arg(metavar="DATA")] = None
+    """The table, if it shall be drawn too."""
+    out: Path
+    """Picture to write: .png."""
+    columns: tuple[str, ...] = ()
+    """Columns to draw in pairs; the first 6, if left out."""
+    context: Assignments = ()
+    """Value of each context column, if the model has any: --context age=40 height=1.8"""
+    rows: int = 2000
+    """Number of samples, and of rows of the data at most."""
+    seed: int = 0
+    """Seed of the samples and rows."""
+    force: bool = False
+    """Replace the picture if there is one."""
+
+    def __post_init__(self) -> None:
+        if self.out.suffix.lower() != ".png":
+            raise ValueError(f"out must end in .png; got {str(self.out)!r}.")
+        check_count("rows", self.rows, least=2)
+        check_count("seed", self.seed, least=0)
+        assigned_numbers("context", self.context)
+
+    def run(self) -> int:
+        """Draw and write."""
+        check_new_file(self.out, force=self.force)
+        model = TableModel.load(self.model)
+        save_figure(self._figure(model), self.out)
+        return 0
+
+    def _figure(self, model: TableModel) -> "matplotlib.figure.Figure":
+        data = None if self.data is None else self._some(model.columns.read(self.data))
+        by_row = bool(model.columns.context_names) and data is not None
+        if by_row and self.context:
+            raise ValueError("draw either the data or one --context, not both.")
+        context = None
+        if data is not None and by_row:
+            samples = self._sample_for_each(model.flow, data)
+        else:
+            context = model.columns.context(assigned_numbers("context", self.context))
+            samples = density.sample(model.flow, self.rows, context, seed=self.seed)
+        x = None if data is None else data.x
+        names = model.columns.names
+        has_density = model.flow.likelihood == "exact" and not by_row and not self.columns
+
+        def log_prob(points: Tensor) -> Tensor:
+            contexts = None if context is None else context.expand(len(points), -1)
+            return density.log_prob(model.flow, Rows(points.double(), contexts))
+
+        title = " ".join(self.context) or None
+        if has_density and len(names) == 1:
+            return plot_column(log_prob, names[0], samples=samples, data=x, title=title)
+        if has_density and len(names) == 2:
+            return plot_two_columns(log_prob, names, samples=samples, data=x, title=title)
+        shown = self._shown(names)
+        chosen = [names.index(name) for name in shown]
+        return plot_pairs(
+            samples[:, chosen], shown, data=None if x is None else x[:, chosen], title=title
+        )
+
+    def _some(self, rows: Rows) -> Rows:
+        order = torch.randperm(len(rows.x), generator=torch.Generator().manual_seed(self.seed))
+        return rows.take(order[: self.rows])
+
+    def _sample_for_each(self, flow: Flow, rows: Rows) -> Tensor:
+        return flow.sample((), rows.context, generator=torch.Generator().manual_seed(self.seed))
+
+    def _shown(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in self.columns:
+            if name not in names:
+                raise ValueError(
+                    f"columns must be of the density, {', '.join(names)}; got {name!r}."
+                )
+        return self.columns or names[:_COLUMNS]

@@ -1,0 +1,260 @@
+"""The density of a table: a flow fitted to its rows, and scored so that no row sees another."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from cnf._checks import check_count
+from cnf.cnf import CNF
+from cnf.flow import Flow
+from cnf.ode import ODESolver
+from cnf.training import History, TrainingConfig, fit
+from cnf.transforms import ContinuousTransform, Transform
+
+GRID_STEPS = 50
+"""Equal steps of "rk4" in which a fitted density is evaluated. An adaptive method takes the steps
+that the worst row of a batch needs, and so makes a row's number depend on the rows beside it."""
+
+_ROWS_AT_ONCE = 4096
+_VALIDATIONS = 20
+_REPEATS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class DensitySettings:
+    """How the density of a table is fitted.
+
+    Raises:
+        TypeError: If a count is not an int.
+        ValueError: If a setting is out of range.
+
+    Example:
+        >>> DensitySettings(steps=100).validation_fraction
+        0.1
+    """
+
+    steps: int = 2000
+    """Training steps."""
+    batch_size: int = 512
+    """Rows of a minibatch; all rows if there are fewer."""
+    learning_rate: float = 4e-3
+    """Peak learning rate."""
+    hidden_features: Sequence[int] = (128, 128)
+    """Widths of the hidden layers of the network; two keep the density exact and fast."""
+    validation_fraction: float = 0.1
+    """Share of the rows held out of training; the weights that are best on them are kept. 0 holds
+    out none, and keeps the last weights."""
+    seed: int = 0
+    """Seed of the rows held out, the initial weights and the training."""
+
+    def __post_init__(self) -> None:
+        check_count("seed", self.seed, least=0)
+        for width in self.hidden_features:
+            check_count("each of hidden_features", width)
+        if not self.hidden_features:
+            raise ValueError("hidden_features must have at least one width; got none.")
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(
+                f"validation_fraction must be in [0, 1); got {self.validation_fraction}."
+            )
+        self.training(progress=False)
+
+    def training(self, *, progress: bool) -> TrainingConfig:
+        """The settings of the training loop."""
+        return TrainingConfig(
+            steps=self.steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            validate_every=max(1, self.steps // _VALIDATIONS),
+            seed=self.seed,
+            progress=progress,
+        )
+
+
+class Rows(NamedTuple):
+    """Rows of a table, in float64."""
+
+    x: Float[Tensor, "rows features"]
+    """What the density is of."""
+    context: Float[Tensor, "rows context_features"] | None = None
+    """What each row is conditioned on, about standardised."""
+    weight: Float[Tensor, " rows"] | None = None
+    """How often each row counts; not negative."""
+
+    def take(self, index: Tensor) -> "Rows":
+        """Some of the rows."""
+        return self.map(itemgetter(index))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Rows":
+        """What `change` makes of each part."""
+        context, weight = (None if part is None else change(part) for part in self[1:])
+        return Rows(change(self.x), context, weight)
+
+
+def hold_out(rows: Rows, settings: DensitySettings) -> tuple[Rows, Rows | None]:
+    """Rows to train on and, unless the share is less than one row, rows to validate on."""
+    count = int(settings.validation_fraction * len(rows.x))
+    if count == 0:
+        return rows, None
+    order = torch.randperm(len(rows.x), generator=torch.Generator().manual_seed(settings.seed))
+    return rows.take(order[count:]), rows.take(order[:count])
+
+
+def fit_density(
+    transforms: Iterable[Transform],
+    rows: Rows,
+    validation: Rows | None = None,
+    settings: DensitySettings = DensitySettings(),
+    *,
+    progress: bool = False,
+) -> tuple[Flow, History]:
+    """Fit a flow to the rows of a table.
+
+    The transforms see float64 and the network, while it is trained, float32: a column of large
+    numbers that differ little keeps its digits until it is standardised.
+
+    Args:
+        transforms: From the rows to numbers of mean 0 and standard deviation 1, in float64, such
+            as ``[Standardize.from_data(x)]``.
+        rows: Rows to train on.
+        validation: Rows that choose the weights that are kept; None for the last weights.
+        settings: Settings.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The flow, in float64 and solved in `GRID_STEPS` steps, and the record of the training, whose
+        losses are those of the transformed rows. Torch's global random state is left alone.
+
+    Raises:
+        ValueError: If the rows do not fit the transforms.
+        TrainingError: If training cannot go on.
+
+    Example:
+        >>> from cnf import Standardize
+        >>> x = 5 + torch.randn(200, 2, dtype=torch.float64)
+        >>> settings = DensitySettings(steps=3)
+        >>> flow, history = fit_density([Standardize.from_data(x)], Rows(x), settings=settings)
+        >>> flow.log_prob(x).shape
+        torch.Size([200])
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        network = CNF(
+            rows.x.shape[-1],
+            0 if rows.context is None else rows.context.shape[-1],
+            hidden_features=settings.hidden_features,
+            solver=ODESolver(method="rk4", steps=GRID_STEPS),
+        )
+        flow = Flow([*transforms, *network.double().chain])
+        return flow, _train(flow, rows, validation, settings, progress=progress)
+
+
+def continue_density(
+    flow: Flow,
+    rows: Rows,
+    validation: Rows | None = None,
+    settings: DensitySettings = DensitySettings(),
+    *,
+    progress: bool = False,
+) -> tuple[Flow, History]:
+    """Train a copy of what `fit_density` gave further, its transforms as they are.
+
+    Arguments, results and errors are those of `fit_density`.
+    """
+    flow = deepcopy(flow)
+    with torch.random.fork_rng(devices=[]):
+        return flow, _train(flow, rows, validation, settings, progress=progress)
+
+
+def _train(
+    flow: Flow,
+    rows: Rows,
+    validation: Rows | None,
+    settings: DensitySettings,
+    *,
+    progress: bool,
+) -> History:
+    """Train a flow in place; the only call of the training loop."""
+    fixed = list(itertools.takewhile(_is_fixed, flow.chain))
+    learnt = Flow(flow.chain[len(fixed) :]).using(solver=ODESolver())
+
+    def data(rows: Rows) -> Tensor | tuple[Tensor, Tensor]:
+        rows = rows if rows.weight is None else rows.take(_repeats(rows.weight, settings.seed))
+        x = (Flow(fixed).to_base(rows.x) if fixed else rows.x).float()
+        return x if rows.context is None else (x, rows.context.float())
+
+    held_out = None if validation is None else data(validation)
+    learnt.float()  # and with it the parts of `flow`, whose parameters these are
+    try:
+        config = settings.training(progress=progress)
+        return fit(learnt, data(rows), config, validation=held_out)
+    finally:
+        learnt.double()
+
+
+def _is_fixed(transform: Transform) -> bool:
+    """Whether the transform stays as it is in training, and draws nothing anew each time."""
+    learns = any(isinstance(part, ContinuousTransform) for part in transform.modules())
+    return transform.is_bijective and not learns
+
+
+def _repeats(weight: Tensor, seed: int) -> Tensor:
+    """Indices in which each row stands as often as its weight says, up to rounding at random."""
+    count = _REPEATS * len(weight)
+    offset = torch.rand((), generator=torch.Generator().manual_seed(seed))
+    marks = (torch.arange(count).double() + offset) / count
+    shares = weight.double().cumsum(0) / weight.double().sum()
+    return torch.searchsorted(shares, marks).clamp(max=len(weight) - 1)
+
+
+@torch.no_grad()
+def log_prob(flow: Flow, rows: Rows, *, progress: bool = False) -> Float[Tensor, " rows"]:
+    """Log-density of each row in nats, in chunks, so that memory does not grow with their number.
+
+    Where it is a lower bound, the draws are the same at each call.
+
+    Raises:
+        ValueError: If the rows do not fit the flow.
+        ODEError: If the solve fails.
+    """
+    generator = torch.Generator().manual_seed(0)
+    parts = (rows.take(index) for index in _chunks(len(rows.x), progress))
+    return torch.cat([flow.log_prob(part.x, part.context, generator=generator) for part in parts])
+
+
+def sample(
+    flow: Flow,
+    count: int,
+    context: Float[Tensor, " context_features"] | None = None,
+    *,
+    seed: int,
+    progress: bool = False,
+) -> Float[Tensor, "count features"]:
+    """Draw rows, all given one context, in chunks.
+
+    Raises:
+        ValueError: If `context` does not fit the flow.
+        ODEError: If the solve fails.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chunks = [
+        flow.sample(len(index), context, generator=generator) for index in _chunks(count, progress)
+    ]
+    return torch.cat(chunks)
+
+
+def _chunks(rows: int, progress: bool) -> Iterator[Tensor]:
+    """Indices of all rows, some at once; one empty chunk if there are none."""
+    parts = torch.arange(rows).split(_ROWS_AT_ONCE)
+    with tqdm(total=rows, disable=not progress, unit="row") as bar:
+        for part in parts:
+            yield part
+            bar.update(len(part))

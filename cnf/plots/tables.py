@@ -1,0 +1,172 @@
+"""Pictures of the columns of a table, and of a density fitted to them."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cnf.plots.figures import BLUE, GREY, ORANGE, TEXT_SIZE, TITLE_SIZE, figure_grid, new_panel
+from cnf.plots.planes import plot_density, plot_samples
+
+if TYPE_CHECKING:
+    import matplotlib.axes
+    import matplotlib.figure
+    import matplotlib.ticker
+
+LogProb = Callable[[Float[Tensor, "n features"]], Float[Tensor, " n"]]
+
+_LEFT_OUT = 0.003
+_POINTS = 2000
+
+
+def plot_column(
+    log_prob: LogProb,
+    name: str,
+    *,
+    samples: Float[Tensor, "n 1"],
+    data: Float[Tensor, "rows 1"] | None = None,
+    title: str | None = None,
+) -> "matplotlib.figure.Figure":
+    """The density of one column as a curve, over a histogram of the data or else of samples.
+
+    Args:
+        log_prob: Log-densities (n,) in nats of values (n, 1), in float64. May be -inf.
+        name: Name of the column.
+        samples: Samples of the density, which say where it is.
+        data: Values of the column.
+        title: Text above the panel.
+    """
+    values, label = (samples, "samples") if data is None else (data, "data")
+    low, high = _range(torch.cat([samples, values])[:, 0])
+    x = torch.linspace(low, high, 500, dtype=torch.float64)
+    with torch.no_grad():
+        density = log_prob(x.unsqueeze(-1)).exp()
+    ax = new_panel(width=5.2)
+    look: dict[str, Any] = {"bins": 60, "range": (low, high), "density": True}
+    ax.hist(values[:, 0].numpy(), color=GREY, alpha=0.4, label=label, **look)
+    ax.plot(x.numpy(), density.numpy(), color=ORANGE, linewidth=1.6, label="density")
+    _finish(ax, name, "density")
+    ax.legend(fontsize=TEXT_SIZE, frameon=False)
+    if title is not None:
+        ax.set_title(title, fontsize=TITLE_SIZE)
+    return ax.figure.figure
+
+
+def plot_two_columns(
+    log_prob: LogProb,
+    names: Sequence[str],
+    *,
+    samples: Float[Tensor, "n 2"],
+    data: Float[Tensor, "rows 2"] | None = None,
+    title: str | None = None,
+) -> "matplotlib.figure.Figure":
+    """The density of two columns as an image, beside its samples and, if given, the data.
+
+    Args:
+        log_prob: Log-densities (n,) in nats of points (n, 2), in torch's default dtype.
+        names: Names of the columns.
+        samples: Samples of the density.
+        data: Rows of the table.
+        title: Text above all panels.
+    """
+    shown = samples if data is None else torch.cat([samples, data])
+    extent = (*_range(shown[:, 0]), *_range(shown[:, 1]))
+    figure, ((first, *others),) = figure_grid(1, 2 if data is None else 3)
+    plot_density(log_prob, extent, resolution=100, ax=first, title="density")
+    points = {"samples": samples} if data is None else {"samples": samples, "data": data}
+    for ax, (label, x) in zip(others, points.items(), strict=True):
+        plot_samples(x, extent=extent, ax=ax, title=label)
+    for ax in (first, *others):
+        ax.set_aspect("auto")
+        ax.xaxis.set_major_locator(_few_ticks())
+        ax.yaxis.set_major_locator(_few_ticks())
+        _finish(ax, *names)
+    if title is not None:
+        figure.suptitle(title, fontsize=TITLE_SIZE)
+    return figure
+
+
+def plot_pairs(
+    samples: Float[Tensor, "n features"],
+    names: Sequence[str],
+    *,
+    data: Float[Tensor, "rows features"] | None = None,
+    title: str | None = None,
+) -> "matplotlib.figure.Figure":
+    """Every pair of columns as points, and each column as a histogram.
+
+    Args:
+        samples: Samples of a density.
+        names: Names of the columns.
+        data: Rows of the table, drawn beneath.
+        title: Text above all panels.
+
+    Raises:
+        ValueError: If there is not one name for each column.
+    """
+    count = samples.shape[-1]
+    if len(names) != count:
+        raise ValueError(f"names must be {count}, one for each column; got {len(names)}.")
+    layers = [("samples", samples, ORANGE)]
+    if data is not None:
+        layers.insert(0, ("data", data, BLUE))
+    ranges = [_range(torch.cat([x[:, i] for _, x, _ in layers])) for i in range(count)]
+    figure, axes = figure_grid(count, count, panel_size=max(1.2, 6.4 / count))
+    for i, row in enumerate(axes):
+        for j, ax in enumerate(row):
+            if j > i:
+                ax.remove()
+                continue
+            for label, x, colour in layers:
+                _draw_pair(ax, x, i, j, ranges[j], colour, label)
+            ax.set(xlim=ranges[j], xticks=[], yticks=[])
+            if i != j:
+                ax.set(ylim=ranges[i])
+            _finish(ax, names[j] if i == count - 1 else "", names[i] if j == 0 else "")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper right", fontsize=TEXT_SIZE, frameon=False)
+    if title is not None:
+        figure.suptitle(title, fontsize=TITLE_SIZE)
+    return figure
+
+
+def _draw_pair(
+    ax: "matplotlib.axes.Axes",
+    x: Tensor,
+    row: int,
+    column: int,
+    extent: tuple[float, float],
+    colour: str,
+    label: str,
+) -> None:
+    across = x[:, column].numpy()
+    if row == column:
+        look: dict[str, Any] = {"bins": 40, "range": extent, "density": True, "histtype": "step"}
+        ax.hist(across, color=colour, label=label, **look)
+    else:
+        up = x[:_POINTS, row].numpy()
+        ax.scatter(across[:_POINTS], up, s=3, color=colour, alpha=0.3, linewidths=0)
+
+
+def _range(values: Tensor) -> tuple[float, float]:
+    """Bounds around all values but a few at either end."""
+    few = math.ceil(_LEFT_OUT * len(values))
+    ordered = values.double().sort().values
+    low, high = float(ordered[few - 1]), float(ordered[-few])
+    margin = 0.06 * (high - low) or 0.5
+    return low - margin, high + margin
+
+
+def _few_ticks() -> "matplotlib.ticker.MaxNLocator":
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(4)
+
+
+def _finish(ax: "matplotlib.axes.Axes", across: str, up: str) -> None:
+    ax.set_xlabel(across, fontsize=TEXT_SIZE)
+    ax.set_ylabel(up, fontsize=TEXT_SIZE)
+    ax.tick_params(labelsize=TEXT_SIZE)

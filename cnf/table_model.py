@@ -1,0 +1,226 @@
+"""The density of named columns of a table, and the folder that keeps it."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cnf import saving
+from cnf._files import new_folder
+from cnf.data.tabular import Table, read_table
+from cnf.density import Rows
+from cnf.flow import Flow
+from cnf.training import History
+
+FORMAT_VERSION = 1
+
+_FLOW, _DESCRIPTION, _HISTORY = _FILES = ("model.safetensors", "model.json", "history.csv")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Which columns of a table a density is of, and which it is conditioned on.
+
+    Raises:
+        ValueError: If names repeat, or numbers are missing.
+    """
+
+    names: tuple[str, ...]
+    """Columns that the density is of."""
+    context_names: tuple[str, ...] = ()
+    """Columns that it is conditioned on, which the flow sees standardised."""
+    context_mean: tuple[float, ...] = ()
+    """Mean of each of them."""
+    context_std: tuple[float, ...] = ()
+    """Standard deviation of each of them."""
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            raise ValueError("the density must be of at least one column; all are contexts.")
+        if len(set(self.all)) < len(self.all):
+            raise ValueError(f"columns must differ; got {_listed(self.all)}.")
+        if not len(self.context_names) == len(self.context_mean) == len(self.context_std):
+            raise ValueError("each context column must have a mean and a standard deviation.")
+
+    @classmethod
+    def of(cls, table: Table, context_names: Sequence[str] = ()) -> "Columns":
+        """All columns of a table, some of them as context.
+
+        Raises:
+            ValueError: If it lacks one of `context_names`.
+        """
+        names = tuple(name for name in table.columns if name not in context_names)
+        if not context_names:
+            return cls(names=names)
+        std, mean = torch.std_mean(_select(table, context_names), dim=0)
+        return cls(
+            names=names,
+            context_names=tuple(context_names),
+            context_mean=tuple(mean.tolist()),
+            context_std=tuple(std.tolist()),
+        )
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """Every column that a table must have."""
+        return (*self.names, *self.context_names)
+
+    def read(self, path: str | os.PathLike[str]) -> Rows:
+        """The rows of a file, whose columns are found by name and may have others between them.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it lacks a column, or is no table of finite numbers.
+        """
+        return self.rows(read_table(path, self.all))
+
+    def rows(self, table: Table) -> Rows:
+        """The rows of a table.
+
+        Raises:
+            ValueError: If it lacks a column.
+        """
+        context = _select(table, self.context_names) if self.context_names else None
+        return Rows(
+            _select(table, self.names), None if context is None else self._standardized(context)
+        )
+
+    def context(self, values: Mapping[str, float]) -> Tensor | None:
+        """One context, made of a number for each context column; None if there are none.
+
+        Raises:
+            ValueError: If a number is missing or superfluous.
+        """
+        if set(values) != set(self.context_names):
+            raise ValueError(
+                f"context must have a number for each of {_listed(self.context_names)}; "
+                f"got {_listed(values)}."
+            )
+        numbers = [values[name] for name in self.context_names]
+        return self._standardized(torch.tensor(numbers, dtype=torch.float64)) if numbers else None
+
+    def _standardized(self, context: Tensor) -> Tensor:
+        mean, std = context.new_tensor(self.context_mean), context.new_tensor(self.context_std)
+        return (context - mean) / std
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableModel:
+    """A flow and the columns that it is the density of.
+
+    Raises:
+        ValueError: If the two do not fit.
+    """
+
+    flow: Flow
+    """The density."""
+    columns: Columns
+    """The columns."""
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """What else is kept about the fit: numbers, texts, lists and mappings."""
+
+    def __post_init__(self) -> None:
+        expected = (len(self.columns.names), len(self.columns.context_names))
+        if expected != (self.flow.features, self.flow.context_features):
+            raise ValueError(
+                f"the flow must have {expected[0]} features and {expected[1]} context features, "
+                f"as there are columns; got {self.flow.features} and {self.flow.context_features}."
+            )
+
+    def save(self, folder: str | os.PathLike[str], history: History) -> None:
+        """Write a folder with the flow, its columns and the record of its training.
+
+        It appears whole or not at all, and replaces what is there: see `check_destination`.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        description = {
+            "format": FORMAT_VERSION,
+            "version": version("cnf-flows"),
+            "columns": asdict(self.columns),
+            "notes": self.notes,
+        }
+        with new_folder(folder) as temporary:
+            saving.save(self.flow, temporary / _FLOW)
+            text = json.dumps(description, indent=2, ensure_ascii=False)
+            (temporary / _DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+            history.save(temporary / _HISTORY)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "TableModel":
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such folder, or it lacks a file.
+            ValueError: If a file in it is damaged, or by a newer version.
+        """
+        folder = Path(folder)
+        for name in (_DESCRIPTION, _FLOW):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(
+                    f"there is no model in {str(folder)!r}, which has no file {name}. "
+                    "Make one with: cnf fit DATA --out MODEL"
+                )
+        path = folder / _DESCRIPTION
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            newer = found["format"] > FORMAT_VERSION
+            columns = Columns(**{key: tuple(value) for key, value in found["columns"].items()})
+            notes = dict(found["notes"])
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{str(path)!r} is damaged ({error!r}). Restore it from a copy, or fit again."
+            ) from error
+        if newer:
+            raise ValueError(
+                f"{str(path)!r} has format {found['format']}, newer than the {FORMAT_VERSION} that "
+                "this version of cnf reads. Upgrade cnf-flows."
+            )
+        return cls(flow=saving.load(folder / _FLOW), columns=columns, notes=notes)
+
+
+def check_destination(folder: str | os.PathLike[str], *, replace: bool) -> None:
+    """Refuse a place where a model cannot be saved, or where that would lose anything else.
+
+    Raises:
+        OSError: If the folder around it does not exist or cannot be written to.
+        ValueError: If there is a model and `replace` is False, or there is something else.
+    """
+    folder = Path(folder)
+    if not folder.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {str(folder.parent)!r} to write a model to.")
+    if not os.access(folder.parent, os.W_OK):
+        raise PermissionError(f"the folder {str(folder.parent)!r} cannot be written to.")
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{str(folder)!r} must be a folder; there is a file of that name.")
+    others = sorted({path.name for path in folder.iterdir()} - set(_FILES))
+    if others:
+        raise ValueError(
+            f"{str(folder)!r} must be a new folder, or hold nothing but a model; it holds "
+            f"{_listed(others[:3])}. Choose another, or move them elsewhere."
+        )
+    if any(folder.iterdir()) and not replace:
+        raise ValueError(
+            f"there is a model in {str(folder)!r}. Choose another folder, or replace it by --force."
+        )
+
+
+def _select(table: Table, names: Sequence[str]) -> Tensor:
+    for name in names:
+        if name not in table.columns:
+            raise ValueError(f"the table has no column {name!r}; it has {_listed(table.columns)}.")
+    chosen = [table.columns.index(name) for name in names]
+    return torch.tensor(table.values[:, chosen], dtype=torch.float64)
+
+
+def _listed(names: Sequence[str] | Mapping[str, Any]) -> str:
+    return ", ".join(map(repr, names)) or "none"

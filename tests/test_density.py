@@ -1,0 +1,180 @@
+"""Laws of the density of a table: scaling, weights, held-out rows, and the grid."""
+
+import math
+import re
+
+import pytest
+import torch
+
+from cnf import Flow, ODESolver, Standardize, TrainingConfig, load, save
+from cnf.density import (
+    GRID_STEPS,
+    DensitySettings,
+    Rows,
+    continue_density,
+    fit_density,
+    hold_out,
+    log_prob,
+    sample,
+)
+
+pytestmark = pytest.mark.slow
+
+FAST = {"steps": 20, "learning_rate": 0.05}
+"""Enough to learn a mean."""
+
+
+def settings(**changes):
+    return DensitySettings(
+        **{"steps": 5, "hidden_features": (16, 16), "validation_fraction": 0.0, **changes}
+    )
+
+
+def fitted(x, weight=None, **changes):
+    flow, _ = fit_density(
+        [Standardize.from_data(x)], Rows(x, weight=weight), settings=settings(**changes)
+    )
+    return flow
+
+
+def test_a_unit_of_the_data_moves_the_density_by_its_jacobian():
+    x = torch.randn(200, 2)
+    small, large = fitted(x), fitted(1024 * x - 512)
+    torch.testing.assert_close(
+        log_prob(large, Rows(1024 * x - 512)),
+        log_prob(small, Rows(x)) - 2 * torch.tensor(1024.0).log(),
+        rtol=0,
+        atol=1e-3,  # of float32 in training
+    )
+
+
+def test_large_numbers_that_differ_little_keep_their_digits():
+    """In float32, 10^8 and 10^8 + 1 are one number."""
+    x = torch.randn(200, 1)
+    torch.testing.assert_close(
+        log_prob(fitted(x + 1e8), Rows(x + 1e8)), log_prob(fitted(x), Rows(x)), rtol=0, atol=0.01
+    )
+
+
+def test_the_flow_is_double_and_on_the_grid_and_can_be_saved(tmp_path):
+    flow = fitted(torch.randn(50, 2))
+    assert flow.chain[-1].solver == ODESolver(method="rk4", steps=GRID_STEPS)
+    assert {p.dtype for p in flow.state_dict().values()} == {torch.float64}
+    save(flow, tmp_path / "flow.safetensors")
+    x = torch.randn(5, 2)
+    assert torch.equal(load(tmp_path / "flow.safetensors").log_prob(x), flow.log_prob(x))
+
+
+def test_the_grid_is_fine_enough():
+    """Against an adaptive method of tolerance 1e-9, on a density with sharp edges."""
+    x = torch.rand(1000, 2).round(decimals=1) + 0.02 * torch.randn(1000, 2)
+    flow = fitted(x, steps=60, hidden_features=(64, 64))
+    exact = flow.using(solver=ODESolver(rtol=1e-9, atol=1e-9))
+    rows = Rows(x[:100])
+    torch.testing.assert_close(log_prob(flow, rows), log_prob(exact, rows), rtol=0, atol=1e-4)
+
+
+def test_chunks_change_nothing(monkeypatch):
+    flow = fitted(torch.randn(50, 2))
+    x, z = torch.randn(23, 2), sample(flow, 23, seed=1)
+    whole = log_prob(flow, Rows(x))
+    monkeypatch.setattr("cnf.density._ROWS_AT_ONCE", 10)
+    torch.testing.assert_close(log_prob(flow, Rows(x)), whole, rtol=0, atol=1e-12)
+    assert sample(flow, 23, seed=1).shape == z.shape
+    assert log_prob(flow, Rows(x[:0])).shape == (0,)
+
+
+def test_a_conditional_density_follows_its_context():
+    context = torch.randn(300, 1)
+    x = context + 0.1 * torch.randn(300, 1)
+    flow, _ = fit_density([Standardize.from_data(x)], Rows(x, context), settings=settings(**FAST))
+    for centre in (-1.0, 1.0):
+        drawn = sample(flow, 500, torch.tensor([centre]), seed=0)
+        assert abs(float(drawn.mean()) - centre) < 0.2
+        given = Rows(torch.full((3, 1), centre), torch.tensor([[-1.0], [0.0], [1.0]]))
+        assert log_prob(flow, given).argmax() == (0 if centre < 0 else 2)
+
+
+def test_weights_say_how_often_a_row_counts():
+    """The mean of the samples is the weighted mean of the rows."""
+    x = torch.cat([torch.randn(100, 1) - 1, torch.randn(200, 1) + 1])
+    weight = torch.cat([torch.full((100,), 18.0), torch.full((200,), 1.0)])
+    mean = sample(fitted(x, weight, **FAST), 1000, seed=0).mean()
+    assert abs(mean - weight @ x[:, 0] / weight.sum()) < 0.15 < abs(mean - x.mean()) - 0.7
+
+
+def test_held_out_rows_and_the_others_are_all_rows():
+    rows = Rows(torch.arange(10.0)[:, None], torch.arange(10.0)[:, None], torch.arange(10.0))
+    training, held_out = hold_out(rows, settings(validation_fraction=0.3))
+    assert len(held_out.x) == 3
+    assert sorted(torch.cat([training.weight, held_out.weight]).tolist()) == list(range(10))
+    assert torch.equal(training.x, training.context)
+    assert hold_out(rows, settings(validation_fraction=0.09)) == (rows, None)
+
+
+def test_held_out_rows_choose_the_weights():
+    x = torch.randn(40, 2)
+    training, held_out = hold_out(Rows(x), settings(validation_fraction=0.5))
+    flow, history = fit_density(
+        [Standardize.from_data(x)], training, held_out, settings(steps=40, learning_rate=0.05)
+    )
+    found = [loss for loss in history.validation if math.isfinite(loss)]
+    assert len(found) == 20
+    nll = -float(log_prob(flow, held_out).mean() + flow.chain[0].log_std.sum())
+    assert nll == pytest.approx(min(found), abs=1e-3)
+    assert min(found) < found[-1]  # it was worth choosing
+
+
+def test_fitting_on_leaves_the_flow_it_starts_from():
+    x = torch.randn(100, 2)
+    flow = fitted(x)
+    before = {name: value.clone() for name, value in flow.state_dict().items()}
+    further, _ = continue_density(flow, Rows(x + 1), settings=settings())
+    after = flow.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert log_prob(further, Rows(x + 1)).mean() > log_prob(flow, Rows(x + 1)).mean()
+    assert torch.equal(further.chain[0].mean, flow.chain[0].mean)
+
+
+def test_the_global_random_state_is_left_alone():
+    x = torch.randn(50, 2)
+    before = torch.get_rng_state()
+    flow = fitted(x)
+    continue_density(flow, Rows(x), settings=settings())
+    sample(flow, 3, seed=0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_seed_decides():
+    x = torch.randn(50, 2)
+    assert torch.equal(fitted(x, seed=3).log_prob(x), fitted(x, seed=3).log_prob(x))
+    assert not torch.equal(fitted(x, seed=3).log_prob(x), fitted(x, seed=4).log_prob(x))
+
+
+def test_settings_reach_the_training():
+    config = DensitySettings(steps=7, batch_size=5, learning_rate=1e-3, seed=2).training(
+        progress=True
+    )
+    assert isinstance(config, TrainingConfig)
+    assert (config.steps, config.batch_size, config.learning_rate) == (7, 5, 1e-3)
+    assert (config.seed, config.progress) == (2, True)
+    flow, history = fit_density([], Rows(torch.randn(9, 1)), settings=settings(steps=7))
+    assert len(history.step) == 7
+    assert isinstance(flow, Flow)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"steps": 0}, ValueError, "steps must be at least 1; got 0"),
+        ({"steps": 1.5}, TypeError, "steps must be an int; got 1.5"),
+        ({"hidden_features": ()}, ValueError, "hidden_features must have at least one width"),
+        ({"hidden_features": (0,)}, ValueError, "each of hidden_features must be at least 1"),
+        ({"validation_fraction": 1.0}, ValueError, "validation_fraction must be in [0, 1); got"),
+        ({"learning_rate": -1.0}, ValueError, "learning_rate must be positive; got -1.0"),
+        ({"seed": -1}, ValueError, "seed must be at least 0; got -1"),
+    ],
+)
+def test_bad_settings_are_refused(shapes_unchecked, wrong, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        DensitySettings(**wrong)

@@ -1,0 +1,114 @@
+"""Laws of a model of named columns: what it selects, scales, keeps and refuses."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from zoo import cnf
+
+from cnf import History
+from cnf._files import new_folder
+from cnf.data.tabular import Table
+from cnf.table_model import Columns, TableModel
+
+TABLE = Table(np.arange(12.0).reshape(4, 3) ** 2, ("year", "size", "mass"))
+
+
+def test_contexts_are_standardised_and_columns_are_not():
+    columns = Columns.of(TABLE, ["mass", "year"])
+    rows = columns.rows(TABLE)
+    assert columns.names == ("size",)
+    assert rows.x[:, 0].tolist() == TABLE.values[:, 1].tolist()
+    torch.testing.assert_close(rows.context.mean(0), torch.zeros(2))
+    torch.testing.assert_close(rows.context.std(0), torch.ones(2))
+    given = columns.context({"year": TABLE.values[2, 0], "mass": TABLE.values[2, 2]})
+    assert torch.equal(given, rows.context[2])
+
+
+def test_columns_are_found_in_any_order():
+    columns = Columns.of(TABLE, ["year"])
+    turned = Table(TABLE.values[:, ::-1], TABLE.columns[::-1])
+    found, expected = columns.rows(turned), columns.rows(TABLE)
+    assert torch.equal(found.x, expected.x)
+    assert torch.equal(found.context, expected.context)
+
+
+def test_a_kept_model_is_the_same(tmp_path):
+    columns = Columns.of(TABLE, ["year"])
+    model = TableModel(flow=cnf(2, 1), columns=columns, notes={"größe": [1, None]})
+    model.save(tmp_path / "model", History())
+    kept = TableModel.load(tmp_path / "model")
+    assert (kept.columns, kept.notes) == (columns, model.notes)
+    rows = columns.rows(TABLE)
+    assert torch.equal(
+        kept.flow.log_prob(rows.x, rows.context), model.flow.log_prob(rows.x, rows.context)
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"names": ()}, "at least one column"),
+        ({"names": ("a", "a")}, "columns must differ; got 'a', 'a'"),
+        ({"names": ("a",), "context_names": ("b",)}, "must have a mean and a standard deviation"),
+    ],
+)
+def test_columns_that_make_no_sense_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Columns(**wrong)
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"2 features and 1 context features.*got 3 and 0"):
+        TableModel(flow=cnf(3), columns=Columns.of(TABLE, ["year"]))
+    with pytest.raises(ValueError, match="the table has no column 'depth'; it has 'year', 'size'"):
+        Columns.of(TABLE, ["depth"])
+
+
+@pytest.fixture
+def old(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "old").write_text("old")
+    return tmp_path / "folder"
+
+
+def files(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_new_folder_replaces_the_old_one_at_the_end(old):
+    with new_folder(old) as temporary:
+        (temporary / "new").write_text("new")
+        assert files(old) == {"old"}
+    assert files(old.parent) == {"folder/new"}
+    (old.parent / "ordinary").mkdir()
+    assert old.stat().st_mode == (old.parent / "ordinary").stat().st_mode
+
+
+@pytest.mark.parametrize("when", [0, 1], ids=["before the old one is moved", "after"])
+def test_a_failure_between_the_two_leaves_the_old_one(old, monkeypatch, when):
+    rename, calls = Path.rename, []
+
+    def failing(self, target):
+        calls.append(target)
+        if len(calls) == 1 + when:
+            raise OSError("the disk is gone")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="the disk is gone"), new_folder(old) as temporary:
+        (temporary / "new").write_text("new")
+    assert files(old.parent) == {"folder/old"}
+
+
+def test_an_error_within_leaves_nothing(tmp_path):
+    def interrupted():
+        with new_folder(tmp_path / "folder") as temporary:
+            (temporary / "new").write_text("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,84 @@
+"""Pictures of tables show what they are given, where it is."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from cnf.plots import plot_column, plot_pairs, plot_two_columns
+
+
+def normal(x):
+    """A standard normal density in every column."""
+    return -(x.square() + math.log(2 * math.pi)).sum(-1) / 2
+
+
+def test_the_curve_of_a_column_is_its_density():
+    figure = plot_column(normal, "height", samples=torch.randn(500, 1))
+    (ax,) = figure.axes
+    x, y = ax.lines[0].get_data()
+    np.testing.assert_allclose(y, np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi), rtol=1e-6)
+    assert ax.get_xlabel() == "height"
+    assert sum(bar.get_height() * bar.get_width() for bar in ax.patches) == pytest.approx(1)
+
+
+def test_the_histogram_is_of_the_data_if_there_are_any():
+    samples, data = torch.randn(500, 1), torch.randn(500, 1) + 4
+    ax = plot_column(normal, "height", samples=samples, data=data, title="both").axes[0]
+    middles = [bar.get_x() + bar.get_width() / 2 for bar in ax.patches]
+    mean = np.average(middles, weights=[bar.get_height() for bar in ax.patches])
+    assert mean == pytest.approx(4, abs=0.2)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["data", "density"]
+    assert ax.get_title() == "both"
+
+
+@pytest.mark.parametrize("data", [None, torch.randn(1200, 2) * torch.tensor([1.0, 1000.0])])
+def test_two_columns_are_drawn_each_on_its_own_scale(data):
+    scale = torch.tensor([1.0, 1000.0])
+    figure = plot_two_columns(
+        lambda x: normal(x / scale) - scale.log().sum(),
+        ["height", "weight"],
+        samples=torch.randn(1500, 2) * scale,
+        data=data,
+    )
+    titles = [ax.get_title() for ax in figure.axes]
+    assert titles == ["density", "samples"] + ([] if data is None else ["data"])
+    for ax in figure.axes:
+        assert (ax.get_xlabel(), ax.get_ylabel()) == ("height", "weight")
+        assert ax.get_ylim()[1] / ax.get_xlim()[1] == pytest.approx(1000, rel=0.2)
+        assert ax.get_aspect() == "auto"
+        assert ax.get_xlim() == figure.axes[0].get_xlim()
+        # Panels are bright in their middle, where the density is.
+        image = ax.images[0].get_array()
+        middle = image[image.shape[0] // 2, image.shape[1] // 2]
+        assert middle > 0.5 * image.max()
+
+
+def test_pairs_hold_every_pair_once():
+    samples, data = torch.randn(50, 3), torch.randn(20, 3) + 5
+    figure = plot_pairs(samples, ["a", "b", "c"], data=data, title="pairs")
+    assert len(figure.axes) == 6
+    bottom = [ax for ax in figure.axes if ax.get_xlabel()]
+    assert [ax.get_xlabel() for ax in bottom] == ["a", "b", "c"]
+    below = next(ax for ax in figure.axes if ax.get_ylabel() == "b")
+    points = [np.asarray(layer.get_offsets()) for layer in below.collections]
+    np.testing.assert_allclose(points[0], data[:, :2])
+    np.testing.assert_allclose(points[1], samples[:, :2])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["data", "samples"]
+
+
+def test_pairs_of_samples_alone_and_of_one_column_can_be_drawn(tmp_path):
+    plot_pairs(torch.randn(50, 2), ["a", "b"]).savefig(tmp_path / "two.png")
+    plot_pairs(torch.ones(50, 1), ["a"]).savefig(tmp_path / "constant.png")
+
+
+def test_outliers_do_not_set_the_scale():
+    samples = torch.randn(1000, 1)
+    samples[0] = 1e6
+    assert plot_column(normal, "a", samples=samples).axes[0].get_xlim()[1] < 10
+
+
+def test_names_are_counted():
+    with pytest.raises(ValueError, match="names must be 2, one for each column; got 1"):
+        plot_pairs(torch.randn(5, 2), ["a"])
