@@ -30,7 +30,7 @@ def recipe(
         likelihood_steps: Minibatches of maximum likelihood, a step of which takes about as long as
             fifty of matching; 0 to leave the phase out.
         batch_size: Rows of a minibatch.
-        learning_rate: Peak learning rate.
+        learning_rate: Peak learning rate of matching; likelihood has a quarter of it.
         patience: Validations without a new best after which a phase ends early.
         seed: Seed of the order of the rows and of everything that the objectives draw.
         progress: Whether to show progress bars.
@@ -48,21 +48,21 @@ def recipe(
         [1000, 100]
     """
     phases = (
-        (partial(FlowMatching, times="late"), matching_steps, 0.999),
-        (MaximumLikelihood, likelihood_steps, 0.99),
+        (partial(FlowMatching, times="late"), matching_steps, learning_rate, 0.999),
+        (MaximumLikelihood, likelihood_steps, learning_rate / 4, 0.99),
     )
     return tuple(
         TrainingConfig(
             objective=objective,
             steps=steps,
             batch_size=batch_size,
-            learning_rate=learning_rate,
+            learning_rate=rate,
             ema=ema,
             validate_every=max(1, steps // _VALIDATIONS),
             patience=patience,
             seed=seed,
             progress=progress,
         )
-        for objective, steps, ema in phases
+        for objective, steps, rate, ema in phases
         if steps
     )
