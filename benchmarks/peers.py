@@ -27,6 +27,8 @@ from cnf import (
 )
 from cnf.training.callbacks import StepReport
 
+OURS = "ours"
+"""Name of the way that the claim is about."""
 LogProb = Callable[[Tensor], Tensor]
 
 
@@ -132,7 +134,7 @@ class _TorchCFMField(VectorField):
 def ways() -> dict[str, Way]:
     """The ways whose libraries are installed, by name."""
     everything: dict[str, tuple[str, Way]] = {
-        "ours": ("cnf", recipe),
+        OURS: ("cnf", recipe),
         "FFJORD's recipe": ("cnf", ffjord),
         "zuko's CNF": ("zuko", zuko_cnf),
         "torchcfm": ("torchcfm", torchcfm_matching),

@@ -190,12 +190,14 @@ def test_a_stopwatch_stands_still_while_it_looks(monkeypatch):
     monkeypatch.setattr(time, "process_time", lambda: clock)
     truth = toy_density("moons")
     held_out = truth.sample(100, generator=torch.Generator().manual_seed(0))
-    watch = quality.Stopwatch(truth, held_out, seconds=4.0)
+    asked = []
+    watch = quality.Stopwatch(truth, held_out, 4.0, rows_before=50)
 
     def log_prob(x):
         nonlocal clock
         clock += 100.0
-        return truth.log_prob(x)
+        asked.append(len(x))
+        return truth.log_prob(x) - 0.5
 
     over = []
     for _ in range(6):
@@ -206,9 +208,9 @@ def test_a_stopwatch_stands_still_while_it_looks(monkeypatch):
     seconds = [look["seconds"] for look in watch.record]
     assert seconds == pytest.approx([0.9, 1.8, 2.7, 3.6, 5.4])
     assert [look["steps"] for look in watch.record] == [1, 2, 3, 4, 6]
-    nll = -truth.log_prob(held_out).mean().item()
-    assert [look["nll"] for look in watch.record] == pytest.approx([nll] * 5)
-    assert watch.record[0]["gap"] == pytest.approx(nll - truth.entropy())
+    assert [look["gap"] for look in watch.record] == pytest.approx([0.5] * 5)
+    assert watch.record[0]["nll"] == pytest.approx(truth.entropy() + 0.5)
+    assert asked == [50] * 4 + [100]
 
 
 def test_a_time_is_that_of_the_first_look_which_reached_it():
