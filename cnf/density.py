@@ -16,16 +16,14 @@ from cnf._checks import check_count
 from cnf.cnf import CNF
 from cnf.flow import Flow
 from cnf.ode import ODESolver
-from cnf.training import History, TrainingConfig, fit
+from cnf.training import History, TrainingConfig, fit, recipe
 from cnf.transforms import ContinuousTransform, Transform
 
-GRID_STEPS = 50
+GRID_STEPS = 100
 """Equal steps of "rk4" in which a fitted density is evaluated. An adaptive method takes the steps
 that the worst row of a batch needs, and so makes a row's number depend on the rows beside it."""
 
 _ROWS_AT_ONCE = 4096
-_VALIDATIONS = 20
-_REPEATS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,16 +35,18 @@ class DensitySettings:
         ValueError: If a setting is out of range.
 
     Example:
-        >>> DensitySettings(steps=100).validation_fraction
+        >>> DensitySettings(matching_steps=100).validation_fraction
         0.1
     """
 
-    steps: int = 2000
-    """Training steps."""
+    matching_steps: int = 5000
+    """Steps of flow matching."""
+    likelihood_steps: int = 100
+    """Steps of maximum likelihood after them, each of which takes as long as fifty of matching."""
     batch_size: int = 512
     """Rows of a minibatch; all rows if there are fewer."""
     learning_rate: float = 4e-3
-    """Peak learning rate."""
+    """Peak learning rate of matching; likelihood has a quarter of it."""
     hidden_features: Sequence[int] = (128, 128)
     """Widths of the hidden layers of the network; two keep the density exact and fast."""
     validation_fraction: float = 0.1
@@ -65,15 +65,15 @@ class DensitySettings:
             raise ValueError(
                 f"validation_fraction must be in [0, 1); got {self.validation_fraction}."
             )
-        self.training(progress=False)
+        self.phases(progress=False)
 
-    def training(self, *, progress: bool) -> TrainingConfig:
-        """The settings of the training loop."""
-        return TrainingConfig(
-            steps=self.steps,
+    def phases(self, *, progress: bool) -> tuple[TrainingConfig, ...]:
+        """The phases of training."""
+        return recipe(
+            matching_steps=self.matching_steps,
+            likelihood_steps=self.likelihood_steps,
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
-            validate_every=max(1, self.steps // _VALIDATIONS),
             seed=self.seed,
             progress=progress,
         )
@@ -140,7 +140,7 @@ def fit_density(
     Example:
         >>> from cnf import Standardize
         >>> x = 5 + torch.randn(200, 2, dtype=torch.float64)
-        >>> settings = DensitySettings(steps=3)
+        >>> settings = DensitySettings(matching_steps=3, likelihood_steps=1)
         >>> flow, history = fit_density([Standardize.from_data(x)], Rows(x), settings=settings)
         >>> flow.log_prob(x).shape
         torch.Size([200])
@@ -154,7 +154,8 @@ def fit_density(
             solver=ODESolver(method="rk4", steps=GRID_STEPS),
         )
         flow = Flow([*transforms, *network.double().chain])
-        return flow, _train(flow, rows, validation, settings, progress=progress)
+        phases = settings.phases(progress=progress)
+        return flow, _train(flow, rows, validation, phases)
 
 
 def continue_density(
@@ -167,35 +168,34 @@ def continue_density(
 ) -> tuple[Flow, History]:
     """Train a copy of what `fit_density` gave further, its transforms as they are.
 
-    Arguments, results and errors are those of `fit_density`.
+    This takes the last phase of the settings alone. Arguments, results and errors are those of
+    `fit_density`.
     """
     flow = deepcopy(flow)
+    last = settings.phases(progress=progress)[-1:]
     with torch.random.fork_rng(devices=[]):
-        return flow, _train(flow, rows, validation, settings, progress=progress)
+        return flow, _train(flow, rows, validation, last)
 
 
 def _train(
     flow: Flow,
     rows: Rows,
     validation: Rows | None,
-    settings: DensitySettings,
-    *,
-    progress: bool,
+    phases: Sequence[TrainingConfig],
 ) -> History:
     """Train a flow in place; the only call of the training loop."""
     fixed = list(itertools.takewhile(_is_fixed, flow.chain))
     learnt = Flow(flow.chain[len(fixed) :]).using(solver=ODESolver())
 
-    def data(rows: Rows) -> Tensor | tuple[Tensor, Tensor]:
-        rows = rows if rows.weight is None else rows.take(_repeats(rows.weight, settings.seed))
+    def data(rows: Rows) -> dict[str, Tensor]:
         x = (Flow(fixed).to_base(rows.x) if fixed else rows.x).float()
-        return x if rows.context is None else (x, rows.context.float())
+        parts = {"x": x, "context": rows.context, "weight": rows.weight}
+        return {name: part.float() for name, part in parts.items() if part is not None}
 
     held_out = None if validation is None else data(validation)
     learnt.float()  # and with it the parts of `flow`, whose parameters these are
     try:
-        config = settings.training(progress=progress)
-        return fit(learnt, data(rows), config, validation=held_out)
+        return fit(learnt, data(rows), phases, validation=held_out)
     finally:
         learnt.double()
 
@@ -204,15 +204,6 @@ def _is_fixed(transform: Transform) -> bool:
     """Whether the transform stays as it is in training, and draws nothing anew each time."""
     learns = any(isinstance(part, ContinuousTransform) for part in transform.modules())
     return transform.is_bijective and not learns
-
-
-def _repeats(weight: Tensor, seed: int) -> Tensor:
-    """Indices in which each row stands as often as its weight says, up to rounding at random."""
-    count = _REPEATS * len(weight)
-    offset = torch.rand((), generator=torch.Generator().manual_seed(seed))
-    marks = (torch.arange(count).double() + offset) / count
-    shares = weight.double().cumsum(0) / weight.double().sum()
-    return torch.searchsorted(shares, marks).clamp(max=len(weight) - 1)
 
 
 @torch.no_grad()

@@ -33,9 +33,10 @@ class CNFDensity(DensityMixin, BaseEstimator):
     of a row does not depend on the rows beside it.
 
     Args:
-        steps: Training steps of each `fit` or `partial_fit`.
+        matching_steps: Steps of flow matching of each `fit`.
+        likelihood_steps: Steps of maximum likelihood after them, and of each `partial_fit`.
         batch_size: Rows of a minibatch; all rows if there are fewer.
-        learning_rate: Peak learning rate.
+        learning_rate: Peak learning rate of matching; likelihood has a quarter of it.
         hidden_features: Widths of the hidden layers of the network.
         validation_fraction: Share of the rows held out of training; the weights that are best on
             them are kept. With 0, or too few rows, the last weights are.
@@ -56,7 +57,7 @@ class CNFDensity(DensityMixin, BaseEstimator):
 
     Example:
         >>> X = np.random.RandomState(0).normal(5, 2, size=(300, 2))
-        >>> model = CNFDensity(steps=20, random_state=0).fit(X)
+        >>> model = CNFDensity(matching_steps=20, likelihood_steps=2, random_state=0).fit(X)
         >>> model.score_samples(X[:3]).shape
         (3,)
         >>> model.sample(10, random_state=0).shape
@@ -66,7 +67,8 @@ class CNFDensity(DensityMixin, BaseEstimator):
     def __init__(
         self,
         *,
-        steps: int = 2000,
+        matching_steps: int = 5000,
+        likelihood_steps: int = 100,
         batch_size: int = 512,
         learning_rate: float = 4e-3,
         hidden_features: Sequence[int] = (128, 128),
@@ -74,7 +76,8 @@ class CNFDensity(DensityMixin, BaseEstimator):
         random_state: int | RandomState | None = None,
         verbose: bool = False,
     ) -> None:
-        self.steps = steps
+        self.matching_steps = matching_steps
+        self.likelihood_steps = likelihood_steps
         self.batch_size = batch_size
         self.learning_rate = learning_rate
         self.hidden_features = hidden_features
@@ -161,7 +164,8 @@ class CNFDensity(DensityMixin, BaseEstimator):
 
     def _settings(self) -> DensitySettings:
         return DensitySettings(
-            steps=self.steps,
+            matching_steps=self.matching_steps,
+            likelihood_steps=self.likelihood_steps,
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
             hidden_features=self.hidden_features,

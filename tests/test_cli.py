@@ -19,7 +19,7 @@ from cnf.data.tabular import read_table, write_table
 
 pytestmark = pytest.mark.slow
 
-SMALL = ["--steps", "3", "--hidden-features", "8", "8"]
+SMALL = ["--matching-steps", "3", "--likelihood-steps", "1", "--hidden-features", "8", "8"]
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +77,7 @@ def test_fit_writes_a_model_and_says_how_good_it_is(folder, tmp_path, capsys):
     assert len(History.load(tmp_path / "m" / "history.csv").step) == 3
     kept = json.loads((tmp_path / "m" / "model.json").read_text())
     assert kept["columns"]["names"] == ["size", "mass"]
-    assert kept["notes"]["settings"]["steps"] == 3
+    assert kept["notes"]["settings"]["matching_steps"] == 3
     for number in (kept["notes"]["nll"]["flow"], kept["notes"]["nll"]["gaussian"]):
         assert f"{number:.4f} ±" in said
 
@@ -210,7 +210,17 @@ def test_certify_prints_the_report(folder, capsys):
 
 def test_certify_fails_for_a_model_that_is_not_to_be_trusted(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("cnf.density.GRID_STEPS", 1)
-    wild = ["--steps", "40", "--learning-rate", "0.1", "--hidden-features", "16", "16"]
+    wild = [
+        "--matching-steps",
+        "0",
+        "--likelihood-steps",
+        "40",
+        "--learning-rate",
+        "0.4",
+        "--hidden-features",
+        "16",
+        "16",
+    ]
     columns = ["--columns", "size", "mass"]
     run("fit", folder / "data.csv", "--out", tmp_path / "m", *columns, *wild)
     assert run("certify", tmp_path / "m", folder / "data.csv") == 1
@@ -382,17 +392,23 @@ def test_an_interruption_while_writing_leaves_the_old_model(
 
 
 def test_control_c_ends_a_fit_without_a_trace(folder, tmp_path):
-    command = [sys.executable, "-m", "cnf.cli", "fit", folder / "data.csv", "--steps", "1000000"]
+    # Where the tests run in the background, a shell may have told them to ignore the signal.
+    heeding = "signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program = f"import signal, sys; {heeding}; from cnf.cli.entry import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, "fit", folder / "data.csv"]
     with subprocess.Popen(
-        [*command, "--out", tmp_path / "m"],
+        [*command, "--matching-steps", "1000000", "--out", tmp_path / "m"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).parents[1],
     ) as process:
-        assert process.stdout.readline() == "60 rows of size, mass, count, share\n"
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        try:
+            assert process.stdout.readline() == "60 rows of size, mass, count, share\n"
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert (process.returncode, said) == (130, "cnf: interrupted\n")
     assert list(tmp_path.iterdir()) == []
 
@@ -493,7 +509,10 @@ def test_a_wrong_command_is_answered_by_those_there_are(capsys, command):
     ("arguments", "message"),
     [
         (["fit"], "DATA"),
-        (["fit", "d.csv", "--out", "m", "--steps", "0"], "steps must be at least 1; got 0"),
+        (
+            ["fit", "d.csv", "--out", "m", "--likelihood-steps", "-1"],
+            "likelihood_steps must be at least 0; got -1",
+        ),
         (["fit", "d.csv", "--out", "m", "--support", "age"], "support must be like COLUMN=VALUE"),
         (["fit", "d.csv", "--out", "m", "--support", "a=b"], "must be real, positive"),
         (["fit", "d.csv", "--out", "m", "--support", "a=interval:1:0"], "must be real, positive"),

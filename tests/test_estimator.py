@@ -21,7 +21,9 @@ from cnf.estimator import CNFDensity
 
 pytestmark = pytest.mark.slow
 
-SMALL = {"steps": 5, "hidden_features": (8, 8), "random_state": 0}
+SMALL = {"matching_steps": 4, "likelihood_steps": 1, "hidden_features": (8, 8), "random_state": 0}
+FAST = {"matching_steps": 400, "learning_rate": 0.02}
+"""Enough to learn two blobs."""
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +47,7 @@ def frame(values, names):
     return pa.table(dict(zip(names, values.T, strict=True)))
 
 
-@parametrize_with_checks([CNFDensity(steps=3, hidden_features=(8, 8))])
+@parametrize_with_checks([CNFDensity(matching_steps=2, likelihood_steps=1, hidden_features=(8, 8))])
 def test_scikit_learn_finds_no_fault(estimator, check, shapes_unchecked):
     check(estimator)
 
@@ -58,7 +60,7 @@ def test_the_density_is_learnt():
         return np.where(generator.rand(count, 1) < 0.5, -3, 3) + generator.randn(count, 2)
 
     x, test = draw(1000), draw(1000)
-    model = CNFDensity(**{**SMALL, "steps": 60, "learning_rate": 0.05}).fit(x)
+    model = CNFDensity(**{**SMALL, **FAST}).fit(x)
     distances = [((test - centre) ** 2).sum(1) for centre in (-3, 3)]
     truth = np.logaddexp(*(-d / 2 for d in distances)) - np.log(4 * np.pi)
     assert 0 < truth.mean() - model.score(test) / len(test) < 0.25
@@ -163,9 +165,9 @@ def test_it_works_in_a_pipeline(rows):
 
 def test_a_grid_search_finds_the_better_of_two(rows):
     line = rows @ [[1, 1], [0, 0.2]]
-    search = GridSearchCV(CNFDensity(**{**SMALL, "learning_rate": 0.05}), {"steps": [1, 20]}, cv=2)
+    search = GridSearchCV(CNFDensity(**{**SMALL, **FAST}), {"matching_steps": [1, 400]}, cv=2)
     search.fit(line)
-    assert search.best_params_ == {"steps": 20}
+    assert search.best_params_ == {"matching_steps": 400}
     assert np.diff(search.cv_results_["mean_test_score"]) > 3
     assert search.best_estimator_.score_samples(rows).shape == (60,)
 
@@ -196,7 +198,7 @@ def test_a_weight_repeats_a_row():
     x = np.random.RandomState(0).randn(300, 1)
     x[:100] += 3
     weight = np.where(np.arange(300) < 100, 6, 1)
-    model = CNFDensity(**{**SMALL, "steps": 20, "learning_rate": 0.05}).fit(x, sample_weight=weight)
+    model = CNFDensity(**{**SMALL, **FAST}).fit(x, sample_weight=weight)
     drawn = model.sample(1000, random_state=0)
     assert abs(drawn.mean() - x.repeat(weight).mean()) < 0.5 < abs(drawn.mean() - x.mean()) - 0.4
 
@@ -257,7 +259,7 @@ def test_bad_data_are_refused(rows, change, message):
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
-        ({"steps": 0}, ValueError, "steps must be at least 1; got 0"),
+        ({"matching_steps": -1}, ValueError, "matching_steps must be at least 0; got -1"),
         ({"hidden_features": "many"}, TypeError, "each of hidden_features must be an int"),
         ({"validation_fraction": 2}, ValueError, "validation_fraction must be in [0, 1); got 2"),
         ({"random_state": "zero"}, ValueError, "'zero' cannot be used to seed"),

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+from cnf._checks import check_count
 from cnf.objectives import FlowMatching, MaximumLikelihood
 from cnf.training.config import TrainingConfig
 
@@ -37,7 +38,7 @@ def recipe(
 
     Raises:
         TypeError: If a count is not an int.
-        ValueError: If a setting is out of range.
+        ValueError: If a setting is out of range, or both phases are left out.
 
     References:
         Lipman et al. (2023), Flow Matching for Generative Modeling.
@@ -47,6 +48,10 @@ def recipe(
         >>> [phase.steps for phase in recipe(matching_steps=1000, likelihood_steps=100)]
         [1000, 100]
     """
+    check_count("matching_steps", matching_steps, least=0)
+    check_count("likelihood_steps", likelihood_steps, least=0)
+    if not (matching_steps or likelihood_steps):
+        raise ValueError("matching_steps and likelihood_steps must not both be 0.")
     phases = (
         (partial(FlowMatching, times="late"), matching_steps, learning_rate, 0.999),
         (MaximumLikelihood, likelihood_steps, learning_rate / 4, 0.99),
