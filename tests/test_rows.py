@@ -250,27 +250,70 @@ class Endless(IterableDataset):
 zeros = functools.partial(torch.zeros, dtype=torch.float32)
 
 
+BAD_DATA = {
+    "endless": (Endless(), TypeError, "must be a Dataset with a length and an item for each index"),
+    "empty dataset": (Listed([]), ValueError, "must have at least one row; got an empty Dataset"),
+    "shapes differ": (
+        Listed([zeros(2), zeros(3)]),
+        ValueError,
+        "must have x of the same shape in each row",
+    ),
+    "width": (
+        Listed([zeros(3)] * 2),
+        ValueError,
+        r"data\[0\] must have shape \(\*batch, 2\); got \(3,",
+    ),
+    "numpy items": (Listed([np.zeros(2)]), TypeError, "must hold a tensor.* got ndarray for x"),
+    "other dtype": (
+        Listed([zeros(2).double()]),
+        ValueError,
+        "must have the model's dtype torch.float32",
+    ),
+    "weights of some": (
+        Listed([{"x": zeros(2)}, {"x": zeros(2), "weight": zeros(())}]),
+        ValueError,
+        "weight of",
+    ),
+    "no x": (
+        {"y": zeros(5, 2)},
+        ValueError,
+        "keys context, weight, x, of which x is needed; got y",
+    ),
+    "unknown key": (
+        {"x": zeros(5, 2), "labels": 1},
+        ValueError,
+        "keys context, weight, x.* got x, labels",
+    ),
+    "too few weights": (
+        {"x": zeros(5, 2), "weight": zeros(4)},
+        ValueError,
+        r"weights of data .*\(5,\); got \(4,",
+    ),
+    "weights of zero": (
+        {"x": zeros(5, 2), "weight": zeros(5)},
+        ValueError,
+        "weights of data must not all be 0",
+    ),
+    "negative weight": (
+        {"x": zeros(5, 2), "weight": zeros(5) - 1},
+        ValueError,
+        "weights of data .* at least 0",
+    ),
+    "infinite weight": (
+        {"x": zeros(5, 2), "weight": zeros(5) / 0},
+        ValueError,
+        "weights of data must be finite",
+    ),
+    "list of weights": (
+        {"x": zeros(5, 2), "weight": [1] * 5},
+        TypeError,
+        r"weights of data must be a torch\.T",
+    ),
+}
+
+
 @pytest.mark.usefixtures("shapes_unchecked")
-@pytest.mark.parametrize(
-    ("data", "error", "message"),
-    [
-        (Endless(), TypeError, "must be a Dataset with a length and an item for each index"),
-        (Listed([]), ValueError, "must have at least one row; got an empty Dataset"),
-        (Listed([zeros(2), zeros(3)]), ValueError, "must have x of the same shape in each row"),
-        (Listed([zeros(3)] * 2), ValueError, r"data\[0\] must have shape \(\*batch, 2\); got \(3,"),
-        (Listed([np.zeros(2)]), TypeError, "must hold a tensor.* got ndarray for x"),
-        (Listed([zeros(2).double()]), ValueError, "must have the model's dtype torch.float32"),
-        (Listed([{"x": zeros(2)}, {"x": zeros(2), "weight": zeros(())}]), ValueError, "weight of"),
-        ({"y": zeros(5, 2)}, ValueError, "keys context, weight, x, of which x is needed; got y"),
-        ({"x": zeros(5, 2), "labels": 1}, ValueError, "keys context, weight, x.* got x, labels"),
-        ({"x": zeros(5, 2), "weight": zeros(4)}, ValueError, r"weights of data .*\(5,\); got \(4,"),
-        ({"x": zeros(5, 2), "weight": zeros(5)}, ValueError, "weights of data must not all be 0"),
-        ({"x": zeros(5, 2), "weight": zeros(5) - 1}, ValueError, "weights of data .* at least 0"),
-        ({"x": zeros(5, 2), "weight": zeros(5) / 0}, ValueError, "weights of data must be finite"),
-        ({"x": zeros(5, 2), "weight": [1] * 5}, TypeError, r"weights of data must be a torch\.T"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("data", "error", "message"), BAD_DATA.values(), ids=BAD_DATA)
 def test_data_of_no_form_are_refused(data, error, message):
     with pytest.raises(error, match=message):
         as_rows("data", data, affine_flow().float()).take(torch.arange(len(data)))
