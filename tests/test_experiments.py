@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from cnf import ContinuousTransform, History, LinearField, load
 from cnf.data.toy import TOY_NAMES, toy_density
 from cnf.metrics import bits_per_dim
-from experiments import ablation, ablation_report, anode, digits, digits_data, toy2d
+from experiments import ablation, ablation_report, anode, digits, digits_data, recipe, toy2d
 
 
 @pytest.fixture(autouse=True)
@@ -37,13 +37,27 @@ def test_toy2d(name, tmp_path, capsys):
     assert json.loads((folder / "metrics.json").read_text())["kl_gap"] == metrics.kl_gap
     assert f"{metrics.kl_gap:.4f}" in capsys.readouterr().out
     history = History.load(folder / "history.csv")
-    assert history.loss[-1] < history.loss[0]
+    assert history.phase == [1] * 20 + [2] * 2
+    assert history.loss[19] < history.loss[0]
     held_out = toy_density(name).sample(1000, generator=torch.Generator().manual_seed(9))
     with torch.no_grad():
         nll = -load(folder / "model.safetensors").log_prob(held_out).mean()
     assert abs(float(nll) - metrics.nll) < 8 * metrics.nll_standard_error
     assert metrics.kl_gap == pytest.approx(metrics.nll - toy_density(name).entropy())
     assert metrics.likelihood == "exact"
+
+
+@pytest.mark.slow
+def test_recipe(tmp_path, capsys):
+    runs = recipe.main(recipe.Settings(quick=True, out=tmp_path))
+    assert [run["variant"] for run in runs] == list(recipe.VARIANTS)
+    written = (tmp_path / "quick" / "table.md").read_text()
+    assert written in capsys.readouterr().out
+    by_name = {run["variant"]: run["gap"] for run in runs}
+    assert f"| the recipe | {by_name['the recipe']:.3f} |" in written
+    assert len(set(by_name.values())) > len(recipe.VARIANTS) // 2  # each does something else
+    with pytest.raises(ValueError, match=r"variants must be among .*; got \['magic'\]"):
+        recipe.Settings(variants=("magic",))
 
 
 @pytest.mark.slow

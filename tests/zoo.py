@@ -66,8 +66,13 @@ class UserNetwork(nn.Module):
 
 
 def mlp(features: int = 2, context_features: int = 0, **settings: object) -> MLPField:
-    """A small, smooth MLP field."""
-    settings = {"hidden_features": (8, 8), **settings}
+    """A small, smooth MLP field, also after its weights are perturbed."""
+    settings = {
+        "hidden_features": (8, 8),
+        "layer": "concatsquash",
+        "time_features": 0,
+        **settings,
+    }
     if settings.get("activation", "sin") in ("sin", ("sin", "silu")):
         settings.setdefault("frequency", 1.0)
     return perturbed(MLPField(features, context_features, **settings))
@@ -102,6 +107,7 @@ MLP_FIELDS: dict[str, Callable[[], MLPField]] = {
     "three hidden layers with context": lambda: mlp(
         2, 3, hidden_features=(8, 7, 6), activation="tanh"
     ),
+    "default layers": lambda: perturbed(MLPField(2, hidden_features=(8, 8)), 0.1),
     "time features": lambda: mlp(time_features=2),
     "time features with context": lambda: mlp(2, 3, time_features=2),
 }
@@ -196,7 +202,14 @@ TRANSFORMS = {**BIJECTIONS, **SURJECTIONS}
 
 def cnf(features: int = 2, context_features: int = 0, **settings: object) -> CNF:
     """A small, smooth CNF, solved precisely."""
-    settings = {"hidden_features": (8, 8), "frequency": 1.0, "solver": PRECISE, **settings}
+    settings = {
+        "hidden_features": (8, 8),
+        "layer": "concatsquash",
+        "time_features": 0,
+        "frequency": 1.0,
+        "solver": PRECISE,
+        **settings,
+    }
     return perturbed(CNF(features, context_features, **settings))
 
 
@@ -222,6 +235,9 @@ FLOWS: dict[str, Callable[[], Flow]] = {
     ),
     "learnt affine with context": lambda: cnf(2, 3, transforms=[Affine(2)]),
     "linear": lambda: Flow([ContinuousTransform(perturbed(LinearField(2)), solver=PRECISE)]),
+    "default layers": lambda: perturbed(
+        CNF(2, hidden_features=(8, 8), frequency=1.0, solver=PRECISE), 0.05
+    ),
     "time features": lambda: Flow([ContinuousTransform(mlp(time_features=2), solver=PRECISE)]),
     "residual": lambda: Flow([ContinuousTransform(residual(), solver=PRECISE)]),
     "conv with context": lambda: Flow([ContinuousTransform(conv((1, 1, 2), 3), solver=PRECISE)]),
