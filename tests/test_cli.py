@@ -382,7 +382,10 @@ def test_an_interruption_while_writing_leaves_the_old_model(
 
 
 def test_control_c_ends_a_fit_without_a_trace(folder, tmp_path):
-    command = [sys.executable, "-m", "cnf.cli", "fit", folder / "data.csv", "--steps", "1000000"]
+    # A shell's background jobs, of which these tests may be one, ignore Ctrl-C from the start.
+    heed = "signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"import signal, sys; {heed}; from cnf.cli.entry import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "fit", folder / "data.csv", "--steps", "1000000"]
     with subprocess.Popen(
         [*command, "--out", tmp_path / "m"],
         stdout=subprocess.PIPE,
@@ -390,9 +393,12 @@ def test_control_c_ends_a_fit_without_a_trace(folder, tmp_path):
         text=True,
         cwd=Path(__file__).parents[1],
     ) as process:
-        assert process.stdout.readline() == "60 rows of size, mass, count, share\n"
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        try:
+            assert process.stdout.readline() == "60 rows of size, mass, count, share\n"
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert (process.returncode, said) == (130, "cnf: interrupted\n")
     assert list(tmp_path.iterdir()) == []
 
