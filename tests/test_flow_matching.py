@@ -203,21 +203,46 @@ def test_every_parameter_of_the_field_gets_a_gradient_and_no_other_does(make):
             assert parameter.grad is None, name
 
 
-@pytest.mark.parametrize("make", MATCHED.values(), ids=MATCHED)
-def test_a_step_takes_one_evaluation_at_a_time_of_its_own_for_each_row(make):
-    flow = make()
+def times_seen(flow, objective, *data):
+    """The times at which a step asks the field."""
     seen = []
     handle = field_of(flow).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    with count_evaluations(flow) as nfe:
-        FlowMatching(flow)(*rows_for(flow, 8)).backward()
+    objective(*data)
     handle.remove()
-    assert nfe.value == 1
-    assert seen[0].shape == (8,)
-    assert len(seen[0].unique()) == 8
+    return seen
 
 
 @pytest.mark.parametrize("make", MATCHED.values(), ids=MATCHED)
-@pytest.mark.parametrize("times", ["uniform", "logit_normal"])
+def test_a_step_takes_one_evaluation_at_times_that_few_rows_share(make):
+    flow = make()
+    with count_evaluations(flow) as nfe:
+        (seen,) = times_seen(flow, FlowMatching(flow), *rows_for(flow, 48))
+    assert nfe.value == 1
+    shape = (3, 1) if field_of(flow).shares_times else (48,)
+    assert seen.shape == shape
+    assert len(seen.unique()) == len(seen)
+
+
+@pytest.mark.parametrize("make", MATCHED.values(), ids=MATCHED)
+def test_rows_that_share_a_time_have_the_loss_of_each_at_that_time(make, monkeypatch):
+    flow = make()
+    data = rows_for(flow, 48)
+    objective = FlowMatching(flow)
+    loss = objective(*data, generator=seeded())
+    if field_of(flow).shares_times:
+        forward = field_of(flow).forward
+
+        def each_for_itself(t, x, context=None):
+            context = None if context is None else context.flatten(0, 1)
+            velocity = forward(t.expand(x.shape[:-1]).flatten(), x.flatten(0, 1), context)
+            return velocity.unflatten(0, x.shape[:-1])
+
+        monkeypatch.setattr(field_of(flow), "forward", each_for_itself)
+    torch.testing.assert_close(objective(*data, generator=seeded()), loss)
+
+
+@pytest.mark.parametrize("make", MATCHED.values(), ids=MATCHED)
+@pytest.mark.parametrize("times", ["uniform", "late", "logit_normal"])
 def test_the_generator_decides_the_loss_and_spares_the_global_one(make, times):
     flow = make()
     objective = FlowMatching(flow, SmoothedPath(0.1), OptimalTransport(), times=times)
@@ -230,19 +255,52 @@ def test_the_generator_decides_the_loss_and_spares_the_global_one(make, times):
 
 
 @pytest.mark.parametrize(
-    ("times", "law"),
-    [("uniform", "uniform"), ("logit_normal", "norm")],
+    ("times", "as_uniform"),
+    [
+        ("uniform", lambda t: t),
+        ("late", lambda t: 1 - (1 - t).sqrt()),  # the integral of 1 / (2 sqrt(1 - t))
+        ("logit_normal", lambda t: torch.special.ndtr(t.logit())),
+    ],
 )
-def test_times_are_drawn_as_named(times, law):
-    """At 0.1 %, given a fixed seed."""
+def test_the_time_of_a_row_is_drawn_as_named(times, as_uniform):
+    """From step to step at 0.1 %, given a fixed seed; in one step times are spread evenly."""
     flow = Flow([ContinuousTransform(LinearField(1), start_time=-0.3, end_time=0.8)])
-    seen = []
-    field_of(flow).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    FlowMatching(flow, times=times)(torch.zeros(3000, 1))
-    shares = (seen[0] / 0.8 + 0.3) / 1.3
+    objective = FlowMatching(flow, times=times)
+    seen = torch.stack([times_seen(flow, objective, torch.zeros(5, 1))[0] for _ in range(500)])
+    shares = as_uniform((seen / 0.8 + 0.3) / 1.3)
     assert 0 <= shares.min() < shares.max() <= 1
-    numbers = shares if times == "uniform" else shares.logit()
-    assert kstest(numbers.numpy(), law).pvalue > 1e-3
+    assert kstest(shares[:, 0].numpy(), "uniform").pvalue > 1e-3
+    gaps = shares.sort(-1).values.diff(dim=-1)
+    torch.testing.assert_close(gaps, torch.full_like(gaps, 0.2), rtol=0, atol=1e-6)
+
+
+def test_a_pairing_keeps_to_the_weights():
+    """Half of the rows lie right, and 90 % of the weight: so do ends, and starts are normal."""
+    x = torch.cat([torch.full((500, 1), -5.0), torch.full((500, 1), 5.0)])
+    weight = torch.cat([torch.full((500,), 0.2), torch.full((500,), 1.8)])
+    seen = []
+
+    class Recorded(OptimalTransport):
+        def __call__(self, x0, x1, context=None):
+            paired = super().__call__(x0, x1, context)
+            seen.append((paired, x1))
+            return paired
+
+    FlowMatching(at_rest(1), pairing=Recorded())(x, weight=weight)
+    ((x0, x1),) = seen
+    assert abs((x1 > 0).double().mean() - 0.9) < 4 * math.sqrt(0.09 / 1000)
+    # The least tenth of the base goes left: a border at the 10 % quantile of a normal.
+    assert abs(x0[x1 < 0].max() + 1.2816) < 0.25
+    assert kstest(x0.flatten().numpy(), "norm").pvalue > 1e-3
+
+
+def test_weights_of_a_pairing_scale_the_loss_as_without():
+    x, weight = torch.randn(64, 1), torch.full((64,), 3.0)
+    objective = FlowMatching(at_rest(1), pairing=OptimalTransport())
+    weighted, plain = (
+        sum(objective(x, weight=each).item() for _ in range(200)) for each in (weight, None)
+    )
+    assert abs(weighted / plain - 3) < 0.5
 
 
 def test_paths_run_between_what_the_other_transforms_make_of_data_and_base():
@@ -406,7 +464,7 @@ def test_a_flow_without_exactly_one_ode_is_refused(make, message):
         (
             lambda: FlowMatching(CNF(2), times="cosine"),
             ValueError,
-            "times must be one of uniform, logit_normal; got 'cosine'",
+            "times must be one of uniform, logit_normal, late; got 'cosine'",
         ),
     ],
 )

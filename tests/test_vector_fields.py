@@ -105,7 +105,15 @@ def test_divergence_is_the_trace_with_one_activation_for_each_layer(pair):
     assert_divergence_is_the_trace(field, torch.rand(()), x)
 
 
-@pytest.mark.parametrize("make", FIELDS.values(), ids=FIELDS)
+SHARING = {name: make for name, make in FIELDS.items() if make().shares_times}
+
+
+def test_no_field_of_a_user_needs_to_know_of_shared_times():
+    assert {name for name in FIELDS if name.startswith("user")}.isdisjoint(SHARING)
+    assert {"default layers", "time features", "residual with context"} <= SHARING.keys()
+
+
+@pytest.mark.parametrize("make", SHARING.values(), ids=SHARING)
 def test_rows_may_share_times(make):
     field = make()
     x, context = rows_for(field, 3, 4)

@@ -20,7 +20,7 @@ from cnf.flow import Flow
 from cnf.objectives.pairings import IndependentPairing, Pairing
 from cnf.objectives.paths import LinearPath, ProbabilityPath
 from cnf.objectives.solving import check_flow
-from cnf.objectives.weights import weighted_mean
+from cnf.objectives.weights import check_weight, weighted_mean
 from cnf.transforms import ContinuousTransform, Transform, chain
 
 _TIMES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -30,6 +30,8 @@ _TIMES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """Times by name, as functions of uniform numbers."""
 _ROWS_PER_TIME = 16
+"""What the layers of a field make of the time alone is then made once for so many rows, which takes
+a third off a step."""
 
 
 class FlowMatching(nn.Module):
@@ -120,16 +122,20 @@ class FlowMatching(nn.Module):
             ValueError: If the minibatch is empty or does not fit the flow.
         """
         x, context = self._admit(x, context)
+        if weight is not None and not isinstance(self.pairing, IndependentPairing):
+            x, context, weight = _resampled(x, context, weight, generator)
         before, transform, behind = _split(self.flow)
         with torch.no_grad():
             x1 = chain.to_base(before, x, context, generator=generator)
             z = self.flow.base.rsample(x1.shape[:1], generator=generator)
             x0 = chain.to_data(behind, z, context, generator=generator)
             x0 = self.pairing(x0, x1, context)
-            share = self._times(x1, generator)
-            x0, x1 = (part.unflatten(0, (len(share), -1)) for part in (x0, x1))
-            if context is not None:
-                context = context.unflatten(0, (len(share), -1))
+            rows = math.gcd(len(x1), _ROWS_PER_TIME) if transform.vector_field.shares_times else 1
+            share = self._draw_times(len(x1) // rows, generator=generator, like=x1)
+            if rows > 1:
+                share = share.unsqueeze(-1)
+                x0, x1 = (part.unflatten(0, (-1, rows)) for part in (x0, x1))
+                context = None if context is None else context.unflatten(0, (-1, rows))
             state, target = self.path.state_and_velocity(share, x0, x1, generator=generator)
             start, end = transform.field_times(x1.new_tensor([0.0, 1.0]))
             t = torch.lerp(start, end, share)
@@ -137,18 +143,13 @@ class FlowMatching(nn.Module):
         errors = (end - start) * velocity - target
         return weighted_mean(errors.square().mean(-1).flatten(), weight)
 
-    def _times(
-        self, x1: Float[Tensor, "batch features"], generator: torch.Generator | None
-    ) -> Float[Tensor, "times 1"]:
-        """Times, each for a number of rows.
-
-        What the layers of a field make of the time alone is then made once for these rows, which
-        takes a third off a step. They are equal steps from a random start, in random order.
-        """
-        number = len(x1) // math.gcd(len(x1), _ROWS_PER_TIME)
-        start = torch.rand((), generator=generator, dtype=x1.dtype, device=x1.device)
-        steps = torch.randperm(number, generator=generator, device=x1.device)
-        return _TIMES[self.times]((start + steps) / number).unsqueeze(-1)
+    def _draw_times(
+        self, number: int, *, generator: torch.Generator | None, like: Tensor
+    ) -> Float[Tensor, " times"]:
+        """Equal steps from a random start, in random order: so each is drawn as `times` says."""
+        start = torch.rand((), generator=generator, dtype=like.dtype, device=like.device)
+        steps = torch.randperm(number, generator=generator, device=like.device)
+        return _TIMES[self.times]((start + steps) / number)
 
     def _admit(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Check rows and contexts, and give every row its context."""
@@ -165,6 +166,20 @@ class FlowMatching(nn.Module):
         if context is not None:
             context = context.expand(*shape, -1)
         return x.expand(*shape, *flow.event_shape), context
+
+
+def _resampled(
+    x: Tensor, context: Tensor | None, weight: Tensor, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Rows drawn as often as they count, which then all count alike.
+
+    A pairing of rows that count differently would not start from the base.
+    """
+    check_weight(weight, len(x), like=x)
+    chances = weight.clamp(min=torch.finfo(weight.dtype).tiny)
+    drawn = torch.multinomial(chances, len(x), replacement=True, generator=generator)
+    context = None if context is None else context[drawn]
+    return x[drawn], context, weight.mean().expand(len(x))
 
 
 def _split(flow: Flow) -> tuple[list[Transform], ContinuousTransform, list[Transform]]:

@@ -7,7 +7,7 @@ from cnf._checks import check_events, refuse_rows
 
 
 def weighted_mean(
-    losses: Float[Tensor, "*batch"], weight: Float[Tensor, "*batch"] | None
+    losses: Float[Tensor, " batch"], weight: Float[Tensor, " batch"] | None
 ) -> Float[Tensor, ""]:
     """The mean of ``weight * losses``; None stands for ones.
 
@@ -21,11 +21,20 @@ def weighted_mean(
     """
     if weight is None:
         return losses.mean()
-    check_events("weight", weight, (), like=losses)
-    if weight.shape != losses.shape:
+    check_weight(weight, len(losses), like=losses)
+    return (weight * losses).mean()
+
+
+def check_weight(weight: Tensor, rows: int, *, like: Tensor) -> None:
+    """Refuse what is not one finite number, at least 0, for each row.
+
+    Raises:
+        TypeError: If `weight` is not a tensor.
+        ValueError: If it is not so, or of another dtype or device than `like`.
+    """
+    check_events("weight", weight, (), like=like)
+    if weight.shape != (rows,):
         raise ValueError(
-            f"weight must have one entry for each row, shape {tuple(losses.shape)}; "
-            f"got {tuple(weight.shape)}."
+            f"weight must have one entry for each row, shape ({rows},); got {tuple(weight.shape)}."
         )
     refuse_rows("weight", weight < 0, "at least 0")
-    return (weight * losses).mean()

@@ -41,10 +41,15 @@ class VectorField(nn.Module, ABC):
         """Velocity at `x`.
 
         Args:
-            t: Time, 0-dim or of a shape that broadcasts with ``(*batch,)``.
+            t: Time, 0-dim or one for each row, ``(*batch,)``.
             x: Points, ``(*batch, features)``.
             context: Its batch axes broadcast to those of `x`.
         """
+
+    @property
+    def shares_times(self) -> bool:
+        """Whether t may have any shape that broadcasts with ``(*batch,)``: times shared by rows."""
+        return False
 
     @property
     def has_closed_form_divergence(self) -> bool:
@@ -194,8 +199,7 @@ class ModuleField(VectorField):
         x: Float[Tensor, "*batch features"],
         context: Float[Tensor, "*c_batch context_features"] | None = None,
     ) -> Float[Tensor, "*batch features"]:
-        """Velocity at `x`, as the network gives it; t is 0-dim or one for each row."""
-        t = t.expand(x.shape[:-1]) if t.ndim else t
+        """Velocity at `x`, as the network gives it."""
         velocity = self.network(t, x) if context is None else self.network(t, x, context)
         if not isinstance(velocity, Tensor) or velocity.shape != x.shape:
             got = tuple(velocity.shape) if isinstance(velocity, Tensor) else type(velocity).__name__

@@ -84,6 +84,11 @@ class ConvField(LayeredField):
             layer.reset_parameters()
         layers[-1].reset_to_zero()
 
+    @property
+    def shares_times(self) -> bool:
+        """True."""
+        return True
+
     def stages(
         self,
         t: Float[Tensor, "*t_batch"],

@@ -127,6 +127,11 @@ class MLPField(LayeredField):
         return [*map(Activated, hidden, self._activations), output]
 
     @property
+    def shares_times(self) -> bool:
+        """True."""
+        return True
+
+    @property
     def inner_widths(self) -> tuple[int, ...]:
         """The widths of the hidden layers."""
         return self.hidden_features

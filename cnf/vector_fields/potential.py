@@ -129,6 +129,11 @@ class PotentialField(VectorField):
         )
 
     @property
+    def shares_times(self) -> bool:
+        """True."""
+        return True
+
+    @property
     def has_closed_form_divergence(self) -> bool:
         """True."""
         return True

@@ -122,6 +122,11 @@ class ResidualField(LayeredField):
         ]
 
     @property
+    def shares_times(self) -> bool:
+        """True."""
+        return True
+
+    @property
     def inner_widths(self) -> tuple[int, ...]:
         """The width of h, after the input layer and after each block."""
         return (self.hidden_features,) * (1 + self.blocks)
