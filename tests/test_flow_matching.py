@@ -295,12 +295,12 @@ def test_a_pairing_keeps_to_the_weights():
 
 
 def test_weights_of_a_pairing_scale_the_loss_as_without():
-    x, weight = torch.randn(64, 1), torch.full((64,), 3.0)
+    x, weight = 5 + torch.randn(64, 1), torch.full((64,), 3.0)
     objective = FlowMatching(at_rest(1), pairing=OptimalTransport())
     weighted, plain = (
-        sum(objective(x, weight=each).item() for _ in range(200)) for each in (weight, None)
+        sum(objective(x, weight=each).item() for _ in range(50)) for each in (weight, None)
     )
-    assert abs(weighted / plain - 3) < 0.5
+    assert abs(weighted / plain - 3) < 0.15
 
 
 def test_paths_run_between_what_the_other_transforms_make_of_data_and_base():
@@ -326,20 +326,19 @@ def test_what_a_transform_draws_comes_from_the_generator_too():
 
 @pytest.mark.parametrize("conditional", [False, True])
 def test_the_pairing_reorders_the_base_within_a_class(conditional):
-    """On a line, optimal transport pairs in order; data, contexts and weights stay together."""
+    """On a line, optimal transport pairs in order; data and contexts stay together."""
     label = torch.tensor([0.0, 1.0]).repeat(20).unsqueeze(-1)
     x = torch.randn(40, 1) + 3 * label
     flow = Flow([ContinuousTransform(LinearField(1, 1 if conditional else 0))])
     objective = FlowMatching(flow, pairing=OptimalTransport(context_weight=1e6))
-    weight = torch.rand(40)
-    loss = objective(x, label if conditional else None, weight=weight, generator=seeded())
+    loss = objective(x, label if conditional else None, generator=seeded())
 
     x0 = torch.randn(40, 1, generator=seeded())
     expected = 0.0
     for rows in [slice(0, None, 2), slice(1, None, 2)] if conditional else [slice(None)]:
         order = x[rows].flatten().argsort()
         errors = x[rows][order] - x0[rows].sort(0).values
-        expected += (weight[rows][order] * errors.flatten().square()).sum() / 40
+        expected += errors.square().sum() / 40
     torch.testing.assert_close(loss, expected)
 
 
@@ -495,7 +494,7 @@ def test_bad_rows_are_refused_by_name(x, context, message):
 
 def test_rows_outside_the_support_are_refused():
     flow = EVERY_FLOW["logit"]()
-    with pytest.raises(ValueError, match=r"x must be in|x must be numbers from"):
+    with pytest.raises(ValueError, match="x must be strictly between"):
         FlowMatching(flow)(torch.full((3, 2), 1.5))
 
 

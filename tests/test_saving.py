@@ -71,7 +71,7 @@ SAVABLE = {
 
 
 def small_cnf():
-    return perturbed(CNF(2, hidden_features=(6, 5)))
+    return perturbed(CNF(2, hidden_features=(6, 5)), 0.1)
 
 
 def log_prob(flow, x, context):
