@@ -204,6 +204,8 @@ def _inverse_lipschitz(case: Case) -> Outcome:
 
 def _nfe(case: Case) -> Outcome:
     _need_continuous(case)
+    if all(part.solver.steps is not None for part in case.continuous):
+        raise NotMeasuredError("the solver takes the same steps whatever the field")
     with count_evaluations(case.flow) as nfe:
         case.log_prob()
     return Outcome(
