@@ -144,23 +144,29 @@ def test_published_figures_name_their_papers():
 
 
 @pytest.mark.slow
-def test_a_budget_of_seconds_chooses_the_steps(tmp_path):
+def test_a_budget_of_seconds_ends_the_training(tmp_path):
     splits = tabular_data.read(npz(tmp_path), None).standardized()
-    steps = []
-    for seconds in (0.001, 4.0):
+    phases = []
+    for seconds in (0.001, 300.0):
         settings = tabular.Settings(
-            data=tmp_path, hidden_features=(4,), seconds=seconds, progress=False
+            data=tmp_path,
+            hidden_features=(4,),
+            matching_steps=5,
+            patience=9,
+            likelihood_steps=2,
+            seconds=seconds,
+            progress=False,
         )
         flow = tabular.build(splits, settings)
-        steps.append(len(tabular.train(flow, splits, settings).loss))
-    assert steps[0] == 1
-    assert steps[1] > tabular.STEPS_TRIED
+        phases.append(tabular.train(flow, splits, settings).phase)
+    assert phases == [[1], [1] * 5 + [2] * 2]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0}, "steps must be at least 1; got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"patience": 0}, "patience must be at least 1; got 0"),
         ({"components": ()}, "components must be one or more sizes"),
         ({"components": (5, 0)}, "each of components must be at least 1; got 0"),
         ({"seconds": 0.0}, r"seconds must be more than 0; got 0\.0"),
