@@ -51,7 +51,7 @@ class Score(Command):
         model = TableModel.load(self.model)
         rows = model.columns.read(self.data)
         scores = density.log_prob(model.flow, rows, progress=self.progress)
-        write_rows(self.out, scores.unsqueeze(-1), ["log_prob"])
+        write_rows(self.out, scores.unsqueeze(-1), ["log_prob"], replace=self.force)
         inside = scores[scores > -torch.inf]
         mean, error = mean_and_error(inside)
         summary = f"log-density of {len(inside)} rows: mean {mean:.4f} ± {error:.4f} nats"
@@ -98,7 +98,7 @@ class Sample(Command):
         )
         contexts = drawn.new_tensor([given[name] for name in model.columns.context_names])
         rows = torch.cat([drawn, contexts.expand(len(drawn), -1)], -1)
-        write_rows(self.out, rows, model.columns.all)
+        write_rows(self.out, rows, model.columns.all, replace=self.force)
         return 0
 
 

@@ -72,7 +72,9 @@ class Fit(Command):
             "settings": asdict(self.settings),
             "nll": _report(flow, training, held_out, progress=self.progress),
         }
-        TableModel(flow=flow, columns=columns, notes=notes).save(self.out, history)
+        TableModel(flow=flow, columns=columns, notes=notes).save(
+            self.out, history, replace=self.force
+        )
         print(f"written to {self.out}")
         return 0
 

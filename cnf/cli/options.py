@@ -108,16 +108,16 @@ def check_new_file(path: Path, *, force: bool) -> None:
         raise FileExistsError(f"there is a file {str(path)!r}; replace it by --force.")
 
 
-def write_rows(path: Path, values: Tensor, columns: Sequence[str]) -> None:
+def write_rows(path: Path, values: Tensor, columns: Sequence[str], *, replace: bool) -> None:
     """Write a table to a file, or to stdout as CSV.
 
     Raises:
-        OSError: If it cannot be written.
+        OSError: If it cannot be written, or is there and `replace` is False.
     """
     if path == STDOUT:
         print(to_csv(values.numpy(), columns, delimiter=","), end="")
     else:
-        write_table(path, values.numpy(), columns)
+        write_table(path, values.numpy(), columns, replace=replace)
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
