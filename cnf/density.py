@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from operator import attrgetter, itemgetter
+from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,8 @@ NOISES = 8
 """Draws of the noise of whole numbers, over which the probability of a row is averaged."""
 
 _ROWS_AT_ONCE = 4096
+_GLOBAL_STATE = Lock()
+"""Held by who borrows torch's global random state, from which initial weights are drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,17 +153,17 @@ def fit_density(
         >>> flow.log_prob(x).shape
         torch.Size([200])
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
+    # Not around the training, which draws nothing from it: others may train meanwhile.
+    with _GLOBAL_STATE, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(settings.seed)
         network = CNF(
             rows.x.shape[-1],
             0 if rows.context is None else rows.context.shape[-1],
             hidden_features=settings.hidden_features,
             solver=ODESolver(method="rk4", steps=GRID_STEPS),
         )
-        flow = Flow([*transforms, *network.double().chain])
-        phases = settings.phases(progress=progress)
-        return flow, _train(flow, rows, validation, phases)
+    flow = Flow([*transforms, *network.double().chain])
+    return flow, _train(flow, rows, validation, settings.phases(progress=progress))
 
 
 def continue_density(
@@ -173,13 +176,16 @@ def continue_density(
 ) -> tuple[Flow, History]:
     """Train a copy of what `fit_density` gave further, its transforms as they are.
 
-    This takes the last phase of the settings alone. Arguments, results and errors are those of
-    `fit_density`.
+    It takes the likelihood steps of the settings alone, of which there must be some. Arguments,
+    results and errors are those of `fit_density`.
     """
+    if settings.likelihood_steps == 0:
+        raise ValueError(
+            "likelihood_steps must be at least 1 to train a density further; got 0. Fit a new one, "
+            "or allow some."
+        )
     flow = deepcopy(flow)
-    last = settings.phases(progress=progress)[-1:]
-    with torch.random.fork_rng(devices=[]):
-        return flow, _train(flow, rows, validation, last)
+    return flow, _train(flow, rows, validation, settings.phases(progress=progress)[-1:])
 
 
 def _train(

@@ -57,7 +57,7 @@ class Settings:
     learning_rate: float = 4e-3
     """Peak learning rate."""
     patience: int = 2
-    """Validations without a new best after which likelihood training ends."""
+    """Validations without a new best after which each of the two phases ends."""
     validation_rows: int = 2000
     """Validation rows on which the weights to keep are chosen; the mixture's size on all."""
     seconds: float = 300.0
