@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import multivariate_normal
 from sklearn.mixture import GaussianMixture
 
 from cnf import History, load
@@ -115,12 +116,17 @@ def test_tables_that_are_wrong_are_refused(tmp_path):
 
 def test_the_gaussian_of_a_gaussian_has_its_entropy():
     splits = Splits(rows(40_000), rows(2, 1), rows(40_000, 2))
-    found = tabular.LogLikelihood.of(tabular.gaussian_log_prob(splits))
+    found = tabular.gaussian_of(splits)
     entropy = 1.5 * math.log(2 * math.pi * math.e) + math.log(0.5)
     assert abs(found.mean + entropy) < 2 * found.two_standard_errors
     one = Splits(*(part[:, :1] for part in splits))
-    found = tabular.LogLikelihood.of(tabular.gaussian_log_prob(one))
+    found = tabular.gaussian_of(one)
     assert abs(found.mean + 0.5 * math.log(2 * math.pi * math.e)) < 2 * found.two_standard_errors
+
+
+def test_there_is_no_gaussian_of_columns_that_depend_on_each_other():
+    splits = Splits(*(np.column_stack([part, part[:, 0]]) for part in (rows(50), rows(9), rows(9))))
+    assert tabular.gaussian_of(splits) is None
 
 
 def test_a_mixture_of_one_is_the_gaussian_and_the_best_on_validation_is_taken():
@@ -128,7 +134,9 @@ def test_a_mixture_of_one_is_the_gaussian_and_the_best_on_validation_is_taken():
     settings = tabular.Settings(data=Path("any"), components=(1,))
     found, size = tabular.mixture_log_prob(splits, settings)
     assert size == 1
-    assert found == pytest.approx(tabular.gaussian_log_prob(splits), abs=1e-3)
+    covariance = np.cov(splits.train, rowvar=False, bias=True)
+    gaussian = multivariate_normal(splits.train.mean(0), covariance).logpdf(splits.test)
+    assert found == pytest.approx(gaussian, abs=1e-3)
 
     halves = Splits(*(np.concatenate([part - 9, part + 9]) for part in splits))
     settings = tabular.Settings(data=Path("any"), components=(1, 2, 2000))
