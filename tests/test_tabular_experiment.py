@@ -14,6 +14,7 @@ from scipy.stats import multivariate_normal
 from sklearn.mixture import GaussianMixture
 
 from cnf import History, load
+from cnf.data.benchmarks import BENCHMARKS
 from cnf.data.splits import Splits
 from cnf.data.tabular import write_table
 from experiments import tabular, tabular_data
@@ -147,6 +148,7 @@ def test_a_mixture_of_one_is_the_gaussian_and_the_best_on_validation_is_taken():
 
 
 def test_published_figures_name_their_papers():
+    assert set(tabular_data.PUBLISHED) == set(BENCHMARKS)
     named = {model for figures in tabular_data.PUBLISHED.values() for model in figures}
     assert named == set(tabular_data.PAPERS)
 

@@ -208,7 +208,7 @@ def _nfe(case: Case) -> Outcome:
         case.log_prob()
     return Outcome(
         float(nfe.value),
-        200.0 * len(case.continuous),
+        400.0 * len(case.continuous),
         "evaluations of the vector fields",
         "Train with kinetic_energy and jacobian_frobenius, standardise the data, or loosen the "
         "tolerance.",
