@@ -1,10 +1,12 @@
 """The density of a table: a flow fitted to its rows, and scored so that no row sees another."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from operator import itemgetter
+from operator import attrgetter, itemgetter
+from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -12,18 +14,24 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from cnf._checks import check_count
+from cnf._checks import check_count, rows_inside
 from cnf.cnf import CNF
 from cnf.flow import Flow
 from cnf.ode import ODESolver
 from cnf.training import History, TrainingConfig, fit, recipe
-from cnf.transforms import ContinuousTransform, Transform
+from cnf.transforms import Standardize, Transform, Unconstrain
+from cnf.transforms.whole_numbers import centred, fixed_noise
 
 GRID_STEPS = 100
 """Equal steps of "rk4" in which a fitted density is evaluated. An adaptive method takes the steps
 that the worst row of a batch needs, and so makes a row's number depend on the rows beside it."""
 
+NOISES = 8
+"""Draws of the noise of whole numbers, over which the probability of a row is averaged."""
+
 _ROWS_AT_ONCE = 4096
+_GLOBAL_STATE = Lock()
+"""Held by who borrows torch's global random state, from which initial weights are drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,17 +153,17 @@ def fit_density(
         >>> flow.log_prob(x).shape
         torch.Size([200])
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
+    # Not around the training, which draws nothing from it: others may train meanwhile.
+    with _GLOBAL_STATE, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(settings.seed)
         network = CNF(
             rows.x.shape[-1],
             0 if rows.context is None else rows.context.shape[-1],
             hidden_features=settings.hidden_features,
             solver=ODESolver(method="rk4", steps=GRID_STEPS),
         )
-        flow = Flow([*transforms, *network.double().chain])
-        phases = settings.phases(progress=progress)
-        return flow, _train(flow, rows, validation, phases)
+    flow = Flow([*transforms, *network.double().chain])
+    return flow, _train(flow, rows, validation, settings.phases(progress=progress))
 
 
 def continue_density(
@@ -168,13 +176,16 @@ def continue_density(
 ) -> tuple[Flow, History]:
     """Train a copy of what `fit_density` gave further, its transforms as they are.
 
-    This takes the last phase of the settings alone. Arguments, results and errors are those of
-    `fit_density`.
+    It takes the likelihood steps of the settings alone, of which there must be some. Arguments,
+    results and errors are those of `fit_density`.
     """
+    if settings.likelihood_steps == 0:
+        raise ValueError(
+            "likelihood_steps must be at least 1 to train a density further; got 0. Fit a new one, "
+            "or allow some."
+        )
     flow = deepcopy(flow)
-    last = settings.phases(progress=progress)[-1:]
-    with torch.random.fork_rng(devices=[]):
-        return flow, _train(flow, rows, validation, last)
+    return flow, _train(flow, rows, validation, settings.phases(progress=progress)[-1:])
 
 
 def _train(
@@ -184,41 +195,65 @@ def _train(
     phases: Sequence[TrainingConfig],
 ) -> History:
     """Train a flow in place; the only call of the training loop."""
-    fixed = list(itertools.takewhile(_is_fixed, flow.chain))
-    learnt = Flow(flow.chain[len(fixed) :]).using(solver=ODESolver())
+    given = list(itertools.takewhile(_is_given, flow.chain))
+    exact, noisy = _parted(given)
+    # A copy: single precision would round the numbers that the transforms hold.
+    learnt = Flow([*deepcopy(noisy), *flow.chain[len(given) :]]).using(solver=ODESolver())
 
+    @torch.no_grad()
     def data(rows: Rows) -> dict[str, Tensor]:
-        x = (Flow(fixed).to_base(rows.x) if fixed else rows.x).float()
+        x = (Flow(exact).double().to_base(rows.x) if exact else rows.x).float()
         parts = {"x": x, "context": rows.context, "weight": rows.weight}
         return {name: part.float() for name, part in parts.items() if part is not None}
 
     held_out = None if validation is None else data(validation)
-    learnt.float()  # and with it the parts of `flow`, whose parameters these are
+    learnt.float()  # and with it the network of `flow`, whose parameters these are
     try:
         return fit(learnt, data(rows), phases, validation=held_out)
     finally:
         learnt.double()
 
 
-def _is_fixed(transform: Transform) -> bool:
-    """Whether the transform stays as it is in training, and draws nothing anew each time."""
-    learns = any(isinstance(part, ContinuousTransform) for part in transform.modules())
-    return transform.is_bijective and not learns
+def _is_given(transform: Transform) -> bool:
+    """Whether the transform stays as it is in training."""
+    return not any(parameter.requires_grad for parameter in transform.parameters())
+
+
+def _parted(given: Sequence[Transform]) -> tuple[list[Transform], list[Transform]]:
+    """The transforms to apply once, in double precision, and those to apply anew at each step."""
+    match given:
+        case [Unconstrain() as first, Standardize() as second, *others] if not first.is_bijective:
+            exact, noisy = centred(first, second)
+            return exact, [*noisy, *others]
+    exact = list(itertools.takewhile(attrgetter("is_bijective"), given))
+    return exact, list(given[len(exact) :])
 
 
 @torch.no_grad()
 def log_prob(flow: Flow, rows: Rows, *, progress: bool = False) -> Float[Tensor, " rows"]:
     """Log-density of each row in nats, in chunks, so that memory does not grow with their number.
 
-    Where it is a lower bound, the draws are the same at each call.
+    Where whole numbers make it a lower bound, it is the log of the mean over `NOISES` draws of
+    their noise, the same for every row, so that no row's number depends on the others.
 
     Raises:
         ValueError: If the rows do not fit the flow.
         ODEError: If the solve fails.
     """
-    generator = torch.Generator().manual_seed(0)
+    transforms, noises = fixed_noise(flow.chain, NOISES)
+    noiseless = Flow(transforms, flow.base)
+    generator = torch.Generator().manual_seed(0)  # of other transforms that draw
+
+    def of_part(part: Rows) -> Tensor:
+        found = [
+            noiseless.log_prob(part.x + noise, part.context, generator=generator)
+            for noise in noises
+        ]
+        log_prob = torch.stack(found).logsumexp(0) - math.log(len(found))
+        return log_prob.where(rows_inside(part.x, flow.support), -math.inf)
+
     parts = (rows.take(index) for index in _chunks(len(rows.x), progress))
-    return torch.cat([flow.log_prob(part.x, part.context, generator=generator) for part in parts])
+    return torch.cat([of_part(part) for part in parts])
 
 
 def sample(

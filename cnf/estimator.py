@@ -120,7 +120,8 @@ class CNFDensity(DensityMixin, BaseEstimator):
         The standardisation stays that of the first rows. A flow trained on other rows only
         forgets the first ones in time.
 
-        Args and errors are those of `fit`, but one row is enough and columns may be constant.
+        Args and errors are those of `fit`, but one row is enough, columns may be constant, and
+        `likelihood_steps` must not be 0.
         """
         if not hasattr(self, "flow_"):
             return self.fit(X, y, sample_weight)
@@ -211,9 +212,9 @@ def _seed(random_state: int | RandomState | None) -> int:
 
 
 def _joined(first: History, then: History) -> History:
-    """The record of two runs as one: steps and seconds count on."""
+    """The record of two runs as one: steps, phases and seconds count on."""
     columns = {name: values + then.columns[name] for name, values in first.columns.items()}
-    for name in ("step", "seconds"):
+    for name in ("step", "phase", "seconds"):
         passed = first.columns[name][-1]
         columns[name][len(first.step) :] = [passed + value for value in then.columns[name]]
     return History(**columns)

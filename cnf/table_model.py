@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cnf import saving
-from cnf._files import new_folder
+from cnf._files import left_over, new_folder, write_atomically
 from cnf.data.tabular import Table, read_table
 from cnf.density import Rows
 from cnf.flow import Flow
@@ -133,24 +133,33 @@ class TableModel:
                 f"as there are columns; got {self.flow.features} and {self.flow.context_features}."
             )
 
-    def save(self, folder: str | os.PathLike[str], history: History) -> None:
+    def save(
+        self, folder: str | os.PathLike[str], history: History, *, replace: bool = False
+    ) -> None:
         """Write a folder with the flow, its columns and the record of its training.
 
-        It appears whole or not at all, and replaces what is there: see `check_destination`.
+        It appears whole or not at all. A model that is there is replaced if `replace` is True;
+        anything else never is.
 
         Raises:
             OSError: If it cannot be written.
+            ValueError: If `check_destination` refuses the place, or a note is NaN or infinite.
         """
+        check_destination(folder, replace=replace)
         description = {
             "format": FORMAT_VERSION,
             "version": version("cnf-flows"),
             "columns": asdict(self.columns),
             "notes": self.notes,
         }
-        with new_folder(folder) as temporary:
+        text = json.dumps(description, indent=2, ensure_ascii=False, allow_nan=False)
+
+        def check_old(found: Path) -> None:
+            _check_replaceable(found, str(folder), replace=replace)
+
+        with new_folder(folder, check_old=check_old) as temporary:
             saving.save(self.flow, temporary / _FLOW)
-            text = json.dumps(description, indent=2, ensure_ascii=False)
-            (temporary / _DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+            write_atomically(temporary / _DESCRIPTION, (text + "\n").encode())
             history.save(temporary / _HISTORY)
 
     @classmethod
@@ -164,6 +173,12 @@ class TableModel:
         folder = Path(folder)
         for name in (_DESCRIPTION, _FLOW):
             if not (folder / name).is_file():
+                left = left_over(folder)
+                if left is not None and not folder.exists():
+                    raise FileNotFoundError(
+                        f"there is no model in {str(folder)!r}; the computer stopped when it was "
+                        f"being replaced. Bring it back by: mv {left} {folder}"
+                    )
                 raise FileNotFoundError(
                     f"there is no model in {str(folder)!r}, which has no file {name}. "
                     "Make one with: cnf fit DATA --out MODEL"
@@ -193,24 +208,30 @@ def check_destination(folder: str | os.PathLike[str], *, replace: bool) -> None:
         OSError: If the folder around it does not exist or cannot be written to.
         ValueError: If there is a model and `replace` is False, or there is something else.
     """
-    folder = Path(folder)
+    name, folder = str(folder), Path(folder).resolve()
+    if Path.cwd().is_relative_to(folder):
+        raise ValueError(f"{name!r} must be a new folder, not the one that you are in.")
     if not folder.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {str(folder.parent)!r} to write a model to.")
     if not os.access(folder.parent, os.W_OK):
         raise PermissionError(f"the folder {str(folder.parent)!r} cannot be written to.")
-    if not folder.exists():
-        return
+    if folder.exists():
+        _check_replaceable(folder, name, replace=replace)
+
+
+def _check_replaceable(folder: Path, name: str, *, replace: bool) -> None:
+    """Refuse to lose what a folder holds, whose user knows it by a name."""
     if not folder.is_dir():
-        raise ValueError(f"{str(folder)!r} must be a folder; there is a file of that name.")
+        raise ValueError(f"{name!r} must be a folder; there is a file of that name.")
     others = sorted({path.name for path in folder.iterdir()} - set(_FILES))
     if others:
         raise ValueError(
-            f"{str(folder)!r} must be a new folder, or hold nothing but a model; it holds "
+            f"{name!r} must be a new folder, or hold nothing but a model; it holds "
             f"{_listed(others[:3])}. Choose another, or move them elsewhere."
         )
     if any(folder.iterdir()) and not replace:
         raise ValueError(
-            f"there is a model in {str(folder)!r}. Choose another folder, or replace it by --force."
+            f"there is a model in {name!r}. Choose another folder, or replace it by --force."
         )
 
 

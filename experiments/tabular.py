@@ -30,6 +30,7 @@ from cnf import CNF, Flow, History, fit, recipe, save
 from cnf._checks import check_count
 from cnf._files import write_atomically
 from cnf.data.splits import Splits
+from cnf.metrics import gaussian_log_prob
 from experiments.tabular_data import PAPERS, PUBLISHED, read
 
 ROWS_AT_ONCE = 8192
@@ -57,7 +58,7 @@ class Settings:
     learning_rate: float = 4e-3
     """Peak learning rate."""
     patience: int = 2
-    """Validations without a new best after which likelihood training ends."""
+    """Validations without a new best after which each of the two phases ends."""
     validation_rows: int = 2000
     """Validation rows on which the weights to keep are chosen; the mixture's size on all."""
     seconds: float = 300.0
@@ -111,7 +112,8 @@ class Results:
     features: int
     likelihood: str
     flow: LogLikelihood
-    gaussian: LogLikelihood
+    gaussian: LogLikelihood | None
+    """None if columns depend on each other, or rows are too few."""
     mixture: LogLikelihood
     components: int
     """Of the mixture, chosen on validation rows."""
@@ -150,7 +152,7 @@ def main(settings: Settings) -> Results:
     folder = settings.out / (settings.name or settings.data.stem)
     folder.mkdir(parents=True, exist_ok=True)
 
-    gaussian = gaussian_log_prob(splits)
+    gaussian = gaussian_of(splits)
     before = time.process_time()
     mixture, components = mixture_log_prob(splits, settings)
     after = time.process_time()
@@ -167,7 +169,7 @@ def main(settings: Settings) -> Results:
         features=splits.train.shape[1],
         likelihood=flow.likelihood,
         flow=LogLikelihood.of(flow_log_prob(flow, as_tensor(splits.test))),
-        gaussian=LogLikelihood.of(gaussian),
+        gaussian=gaussian,
         mixture=LogLikelihood.of(mixture),
         components=components,
         published=published,
@@ -215,12 +217,13 @@ def flow_log_prob(flow: Flow, x: Tensor) -> NDArray[np.float64]:
     return torch.cat([flow.log_prob(rows) for rows in x.split(ROWS_AT_ONCE)]).double().numpy()
 
 
-def gaussian_log_prob(splits: Splits) -> NDArray[np.float64]:
-    """Log-likelihoods of the test rows, in nats, by the Gaussian of the train rows."""
-    covariance = np.cov(splits.train, rowvar=False, bias=True).reshape(2 * splits.train.shape[1:])
-    offset = splits.test - splits.train.mean(0)
-    distance = (offset * np.linalg.solve(covariance, offset.T).T).sum(1)
-    return -0.5 * (distance + np.linalg.slogdet(2 * math.pi * covariance).logabsdet)
+def gaussian_of(splits: Splits) -> LogLikelihood | None:
+    """That of the test rows by the Gaussian of the train rows; None if that has no density."""
+    test, train = (
+        torch.as_tensor(part, dtype=torch.float64) for part in (splits.test, splits.train)
+    )
+    log_prob = gaussian_log_prob(test, train)
+    return None if log_prob is None else LogLikelihood.of(log_prob.numpy())
 
 
 def mixture_log_prob(splits: Splits, settings: Settings) -> tuple[NDArray[np.float64], int]:
@@ -275,7 +278,7 @@ def table(results: Results) -> str:
         "test log-likelihood in nats, with two standard errors",
         f"  {'flow':<20}{results.flow!s:<20}{results.likelihood}, {results.steps} steps in "
         f"{results.training_cpu_seconds:.0f} CPU-seconds",
-        f"  {'Gaussian':<20}{results.gaussian}",
+        f"  {'Gaussian':<20}{results.gaussian or 'no density'}",
         f"  {'mixture':<20}{results.mixture!s:<20}{results.components} Gaussians",
     ]
     if results.published:

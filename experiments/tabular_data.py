@@ -36,6 +36,22 @@ PUBLISHED: dict[str, dict[str, float]] = {
         "NAF": 0.62,
         "OT-Flow": 0.30,
     },
+    "gas": {
+        "Gaussian": -3.58,
+        "MADE": 3.56,
+        "Real NVP": 8.33,
+        "MAF": 10.08,
+        "Glow": 8.15,
+        "FFJORD": 8.59,
+    },
+    "hepmass": {
+        "Gaussian": -27.93,
+        "MADE": -20.98,
+        "Real NVP": -18.71,
+        "MAF": -17.70,
+        "Glow": -18.92,
+        "FFJORD": -14.92,
+    },
     "miniboone": {
         "Gaussian": -37.24,
         "MADE": -15.59,

@@ -74,7 +74,7 @@ def test_fit_writes_a_model_and_says_how_good_it_is(folder, tmp_path, capsys):
     assert written == {"model.safetensors", "model.json", "history.csv"}
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     assert load(tmp_path / "m" / "model.safetensors").features == 2
-    assert len(History.load(tmp_path / "m" / "history.csv").step) == 3
+    assert History.load(tmp_path / "m" / "history.csv").phase == [1, 1, 1, 2]
     kept = json.loads((tmp_path / "m" / "model.json").read_text())
     assert kept["columns"]["names"] == ["size", "mass"]
     assert kept["notes"]["settings"]["matching_steps"] == 3
@@ -164,6 +164,32 @@ def test_rows_outside_the_support_have_no_density(folder, tmp_path, capsys):
     assert (np.load(out) == -np.inf).ravel().tolist() == [True, False, True, True]
     assert "1 rows: mean" in (said := capsys.readouterr().out)
     assert "-inf for 3 rows outside the support" in said
+    write_table(tmp_path / "data.csv", [rows[0]], ["size", "mass", "count", "share"])
+    assert run("score", folder / "mixed", tmp_path / "data.csv", "--out", out, "--force") == 0
+    assert capsys.readouterr().out == "log-density of 0 rows; -inf for 1 rows outside the support\n"
+
+
+def test_rows_outside_the_support_are_not_certified(folder, tmp_path, capsys):
+    rows = np.tile([1.0, 0, 1, 0.5], (9, 1))
+    rows[6, 2] = 1.5
+    write_table(tmp_path / "data.csv", rows, ["size", "mass", "count", "share"])
+    said = error_of(capsys, "certify", folder / "mixed", tmp_path / "data.csv")
+    assert "data.csv, row 7, column 'count': must be integer" in said
+    assert "got 1.5. 1 of 9 rows are not" in said
+
+
+def test_one_held_out_row_has_no_standard_error(folder, tmp_path, capsys):
+    lines = (folder / "data.csv").read_text().splitlines()
+    (tmp_path / "data.csv").write_text("\n".join(lines[:13]))
+    options = ["--columns", "size", "mass", *SMALL]
+    assert run("fit", tmp_path / "data.csv", "--out", tmp_path / "m", *options) == 0
+    said = capsys.readouterr().out
+    assert "NLL of 1 held-out rows" in said
+    assert "±" not in said
+    kept = json.loads((tmp_path / "m" / "model.json").read_text())
+    assert kept["notes"]["nll"]["standard_error"] is None
+    run("score", tmp_path / "m", tmp_path / "data.csv")
+    assert "nan" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("model", ["plain", "mixed"])

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from cnf import Flow, ODESolver, Standardize, load, save
+from cnf import Affine, Flow, ODESolver, Standardize, load, save, transforms_for
 from cnf.density import (
     GRID_STEPS,
     DensitySettings,
@@ -60,6 +60,56 @@ def test_large_numbers_that_differ_little_keep_their_digits():
     torch.testing.assert_close(
         log_prob(fitted(x + 1e8), Rows(x + 1e8)), log_prob(fitted(x), Rows(x)), rtol=0, atol=0.01
     )
+
+
+def test_digits_are_kept_beside_whole_numbers_and_in_them():
+    """As above, where noise must be drawn anew at each step."""
+    x, counts = torch.randn(200, 1), torch.poisson(3 * torch.ones(200, 1))
+    near = 1 - 1e-9 * torch.rand(200, 1)
+    columns = ["real", "integer", ("interval", 0, 1)]
+
+    def found(offset, first):
+        rows = torch.cat([x + offset, counts + first, near], 1)
+        flow, _ = fit_density(transforms_for(rows, columns), Rows(rows), settings=settings())
+        assert flow.likelihood == "lower_bound"
+        assert torch.equal(flow.chain[1].mean, transforms_for(rows, columns)[1].mean)
+        drawn = sample(flow, 500, seed=0) - torch.tensor([offset, first, 0.0])
+        return log_prob(flow, Rows(rows)), drawn
+
+    small, large = found(0.0, 0.0), found(1e8, 20_240_101.0)
+    torch.testing.assert_close(large[0], small[0], rtol=0, atol=0.01)
+    torch.testing.assert_close(large[1][:, 0], small[1][:, 0], rtol=0, atol=0.02)
+    assert (large[1][:, 1] == small[1][:, 1]).double().mean() > 0.98
+
+
+def test_a_transform_that_learns_is_trained():
+    x = torch.randn(100, 2)
+    affine = Affine(2)
+    flow, _ = fit_density([Standardize.from_data(x), affine], Rows(x), settings=settings())
+    assert flow.chain[1].loc.abs().min() > 0
+    fit_density([affine], Rows(x), settings=settings())
+
+
+def test_the_noise_of_a_row_is_its_own():
+    """Alone, among others, in other chunks, beside rows outside of the support."""
+    x = torch.poisson(3 * torch.ones(20, 2)) + torch.tensor([0.0, 0.5])
+    transforms = transforms_for(x, ["integer", "real"])
+    flow, _ = fit_density(transforms, Rows(x), settings=settings(**FAST))
+    together = log_prob(flow, Rows(torch.cat([torch.full((3, 2), 0.5), x])))
+    assert together[:3].tolist() == [-math.inf] * 3
+    alone = torch.cat([log_prob(flow, Rows(row[None])) for row in x])
+    torch.testing.assert_close(alone, together[3:], rtol=0, atol=1e-10)
+    assert log_prob(flow, Rows(x[:0])).shape == (0,)
+
+
+def test_a_probability_of_whole_numbers_is_nearly_the_integral_over_their_cells():
+    counts = torch.poisson(3 * torch.ones(300, 1))
+    transforms = transforms_for(counts, ["integer"])
+    flow, _ = fit_density(transforms, Rows(counts), settings=settings(**FAST))
+    all_counts = torch.arange(-10.0, 30.0)[:, None]
+    assert float(log_prob(flow, Rows(all_counts)).exp().sum()) == pytest.approx(1, abs=0.01)
+    draws = flow.log_prob(all_counts[10:18], importance_samples=500)
+    torch.testing.assert_close(log_prob(flow, Rows(all_counts[10:18])), draws, rtol=0, atol=0.05)
 
 
 def test_the_flow_is_double_and_on_the_grid_and_can_be_saved(tmp_path):

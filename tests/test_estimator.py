@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import joblib
 import numpy as np
@@ -214,12 +215,30 @@ def test_partial_fit_goes_on(rows):
     for _ in range(2):
         model.partial_fit(moved)
     assert model.score(moved) > before
-    assert model.history_.step == list(range(1, 16))
+    assert model.history_.step == list(range(1, 8))
+    assert model.history_.phase == [1, 1, 1, 1, 2, 3, 4]
     assert model.history_.seconds == sorted(model.history_.seconds)
     assert torch.equal(model.flow_.chain[0].mean, first.chain[0].mean)
     model.partial_fit(rows[:1])
     model.fit(rows)
     assert len(model.history_.step) == 5
+
+
+def test_going_on_without_likelihood_steps_is_refused(rows):
+    model = CNFDensity(**{**SMALL, "likelihood_steps": 0}).fit(rows)
+    with pytest.raises(ValueError, match=r"likelihood_steps must be at least 1 .*; got 0"):
+        model.partial_fit(rows)
+
+
+def test_threads_do_not_disturb_each_other(rows):
+    """Neither the random state of a fit nor torch's own."""
+    models = [CNFDensity(**{**SMALL, "random_state": seed}) for seed in range(4)]
+    alone = [clone(model).fit(rows).score(rows) for model in models]
+    before = torch.get_rng_state()
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(lambda model: model.fit(rows).score(rows), models))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert together == pytest.approx(alone, rel=1e-6)
 
 
 def test_names_of_columns_are_kept_and_compared(rows):

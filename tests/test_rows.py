@@ -1,7 +1,9 @@
 """Laws of the data that training takes: whatever form they come in, the same rows are learnt."""
 
+import copy
 import functools
 import math
+import pickle
 import tracemalloc
 
 import numpy as np
@@ -137,6 +139,24 @@ def test_rows_of_a_file_are_those_of_the_array(tmp_path):
     assert same.loss == history.loss
     assert_same(weights(flow), weights(expected))
     assert NpyRows(rows.path, dtype=torch.float32)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("keep", [lambda rows: pickle.loads(pickle.dumps(rows)), copy.deepcopy])  # noqa: S301
+def test_a_copy_of_the_rows_of_a_file_reads_the_file_itself(tmp_path, monkeypatch, keep):
+    array = np.random.default_rng(0).normal(size=(1000, 5))
+    path = npy(tmp_path, array)
+    monkeypatch.chdir(path.parent)
+    rows = NpyRows(path.name, dtype=torch.float32)
+    monkeypatch.chdir("/")
+    assert len(pickle.dumps(rows)) < 1000
+    assert torch.equal(keep(rows)[7], rows[7])
+
+
+@pytest.mark.parametrize("dtype", [">f8", "g"])
+def test_numbers_that_torch_has_not_are_refused_at_once(tmp_path, dtype):
+    path = npy(tmp_path, np.ones((3, 2), dtype))
+    with pytest.raises(ValueError, match="dtype that torch has"):
+        NpyRows(path)
 
 
 @pytest.mark.slow

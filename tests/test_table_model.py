@@ -9,9 +9,9 @@ import torch
 from zoo import cnf
 
 from cnf import History
-from cnf._files import new_folder
+from cnf._files import new_folder, write_atomically
 from cnf.data.tabular import Table
-from cnf.table_model import Columns, TableModel
+from cnf.table_model import Columns, TableModel, check_destination
 
 TABLE = Table(np.arange(12.0).reshape(4, 3) ** 2, ("year", "size", "mass"))
 
@@ -41,6 +41,10 @@ def test_a_kept_model_is_the_same(tmp_path):
     model.save(tmp_path / "model", History())
     kept = TableModel.load(tmp_path / "model")
     assert (kept.columns, kept.notes) == (columns, model.notes)
+    with pytest.raises(ValueError, match=r"there is a model in .*--force"):
+        model.save(tmp_path / "model", History())
+    model.save(tmp_path / "model", History(), replace=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
     rows = columns.rows(TABLE)
     assert torch.equal(
         kept.flow.log_prob(rows.x, rows.context), model.flow.log_prob(rows.x, rows.context)
@@ -78,8 +82,12 @@ def files(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
+def admit(_):
+    """Let anything be replaced."""
+
+
 def test_a_new_folder_replaces_the_old_one_at_the_end(old):
-    with new_folder(old) as temporary:
+    with new_folder(old, check_old=admit) as temporary:
         (temporary / "new").write_text("new")
         assert files(old) == {"old"}
     assert files(old.parent) == {"folder/new"}
@@ -98,14 +106,80 @@ def test_a_failure_between_the_two_leaves_the_old_one(old, monkeypatch, when):
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(OSError, match="the disk is gone"), new_folder(old) as temporary:
+    with (
+        pytest.raises(OSError, match="the disk is gone"),
+        new_folder(old, check_old=admit) as temporary,
+    ):
         (temporary / "new").write_text("new")
     assert files(old.parent) == {"folder/old"}
 
 
+def test_what_comes_meanwhile_is_not_lost(tmp_path, monkeypatch):
+    """Neither before the folder takes its place, nor at the last moment."""
+    model = TableModel(flow=cnf(2, 1), columns=Columns.of(TABLE, ["year"]))
+    rename = Path.rename
+
+    def late(self, target):
+        if self == tmp_path / "late":
+            (self / "thesis.tex").write_text("years of work")
+        return rename(self, target)
+
+    class Slow(History):
+        def save(self, path):
+            super().save(path)
+            (tmp_path / "soon").mkdir()
+            (tmp_path / "soon" / "thesis.tex").write_text("years of work")
+
+    with pytest.raises(ValueError, match=r"soon' must be a new folder.*'thesis\.tex'"):
+        model.save(tmp_path / "soon", Slow(), replace=True)
+    model.save(tmp_path / "late", History())
+    monkeypatch.setattr(Path, "rename", late)
+    with pytest.raises(ValueError, match=r"late' must be a new folder.*'thesis\.tex'"):
+        model.save(tmp_path / "late", History(), replace=True)
+    assert {"soon/thesis.tex", "late/thesis.tex", "late/model.json"} <= files(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"soon", "late"}
+
+
+def test_a_file_that_comes_meanwhile_is_not_lost(tmp_path):
+    write_atomically(tmp_path / "file", b"first", replace=False)
+    with pytest.raises(FileExistsError, match=r"there is a file .*file' by now"):
+        write_atomically(tmp_path / "file", b"second", replace=False)
+    assert (tmp_path / "file").read_bytes() == b"first"
+    write_atomically(tmp_path / "file", b"second")
+    assert files(tmp_path) == {"file"}
+
+
+@pytest.mark.parametrize("place", [".", "..", "../here"])
+def test_the_folder_that_one_is_in_stays(tmp_path, monkeypatch, place):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ValueError, match="not the one that you are in"):
+        check_destination(place, replace=True)
+    check_destination("../there/../elsewhere", replace=False)
+
+
+def test_a_model_whose_replacement_was_cut_off_is_found(tmp_path):
+    model = TableModel(flow=cnf(2, 1), columns=Columns.of(TABLE, ["year"]))
+    model.save(tmp_path / "model", History())
+    left = tmp_path / ".model.abc" / "old"
+    left.parent.mkdir()
+    (tmp_path / "model").rename(left)
+    with pytest.raises(FileNotFoundError, match=re.escape(f"mv {left} {tmp_path / 'model'}")):
+        TableModel.load(tmp_path / "model")
+
+
+def test_notes_are_json(tmp_path):
+    model = TableModel(
+        flow=cnf(2, 1), columns=Columns.of(TABLE, ["year"]), notes={"error": float("nan")}
+    )
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        model.save(tmp_path / "model", History())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_error_within_leaves_nothing(tmp_path):
     def interrupted():
-        with new_folder(tmp_path / "folder") as temporary:
+        with new_folder(tmp_path / "folder", check_old=admit) as temporary:
             (temporary / "new").write_text("new")
             raise KeyboardInterrupt
 

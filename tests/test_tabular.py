@@ -91,6 +91,8 @@ LATER_LATIN = b"a,b\n" + b"1,2\n" * 5000 + b"1,2\xb5\n"
 DEFECTS = {
     "empty": ("", r"line 1: .* the file is empty"),
     "blank": ("\n \n\n", r"line 1: .* the file is empty"),
+    "numbered columns": ("0,1\n3,4\n5,6\n", r"line 1: .*0,1 may be either.*put a header above"),
+    "years": ("name,2019\n3,4\n", r"line 1, column 'x1': .* got 'name'.*names that are no numbers"),
     "header only": ("a,b\n", r"line 2: must hold numbers; the file ends after the header"),
     "text": ("a,b\n1,2\n3,red\n", r"line 3, column 'b': must be a number; got 'red'"),
     "text in the first line": ("1,red\n2,3\n", r"line 1, column 'x2': .* got 'red'"),

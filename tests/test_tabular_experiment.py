@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import multivariate_normal
 from sklearn.mixture import GaussianMixture
 
 from cnf import History, load
+from cnf.data.benchmarks import BENCHMARKS
 from cnf.data.splits import Splits
 from cnf.data.tabular import write_table
 from experiments import tabular, tabular_data
@@ -115,12 +117,17 @@ def test_tables_that_are_wrong_are_refused(tmp_path):
 
 def test_the_gaussian_of_a_gaussian_has_its_entropy():
     splits = Splits(rows(40_000), rows(2, 1), rows(40_000, 2))
-    found = tabular.LogLikelihood.of(tabular.gaussian_log_prob(splits))
+    found = tabular.gaussian_of(splits)
     entropy = 1.5 * math.log(2 * math.pi * math.e) + math.log(0.5)
     assert abs(found.mean + entropy) < 2 * found.two_standard_errors
     one = Splits(*(part[:, :1] for part in splits))
-    found = tabular.LogLikelihood.of(tabular.gaussian_log_prob(one))
+    found = tabular.gaussian_of(one)
     assert abs(found.mean + 0.5 * math.log(2 * math.pi * math.e)) < 2 * found.two_standard_errors
+
+
+def test_there_is_no_gaussian_of_columns_that_depend_on_each_other():
+    splits = Splits(*(np.column_stack([part, part[:, 0]]) for part in (rows(50), rows(9), rows(9))))
+    assert tabular.gaussian_of(splits) is None
 
 
 def test_a_mixture_of_one_is_the_gaussian_and_the_best_on_validation_is_taken():
@@ -128,7 +135,9 @@ def test_a_mixture_of_one_is_the_gaussian_and_the_best_on_validation_is_taken():
     settings = tabular.Settings(data=Path("any"), components=(1,))
     found, size = tabular.mixture_log_prob(splits, settings)
     assert size == 1
-    assert found == pytest.approx(tabular.gaussian_log_prob(splits), abs=1e-3)
+    covariance = np.cov(splits.train, rowvar=False, bias=True)
+    gaussian = multivariate_normal(splits.train.mean(0), covariance).logpdf(splits.test)
+    assert found == pytest.approx(gaussian, abs=1e-3)
 
     halves = Splits(*(np.concatenate([part - 9, part + 9]) for part in splits))
     settings = tabular.Settings(data=Path("any"), components=(1, 2, 2000))
@@ -139,28 +148,35 @@ def test_a_mixture_of_one_is_the_gaussian_and_the_best_on_validation_is_taken():
 
 
 def test_published_figures_name_their_papers():
+    assert set(tabular_data.PUBLISHED) == set(BENCHMARKS)
     named = {model for figures in tabular_data.PUBLISHED.values() for model in figures}
     assert named == set(tabular_data.PAPERS)
 
 
 @pytest.mark.slow
-def test_a_budget_of_seconds_chooses_the_steps(tmp_path):
+def test_a_budget_of_seconds_ends_the_training(tmp_path):
     splits = tabular_data.read(npz(tmp_path), None).standardized()
-    steps = []
-    for seconds in (0.001, 4.0):
+    phases = []
+    for seconds in (0.001, 300.0):
         settings = tabular.Settings(
-            data=tmp_path, hidden_features=(4,), seconds=seconds, progress=False
+            data=tmp_path,
+            hidden_features=(4,),
+            matching_steps=5,
+            patience=9,
+            likelihood_steps=2,
+            seconds=seconds,
+            progress=False,
         )
         flow = tabular.build(splits, settings)
-        steps.append(len(tabular.train(flow, splits, settings).loss))
-    assert steps[0] == 1
-    assert steps[1] > tabular.STEPS_TRIED
+        phases.append(tabular.train(flow, splits, settings).phase)
+    assert phases == [[1], [1] * 5 + [2] * 2]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0}, "steps must be at least 1; got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"patience": 0}, "patience must be at least 1; got 0"),
         ({"components": ()}, "components must be one or more sizes"),
         ({"components": (5, 0)}, "each of components must be at least 1; got 0"),
         ({"seconds": 0.0}, r"seconds must be more than 0; got 0\.0"),

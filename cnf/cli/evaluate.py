@@ -15,15 +15,17 @@ from cnf.cli.options import (
     Assignments,
     Command,
     DataFile,
+    MeanAndError,
     ModelFolder,
     assigned_numbers,
     check_new_file,
     check_table_name,
-    mean_and_error,
+    refuse_rows_outside,
     write_rows,
 )
 from cnf.diagnostics import certify
 from cnf.table_model import TableModel
+from cnf.transforms import Unconstrain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +53,11 @@ class Score(Command):
         model = TableModel.load(self.model)
         rows = model.columns.read(self.data)
         scores = density.log_prob(model.flow, rows, progress=self.progress)
-        write_rows(self.out, scores.unsqueeze(-1), ["log_prob"])
+        write_rows(self.out, scores.unsqueeze(-1), ["log_prob"], replace=self.force)
         inside = scores[scores > -torch.inf]
-        mean, error = mean_and_error(inside)
-        summary = f"log-density of {len(inside)} rows: mean {mean:.4f} ± {error:.4f} nats"
+        summary = f"log-density of {len(inside)} rows"
+        if len(inside):
+            summary += f": mean {MeanAndError.of(inside)} nats"
         if len(inside) < len(scores):
             summary += f"; -inf for {len(scores) - len(inside)} rows outside the support"
         print(summary, file=sys.stderr if self.out == STDOUT else sys.stdout)
@@ -98,7 +101,7 @@ class Sample(Command):
         )
         contexts = drawn.new_tensor([given[name] for name in model.columns.context_names])
         rows = torch.cat([drawn, contexts.expand(len(drawn), -1)], -1)
-        write_rows(self.out, rows, model.columns.all)
+        write_rows(self.out, rows, model.columns.all, replace=self.force)
         return 0
 
 
@@ -127,6 +130,9 @@ class Certify(Command):
         """Measure and print."""
         model = TableModel.load(self.model)
         rows = model.columns.read(self.data)
+        first = model.flow.chain[0]
+        if isinstance(first, Unconstrain):
+            refuse_rows_outside(self.data, rows.x, model.columns.names, first.columns)
         generator = torch.Generator().manual_seed(self.seed)
         chosen = rows.take(torch.randperm(len(rows.x), generator=generator)[: self.rows])
         report = certify(model.flow, chosen.x, chosen.context, generator=generator)

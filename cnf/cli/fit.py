@@ -9,7 +9,15 @@ from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
 from cnf import density
-from cnf.cli.options import Assignments, Command, DataFile, assigned, mean_and_error, number
+from cnf.cli.options import (
+    Assignments,
+    Command,
+    DataFile,
+    MeanAndError,
+    assigned,
+    number,
+    refuse_rows_outside,
+)
 from cnf.data.tabular import check_for_training, read_table
 from cnf.density import DensitySettings, Rows, fit_density, hold_out
 from cnf.flow import Flow
@@ -72,7 +80,9 @@ class Fit(Command):
             "settings": asdict(self.settings),
             "nll": _report(flow, training, held_out, progress=self.progress),
         }
-        TableModel(flow=flow, columns=columns, notes=notes).save(self.out, history)
+        TableModel(flow=flow, columns=columns, notes=notes).save(
+            self.out, history, replace=self.force
+        )
         print(f"written to {self.out}")
         return 0
 
@@ -89,16 +99,9 @@ class Fit(Command):
                     f"support must be of a column of the density; got {column!r}, which is not "
                     f"among {', '.join(columns.names)}."
                 )
-        for index, column in enumerate(columns.names):
-            allowed = Unconstrain([supports.get(column, "real")]).support
-            outside = (~allowed.check(x[:, index : index + 1])).nonzero().flatten().tolist()
-            if outside:
-                raise ValueError(
-                    f"{self.data}, row {outside[0] + 1}, column {column!r}: must be "
-                    f"{_stated(supports[column])}, as support says; got "
-                    f"{float(x[outside[0], index]):g}. {len(outside)} of {len(x)} rows are not."
-                )
-        return [supports.get(column, "real") for column in columns.names]
+        found = [supports.get(column, "real") for column in columns.names]
+        refuse_rows_outside(self.data, x, columns.names, found)
+        return found
 
 
 def _parsed(column: str, text: str) -> Support:
@@ -115,14 +118,6 @@ def _parsed(column: str, text: str) -> Support:
     return parsed
 
 
-def _stated(support: Support) -> str:
-    if isinstance(support, str):
-        return support
-    kind, low, high = support[:3]
-    ends = "the ends excluded" if kind == "interval" else "the ends included"
-    return f"from {low:g} to {high:g}, {ends}"
-
-
 def _report(
     flow: Flow, training: Rows, held_out: Rows | None, *, progress: bool
 ) -> Mapping[str, float | None]:
@@ -131,15 +126,16 @@ def _report(
     which = "training" if held_out is None else "held-out"
     bound = " (at most)" if flow.likelihood == "lower_bound" else ""
     print(f"NLL of {len(rows.x)} {which} rows, in nats:")
-    nll, error = mean_and_error(-density.log_prob(flow, rows, progress=progress))
-    print(f"  flow      {nll:.4f} ± {error:.4f}{bound}")
+    nll = MeanAndError.of(-density.log_prob(flow, rows, progress=progress))
+    print(f"  flow      {nll}{bound}")
+    found = {"flow": nll.mean, "standard_error": nll.error, "gaussian": None}
     gaussian = _gaussian_nll(training, rows)
     if gaussian is None:
         print("  Gaussian  has no density: columns depend on each other, or rows are too few")
-        return {"flow": nll, "standard_error": error, "gaussian": None}
-    floor, floor_error = mean_and_error(gaussian)
-    print(f"  Gaussian  {floor:.4f} ± {floor_error:.4f}")
-    return {"flow": nll, "standard_error": error, "gaussian": floor}
+        return found
+    floor = MeanAndError.of(gaussian)
+    print(f"  Gaussian  {floor}")
+    return {**found, "gaussian": floor.mean}
 
 
 def _gaussian_nll(training: Rows, rows: Rows) -> Tensor | None:

@@ -6,14 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
-import torch
 from torch import Tensor
 from tyro.conf import Positional, arg
 
 from cnf.data.csv_files import to_csv
 from cnf.data.tabular import write_table
+from cnf.transforms import Unconstrain
+from cnf.transforms.columns import Support
 
 ModelFolder = Annotated[Positional[Path], arg(metavar="MODEL")]
 DataFile = Annotated[Positional[Path], arg(metavar="DATA")]
@@ -108,19 +109,56 @@ def check_new_file(path: Path, *, force: bool) -> None:
         raise FileExistsError(f"there is a file {str(path)!r}; replace it by --force.")
 
 
-def write_rows(path: Path, values: Tensor, columns: Sequence[str]) -> None:
+def write_rows(path: Path, values: Tensor, columns: Sequence[str], *, replace: bool) -> None:
     """Write a table to a file, or to stdout as CSV.
 
     Raises:
-        OSError: If it cannot be written.
+        OSError: If it cannot be written, or is there and `replace` is False.
     """
     if path == STDOUT:
         print(to_csv(values.numpy(), columns, delimiter=","), end="")
     else:
-        write_table(path, values.numpy(), columns)
+        write_table(path, values.numpy(), columns, replace=replace)
 
 
-def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """The mean of numbers, and its standard error; NaN if there is only one."""
-    error = values.std() / len(values) ** 0.5 if len(values) > 1 else torch.tensor(math.nan)
-    return float(values.mean()), float(error)
+class MeanAndError(NamedTuple):
+    """The mean of some numbers, and its standard error; None if there is only one number."""
+
+    mean: float
+    error: float | None
+
+    @classmethod
+    def of(cls, values: Tensor) -> "MeanAndError":
+        """That of one number or more."""
+        error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
+        return cls(float(values.mean()), error)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f}" if self.error is None else f"{self.mean:.4f} ± {self.error:.4f}"
+
+
+def refuse_rows_outside(
+    data: Path, x: Tensor, names: Sequence[str], supports: Sequence[Support]
+) -> None:
+    """Refuse rows of a table that are outside of the support of a column.
+
+    Raises:
+        ValueError: If there is one; it names the first.
+    """
+    for index, (column, support) in enumerate(zip(names, supports, strict=True)):
+        allowed = Unconstrain([support]).support
+        outside = (~allowed.check(x[:, index : index + 1])).nonzero().flatten().tolist()
+        if outside:
+            raise ValueError(
+                f"{data}, row {outside[0] + 1}, column {column!r}: must be {_stated(support)}, as "
+                f"support says; got {float(x[outside[0], index]):g}. {len(outside)} of {len(x)} "
+                "rows are not."
+            )
+
+
+def _stated(support: Support) -> str:
+    if isinstance(support, str):
+        return support
+    kind, low, high = support[:3]
+    ends = "the ends excluded" if kind == "interval" else "the ends included"
+    return f"from {low:g} to {high:g}, {ends}"

@@ -59,7 +59,7 @@ class Plot(Command):
         """Draw and write."""
         check_new_file(self.out, force=self.force)
         model = TableModel.load(self.model)
-        save_figure(self._figure(model), self.out)
+        save_figure(self._figure(model), self.out, replace=self.force)
         return 0
 
     def _figure(self, model: TableModel) -> "matplotlib.figure.Figure":

@@ -22,6 +22,7 @@ _ENCODING = "utf-8-sig"
 _WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _DELIMITERS = "\t;,"
 """In this order, for numbers and names may hold commas."""
+_MAYBE_HEADER = " If the line is a header, give the columns names that are no numbers."
 _UTF8 = "Save the file as UTF-8"
 
 
@@ -133,12 +134,23 @@ def _layout(path: Path) -> _Layout:
         rows = _rows(file, delimiter)
         line, cells = next(rows)
         if any(_number(cell) is not None for cell in cells):
+            _refuse_numbered_columns(f"{path}, line {line}", cells)
             return _Layout(delimiter, numbered_names(len(cells)), 0)
         if next(rows, None) is None:
             raise ValueError(
                 f"{path}, line {line + 1}: must hold numbers; the file ends after the header."
             )
     return _Layout(delimiter, tuple(cell.strip() for cell in cells), line)
+
+
+def _refuse_numbered_columns(where: str, cells: Sequence[str]) -> None:
+    """Refuse a first line that numbers the columns, as a header of pandas may."""
+    if len(cells) > 1 and cells == list(map(str, range(len(cells)))):
+        raise ValueError(
+            f"{where}: must be names or a row of numbers; {','.join(cells)} may be either. If "
+            "it is a header, name the columns (in pandas, header=False writes none); if it is a "
+            "row, put a header above it."
+        )
 
 
 def _rows(file: TextIO, delimiter: str) -> Iterator[tuple[int, list[str]]]:
@@ -184,9 +196,10 @@ def _refuse_first_defect(
     """Raise a `ValueError` for the first line or cell that is not as it must be."""
     count = len(layout.names)
     with path.open(encoding=_ENCODING, newline="") as file:
-        for line, cells in _rows(file, layout.delimiter):
+        for row, (line, cells) in enumerate(_rows(file, layout.delimiter)):
             if line <= layout.header_lines:
                 continue
+            hint = _MAYBE_HEADER if row == 0 else ""
             if len(cells) != count:
                 column = min(len(cells), count)
                 raise ValueError(
@@ -197,7 +210,7 @@ def _refuse_first_defect(
                 defect = _defect(cells[index])
                 if defect:
                     raise ValueError(
-                        f"{path}, line {line}, column {layout.names[index]!r}: {defect}"
+                        f"{path}, line {line}, column {layout.names[index]!r}: {defect}{hint}"
                     )
     raise ValueError(f"{path} could not be read as a table of numbers ({reason.rstrip('.')}).")
 

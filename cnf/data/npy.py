@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,8 +35,31 @@ class NpyRows(Dataset[Tensor]):
     """
 
     def __init__(self, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
-        self.path = Path(path)
+        self.path = Path(path).resolve()
         self.dtype = dtype
+        self._open()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the content of the file, which may be too large to send to another process."""
+        return {"path": self.path, "dtype": self.dtype}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Tensor]:
+        """The rows at these places, read at once."""
+        rows = torch.from_numpy(self.array[list(indices)])  # such an index makes a copy
+        return list(rows if self.dtype is None else rows.to(self.dtype))
+
+    def _open(self) -> None:
+        path = self.path
         try:
             self.array = np.lib.format.open_memmap(self.path, mode="r")
         except (EOFError, ValueError) as error:
@@ -48,14 +72,11 @@ class NpyRows(Dataset[Tensor]):
                 f"{str(path)!r} must hold rows of numbers; it holds an array of shape "
                 f"{self.array.shape} of {self.array.dtype}."
             )
-
-    def __len__(self) -> int:
-        return len(self.array)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Tensor]:
-        """The rows at these places, read at once."""
-        rows = torch.from_numpy(self.array[list(indices)])  # such an index makes a copy
-        return list(rows if self.dtype is None else rows.to(self.dtype))
+        try:
+            torch.from_numpy(np.empty(0, self.array.dtype))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{str(path)!r} must hold numbers of a dtype that torch has; it holds "
+                f"{self.array.dtype}, perhaps in the byte order of another machine. Convert it by "
+                'numpy.save(path, array.astype("float64")).'
+            ) from error

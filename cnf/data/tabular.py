@@ -87,7 +87,11 @@ def read_table(
 
 
 def write_table(
-    path: str | os.PathLike[str], values: ArrayLike, columns: Sequence[str] | None = None
+    path: str | os.PathLike[str],
+    values: ArrayLike,
+    columns: Sequence[str] | None = None,
+    *,
+    replace: bool = True,
 ) -> None:
     """Write a table, atomically, as ``.csv``, ``.tsv`` or ``.npy`` by the suffix.
 
@@ -97,9 +101,10 @@ def write_table(
         path: Where to; the folder must exist.
         values: ``(rows, columns)``.
         columns: Names for the header of text; None for no header. ``.npy`` keeps no names.
+        replace: Whether an old file may be replaced.
 
     Raises:
-        OSError: If the file cannot be written.
+        OSError: If the file cannot be written, or is there and `replace` is False.
         ValueError: If the suffix is another, or the names do not fit the values.
     """
     path = Path(path)
@@ -109,10 +114,11 @@ def write_table(
     if path.suffix.lower() == ".npy":
         content = io.BytesIO()
         np.save(content, table, allow_pickle=False)
-        write_atomically(path, content.getvalue())
+        write_atomically(path, content.getvalue(), replace=replace)
     elif path.suffix.lower() in (".csv", ".tsv"):
         delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-        write_atomically(path, to_csv(table, columns, delimiter=delimiter).encode())
+        text = to_csv(table, columns, delimiter=delimiter)
+        write_atomically(path, text.encode(), replace=replace)
     else:
         raise ValueError(f"{path} must end in .csv, .tsv or .npy; got {path.suffix!r}.")
 

@@ -41,12 +41,14 @@ def figure_grid(
     return figure, [list(row) for row in figure.subplots(rows, columns, squeeze=False)]
 
 
-def save_figure(figure: "matplotlib.figure.Figure", path: str | os.PathLike[str]) -> None:
-    """Write a figure as PNG, whole or not at all; make missing folders, replace an old file.
+def save_figure(
+    figure: "matplotlib.figure.Figure", path: str | os.PathLike[str], *, replace: bool = True
+) -> None:
+    """Write a figure as PNG, whole or not at all; make missing folders.
 
     Raises:
         ValueError: If `path` does not end in ".png".
-        OSError: If the file cannot be written.
+        OSError: If the file cannot be written, or is there and `replace` is False.
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
@@ -54,7 +56,7 @@ def save_figure(figure: "matplotlib.figure.Figure", path: str | os.PathLike[str]
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=200)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, content.getvalue())
+    write_atomically(path, content.getvalue(), replace=replace)
 
 
 def new_panel(width: float = 3.2) -> "matplotlib.axes.Axes":
