@@ -13,6 +13,12 @@ from cnf.objectives.solving import check_flow, for_training, rebuilt, training_s
 from cnf.ode import ODESolver
 from cnf.transforms import ContinuousTransform
 
+_DRAWS = 512
+
+
+class TargetError(ValueError):
+    """The log-density of a target is not finite where the flow draws."""
+
 
 class ReverseKL(nn.Module):
     r"""How far the flow q is from a target p, given by an unnormalised log-density.
@@ -33,7 +39,8 @@ class ReverseKL(nn.Module):
             context_features)``, returns shape ``(draws, *batch)``. It must be differentiable in
             x, and finite wherever the flow draws: a target with bounded support needs a flow whose
             first transforms map into it, as `Logit` does.
-        draws: Number of draws for each context in a step.
+        draws: Number of draws in a step, for each context if there are contexts; None for 512, or
+            for 1 of a conditional flow.
         solver: How the ODE is solved in training; None for dopri5 at tolerance 1e-3,
             differentiated by backprop.
         divergence: How the divergence is computed in training; None as for `MaximumLikelihood`.
@@ -61,7 +68,7 @@ class ReverseKL(nn.Module):
         flow: Flow,
         log_density: Callable[..., Tensor],
         *,
-        draws: int = 512,
+        draws: int | None = None,
         solver: ODESolver | None = None,
         divergence: Divergence | None = None,
     ) -> None:
@@ -75,6 +82,8 @@ class ReverseKL(nn.Module):
         if not callable(log_density):
             raise TypeError(f"log_density must be callable; got {type(log_density).__name__}.")
         self.log_density = log_density
+        if draws is None:
+            draws = 1 if flow.context_features else _DRAWS
         self.draws = check_count("draws", draws)
         self.solver = solver or training_solver()
         self.divergence = divergence
@@ -83,17 +92,25 @@ class ReverseKL(nn.Module):
         self,
         context: Float[Tensor, "*batch context_features"] | None = None,
         *,
+        draws: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, ""]:
-        """The loss, a mean over draws and contexts; `generator` draws points and probes.
+        """The loss, a mean over draws and contexts.
+
+        Args:
+            context: What the flow is conditioned on.
+            draws: Number of draws, for a part of a step; None for that of the objective.
+            generator: Source of the points and probes.
 
         Raises:
-            ValueError: If the context does not fit the flow, or `log_density` returns another
-                shape or what is not finite.
+            TypeError: If `draws` is not an int.
+            ValueError: If `draws` is less than 1, the context does not fit the flow, or
+                `log_density` returns another shape or what is not finite (a `TargetError`).
             ODEError: If the solve fails.
         """
+        draws = self.draws if draws is None else check_count("draws", draws)
         flow = rebuilt(self.flow, self._for_training)
-        x, log_prob = flow.rsample_and_log_prob(self.draws, context, generator=generator)
+        x, log_prob = flow.rsample_and_log_prob(draws, context, generator=generator)
         target = self._target(x, log_prob, context)
         _refuse(~target.detach().isfinite(), "finite")
         return (log_prob - target).mean()
@@ -130,10 +147,10 @@ class ReverseKL(nn.Module):
 
     def _target(self, x: Tensor, log_prob: Tensor, context: Tensor | None) -> Tensor:
         """The target's log-density at draws, of the shape of theirs under the flow."""
-        if context is None:
-            value = self.log_density(x)
-        else:
-            value = self.log_density(x, context.expand(*log_prob.shape, context.shape[-1]))
+        given = () if context is None else (context.expand(*log_prob.shape, context.shape[-1]),)
+        # A network may be coarse in training; the target may not.
+        with torch.autocast(x.device.type, enabled=False):
+            value = self.log_density(x, *given)
         if not isinstance(value, Tensor):
             raise TypeError(f"log_density must return a tensor; got {type(value).__name__}.")
         if value.shape != log_prob.shape:
@@ -146,7 +163,7 @@ class ReverseKL(nn.Module):
 
 def _refuse(bad: Tensor, expected: str) -> None:
     if bad.any():
-        raise ValueError(
+        raise TargetError(
             f"log_density must be {expected} wherever the flow draws; got other values in draws, "
             f"{name_rows(bad)}. Where the target has bounded support, put a transform such as "
             "Logit first in the flow, whose draws then lie within."

@@ -12,7 +12,8 @@ class Average:
     """A copy of a flow whose weights follow those of the flow slowly.
 
     After n steps the share of the past is ``min(decay, (1 + n) / (10 + n))``, so that the initial
-    weights are soon forgotten, whatever the decay.
+    weights are soon forgotten, whatever the decay. Buffers, such as the statistics of a normalising
+    layer, are those of the flow.
 
     Args:
         flow: The flow that is followed.
@@ -27,12 +28,15 @@ class Average:
         # fifth of a step of flow matching.
         self._weights = [weight.detach() for weight in self.flow.parameters()]
         self._followed = [weight.detach() for weight in flow.parameters()]
+        self._buffers = list(zip(self.flow.buffers(), flow.buffers(), strict=True))
 
     def update(self) -> None:
-        """Follow the weights of the flow."""
+        """Follow the weights of the flow, and copy its buffers."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         torch._foreach_lerp_(self._weights, self._followed, 1 - decay)
+        for buffer, followed in self._buffers:
+            buffer.copy_(followed)
 
     def state_dict(self) -> dict[str, Any]:
         """The averaged weights, and the steps so far."""

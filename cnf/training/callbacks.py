@@ -25,8 +25,8 @@ class StepReport:
 class Callback(Protocol):
     """Any callable of this form.
 
-    It is called after each step, after the validation and the checkpoint if they are due; among
-    several processes in the first one only.
+    It is called after each step, after the validation and before the checkpoint if they are due;
+    among several processes in the first one only.
 
     Example:
         >>> def stop_when_slow(report: StepReport) -> bool:
@@ -35,6 +35,8 @@ class Callback(Protocol):
 
     def __call__(self, report: StepReport, /) -> bool | None:
         """Look at the step; True ends the training, as if this had been its last step.
+
+        The last step is validated, also where none was due.
 
         An error passes through `fit`, with the weights kept as for an interruption from the
         keyboard.

@@ -56,33 +56,39 @@ def write_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: in
     """
     content = io.BytesIO()
     torch.save({"format": FORMAT_VERSION, **state}, content)
-    write_atomically(folder / f"checkpoint_{step:09d}.pt", content.getvalue())
-    for old in checkpoints_in(folder)[keep:]:
+    file = folder / f"checkpoint_{step:09d}.pt"
+    write_atomically(file, content.getvalue())
+    others = [other for other in checkpoints_in(folder) if other != file]
+    for old in others[keep - 1 :]:
         old.unlink()
 
 
 def read_newest_checkpoint(folder: Path) -> dict[str, Any] | None:
     """The newest state that can be read; None where there is no checkpoint.
 
-    Warns of each damaged file that it passes over.
+    Warns of each damaged file that it passes over; if one can be read, the damaged ones get the
+    suffix ``.damaged``, so that they are not the newest for ever.
 
     Raises:
         ValueError: If there are checkpoints, and all are damaged or of a newer version.
     """
-    files = checkpoints_in(folder)
-    for file in files:
+    damaged: list[Path] = []
+    for file in checkpoints_in(folder):
         try:
             state = _read(file)
         except (EOFError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
             warnings.warn(f"{str(file)!r} is damaged ({error}).", stacklevel=2)
+            damaged.append(file)
             continue
         if state["format"] > FORMAT_VERSION:
             raise ValueError(
                 f"{str(file)!r} has format {state['format']}, newer than the {FORMAT_VERSION} that "
                 "this version of cnf reads. Upgrade cnf-flows."
             )
+        for each in damaged:
+            each.replace(each.with_name(f"{each.name}.damaged"))
         return state
-    if files:
+    if damaged:
         raise ValueError(
             f"every checkpoint in {str(folder)!r} is damaged. Restore one from a copy, or start "
             "again in another folder."
@@ -103,5 +109,7 @@ def _read(file: Path) -> dict[str, Any]:
         raise EOFError("it is cut short") from error
     if damaged is not None:
         raise ValueError(f"the checksum of {damaged} is wrong")
-    state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    state: Any = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or "format" not in state:
+        raise ValueError("it holds no state of a run")
     return state

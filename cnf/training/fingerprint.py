@@ -2,8 +2,11 @@
 
 import dataclasses
 import hashlib
+import inspect
 import re
 from collections.abc import Mapping
+
+from torch import Tensor, nn
 
 from cnf.flow import Flow
 from cnf.training.plan import Plan
@@ -21,8 +24,12 @@ def fingerprint(
 ) -> dict[str, str]:
     """What a run depends on: a name and a short description of each."""
     told = {"number of phases": str(len(plan))}
+    parts_of_flow = set(flow.modules())
     for number, (objective, config) in enumerate(plan, start=1):
-        told[f"objective of phase {number}"] = type(objective).__qualname__
+        for path, part in objective.named_modules():
+            if part not in parts_of_flow:
+                place = f"{path or 'objective'} of phase {number}"
+                told |= _settings(place, part)
         parts = config.accumulate * processes.count
         told[f"parts of a minibatch (accumulate times processes) in phase {number}"] = str(parts)
         for field in dataclasses.fields(config):
@@ -30,6 +37,8 @@ def fingerprint(
                 told[f"{field.name} of phase {number}"] = _stable(getattr(config, field.name))
     for name, data in (("data", rows), ("validation", validation)):
         told[name] = "none" if data is None else _describe(data)
+    for path, part in flow.named_modules():
+        told |= _settings(f"{path} of the flow" if path else "the flow", part)
     for name, value in flow.state_dict().items():
         told[f"tensor {name!r} of the flow"] = f"{value.dtype} {tuple(value.shape)}"
     return told
@@ -44,6 +53,16 @@ def differences(there: Mapping[str, str], here: Mapping[str, str]) -> str:
     )
     more = len(names) - _DIFFERENCES_NAMED
     return f"{listed}; and {more} more" if more > 0 else listed
+
+
+def _settings(place: str, part: nn.Module) -> dict[str, str]:
+    """The class of a module, and its constructor's arguments, if they are attributes."""
+    told = {place: type(part).__qualname__}
+    for name in inspect.signature(type(part)).parameters:
+        value = getattr(part, name, None)
+        if value is not None and not isinstance(value, Tensor | nn.Module):
+            told[f"{name} of {place}"] = _stable(value)
+    return told
 
 
 def _stable(value: object) -> str:

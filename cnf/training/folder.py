@@ -63,14 +63,13 @@ class RunFolder:
         return state
 
     def write(self, state: dict[str, Any], history: History, kept: Flow) -> None:
-        """Write a checkpoint, and all else up to now."""
-        step = len(history.step)
-        state = {**state, "fingerprint": self.fingerprint}
-        write_checkpoint(self.folder, step, state, keep=self.keep)
+        """Write all up to now, the checkpoint last: what it says is done is not done again."""
         history.save(self.folder / _HISTORY)
         with contextlib.suppress(TypeError, ValueError):  # of a flow with parts that are not ours
             save(kept, self.folder / _BEST)
         self._show(history)
+        state = {**state, "fingerprint": self.fingerprint}
+        write_checkpoint(self.folder, len(history.step), state, keep=self.keep)
 
     def close(self, history: History) -> None:
         """Write the record as it is in the end, however the run ended."""

@@ -1,6 +1,7 @@
 """Training, from the outside."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from cnf.training.plan import check_plan, flow_of, make_plan, rows_for
 from cnf.training.processes import Processes
 from cnf.training.rows import Data, as_rows
 from cnf.training.run import Run
-from cnf.training.scale import standardise_first, warn_if_far_from_standard
+from cnf.training.scale import standardised_first, warn_if_far_from_standard
 
 
 def fit(
@@ -36,16 +37,18 @@ def fit(
         objective: A flow, trained in the phases of `config`, or an objective: a module with a
             `flow`, whose ``forward(x, context, generator=...)`` returns the loss and takes a
             `weight` if the data have one. Its own parameters are trained too. An objective whose
-            attribute `takes_data` is False is not given rows, but data, if any, as contexts.
+            attribute `takes_data` is False is not given rows, but data, if any, as contexts; if it
+            is given none and has an attribute `draws`, each part of a step is called with its
+            share, `draws`.
         data: What to train on; `Data` lists the forms. Weights are scaled to a mean of 1, but for
             those of a `Dataset`. A `Dataset` is read as needed, so that it may be larger than
             memory. None for an objective that takes no data.
         config: Settings; for a flow perhaps several, phase by phase. A phase starts from the
             weights, averaged if they were, that the one before ended with, or from the best so far
-            if that one ran out of `patience`. None is for the phases of `recipe` for a flow, whose
-            data are then standardised first, if it is one of vectors that begins with an ODE (by a
-            `Standardize` of 100 000 rows at most, put into the flow), and for one phase of
-            ``TrainingConfig()`` otherwise.
+            if that one ran out of `patience`. None is for the phases of `recipe` for a flow that
+            `FlowMatching` can train, and for one of ``TrainingConfig()`` otherwise; the data of a
+            flow are then standardised first, if it is one of vectors that begins with an ODE (by a
+            `Standardize` of 100 000 rows at most, put into the flow).
         validation: Held-out data of the same form. The flow ends with the weights whose
             negative log-likelihood of them, as `log_prob` gives it, is lowest over all phases,
             also when training is interrupted from the keyboard.
@@ -79,17 +82,19 @@ def fit(
     flow = flow_of(objective)
     with torch.inference_mode(False), torch.enable_grad():
         held_out = None if validation is None else as_rows("validation", validation, flow)
+        scaled: AbstractContextManager[None] = nullcontext()
         if config is None and objective is flow:
-            standardise_first(flow, as_rows("data", data, flow))
-        plan = make_plan(objective, config)
-        rows = rows_for(plan, data, flow)
-        warn_if_far_from_standard(flow, rows)
-        processes = Processes(reference_tensor(flow).device)
-        check_plan(plan, flow, rows, held_out, processes)
-        for each, _ in plan:
-            processes.agree_on(each)
-        run = Run(plan, flow, rows, held_out, processes, callbacks)
-        if checkpoints is not None:
-            run.keep_in(checkpoints, resume=resume)
+            scaled = standardised_first(flow, as_rows("data", data, flow))
+        with scaled:
+            plan = make_plan(objective, config)
+            rows = rows_for(plan, data, flow)
+            warn_if_far_from_standard(flow, rows)
+            processes = Processes(reference_tensor(flow).device)
+            check_plan(plan, flow, rows, held_out, processes)
+            for each, _ in plan:
+                processes.agree_on(each)
+            run = Run(plan, flow, rows, held_out, processes, callbacks)
+            if checkpoints is not None:
+                run.keep_in(checkpoints, resume=resume)
         run.go()
     return run.history

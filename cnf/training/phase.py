@@ -32,6 +32,8 @@ class Part(NamedTuple):
     """Its share of the rows of the minibatch."""
     batch: Batch
     """Its rows."""
+    draws: int | None = None
+    """How many of the draws of an objective without rows, where they are shared out."""
 
 
 class Phase:
@@ -157,7 +159,7 @@ class Phase:
                     device=device,
                 )
                 with torch.autocast(device.type, torch.bfloat16, enabled=coarse):
-                    loss = part.share * self._loss(part.batch, generator)
+                    loss = part.share * self._loss(part, generator)
                 check_finite("loss", loss.item())
                 loss.backward()
                 total += loss.item()
@@ -168,16 +170,23 @@ class Phase:
         count = each * self.processes.count
         mine = range(rank * each, (rank + 1) * each)
         if self.rows is None or self.order is None:
-            yield from (Part(number, 1 / count, Batch(())) for number in mine)
+            draws = getattr(self.objective, "draws", None)
+            for number in mine:
+                if draws is None or count == 1:
+                    yield Part(number, 1 / count, Batch(()))
+                else:
+                    some = len(range(number, draws, count))
+                    yield Part(number, some / draws, Batch(()), some)
             return
         indices = self.order.minibatch(self.step)
         for number in mine:
             rows = indices.tensor_split(count)[number]
             yield Part(number, len(rows) / len(indices), self.rows.take(rows))
 
-    def _loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        weight = {} if batch.weight is None else {"weight": batch.weight}
-        return cast(Tensor, self.objective(*batch.inputs, **weight, generator=generator))
+    def _loss(self, part: Part, generator: torch.Generator) -> Tensor:
+        given = {"weight": part.batch.weight, "draws": part.draws}
+        given = {name: value for name, value in given.items() if value is not None}
+        return cast(Tensor, self.objective(*part.batch.inputs, **given, generator=generator))
 
     def _schedule(self) -> float:
         """Factor of the learning rate at this step."""

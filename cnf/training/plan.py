@@ -8,6 +8,7 @@ from torch import nn
 
 from cnf._checks import reference_tensor
 from cnf.flow import Flow
+from cnf.objectives import FlowMatching
 from cnf.training.config import TrainingConfig
 from cnf.training.processes import Processes
 from cnf.training.recipe import recipe
@@ -47,7 +48,7 @@ def make_plan(
             raise _wrong_config(config, "for an objective")
         plan: Plan = [(objective, config)]
     else:
-        configs = recipe() if config is None else config
+        configs = _usual(objective) if config is None else config
         configs = (configs,) if isinstance(configs, TrainingConfig) else configs
         if not isinstance(configs, Sequence) or len(configs) == 0:
             raise _wrong_config(configs, "or several")
@@ -91,7 +92,7 @@ def check_plan(
         ValueError: If there are any.
     """
     dtype = reference_tensor(flow).dtype
-    for _, config in plan:
+    for objective, config in plan:
         if config.patience is not None and validation is None:
             raise ValueError(f"patience={config.patience} needs validation data; got None.")
         if config.precision == "bfloat16" and dtype != torch.float32:
@@ -106,6 +107,21 @@ def check_plan(
                 f"{parts} parts (accumulate={config.accumulate} in each of {processes.count} "
                 "processes); raise batch_size, or lower accumulate."
             )
+        draws = getattr(objective, "draws", parts)
+        if rows is None and draws < parts:
+            raise ValueError(
+                f"{draws} draws cannot be cut into {parts} parts (accumulate={config.accumulate} "
+                f"in each of {processes.count} processes); raise draws, or lower accumulate."
+            )
+
+
+def _usual(flow: Flow) -> Sequence[TrainingConfig]:
+    """`recipe` where flow matching can train the flow, else maximum likelihood alone."""
+    try:
+        FlowMatching(flow)
+    except ValueError:
+        return (TrainingConfig(),)
+    return recipe()
 
 
 def _made(config: TrainingConfig, flow: Flow) -> nn.Module:

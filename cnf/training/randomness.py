@@ -44,9 +44,9 @@ def draws(seed: int, *, phase: int, step: int, part: int, device: torch.device) 
     return _generator(seed, (_DRAWS, phase, step, part), device)
 
 
-def validation_draws(process: int, device: torch.device) -> torch.Generator:
-    """What a process draws from at a validation: the same at each."""
-    return _generator(0, (_VALIDATION, process), device)
+def validation_draws(chunk: int, device: torch.device) -> torch.Generator:
+    """What is drawn from for a chunk of the rows at a validation: the same at each."""
+    return _generator(0, (_VALIDATION, chunk), device)
 
 
 def _generator(

@@ -60,7 +60,13 @@ class Rows(ABC):
     def some(self, most: int) -> Batch:
         """As many rows as there are, but `most` at most, evenly from first to last."""
         count = min(most, len(self))
-        return self.take(torch.arange(count) * len(self) // count)
+        some = self.take(torch.arange(count) * len(self) // count)
+        if some.weight is not None and not some.weight.sum() > 0:
+            raise ValueError(
+                f"the weights of {self.name} must not all be 0; got 0 in each of {count} rows, "
+                "evenly from first to last."
+            )
+        return some
 
     def _batch(self, columns: Mapping[str, Tensor]) -> Batch:
         context = columns.get("context")
@@ -166,12 +172,12 @@ def _by_name(name: str, data: Any, *, contexts: bool) -> dict[str, Any]:
                 f"needed; got {', '.join(map(str, data))}."
             )
         return {key: value for key, value in data.items() if value is not None}
+    if isinstance(data, tuple) and len(data) == 1:
+        (data,) = data
     if contexts:
         return {"context": data}
     if isinstance(data, tuple | list) and len(data) == 2:
         return {"x": data[0]} if data[1] is None else {"x": data[0], "context": data[1]}
-    if isinstance(data, tuple) and len(data) == 1:
-        return {"x": data[0]}
     return {"x": data}
 
 

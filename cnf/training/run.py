@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cnf.flow import Flow
+from cnf.objectives.reverse_kl import TargetError
 from cnf.ode import ODEError
 from cnf.training.callbacks import Callback, StepReport
 from cnf.training.checkpoint import Checkpoints
+from cnf.training.config import TrainingConfig
 from cnf.training.fingerprint import fingerprint
 from cnf.training.folder import RunFolder
 from cnf.training.history import History
@@ -25,9 +28,11 @@ from cnf.training.processes import OtherProcessError, Processes
 from cnf.training.rows import Rows
 from cnf.training.validation import negative_log_likelihood
 
+_FAILURES = (NotFiniteError, ODEError, OtherProcessError, TargetError)
+
 
 class TrainingError(RuntimeError):
-    """Training stopped because a loss or gradient was not finite, or a solve failed.
+    """Training stopped because a loss, gradient or target was not finite, or a solve failed.
 
     The flow holds the weights of the best validation or, without one, the last good weights, those
     that last gave a finite loss and gradient; `history` holds the steps before the one that failed.
@@ -74,6 +79,7 @@ class Run:
         self.phase: Phase | None = None
         self.best: dict[str, Tensor] | None = None
         self.best_nll = math.inf
+        self.stopped = False
         self._started = 0.0
 
     def keep_in(self, checkpoints: Checkpoints, *, resume: bool) -> None:
@@ -112,6 +118,7 @@ class Run:
         )
         self.finished_phases = state["finished_phases"]
         self.best, self.best_nll = state["best"], state["best_nll"]
+        self.stopped = state["stopped"]
         self._objective.load_state_dict(state["objective"])
         if state["phase"] is not None:
             self._begin().load_state_dict(state["phase"])
@@ -123,6 +130,7 @@ class Run:
             "finished_phases": self.finished_phases,
             "best": self.best,
             "best_nll": self.best_nll,
+            "stopped": self.stopped,
             "objective": self._objective.state_dict(),
             "phase": None if self.phase is None else self.phase.state_dict(),
         }
@@ -146,24 +154,17 @@ class Run:
 
     def _go_through(self, phase: Phase) -> None:
         """Take the steps of a phase, and leave in the flow what the next one starts from."""
-        stopped = False
         with self._progress_bar(phase) as bar:
-            while not (phase.is_over or stopped):
+            while not (phase.is_over or self.stopped):
                 self._take_step(phase, bar)
-                stopped = self._is_told_to_stop(phase)
         restore(self.flow, self._kept() if phase.is_out_of_patience else snapshot(phase.result))
-        self.finished_phases = len(self.plan) if stopped else phase.number
+        self.finished_phases = len(self.plan) if self.stopped else phase.number
         self.phase = None
 
     def _take_step(self, phase: Phase, bar: tqdm) -> None:
         with self._keeping_good_weights(phase):
             entry = phase.advance()
-            nll = self._validate(phase)
-        if nll < self.best_nll:
-            self.best, self.best_nll = snapshot(phase.result), nll
-            phase.stale_validations = 0
-        elif not math.isnan(nll):
-            phase.stale_validations += 1
+            nll = self._validate(phase) if phase.is_validated else math.nan
         step = len(self.history.step) + 1
         seconds = time.perf_counter() - self._started
         self.history.append(step=step, phase=phase.number, **entry, seconds=seconds, validation=nll)
@@ -171,15 +172,25 @@ class Run:
         if not math.isnan(nll):
             bar.set_postfix_str(f"validation {nll:.4f}", refresh=False)
         bar.update()
+        self.stopped = self._is_told_to_stop(phase)
+        if self.stopped and not phase.is_validated:
+            with self._keeping_good_weights(phase):
+                self.history.validation[-1] = self._validate(phase)
+        # Last, so that a run that resumes from here has nothing of this step left to do.
         if self.folder is not None and step % self.folder.every == 0:
             self._write_checkpoint()
 
     def _validate(self, phase: Phase) -> float:
-        """Negative log-likelihood of the validation data after a step, in nats; NaN if not due."""
-        if self.validation is None or not phase.is_validated:
+        """Negative log-likelihood of the validation data, in nats, if there are; keep the best."""
+        if self.validation is None:
             return math.nan
         nll = negative_log_likelihood(phase.result, self.validation, self.processes)
         check_finite("validation loss", nll)
+        if nll < self.best_nll:
+            self.best, self.best_nll = snapshot(phase.result), nll
+            phase.stale_validations = 0
+        else:
+            phase.stale_validations += 1
         return nll
 
     def _progress_bar(self, phase: Phase) -> tqdm:
@@ -211,17 +222,26 @@ class Run:
         """Leave the last good weights in the flow if the step fails."""
         try:
             yield
-        except (NotFiniteError, ODEError, OtherProcessError) as error:
+        except Exception as error:
             phase.fall_back()
+            if not isinstance(error, _FAILURES):
+                raise
             place = f"step {phase.step} of {phase.config.steps}"
             if len(self.plan) > 1:
                 place += f" of phase {phase.number}"
             raise TrainingError(
                 f"training stopped at {place}: {str(error).rstrip('.')}. The flow keeps its best "
-                f"or last good weights. Settings: {phase.config}. Try a lower learning_rate, a "
-                "smaller gradient_clip or a tighter tolerance, and look for outliers in the data.",
+                f"or last good weights. Objective: {type(phase.objective).__name__}. Settings: "
+                f"{_in_words(phase.config)}. Try a lower learning_rate, a smaller gradient_clip "
+                "or a tighter tolerance, and look for outliers in the data.",
                 self.history,
             ) from error
+
+
+def _in_words(config: TrainingConfig) -> str:
+    """The settings but the objective, which may have been made without them."""
+    names = [field.name for field in dataclasses.fields(config) if field.name != "objective"]
+    return ", ".join(f"{name}={getattr(config, name)!r}" for name in names)
 
 
 def _as_tensor(column: Sequence[int] | Sequence[float]) -> Tensor:

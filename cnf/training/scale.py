@@ -1,7 +1,9 @@
 """The scale at which the data reach the vector field, where training expects about 1."""
 
+import contextlib
 import itertools
 import warnings
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -16,13 +18,23 @@ _ROWS_MEASURED = 100_000
 _FAR = 20.0
 
 
-@torch.no_grad()
-def standardise_first(flow: Flow, rows: Rows) -> None:
-    """Put a `Standardize` of the data in front if the flow is of vectors and begins with an ODE."""
+@contextlib.contextmanager
+def standardised_first(flow: Flow, rows: Rows) -> Iterator[None]:
+    """Put a `Standardize` of the data in front if the flow is of vectors and begins with an ODE.
+
+    It is taken out again if what follows in the context fails.
+    """
     first = next(iter(flow.chain), None)
-    if isinstance(first, ContinuousTransform):
-        x = cast(Tensor, rows.some(_ROWS_MEASURED).inputs[0])
-        flow.transforms.insert(0, Standardize.from_data(x))
+    if not isinstance(first, ContinuousTransform):
+        yield
+        return
+    x = cast(Tensor, rows.some(_ROWS_MEASURED).inputs[0])
+    flow.transforms.insert(0, Standardize.from_data(x))
+    try:
+        yield
+    except BaseException:
+        del flow.transforms[0]
+        raise
 
 
 @torch.no_grad()

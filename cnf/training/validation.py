@@ -1,5 +1,7 @@
 """The negative log-likelihood of held-out rows."""
 
+import math
+
 import torch
 
 from cnf._checks import reference_tensor
@@ -15,21 +17,27 @@ _ROWS = 8192
 def negative_log_likelihood(flow: Flow, rows: Rows, processes: Processes) -> float:
     """Weighted mean of ``-flow.log_prob(x, context)``, in nats, in chunks shared by the processes.
 
+    The chunks, and what is drawn for each, are the same for any number of processes.
+
     Raises:
+        ValueError: If all weights are 0.
         ODEError: If a solve fails.
     """
-    generator = validation_draws(processes.rank, reference_tensor(flow).device)
+    device = reference_tensor(flow).device
+    chunks = torch.arange(len(rows)).tensor_split(math.ceil(len(rows) / _ROWS))
 
     def of_share() -> tuple[float, float]:
         total, weights = 0.0, 0.0
-        for chunk in processes.share(len(rows)).split(_ROWS):
-            if len(chunk):
-                (x, context), weight = rows.take(chunk)
-                nll = -flow.log_prob(x, context, generator=generator).double()
-                weight = torch.ones_like(nll) if weight is None else weight.double()
-                total += (weight * nll).sum().item()
-                weights += weight.sum().item()
+        for number in processes.share(len(chunks)).tolist():
+            (x, context), weight = rows.take(chunks[number])
+            generator = validation_draws(number, device)
+            nll = -flow.log_prob(x, context, generator=generator).double()
+            weight = torch.ones_like(nll) if weight is None else weight.double()
+            total += (weight * nll).sum().item()
+            weights += weight.sum().item()
         return total, weights
 
     total, weights = processes.sums(of_share)
+    if not weights > 0:
+        raise ValueError(f"the weights of {rows.name} must not all be 0.")
     return total / weights
