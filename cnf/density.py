@@ -65,9 +65,13 @@ class DensitySettings:
 
     def __post_init__(self) -> None:
         check_count("seed", self.seed, least=0)
+        if isinstance(self.hidden_features, str) or not isinstance(self.hidden_features, Iterable):
+            raise TypeError(
+                f"hidden_features must be widths such as (128, 128); got {self.hidden_features!r}."
+            )
         for width in self.hidden_features:
             check_count("each of hidden_features", width)
-        if not self.hidden_features:
+        if not len(self.hidden_features):
             raise ValueError("hidden_features must have at least one width; got none.")
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(
@@ -159,7 +163,7 @@ def fit_density(
         network = CNF(
             rows.x.shape[-1],
             0 if rows.context is None else rows.context.shape[-1],
-            hidden_features=settings.hidden_features,
+            hidden_features=tuple(settings.hidden_features),
             solver=ODESolver(method="rk4", steps=GRID_STEPS),
         )
     flow = Flow([*transforms, *network.double().chain])

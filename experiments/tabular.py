@@ -132,23 +132,9 @@ class Results:
 def main(settings: Settings) -> Results:
     """Read, train, measure, print, and write the results."""
     started = time.process_time()
-    splits = read(settings.data, settings.name)
-    published: dict[str, float] = {}
-    if settings.data.is_dir():
-        published = PUBLISHED.get(str(settings.name).lower(), {})
-    elif settings.standardize:
-        splits = splits.standardized()
+    splits, published = read_rows(settings)
     if settings.quick:
-        settings = replace(
-            settings,
-            hidden_features=(16, 16),
-            matching_steps=30,
-            likelihood_steps=3,
-            components=(1, 2),
-            out=settings.out / "quick",
-        )
-        splits = Splits(*(part[:1000] for part in splits))
-    check_rows(splits)
+        settings = made_quick(settings)
     folder = settings.out / (settings.name or settings.data.stem)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -183,6 +169,32 @@ def main(settings: Settings) -> Results:
     print(table(results))
     print(f"results in {folder}")
     return results
+
+
+def read_rows(settings: Settings) -> tuple[Splits, dict[str, float]]:
+    """The rows, and what others reached on them."""
+    splits = read(settings.data, settings.name)
+    published: dict[str, float] = {}
+    if settings.data.is_dir():
+        published = PUBLISHED.get(str(settings.name).lower(), {})
+    elif settings.standardize:
+        splits = splits.standardized()
+    if settings.quick:
+        splits = Splits(*(part[:1000] for part in splits))
+    check_rows(splits)
+    return splits, published
+
+
+def made_quick(settings: Settings) -> Settings:
+    """The settings with little of everything, in a folder of their own."""
+    return replace(
+        settings,
+        hidden_features=(16, 16),
+        matching_steps=30,
+        likelihood_steps=3,
+        components=(1, 2),
+        out=settings.out / "quick",
+    )
 
 
 def build(splits: Splits, settings: Settings) -> Flow:

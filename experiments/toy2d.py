@@ -77,14 +77,7 @@ def main(settings: Settings) -> Metrics:
     """Train, measure, print, and write the results."""
     started = time.perf_counter()
     if settings.quick:
-        settings = replace(
-            settings,
-            matching_steps=20,
-            likelihood_steps=2,
-            rows=2000,
-            held_out=1000,
-            out=settings.out / "quick",
-        )
+        settings = made_quick(settings)
     folder = settings.out / settings.data
     folder.mkdir(parents=True, exist_ok=True)
     truth = toy_density(settings.data)
@@ -118,6 +111,18 @@ def main(settings: Settings) -> Metrics:
     print(table(metrics))
     print(f"results in {folder}")
     return metrics
+
+
+def made_quick(settings: Settings) -> Settings:
+    """The settings with little of everything, in a folder of their own."""
+    return replace(
+        settings,
+        matching_steps=20,
+        likelihood_steps=2,
+        rows=2000,
+        held_out=1000,
+        out=settings.out / "quick",
+    )
 
 
 @torch.no_grad()

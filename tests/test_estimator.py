@@ -279,7 +279,9 @@ def test_bad_data_are_refused(rows, change, message):
     ("wrong", "error", "message"),
     [
         ({"matching_steps": -1}, ValueError, "matching_steps must be at least 0; got -1"),
-        ({"hidden_features": "many"}, TypeError, "each of hidden_features must be an int"),
+        ({"hidden_features": "many"}, TypeError, "hidden_features must be widths such as"),
+        ({"hidden_features": 8}, TypeError, "hidden_features must be widths such as"),
+        ({"hidden_features": (8, "8")}, TypeError, "each of hidden_features must be an int"),
         ({"validation_fraction": 2}, ValueError, "validation_fraction must be in [0, 1); got 2"),
         ({"random_state": "zero"}, ValueError, "'zero' cannot be used to seed"),
     ],
@@ -288,6 +290,11 @@ def test_bad_parameters_are_refused_by_fit(rows, shapes_unchecked, wrong, error,
     model = CNFDensity(**{**SMALL, **wrong})
     with pytest.raises(error, match=re.escape(message)):
         model.fit(rows)
+
+
+def test_widths_may_be_an_array(rows, shapes_unchecked):
+    array = CNFDensity(**{**SMALL, "hidden_features": np.array([8, 8])}).fit(rows)
+    assert array.score(rows) == CNFDensity(**SMALL).fit(rows).score(rows)
 
 
 def test_nothing_is_scored_or_drawn_before_fit(rows):

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.distributions import LogNormal, Normal, TransformedDistribution, constraints, transforms
@@ -353,3 +354,14 @@ def test_the_settings_are_shown():
         "Unconstrain(columns=['real', ('interval', 0, 1)])"
     )
     assert isinstance(Unconstrain(["real"]).support, constraints.Constraint)
+
+
+def test_bounds_may_be_numbers_of_numpy(shapes_unchecked):
+    columns = [("interval", np.int64(0), np.int64(5)), ("periodic", np.float32(0), np.float64(24))]
+    x = torch.tensor([[1.0, 3.0], [4.5, 20.0]])
+    expected = Unconstrain([("interval", 0, 5), ("periodic", 0, 24)]).to_base(x)
+    assert {type(entry) for column in Unconstrain(columns).columns for entry in column} == {
+        str,
+        float,
+    }
+    assert torch.equal(Unconstrain(columns).to_base(x), expected)

@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -119,7 +120,7 @@ def column_map(index: int, column: Support) -> ColumnMap:
     """
     found: ColumnMap | None = None
     entries = column if isinstance(column, list | tuple) else [column]
-    match [float(entry) if isinstance(entry, int) else entry for entry in entries]:
+    match [float(entry) if isinstance(entry, Real) else entry for entry in entries]:
         case ["real"]:
             found = _Real()
         case ["positive"]:

@@ -1,6 +1,7 @@
 """Columns of a table that are bounded, periodic or whole numbers, as real numbers."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -56,7 +57,8 @@ class Unconstrain(Transform):
         super().__init__(len(specifications))
         self._maps = [column_map(i, column) for i, column in enumerate(specifications)]
         self.columns = tuple(
-            column if isinstance(column, str) else tuple(column) for column in specifications
+            column if isinstance(column, str) else tuple(map(_plain, column))
+            for column in specifications
         )
 
     def extra_repr(self) -> str:
@@ -112,6 +114,11 @@ class Unconstrain(Transform):
         ]
         x, log_slopes = (torch.stack(parts, -1) for parts in zip(*brought, strict=True))
         return x, log_slopes.sum(-1)
+
+
+def _plain(entry: Any) -> str | int | float:
+    """An entry of a column as Python has it, so that it can be saved."""
+    return entry if isinstance(entry, str | int) else float(entry)
 
 
 def transforms_for(
