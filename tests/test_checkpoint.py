@@ -28,6 +28,7 @@ from cnf import (
     VariancePreservingPath,
     fit,
     load,
+    save,
 )
 from cnf.regularizers import kinetic_energy
 from cnf.training import TrainingError
@@ -437,15 +438,19 @@ def test_a_run_with_another_objective_or_field_is_told_apart(make, other, messag
 
 
 def test_the_flow_in_the_folder_is_never_older_than_the_newest_checkpoint(tmp_path, monkeypatch):
-    def die(*_):
-        raise KeyboardInterrupt
+    def die_in_the_last(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        save(*args)
 
+    calls = []
     with monkeypatch.context() as patched:
-        patched.setattr("cnf.training.folder.save", die)
+        patched.setattr("cnf.training.folder.save", die_in_the_last)
         with pytest.raises(KeyboardInterrupt):
-            short(tmp_path, every=6)
+            short(tmp_path, every=4)
     for _ in range(2):
-        flow, _ = short(tmp_path, every=6, resume=True)
+        flow, _ = short(tmp_path, every=4, resume=True)
         assert_same(weights(load(tmp_path / "best.safetensors")), weights(flow))
 
 
