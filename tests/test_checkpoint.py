@@ -1,5 +1,6 @@
 """Laws of checkpoints: a run that was cut off resumes to the same end, bit for bit."""
 
+import functools
 import itertools
 import math
 import pickle
@@ -15,9 +16,23 @@ import torch
 from torch import nn
 from training_runs import affine_flow, assert_same, config, weights, without_seconds
 
-from cnf import Affine, Checkpoints, Flow, History, fit, load
+from cnf import (
+    Affine,
+    Checkpoints,
+    ContinuousTransform,
+    Flow,
+    FlowMatching,
+    History,
+    MLPField,
+    OptimalTransport,
+    VariancePreservingPath,
+    fit,
+    load,
+    save,
+)
+from cnf.regularizers import kinetic_energy
 from cnf.training import TrainingError
-from cnf.training.checkpoint import checkpoints_in
+from cnf.training.checkpoint import checkpoints_in, write_checkpoint
 
 TESTS = Path(__file__).parent
 
@@ -175,11 +190,12 @@ def test_the_flow_in_the_folder_is_the_best_so_far(tmp_path):
     held_out = X[:5] + 0.3
 
     def check(report):
-        if report.step % 2 == 0:
+        told.append(report.row["validation"])
+        if report.step % 2 == 1 and report.step > 1:  # the file is that of the step before
             nll = -load(tmp_path / "best.safetensors").log_prob(held_out).mean().item()
-            seen.append((nll, report.row["validation"]))
+            seen.append((nll, told[-2]))
 
-    seen = []
+    seen, told = [], []
     fit(
         affine_flow(),
         X,
@@ -198,12 +214,14 @@ class Foreign(nn.Module):
 
 
 def test_a_flow_that_cannot_be_saved_is_kept_in_the_checkpoint_alone(tmp_path):
-    flow = affine_flow()
-    flow.chain[0].extra = Foreign()
-    shared = Flow([flow.chain[0], flow.chain[0]])
-    final = weights(short(tmp_path, flow=shared)[0])
+    def foreign():
+        part = Affine(2)
+        part.extra = Foreign()
+        return Flow([part, part])
+
+    final = weights(short(tmp_path, flow=foreign())[0])
     assert not (tmp_path / "best.safetensors").exists()
-    again, _ = short(tmp_path, flow=Flow([(part := Affine(2)), part]), resume=True)
+    again, _ = short(tmp_path, flow=foreign(), resume=True)
     assert_same(weights(again), final)
 
 
@@ -232,7 +250,9 @@ def emptied(file):
 
 def flipped(file):
     content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
+    middle = len(content) // 2
+    for place in range(middle, middle + 200):  # more than the padding, which no checksum guards
+        content[place] ^= 1
     file.write_bytes(content)
 
 
@@ -253,11 +273,50 @@ def test_checkpoints_that_are_all_damaged_are_refused(tmp_path):
     short(tmp_path)
     for file in checkpoints_in(tmp_path):
         truncated(file)
-    with (
-        pytest.warns(UserWarning, match="is damaged"),
-        pytest.raises(ValueError, match=r"every checkpoint in .* is damaged. Restore"),
-    ):
-        short(tmp_path, resume=True)
+    for _ in range(2):
+        with (
+            pytest.warns(UserWarning, match="is damaged"),
+            pytest.raises(ValueError, match=r"every checkpoint in .* is damaged. Restore"),
+        ):
+            short(tmp_path, resume=True)
+
+
+def test_a_file_without_a_state_counts_as_damaged(tmp_path):
+    flow, _ = short(tmp_path)
+    newest, _ = checkpoints_in(tmp_path)
+    for content in ({"a": 1}, [1]):
+        torch.save(content, newest)
+        with pytest.warns(UserWarning, match="is damaged .it holds no state of a run"):
+            again, _ = short(tmp_path, resume=True)
+        assert_same(weights(again), weights(flow))
+
+
+def test_new_checkpoints_outlive_a_damaged_one_of_a_later_step(tmp_path):
+    def interrupt(report):
+        if report.step == 5:
+            raise KeyboardInterrupt
+
+    short(tmp_path, every=3)
+    newest, oldest = checkpoints_in(tmp_path)
+    truncated(newest)
+    settings, checkpoints = (
+        config(6, batch_size=5, validate_every=3),
+        Checkpoints(folder=tmp_path, every=1, keep=1),
+    )
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="is damaged"), pytest.raises(KeyboardInterrupt):
+        fit(
+            affine_flow(),
+            X,
+            settings,
+            validation=X,
+            checkpoints=checkpoints,
+            resume=True,
+            callbacks=[interrupt],
+        )
+    assert [file.name for file in checkpoints_in(tmp_path)] == ["checkpoint_000000004.pt"]
+    assert newest.with_name(f"{newest.name}.damaged").exists()
+    assert not oldest.exists()
 
 
 class Code:
@@ -312,6 +371,130 @@ def test_a_run_with_other_settings_data_or_flow_is_told_apart(change, message, t
     else:
         with pytest.raises(ValueError, match=f"are of another run.*{message}.*another folder"):
             short(tmp_path, resume=True, **change)
+
+
+def likelihood(**settings):
+    return lambda: killable.MaximumLikelihood(Flow([Affine(2)]).double(), **settings)
+
+
+def matching(path=None, *, end_time=1.0, activation="tanh", **settings):
+    def make():
+        field = MLPField(2, hidden_features=(4,), activation=activation)
+        return FlowMatching(
+            Flow([ContinuousTransform(field, end_time=end_time)]).double(), path, **settings
+        )
+
+    return make
+
+
+OTHER_OBJECTIVES = {
+    "regularizer": (
+        likelihood(regularizers={kinetic_energy: 0.01}),
+        likelihood(regularizers={kinetic_energy: 10.0}),
+        "regularizers of objective of phase 1: .*: 0.01} there, .*: 10.0} here",
+    ),
+    "solver": (
+        likelihood(),
+        likelihood(solver=killable.CHEAP),
+        r"solver of objective of phase 1: .*'dopri5'.* there, .*'rk4'",
+    ),
+    "random end time": (
+        likelihood(),
+        likelihood(random_end_time=0.5),
+        "random_end_time of objective of phase 1: 0.0 there, 0.5 here",
+    ),
+    "path": (
+        matching(),
+        matching(VariancePreservingPath()),
+        r"path of objective of phase 1: LinearPath.* there, VariancePreservingPath\(\) here",
+    ),
+    "pairing": (matching(), matching(pairing=OptimalTransport()), "pairing of objective"),
+    "times": (matching(), matching(times="late"), "times of .*: 'uniform' there, 'late' here"),
+    "end time": (
+        matching(),
+        matching(end_time=2.0),
+        "end_time of transforms.0 of the flow: 1.0 there, 2.0 here",
+    ),
+    "activation": (
+        matching(),
+        matching(activation="silu"),
+        "activation of transforms.0.vector_field of the flow: .*tanh.* there, .*silu.* here",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "other", "message"), OTHER_OBJECTIVES.values(), ids=OTHER_OBJECTIVES
+)
+def test_a_run_with_another_objective_or_field_is_told_apart(make, other, message, tmp_path):
+    def run(objective):
+        checkpoints = Checkpoints(folder=tmp_path)
+        return fit(objective, X, config(1), checkpoints=checkpoints, resume=True)
+
+    first = run(make())
+    assert str(run(make()).columns) == str(first.columns)
+    with pytest.raises(ValueError, match=f"are of another run.*{message}"):
+        run(other())
+
+
+def test_the_flow_in_the_folder_is_never_older_than_the_newest_checkpoint(tmp_path, monkeypatch):
+    def die_in_the_last(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        save(*args)
+
+    calls = []
+    with monkeypatch.context() as patched:
+        patched.setattr("cnf.training.folder.save", die_in_the_last)
+        with pytest.raises(KeyboardInterrupt):
+            short(tmp_path, every=4)
+    for _ in range(2):
+        flow, _ = short(tmp_path, every=4, resume=True)
+        assert_same(weights(load(tmp_path / "best.safetensors")), weights(flow))
+
+
+def test_a_callback_is_asked_again_about_a_step_that_it_did_not_finish(tmp_path):
+    def stop(report):
+        asked.append(report.step)
+        if asked == [1, 2, 3, 4]:
+            raise KeyboardInterrupt
+        return report.step == 4
+
+    asked = []
+    run = functools.partial(
+        fit,
+        data=X,
+        config=config(6),
+        checkpoints=Checkpoints(folder=tmp_path, every=2),
+        resume=True,
+        callbacks=[stop],
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run(affine_flow())
+    assert run(affine_flow()).step == [1, 2, 3, 4]
+    assert asked == [1, 2, 3, 4, 3, 4]
+
+
+def test_a_run_cut_off_after_it_was_told_to_stop_does_not_go_on(tmp_path, monkeypatch):
+    def write_and_die(*args, **kwargs):
+        write_checkpoint(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    run = functools.partial(
+        fit,
+        data=X,
+        config=(config(6), config(6)),
+        checkpoints=Checkpoints(folder=tmp_path, every=4),
+        resume=True,
+        callbacks=[lambda report: report.step == 4],
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr("cnf.training.folder.write_checkpoint", write_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            run(affine_flow())
+    monkeypatch.setattr(killable.MaximumLikelihood, "forward", None)  # that none may call
+    assert run(affine_flow()).step == [1, 2, 3, 4]
 
 
 def test_settings_without_a_stable_name_do_not_keep_a_run_from_resuming(tmp_path):

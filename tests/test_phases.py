@@ -22,10 +22,12 @@ from zoo import perturbed
 from cnf import (
     CNF,
     Augment,
+    Checkpoints,
     ContinuousTransform,
     Dequantize,
     Flatten,
     Flow,
+    FlowMatching,
     Hutchinson,
     ODESolver,
     Standardize,
@@ -35,6 +37,7 @@ from cnf import (
 )
 from cnf.objectives import MaximumLikelihood
 from cnf.training import TrainingError
+from cnf.training.plan import make_plan
 
 X = torch.randn(40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -328,6 +331,17 @@ def test_a_callback_that_returns_true_ends_the_training():
     assert_same(weights(flow), weights(shorter))
 
 
+def test_a_run_that_a_callback_ends_is_validated_where_it_ends():
+    settings = functools.partial(config, learning_rate=0.1, validate_every=3)
+    for last in (4, 6):
+        flow, whole = affine_flow(), affine_flow()
+        told = [lambda report, last=last: report.step == last]
+        history = fit(flow, X + 3, settings(9), validation=X + 3, callbacks=told)
+        shorter = fit(whole, X + 3, settings(last), validation=X + 3)
+        assert str(history.validation) == str(shorter.validation)
+        assert_same(weights(flow), weights(whole))
+
+
 def test_an_error_in_a_callback_passes_through_and_leaves_the_best_weights():
     class OwnError(Exception):
         pass
@@ -415,6 +429,35 @@ def test_a_flow_alone_is_trained_by_the_recipe_on_standardised_data(monkeypatch)
     assert_same(weights(flow), weights(explicit))
     fit(flow, x)
     assert len(flow.chain) == 2
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"validation": torch.zeros(3, 5, dtype=torch.float64)},
+        {"callbacks": print},
+        {"checkpoints": True},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+@pytest.mark.usefixtures("shapes_unchecked")
+def test_a_flow_that_fit_refuses_to_train_is_left_as_it_was(wrong, tmp_path):
+    if "checkpoints" in wrong:
+        (tmp_path / "history.csv").write_text("precious")
+        wrong = {"checkpoints": Checkpoints(folder=tmp_path)}
+    flow = small_cnf()
+    with pytest.raises((ValueError, TypeError, FileExistsError)):
+        fit(flow, X, **wrong)
+    assert len(flow.chain) == 1
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: small_cnf(blocks=2), affine_flow, small_cnf], ids=["blocks", "no ODE", "one"]
+)
+def test_a_flow_that_matching_cannot_train_is_trained_by_likelihood_alone(make):
+    plan = make_plan(make(), None)
+    expected = [FlowMatching, MaximumLikelihood] if make is small_cnf else [MaximumLikelihood]
+    assert [type(objective) for objective, _ in plan] == expected
 
 
 @pytest.mark.usefixtures("shapes_unchecked")

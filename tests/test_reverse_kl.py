@@ -7,6 +7,7 @@ import torch
 from test_objectives import BACKPROP, deep_cnf, gradients
 from torch import nn
 from torch.distributions import MultivariateNormal, Normal
+from torch.utils.data import TensorDataset
 from zoo import EXACT_FLOWS, cnf, perturbed, rows_for, seeded
 
 from cnf import (
@@ -20,9 +21,12 @@ from cnf import (
     Logit,
     ODESolver,
     ReverseKL,
+    TrainingConfig,
     count_evaluations,
+    fit,
 )
 from cnf.metrics import effective_sample_size, log_mean_exp
+from cnf.training import TrainingError
 
 MEAN = torch.tensor([0.5, -1.0], dtype=torch.float64)
 SCALE = torch.tensor([[1.2, 0.0], [0.4, 0.7]], dtype=torch.float64)
@@ -224,6 +228,79 @@ def test_the_solver_of_the_objective_is_the_one_used_and_the_flow_keeps_its_own(
         objective().backward()
     assert nfe.value == 4 * 5
     assert flow.chain[0].solver is solver
+
+
+def draws_of_steps(flow, data=None, *, accumulate=1, **settings):
+    """The shapes of the draws of one step of training, part by part."""
+    shapes = []
+
+    def log_density(x, context=None):
+        shapes.append(tuple(x.shape[:-1]))
+        return -0.5 * x.square().sum(-1)
+
+    objective = ReverseKL(flow, log_density, **settings)
+    fit(objective, data, TrainingConfig(steps=1, accumulate=accumulate, progress=False))
+    return shapes
+
+
+def test_parts_of_a_step_share_its_draws():
+    assert draws_of_steps(Flow([Affine(2)])) == [(512,)]
+    assert draws_of_steps(Flow([Affine(2)]), accumulate=4, draws=10) == [(3,), (3,), (2,), (2,)]
+    with pytest.raises(ValueError, match=r"2 draws cannot be cut into 3 parts .accumulate=3"):
+        draws_of_steps(Flow([Affine(2)]), accumulate=3, draws=2)
+
+
+def test_each_draw_of_a_step_counts_the_same_in_parts_of_any_size():
+    seen = []
+
+    def log_density(x):
+        seen.append(x.detach())
+        return -0.5 * (x - 1).square().sum(-1)
+
+    config = TrainingConfig(steps=1, accumulate=3, progress=False)
+    history = fit(ReverseKL(Flow([Affine(2)]), log_density, draws=7), None, config)
+
+    x = torch.cat(seen)  # drawn from the base, for the flow begins there
+    losses = Normal(0.0, 1.0).log_prob(x).sum(-1) + 0.5 * (x - 1).square().sum(-1)
+    assert [len(part) for part in seen] == [3, 2, 2]
+    assert history.loss[0] == pytest.approx(losses.mean().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("form", [lambda c: c, TensorDataset], ids=["tensor", "dataset"])
+def test_a_conditional_flow_draws_once_for_each_context(form):
+    flow = cnf(2, 3).using(solver=QUICK)
+    contexts = form(torch.randn(8, 3))
+    assert draws_of_steps(flow, contexts, solver=QUICK) == [(1, 8)]
+    assert draws_of_steps(flow, contexts, solver=QUICK, accumulate=2) == [(1, 4), (1, 4)]
+    assert draws_of_steps(flow, contexts, solver=QUICK, draws=5) == [(5, 8)]
+
+
+def test_a_target_that_is_not_finite_leaves_the_last_good_weights():
+    def log_density(x):
+        return torch.where(x.abs().amax(-1) < 60, -0.5 * (x - 50).square().sum(-1), -torch.inf)
+
+    flow = Flow([Affine(2)])
+    config = TrainingConfig(steps=60, learning_rate=20.0, schedule="constant", progress=False)
+    message = r"step \d+ of 60: log_density must be finite.*Objective: ReverseKL\. Settings: steps"
+    with pytest.raises(TrainingError, match=message):
+        fit(ReverseKL(flow, log_density, draws=64), None, config)
+    assert log_density(flow.sample(500, generator=seeded())).isfinite().all()
+
+
+def test_the_target_is_not_coarser_than_the_flow_under_autocast():
+    dtypes = []
+
+    def log_density(x):
+        dtypes.append((x @ x.mT).dtype)
+        return -0.5 * x.square().sum(-1)
+
+    flow = Flow([Affine(2)]).float()
+    fit(
+        ReverseKL(flow, log_density),
+        None,
+        TrainingConfig(steps=1, precision="bfloat16", progress=False),
+    )
+    assert dtypes == [torch.float32]
 
 
 @pytest.mark.slow

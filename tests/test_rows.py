@@ -245,13 +245,13 @@ def test_a_bad_context_of_a_dataset_is_named_by_its_row():
         fit(conditional_flow(), data, config())
 
 
-def test_a_bad_row_stops_the_training_with_the_weights_reached(monkeypatch):
+def test_a_bad_row_stops_the_training_with_the_last_good_weights(monkeypatch):
     monkeypatch.setattr("cnf.training.scale._ROWS_TRIED", 2)
     read = Listed(with_bad_row(math.nan))
     flow, shorter = affine_flow(), affine_flow()
     with pytest.raises(ValueError, match="must be finite"):
         fit(flow, read, config(100, batch_size=4, learning_rate=0.1))
-    steps = len(read.asked[3:]) // 4 - 1
+    steps = len(read.asked[3:]) // 4 - 2  # the one before the last to come through is good
     assert steps > 0
     monkeypatch.undo()
     clean = with_bad_row(0.5)
@@ -260,6 +260,16 @@ def test_a_bad_row_stops_the_training_with_the_weights_reached(monkeypatch):
     settings = config(100, batch_size=4, learning_rate=0.1)
     fit(shorter, clean, settings, callbacks=[lambda report: report.step == steps])
     assert_same(weights(flow), weights(shorter))
+
+
+@pytest.mark.parametrize("rows", [20, 30_000])
+@pytest.mark.parametrize("name", ["data", "validation"])
+def test_a_dataset_whose_weights_are_all_zero_is_refused(name, rows):
+    x = torch.zeros(rows, 2)
+    good, bad = x, StackDataset(x=x, weight=x[:, 0])
+    data = {"data": good, "validation": good} | {name: bad}
+    with pytest.raises(ValueError, match=f"the weights of {name} must not all be 0"):
+        fit(affine_flow(), data["data"], config(1), validation=data["validation"])
 
 
 class Endless(IterableDataset):

@@ -30,6 +30,7 @@ from zoo import UserNetwork, perturbed
 from cnf import (
     CNF,
     Affine,
+    Augment,
     ContinuousTransform,
     Dequantize,
     Exact,
@@ -47,8 +48,10 @@ from cnf import (
 )
 from cnf.objectives import MaximumLikelihood
 from cnf.training import History, TrainingConfig, TrainingError, fit
+from cnf.training.processes import Processes
 from cnf.training.rows import as_rows
 from cnf.training.scale import warn_if_far_from_standard
+from cnf.training.validation import negative_log_likelihood
 
 
 class Watched(nn.Module):
@@ -169,6 +172,35 @@ def test_buffers_are_left_as_they_are():
     assert torch.equal(standardize.mean, mean)
 
 
+class Counting(nn.Module):
+    """A network with a buffer that training changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, t, x):
+        self.calls += 1
+        return self.layer(x)
+
+
+def test_the_average_has_the_buffers_of_the_flow():
+    seen = []
+    field = ModuleField(Counting(), 2)
+    flow = Flow([ContinuousTransform(field, solver=CHEAP)])
+
+    def look(report):
+        buffer = report.flow.chain[0].vector_field.network.calls
+        seen.append((buffer.item(), field.network.calls.item()))
+
+    history = fit(flow, torch.randn(10, 2), config(3, ema=0.9), callbacks=[look])
+
+    evaluations = np.cumsum(history.nfe).tolist()
+    assert seen == [(calls, calls) for calls in evaluations]
+    assert field.network.calls == evaluations[-1]
+
+
 def test_frozen_parameters_stay():
     flow = affine_flow()
     flow.chain[0].loc.requires_grad_(False)
@@ -200,6 +232,34 @@ def test_validation_counts_every_row_in_whatever_chunks(monkeypatch):
     monkeypatch.setattr("cnf.training.validation._ROWS", 7)
     history = fit(flow, torch.randn(20, 2), config(1), validation=held_out)
     assert history.validation == [pytest.approx(-flow.log_prob(held_out).mean().item(), rel=1e-12)]
+
+
+class Shared(Processes):
+    """One of several processes, which adds up what it and those before it computed."""
+
+    def __init__(self, rank, count, before=(0.0, 0.0)):
+        self.rank, self.count, self.before = rank, count, before
+
+    def share(self, rows):
+        return torch.arange(rows).tensor_split(self.count)[self.rank]
+
+    def sums(self, compute):
+        self.total = tuple(map(sum, zip(compute(), self.before, strict=True)))
+        return self.total
+
+
+def test_validation_draws_the_same_in_any_number_of_processes(monkeypatch):
+    monkeypatch.setattr("cnf.training.validation._ROWS", 7)
+    flow = perturbed(Flow([Augment(2, 1, hidden_features=(4,)), Affine(3)]))
+    rows = as_rows("validation", torch.randn(50, 2), flow)
+    alone = negative_log_likelihood(flow, rows, Shared(0, 1))
+    for count in (2, 3, 10):
+        before = (0.0, 1e-300)
+        for rank in range(count):
+            process = Shared(rank, count, before)
+            together = negative_log_likelihood(flow, rows, process)
+            before = process.total
+        assert together == pytest.approx(alone, rel=1e-12)
 
 
 def test_validation_changes_neither_the_training_nor_its_record():
@@ -552,13 +612,31 @@ def test_a_failed_step_leaves_the_weights_of_the_last_good_loss_and_the_record_u
 
     error = caught.value
     assert f"training stopped at step {step} of 6" in str(error)
-    assert repr(settings) in str(error)
+    assert "Objective: FailsAt. Settings: steps=6, batch_size=5, " in str(error)
+    assert "objective=" not in str(error)
     assert "Try a lower learning_rate" in str(error)
     assert isinstance(error.__cause__, ODEError) == kind.startswith("budget")
     assert error.history.step == list(range(1, step))
     assert error.history.loss == objective.losses[: step - 1]
     last_good = max(step - 1, 1)  # at the first step there are only the initial weights
     assert_same(weights(flow), objective.weights[last_good - 1])
+
+
+def test_any_error_in_a_step_leaves_the_weights_of_the_last_good_loss():
+    class OwnError(Exception):
+        pass
+
+    class Raises(Watched):
+        def forward(self, x, context=None, *, generator=None):
+            loss = super().forward(x, context, generator=generator)
+            if len(self.batches) == 4:
+                raise OwnError
+            return loss
+
+    objective = Raises(affine_flow())
+    with pytest.raises(OwnError):
+        fit(objective, torch.randn(20, 2), config(6, batch_size=5))
+    assert_same(weights(objective.flow), objective.weights[2])
 
 
 def test_the_weights_left_by_a_failure_have_the_last_loss_on_record():

@@ -59,7 +59,7 @@ def _settings(place: str, part: nn.Module) -> dict[str, str]:
     """The class of a module, and its constructor's arguments, if they are attributes."""
     told = {place: type(part).__qualname__}
     for name in inspect.signature(type(part)).parameters:
-        value = getattr(part, name, None)
+        value = vars(part).get(name)
         if value is not None and not isinstance(value, Tensor | nn.Module):
             told[f"{name} of {place}"] = _stable(value)
     return told
