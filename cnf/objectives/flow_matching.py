@@ -30,8 +30,7 @@ _TIMES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """Times by name, as functions of uniform numbers."""
 _ROWS_PER_TIME = 16
-"""What the layers of a field make of the time alone is then made once for so many rows, which takes
-a third off a step."""
+"""What the layers of a field make of the time alone is then made once for so many rows."""
 
 
 class FlowMatching(nn.Module):

@@ -24,8 +24,8 @@ class Average:
         self.flow = copy.deepcopy(flow)
         self.decay = decay
         self.steps = 0
-        # torch's AveragedModel looks the weights up anew each time, which takes as long as a
-        # fifth of a step of flow matching.
+        # torch's AveragedModel looks the weights up anew each time, which a step of flow matching
+        # is short enough to feel.
         self._weights = [weight.detach() for weight in self.flow.parameters()]
         self._followed = [weight.detach() for weight in flow.parameters()]
         self._buffers = list(zip(self.flow.buffers(), flow.buffers(), strict=True))

@@ -21,9 +21,8 @@ def recipe(
 ) -> tuple[TrainingConfig, ...]:
     """Flow matching with an average of the weights, then maximum likelihood at a loose tolerance.
 
-    A step of matching takes one evaluation of the network, and brings a flow near the data in a
-    hundredth of the time that likelihood takes; but it is likelihood that wins the last hundredths
-    of a nat on toy sets, and more on tables. Both rates decay to zero. Validation, if there are
+    A step of matching takes one evaluation of the network for each row, and so brings a flow near
+    the data soon; likelihood then improves what is judged. Both rates decay to zero. Validation, if there are
     data for it, takes place five times in each phase.
 
     Args:
