@@ -22,8 +22,8 @@ def recipe(
     """Flow matching with an average of the weights, then maximum likelihood at a loose tolerance.
 
     A step of matching takes one evaluation of the network for each row, and so brings a flow near
-    the data soon; likelihood then improves what is judged. Both rates decay to zero. Validation, if there are
-    data for it, takes place five times in each phase.
+    the data soon; likelihood then improves what is judged. Both rates decay to zero. Validation, if
+    there are data for it, takes place five times in each phase.
 
     Args:
         matching_steps: Minibatches of flow matching; 0 to leave the phase out.
