@@ -47,10 +47,11 @@ class DensitySettings:
         0.1
     """
 
-    matching_steps: int = 5000
-    """Steps of flow matching."""
-    likelihood_steps: int = 100
-    """Steps of maximum likelihood after them, each of which takes as long as fifty of matching."""
+    matching_steps: int | None = None
+    """Steps of flow matching; None for as many as the rows ask for, 50 to 12 000."""
+    likelihood_steps: int | None = None
+    """Steps of maximum likelihood after them, each of which takes as long as fifty of matching;
+    None for as many as the rows ask for, 5 to 200."""
     batch_size: int = 512
     """Rows of a minibatch; all rows if there are fewer."""
     learning_rate: float = 4e-3
@@ -79,9 +80,10 @@ class DensitySettings:
             )
         self.phases(progress=False)
 
-    def phases(self, *, progress: bool) -> tuple[TrainingConfig, ...]:
-        """The phases of training."""
+    def phases(self, rows: int | None = None, *, progress: bool) -> tuple[TrainingConfig, ...]:
+        """The phases of training on so many rows."""
         return recipe(
+            rows,
             matching_steps=self.matching_steps,
             likelihood_steps=self.likelihood_steps,
             batch_size=self.batch_size,
@@ -167,7 +169,7 @@ def fit_density(
             solver=ODESolver(method="rk4", steps=GRID_STEPS),
         )
     flow = Flow([*transforms, *network.double().chain])
-    return flow, _train(flow, rows, validation, settings.phases(progress=progress))
+    return flow, _train(flow, rows, validation, settings.phases(len(rows.x), progress=progress))
 
 
 def continue_density(
@@ -189,7 +191,8 @@ def continue_density(
             "or allow some."
         )
     flow = deepcopy(flow)
-    return flow, _train(flow, rows, validation, settings.phases(progress=progress)[-1:])
+    likelihood = settings.phases(len(rows.x), progress=progress)[-1:]
+    return flow, _train(flow, rows, validation, likelihood)
 
 
 def _train(

@@ -33,8 +33,10 @@ class CNFDensity(DensityMixin, BaseEstimator):
     of a row does not depend on the rows beside it.
 
     Args:
-        matching_steps: Steps of flow matching of each `fit`.
-        likelihood_steps: Steps of maximum likelihood after them, and of each `partial_fit`.
+        matching_steps: Steps of flow matching of each `fit`; None for as many as the rows ask for,
+            as in `cnf.recipe`.
+        likelihood_steps: Steps of maximum likelihood after them, and of each `partial_fit`; None
+            likewise.
         batch_size: Rows of a minibatch; all rows if there are fewer.
         learning_rate: Peak learning rate of matching; likelihood has a quarter of it.
         hidden_features: Widths of the hidden layers of the network.
@@ -67,8 +69,8 @@ class CNFDensity(DensityMixin, BaseEstimator):
     def __init__(
         self,
         *,
-        matching_steps: int = 5000,
-        likelihood_steps: int = 100,
+        matching_steps: int | None = None,
+        likelihood_steps: int | None = None,
         batch_size: int = 512,
         learning_rate: float = 4e-3,
         hidden_features: Sequence[int] = (128, 128),

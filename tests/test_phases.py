@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.distributions import Normal
+from torch.utils.data import TensorDataset
 from training_runs import (
     CHEAP,
     affine_flow,
@@ -37,7 +39,8 @@ from cnf import (
 )
 from cnf.objectives import MaximumLikelihood
 from cnf.training import TrainingError
-from cnf.training.plan import make_plan
+from cnf.training.plan import make_plan, usual_phases
+from cnf.training.rows import as_rows, held_out_of
 
 X = torch.randn(40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -414,14 +417,17 @@ def test_data_that_an_objective_cannot_take_are_refused():
 @pytest.mark.slow
 def test_a_flow_alone_is_trained_by_the_recipe_on_standardised_data(monkeypatch):
     phases = recipe(matching_steps=3, likelihood_steps=2, progress=False)
-    monkeypatch.setattr("cnf.training.plan.recipe", lambda: phases)
+    asked = []
+    monkeypatch.setattr(
+        "cnf.training.plan.recipe", lambda rows, patience: asked.append((rows, patience)) or phases
+    )
     x = 100 + 10 * X
     flow, explicit = small_cnf(), small_cnf()
     explicit.load_state_dict(flow.state_dict())
     explicit.transforms.insert(0, Standardize.from_data(x))
 
-    history = fit(flow, x)
-    history_explicit = fit(explicit, x, phases)
+    history = fit(flow, x, validation=x[:5])
+    history_explicit = fit(explicit, x, phases, validation=x[:5])
 
     assert isinstance(flow.chain[0], Standardize)
     assert len(flow.chain) == 2
@@ -429,6 +435,45 @@ def test_a_flow_alone_is_trained_by_the_recipe_on_standardised_data(monkeypatch)
     assert_same(weights(flow), weights(explicit))
     fit(flow, x)
     assert len(flow.chain) == 2
+    assert asked == [(40, 3), (36, 3)]
+
+
+@pytest.mark.parametrize(
+    ("given", "rows", "held_out"),
+    [
+        (lambda x: x, 40, 4),
+        (TensorDataset, 40, 4),
+        (lambda x: x.repeat(300, 1), 12_000, 1000),
+        (lambda x: x[:9], 9, 0),
+        (lambda x: {"x": x, "weight": torch.eye(40, dtype=x.dtype)[0]}, 40, 0),
+    ],
+    ids=["tensor", "dataset", "many", "few", "one that weighs"],
+)
+@pytest.mark.usefixtures("shapes_unchecked")
+def test_without_settings_a_tenth_is_held_out(given, rows, held_out):
+    x = as_rows("data", given(X), small_cnf())
+    training, validation = held_out_of(x)
+    assert len(x) == rows
+    assert len(training) == rows - held_out
+    assert (0 if validation is None else len(validation)) == held_out
+    if validation is not None:
+        parts = [part.some(rows).inputs[0] for part in (training, validation)]
+        torch.testing.assert_close(
+            torch.cat(parts).sort(0).values, x.some(rows).inputs[0].sort(0).values, rtol=0, atol=0
+        )
+
+
+@pytest.mark.slow
+def test_few_rows_are_not_learnt_by_heart():
+    generator = torch.Generator().manual_seed(0)
+    x, fresh = (3 * torch.randn(rows, 2, generator=generator) for rows in (60, 1000))
+    torch.manual_seed(0)
+    flow = CNF(2)
+    history = fit(flow, x)
+    assert len(history.step) <= 59
+    with torch.no_grad():
+        truth = Normal(torch.zeros(2), 3 * torch.ones(2)).log_prob(fresh).sum(-1)
+        assert (truth - flow.log_prob(fresh)).mean() < 0.5
 
 
 @pytest.mark.parametrize(
@@ -455,7 +500,8 @@ def test_a_flow_that_fit_refuses_to_train_is_left_as_it_was(wrong, tmp_path):
     "make", [lambda: small_cnf(blocks=2), affine_flow, small_cnf], ids=["blocks", "no ODE", "one"]
 )
 def test_a_flow_that_matching_cannot_train_is_trained_by_likelihood_alone(make):
-    plan = make_plan(make(), None)
+    flow = make()
+    plan = make_plan(flow, usual_phases(flow, 40, validated=False))
     expected = [FlowMatching, MaximumLikelihood] if make is small_cnf else [MaximumLikelihood]
     assert [type(objective) for objective, _ in plan] == expected
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cnf.flow import Flow
 from cnf.training.plan import Plan
 from cnf.training.processes import Processes
-from cnf.training.rows import Rows, TensorRows
+from cnf.training.rows import PartOfRows, Rows, TensorRows
 
 _ROWS_HASHED = 1000
 _DIFFERENCES_NAMED = 5
@@ -71,7 +71,8 @@ def _stable(value: object) -> str:
 
 
 def _describe(rows: Rows) -> str:
-    if not isinstance(rows, TensorRows):
+    whole = rows.rows if isinstance(rows, PartOfRows) else rows
+    if not isinstance(whole, TensorRows):
         return f"{len(rows)} rows of a Dataset"
     inputs, weight = rows.some(_ROWS_HASHED)
     tensors = [tensor for tensor in (*inputs, weight) if tensor is not None]

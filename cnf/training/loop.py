@@ -11,9 +11,9 @@ from cnf.training.callbacks import Callback
 from cnf.training.checkpoint import Checkpoints
 from cnf.training.config import TrainingConfig
 from cnf.training.history import History
-from cnf.training.plan import check_plan, flow_of, make_plan, rows_for
+from cnf.training.plan import check_plan, flow_of, make_plan, rows_for, usual_phases
 from cnf.training.processes import Processes
-from cnf.training.rows import Data, as_rows
+from cnf.training.rows import Data, Rows, as_rows, held_out_of
 from cnf.training.run import Run
 from cnf.training.scale import standardised_first, warn_if_far_from_standard
 
@@ -46,9 +46,11 @@ def fit(
         config: Settings; for a flow perhaps several, phase by phase. A phase starts from the
             weights, averaged if they were, that the one before ended with, or from the best so far
             if that one ran out of `patience`. None is for the phases of `recipe` for a flow that
-            `FlowMatching` can train, and for one of ``TrainingConfig()`` otherwise; the data of a
-            flow are then standardised first, if it is one of vectors that begins with an ODE (by a
-            `Standardize` of 100 000 rows at most, put into the flow).
+            `FlowMatching` can train, and for one of ``TrainingConfig()`` otherwise, and of three
+            validations without a new best. The data of a flow are then standardised first, if it is
+            one of vectors that begins with an ODE (by a `Standardize` of 100 000 rows at most, put
+            into the flow), and without `validation` a tenth of them is held out for it, 1000 rows
+            at most.
         validation: Held-out data of the same form. The flow ends with the weights whose
             negative log-likelihood of them, as `log_prob` gives it, is lowest over all phases,
             also when training is interrupted from the keyboard.
@@ -83,11 +85,16 @@ def fit(
     with torch.inference_mode(False), torch.enable_grad():
         held_out = None if validation is None else as_rows("validation", validation, flow)
         scaled: AbstractContextManager[None] = nullcontext()
+        rows: Rows | None = None
         if config is None and objective is flow:
-            scaled = standardised_first(flow, as_rows("data", data, flow))
+            rows = as_rows("data", data, flow)
+            scaled = standardised_first(flow, rows)
+            if held_out is None:
+                rows, held_out = held_out_of(rows)
+            config = usual_phases(flow, len(rows), validated=held_out is not None)
         with scaled:
-            plan = make_plan(objective, config)
-            rows = rows_for(plan, data, flow)
+            plan = make_plan(objective, TrainingConfig() if config is None else config)
+            rows = rows_for(plan, data, flow) if rows is None else rows
             warn_if_far_from_standard(flow, rows)
             processes = Processes(reference_tensor(flow).device)
             check_plan(plan, flow, rows, held_out, processes)

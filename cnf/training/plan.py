@@ -14,6 +14,8 @@ from cnf.training.processes import Processes
 from cnf.training.recipe import recipe
 from cnf.training.rows import Rows, as_rows
 
+_PATIENCE = 3
+
 Plan = Sequence[tuple[nn.Module, TrainingConfig]]
 """Objectives and settings, phase by phase."""
 
@@ -33,9 +35,17 @@ def flow_of(objective: Any) -> Flow:
     return flow
 
 
-def make_plan(
-    objective: nn.Module, config: TrainingConfig | Sequence[TrainingConfig] | None
-) -> Plan:
+def usual_phases(flow: Flow, rows: int, *, validated: bool) -> Sequence[TrainingConfig]:
+    """`recipe` where flow matching can train the flow, else maximum likelihood alone."""
+    patience = _PATIENCE if validated else None
+    try:
+        FlowMatching(flow)
+    except ValueError:
+        return (TrainingConfig(patience=patience),)
+    return recipe(rows, patience=patience)
+
+
+def make_plan(objective: nn.Module, config: TrainingConfig | Sequence[TrainingConfig]) -> Plan:
     """The phases in order; for a flow, with the objectives that the settings name.
 
     Raises:
@@ -43,13 +53,11 @@ def make_plan(
         ValueError: If there is nothing to train, or there are several phases for one objective.
     """
     if not isinstance(objective, Flow):
-        config = TrainingConfig() if config is None else config
         if not isinstance(config, TrainingConfig):
             raise _wrong_config(config, "for an objective")
         plan: Plan = [(objective, config)]
     else:
-        configs = _usual(objective) if config is None else config
-        configs = (configs,) if isinstance(configs, TrainingConfig) else configs
+        configs = (config,) if isinstance(config, TrainingConfig) else config
         if not isinstance(configs, Sequence) or len(configs) == 0:
             raise _wrong_config(configs, "or several")
         for each in configs:
@@ -113,15 +121,6 @@ def check_plan(
                 f"{draws} draws cannot be cut into {parts} parts (accumulate={config.accumulate} "
                 f"in each of {processes.count} processes); raise draws, or lower accumulate."
             )
-
-
-def _usual(flow: Flow) -> Sequence[TrainingConfig]:
-    """`recipe` where flow matching can train the flow, else maximum likelihood alone."""
-    try:
-        FlowMatching(flow)
-    except ValueError:
-        return (TrainingConfig(),)
-    return recipe()
 
 
 def _made(config: TrainingConfig, flow: Flow) -> nn.Module:

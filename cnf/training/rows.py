@@ -23,6 +23,7 @@ Data = Tensor | tuple[Tensor, Tensor] | Mapping[str, Tensor] | Dataset[Any]
 by name, with weights ``(rows,)`` if wanted, ``{"x": ..., "context": ..., "weight": ...}``; or a
 `torch.utils.data.Dataset` whose items are one of these three for a single row."""
 
+_MOST_HELD_OUT = 1000
 _FORMS = "a tensor, a pair (x, context) or a dict with x and perhaps context and weight"
 
 
@@ -148,6 +149,43 @@ class DatasetRows(Rows):
         if "context" in item and self.flow.context_features:
             features = self.flow.context_features
             check_vectors(f"the context of {name}", item["context"], features, like=like)
+
+
+class PartOfRows(Rows):
+    """Some of other rows.
+
+    Args:
+        rows: The rows.
+        places: Which of them.
+    """
+
+    def __init__(self, rows: Rows, places: Tensor) -> None:
+        super().__init__(rows.name, rows.flow, contexts=rows.contexts)
+        self.rows = rows
+        self.places = places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def take(self, indices: Tensor) -> Batch:
+        """The rows at these places of the part."""
+        return self.rows.take(self.places[indices])
+
+
+def held_out_of(rows: Rows) -> tuple[Rows, Rows | None]:
+    """Rows to train on, and others to validate on: a tenth at random, `_MOST_HELD_OUT` at most.
+
+    None of fewer than ten rows, or if those drawn weigh nothing.
+    """
+    count = min(len(rows) // 10, _MOST_HELD_OUT)
+    if count == 0:
+        return rows, None
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    validation = PartOfRows(rows, order[:count])
+    weight = validation.take(torch.arange(count)).weight
+    if weight is not None and not weight.sum() > 0:
+        return rows, None
+    return PartOfRows(rows, order[count:]), validation
 
 
 def as_rows(name: str, data: Any, flow: Flow, *, contexts: bool = False) -> Rows:
