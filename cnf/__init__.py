@@ -28,6 +28,7 @@ from cnf.ode import ODEError, ODESolver
 from cnf.saving import load, save
 from cnf.training import Checkpoints, History, TrainingConfig, TrainingError, fit, recipe
 from cnf.transforms import (
+    ActNorm,
     Affine,
     Augment,
     ContinuousTransform,
@@ -54,6 +55,7 @@ from cnf.vector_fields import (
 
 __all__ = [
     "CNF",
+    "ActNorm",
     "Affine",
     "Augment",
     "Check",

@@ -76,6 +76,21 @@ class Flow(nn.Module):
         """Which x may be asked about: real numbers, or those that the first transforms take."""
         return chain.joint_support(self.chain)
 
+    @torch.no_grad()
+    def initialize(
+        self,
+        x: Float[Tensor, "*batch_and_event"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Set what starts from data, such as `ActNorm`, from these rows; `fit` does it by itself.
+
+        What has been set, or was loaded, is left as it is.
+        """
+        x = self._admit("x", x, context)
+        chain.initialize(self.chain, x, context, generator=generator)
+
     def using(
         self: AnyFlow, *, solver: ODESolver | None = None, divergence: Divergence | None = None
     ) -> AnyFlow:

@@ -23,6 +23,7 @@ from cnf.divergence import Exact, Hutchinson
 from cnf.flow import Flow
 from cnf.ode import ODESolver
 from cnf.transforms import (
+    ActNorm,
     Affine,
     Augment,
     ContinuousTransform,
@@ -45,7 +46,7 @@ _CLASSES: dict[str, type] = {
     cls.__name__: cls
     for cls in (
         *(CNF, Flow, StandardNormal),
-        *(Affine, Augment, ContinuousTransform, Dequantize, FactorOut, Flatten),
+        *(ActNorm, Affine, Augment, ContinuousTransform, Dequantize, FactorOut, Flatten),
         *(Logit, Permute, Squeeze, Standardize, Unconstrain),
         *(ConvField, LinearField, MLPField, PotentialField, ResidualField),
         *(Exact, Hutchinson, ODESolver),
@@ -143,7 +144,8 @@ def _build(description: Any, tensors: dict[str, torch.Tensor], path: Path) -> Fl
         if not isinstance(flow, Flow):
             raise TypeError(f"its description is of a {type(flow).__name__}")
         for value in tensors.values():
-            flow.to(value.dtype)
+            if value.is_floating_point():
+                flow.to(value.dtype)
         flow.load_state_dict(tensors)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
@@ -155,7 +157,7 @@ def _build(description: Any, tensors: dict[str, torch.Tensor], path: Path) -> Fl
 
 def _refuse_what_a_file_cannot_keep(flow: Flow) -> None:
     tensors = flow.state_dict(keep_vars=True)
-    dtypes = {tensor.dtype for tensor in tensors.values()}
+    dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     if len(dtypes) > 1:
         raise ValueError(
             f"flow must have one dtype; got {sorted(map(str, dtypes))}. "

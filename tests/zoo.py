@@ -10,6 +10,7 @@ from torch.distributions.constraints import Constraint
 
 from cnf import (
     CNF,
+    ActNorm,
     Affine,
     Augment,
     ContinuousTransform,
@@ -159,6 +160,8 @@ FIELDS: dict[str, Callable[[], VectorField]] = {
 
 BIJECTIONS: dict[str, Callable[[], Transform]] = {
     "affine": lambda: perturbed(Affine(2)),
+    "actnorm": lambda: perturbed(ActNorm(2)),
+    "actnorm of an image": lambda: perturbed(ActNorm((2, 1, 3))),
     "standardize": lambda: Standardize.from_data(3 + 2 * torch.randn(50, 2)),
     "continuous": lambda: ContinuousTransform(mlp(), solver=PRECISE),
     "continuous with context": lambda: ContinuousTransform(mlp(2, 3), solver=PRECISE),
@@ -233,6 +236,7 @@ FLOWS: dict[str, Callable[[], Flow]] = {
     "partly with context": lambda: Flow(
         [ContinuousTransform(part, solver=PRECISE) for part in (mlp(2, 3), mlp())]
     ),
+    "actnorm": lambda: cnf(transforms=[perturbed(ActNorm(2))]),
     "learnt affine with context": lambda: cnf(2, 3, transforms=[Affine(2)]),
     "linear": lambda: Flow([ContinuousTransform(perturbed(LinearField(2)), solver=PRECISE)]),
     "default layers": lambda: perturbed(

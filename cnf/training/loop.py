@@ -15,7 +15,7 @@ from cnf.training.plan import check_plan, flow_of, make_plan, rows_for, usual_ph
 from cnf.training.processes import Processes
 from cnf.training.rows import Data, Rows, as_rows, held_out_of
 from cnf.training.run import Run
-from cnf.training.scale import standardised_first, warn_if_far_from_standard
+from cnf.training.scale import initialize, standardised_first, warn_if_far_from_standard
 
 
 def fit(
@@ -95,7 +95,6 @@ def fit(
         with scaled:
             plan = make_plan(objective, TrainingConfig() if config is None else config)
             rows = rows_for(plan, data, flow) if rows is None else rows
-            warn_if_far_from_standard(flow, rows)
             processes = Processes(reference_tensor(flow).device)
             check_plan(plan, flow, rows, held_out, processes)
             for each, _ in plan:
@@ -103,5 +102,7 @@ def fit(
             run = Run(plan, flow, rows, held_out, processes, callbacks)
             if checkpoints is not None:
                 run.keep_in(checkpoints, resume=resume)
+            initialize(flow, rows)
+            warn_if_far_from_standard(flow, rows)
         run.go()
     return run.history

@@ -1,4 +1,4 @@
-"""The scale at which the data reach the vector field, where training expects about 1."""
+"""What of a flow starts from the data, and the scale at which they reach the vector field."""
 
 import contextlib
 import itertools
@@ -35,6 +35,14 @@ def standardised_first(flow: Flow, rows: Rows) -> Iterator[None]:
     except BaseException:
         del flow.transforms[0]
         raise
+
+
+def initialize(flow: Flow, rows: Rows | None) -> None:
+    """Set what starts from data, such as `ActNorm`, unless the flow is trained without."""
+    if rows is None or rows.contexts or not any(part.awaits_data for part in flow.chain):
+        return
+    x, context = rows.some(_ROWS_TRIED).inputs
+    flow.initialize(x, context, generator=torch.Generator(x.device).manual_seed(0))
 
 
 @torch.no_grad()

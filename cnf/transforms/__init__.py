@@ -1,5 +1,6 @@
 """Transforms between data and base."""
 
+from cnf.transforms.actnorm import ActNorm
 from cnf.transforms.augment import Augment
 from cnf.transforms.base import Likelihood, Transform
 from cnf.transforms.continuous import ContinuousTransform
@@ -10,6 +11,7 @@ from cnf.transforms.reshape import Flatten, Permute, Squeeze
 from cnf.transforms.unconstrain import Unconstrain, transforms_for
 
 __all__ = [
+    "ActNorm",
     "Affine",
     "Augment",
     "ContinuousTransform",

@@ -65,6 +65,21 @@ class Transform(nn.Module, ABC):
         """Whether each z comes from one x only, and the ladj is that of a Jacobian."""
         return True
 
+    @property
+    def awaits_data(self) -> bool:
+        """Whether something is still to be set from data by `initialize`."""
+        return False
+
+    def initialize(
+        self,
+        x: Float[Tensor, "*batch_and_event"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Set, once, what depends on the data, from the first rows that come; here nothing."""
+        del x, context, generator
+
     def rebuilt(
         self, change: Callable[["ContinuousTransform"], "ContinuousTransform"]
     ) -> "Transform":

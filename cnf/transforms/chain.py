@@ -130,6 +130,21 @@ def joint_support(transforms: Sequence[Transform]) -> constraints.Constraint:
     return constraints.independent(support, more_axes) if more_axes else support
 
 
+def initialize(
+    transforms: Sequence[Transform],
+    x: Float[Tensor, "*batch_and_event"],
+    context: Float[Tensor, "*c_batch context_features"] | None,
+    *,
+    generator: torch.Generator | None,
+) -> None:
+    """Set what depends on data in each part from what the parts before it make of the rows."""
+    waiting = [i for i, part in enumerate(transforms) if part.awaits_data]
+    for part in transforms[: max(waiting, default=-1) + 1]:
+        given = context_for(part, context)
+        part.initialize(x, given, generator=generator)
+        x = part.to_base(x, given, generator=generator)
+
+
 def to_base(
     transforms: Sequence[Transform],
     x: Float[Tensor, "*batch_and_event"],

@@ -85,6 +85,22 @@ class FactorOut(Transform):
         """Whether all transforms are."""
         return all(part.is_bijective for part in self.chain)
 
+    @property
+    def awaits_data(self) -> bool:
+        """Whether one of the transforms does."""
+        return any(part.awaits_data for part in self.chain)
+
+    @torch.no_grad()
+    def initialize(
+        self,
+        x: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Set what depends on data in the transforms."""
+        chain.initialize(self.chain, self._split(x)[0], context, generator=generator)
+
     def rebuilt(self, change: Callable[[ContinuousTransform], ContinuousTransform]) -> "FactorOut":
         """The same with `change` made to what is continuous in the transforms."""
         return FactorOut([part.rebuilt(change) for part in self.chain], self.features)
