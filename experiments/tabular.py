@@ -31,7 +31,7 @@ from cnf._checks import check_count
 from cnf._files import write_atomically
 from cnf.data.splits import Splits
 from cnf.metrics import gaussian_log_prob
-from experiments.tabular_data import PAPERS, PUBLISHED, read
+from experiments.tabular_data import PAPERS, PUBLISHED, check_rows, read
 
 ROWS_AT_ONCE = 8192
 
@@ -259,21 +259,6 @@ def mixture_log_prob(splits: Splits, settings: Settings) -> tuple[NDArray[np.flo
         ]
     best = max(mixtures, key=lambda mixture: mixture.score(splits.validation))
     return best.score_samples(splits.test), best.n_components
-
-
-def check_rows(splits: Splits) -> None:
-    """Refuse parts from which nothing can be learnt or measured.
-
-    Raises:
-        ValueError: If there are too few rows.
-    """
-    features = splits.train.shape[1]
-    for name, part, least in zip(splits._fields, splits, (features + 2, 1, 2), strict=True):
-        if part.shape[1] != features or len(part) < least:
-            raise ValueError(
-                f"{name} must have {features} columns, as train has, and at least {least} rows; "
-                f"got {part.shape}."
-            )
 
 
 def as_tensor(rows: NDArray[np.floating]) -> Tensor:

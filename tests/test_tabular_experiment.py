@@ -110,9 +110,9 @@ def test_tables_that_are_wrong_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"table.npz must be a NumPy file"):
         tabular_data.read(tmp_path / "table.npz", None)
     with pytest.raises(ValueError, match=r"test must have 3 columns, .* got \(5, 2\)"):
-        tabular.check_rows(Splits(rows(9), rows(9), rows(5, columns=2)))
+        tabular_data.check_rows(Splits(rows(9), rows(9), rows(5, columns=2)))
     with pytest.raises(ValueError, match=r"train must have .* at least 5 rows; got \(4, 3\)"):
-        tabular.check_rows(Splits(rows(4), rows(9), rows(5)))
+        tabular_data.check_rows(Splits(rows(4), rows(9), rows(5)))
 
 
 def test_the_gaussian_of_a_gaussian_has_its_entropy():
