@@ -93,11 +93,13 @@ def test_a_generator_fixes_the_start_and_leaves_the_global_one():
 def test_starts_are_uniform_among_rotations():
     """Under the uniform distribution the trace has mean 0 and variance 1 (4 standard errors)."""
     transform = Conv1x1(3)
-    traces = []
+    starts = []
     for _ in range(1000):
         transform.reset_parameters()
-        traces.append(transform.matrix.value().trace().item())
-    traces = torch.tensor(traces)
+        starts.append(transform.matrix.value().detach())
+    starts = torch.stack(starts)
+    torch.testing.assert_close(torch.linalg.det(starts), torch.ones(1000), rtol=0, atol=1e-12)
+    traces = starts.diagonal(dim1=1, dim2=2).sum(-1)
     assert abs(traces.mean()) < 4 / len(traces) ** 0.5
     assert abs(traces.var() - 1) < 0.3
 
