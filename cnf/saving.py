@@ -24,13 +24,19 @@ from cnf.flow import Flow
 from cnf.ode import ODESolver
 from cnf.transforms import (
     ActNorm,
+    AdditiveCoupling,
     Affine,
+    AffineCoupling,
     Augment,
+    ConditionalAffine,
     ContinuousTransform,
+    Conv1x1,
+    ConvConditioner,
     Dequantize,
     FactorOut,
     Flatten,
     Logit,
+    MLPConditioner,
     Permute,
     Squeeze,
     Standardize,
@@ -48,6 +54,8 @@ _CLASSES: dict[str, type] = {
         *(CNF, Flow, StandardNormal),
         *(ActNorm, Affine, Augment, ContinuousTransform, Dequantize, FactorOut, Flatten),
         *(Logit, Permute, Squeeze, Standardize, Unconstrain),
+        *(AdditiveCoupling, AffineCoupling, ConditionalAffine, Conv1x1),
+        *(ConvConditioner, MLPConditioner),
         *(ConvField, LinearField, MLPField, PotentialField, ResidualField),
         *(Exact, Hutchinson, ODESolver),
     )

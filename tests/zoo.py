@@ -11,9 +11,14 @@ from torch.distributions.constraints import Constraint
 from cnf import (
     CNF,
     ActNorm,
+    AdditiveCoupling,
     Affine,
+    AffineCoupling,
     Augment,
+    ConditionalAffine,
     ContinuousTransform,
+    Conv1x1,
+    ConvConditioner,
     ConvField,
     Dequantize,
     FactorOut,
@@ -21,6 +26,7 @@ from cnf import (
     Flow,
     LinearField,
     Logit,
+    MLPConditioner,
     MLPField,
     ModuleField,
     NeuralODE,
@@ -32,6 +38,7 @@ from cnf import (
     Standardize,
     Unconstrain,
     VectorField,
+    glow,
 )
 from cnf.transforms import Transform
 from cnf.vector_fields.activations import ACTIVATIONS
@@ -162,6 +169,26 @@ BIJECTIONS: dict[str, Callable[[], Transform]] = {
     "affine": lambda: perturbed(Affine(2)),
     "actnorm": lambda: perturbed(ActNorm(2)),
     "actnorm of an image": lambda: perturbed(ActNorm((2, 1, 3))),
+    "conditional affine": lambda: perturbed(ConditionalAffine((2, 1, 3), 2)),
+    "additive coupling": lambda: perturbed(
+        AdditiveCoupling(3, conditioner=MLPConditioner(1, 2, hidden_features=(8,)))
+    ),
+    "affine coupling with context": lambda: perturbed(
+        AffineCoupling(3, 2, conditioner=MLPConditioner(2, 2, 2, hidden_features=(8,)), kept="last")
+    ),
+    "affine coupling of channels": lambda: perturbed(
+        AffineCoupling((3, 1, 2), conditioner=ConvConditioner((1, 1, 2), 4, hidden_channels=(4, 3)))
+    ),
+    "checkerboard coupling with context": lambda: perturbed(
+        AffineCoupling(
+            (2, 2, 2),
+            3,
+            conditioner=ConvConditioner((2, 2, 2), 4, 3, hidden_channels=(6,)),
+            kept="odd",
+        )
+    ),
+    "conv1x1": lambda: perturbed(Conv1x1((3, 1, 2))),
+    "dense conv1x1 of a vector": lambda: perturbed(Conv1x1(3, lu=False), 0.1),
     "standardize": lambda: Standardize.from_data(3 + 2 * torch.randn(50, 2)),
     "continuous": lambda: ContinuousTransform(mlp(), solver=PRECISE),
     "continuous with context": lambda: ContinuousTransform(mlp(2, 3), solver=PRECISE),
@@ -228,6 +255,18 @@ def multi_scale() -> Flow:
     )
 
 
+def couplings(context_features: int = 0) -> list[Transform]:
+    """Discrete steps of the plane."""
+    first, last = (
+        MLPConditioner(1, outputs, context_features, hidden_features=(6,)) for outputs in (2, 1)
+    )
+    return [
+        AffineCoupling(2, context_features, conditioner=first),
+        Conv1x1(2),
+        AdditiveCoupling(2, context_features, conditioner=last, kept="last"),
+    ]
+
+
 FLOWS: dict[str, Callable[[], Flow]] = {
     "cnf": cnf,
     "cnf with context": lambda: cnf(2, 3),
@@ -237,6 +276,7 @@ FLOWS: dict[str, Callable[[], Flow]] = {
         [ContinuousTransform(part, solver=PRECISE) for part in (mlp(2, 3), mlp())]
     ),
     "actnorm": lambda: cnf(transforms=[perturbed(ActNorm(2))]),
+    "couplings with context": lambda: cnf(2, 3, transforms=couplings(3)),
     "learnt affine with context": lambda: cnf(2, 3, transforms=[Affine(2)]),
     "linear": lambda: Flow([ContinuousTransform(perturbed(LinearField(2)), solver=PRECISE)]),
     "default layers": lambda: perturbed(
@@ -260,6 +300,10 @@ EXACT_FLOWS: dict[str, Callable[[], Flow]] = {
     "logit": lambda: cnf(transforms=[Logit(2)]),
     "unconstrain": lambda: cnf(transforms=[Unconstrain(["positive", ("periodic", -1, 1)])]),
     "image": lambda: cnf(4, transforms=[Flatten((1, 2, 2)), Permute([3, 1, 0, 2])]),
+    "couplings": lambda: perturbed(Flow(couplings())),
+    "glow with context": lambda: perturbed(
+        Flow(glow((1, 4, 4), 3, levels=2, steps=1, hidden_channels=(4, 3))), 0.1
+    ),
     "multi-scale with context": multi_scale,
 }
 
