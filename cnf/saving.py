@@ -32,6 +32,8 @@ from cnf.transforms import (
     Flatten,
     Logit,
     Permute,
+    Planar,
+    Radial,
     Squeeze,
     Standardize,
     Unconstrain,
@@ -48,6 +50,7 @@ _CLASSES: dict[str, type] = {
         *(CNF, Flow, StandardNormal),
         *(ActNorm, Affine, Augment, ContinuousTransform, Dequantize, FactorOut, Flatten),
         *(Logit, Permute, Squeeze, Standardize, Unconstrain),
+        *(Planar, Radial),
         *(ConvField, LinearField, MLPField, PotentialField, ResidualField),
         *(Exact, Hutchinson, ODESolver),
     )

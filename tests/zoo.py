@@ -26,7 +26,9 @@ from cnf import (
     NeuralODE,
     ODESolver,
     Permute,
+    Planar,
     PotentialField,
+    Radial,
     ResidualField,
     Squeeze,
     Standardize,
@@ -158,6 +160,7 @@ FIELDS: dict[str, Callable[[], VectorField]] = {
     "user with context": lambda: perturbed(ModuleField(UserNetwork(2, 3), 2, 3)),
 }
 
+
 BIJECTIONS: dict[str, Callable[[], Transform]] = {
     "affine": lambda: perturbed(Affine(2)),
     "actnorm": lambda: perturbed(ActNorm(2)),
@@ -182,6 +185,8 @@ BIJECTIONS: dict[str, Callable[[], Transform]] = {
     "flatten": lambda: Flatten((2, 1, 3)),
     "permute": lambda: Permute([2, 0, 3, 1]),
     "squeeze": lambda: Squeeze((2, 4, 2)),
+    "planar": lambda: perturbed(Planar(3)),
+    "radial": lambda: perturbed(Radial(3)),
     "factor out": lambda: FactorOut([perturbed(Affine(2)), Permute([1, 0])], 5),
     "factor out continuous with context": lambda: FactorOut(
         [perturbed(Affine(2)), ContinuousTransform(mlp(2, 3), solver=PRECISE)], 3
@@ -237,6 +242,7 @@ FLOWS: dict[str, Callable[[], Flow]] = {
         [ContinuousTransform(part, solver=PRECISE) for part in (mlp(2, 3), mlp())]
     ),
     "actnorm": lambda: cnf(transforms=[perturbed(ActNorm(2))]),
+    "planar and radial": lambda: cnf(transforms=[perturbed(Planar(2)), perturbed(Radial(2))]),
     "learnt affine with context": lambda: cnf(2, 3, transforms=[Affine(2)]),
     "linear": lambda: Flow([ContinuousTransform(perturbed(LinearField(2)), solver=PRECISE)]),
     "default layers": lambda: perturbed(

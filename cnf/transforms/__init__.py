@@ -7,6 +7,7 @@ from cnf.transforms.continuous import ContinuousTransform
 from cnf.transforms.dequantize import Dequantize, Logit
 from cnf.transforms.elementwise import Affine, Standardize
 from cnf.transforms.factor_out import FactorOut
+from cnf.transforms.planar import Planar, Radial
 from cnf.transforms.reshape import Flatten, Permute, Squeeze
 from cnf.transforms.unconstrain import Unconstrain, transforms_for
 
@@ -21,6 +22,8 @@ __all__ = [
     "Likelihood",
     "Logit",
     "Permute",
+    "Planar",
+    "Radial",
     "Squeeze",
     "Standardize",
     "Transform",
