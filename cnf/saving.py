@@ -28,15 +28,18 @@ from cnf.transforms import (
     Augment,
     ContinuousTransform,
     Dequantize,
+    EmergingConv,
     FactorOut,
     Flatten,
     Logit,
+    PeriodicConv,
     Permute,
     Planar,
     Radial,
     Squeeze,
     Standardize,
     Unconstrain,
+    WoodburyConv,
 )
 from cnf.vector_fields import ConvField, LinearField, MLPField, PotentialField, ResidualField
 
@@ -50,7 +53,7 @@ _CLASSES: dict[str, type] = {
         *(CNF, Flow, StandardNormal),
         *(ActNorm, Affine, Augment, ContinuousTransform, Dequantize, FactorOut, Flatten),
         *(Logit, Permute, Squeeze, Standardize, Unconstrain),
-        *(Planar, Radial),
+        *(EmergingConv, PeriodicConv, Planar, Radial, WoodburyConv),
         *(ConvField, LinearField, MLPField, PotentialField, ResidualField),
         *(Exact, Hutchinson, ODESolver),
     )

@@ -16,6 +16,7 @@ from cnf import (
     ContinuousTransform,
     ConvField,
     Dequantize,
+    EmergingConv,
     FactorOut,
     Flatten,
     Flow,
@@ -25,6 +26,7 @@ from cnf import (
     ModuleField,
     NeuralODE,
     ODESolver,
+    PeriodicConv,
     Permute,
     Planar,
     PotentialField,
@@ -34,6 +36,7 @@ from cnf import (
     Standardize,
     Unconstrain,
     VectorField,
+    WoodburyConv,
 )
 from cnf.transforms import Transform
 from cnf.vector_fields.activations import ACTIVATIONS
@@ -187,6 +190,9 @@ BIJECTIONS: dict[str, Callable[[], Transform]] = {
     "squeeze": lambda: Squeeze((2, 4, 2)),
     "planar": lambda: perturbed(Planar(3)),
     "radial": lambda: perturbed(Radial(3)),
+    "emerging convolution": lambda: perturbed(EmergingConv((2, 3, 2), 3)),
+    "periodic convolution": lambda: perturbed(PeriodicConv((2, 2, 3), 2)),
+    "woodbury convolution": lambda: perturbed(WoodburyConv((2, 3, 2), 1, 2)),
     "factor out": lambda: FactorOut([perturbed(Affine(2)), Permute([1, 0])], 5),
     "factor out continuous with context": lambda: FactorOut(
         [perturbed(Affine(2)), ContinuousTransform(mlp(2, 3), solver=PRECISE)], 3
@@ -233,6 +239,13 @@ def multi_scale() -> Flow:
     )
 
 
+def convolutions() -> Flow:
+    """Images through every invertible convolution."""
+    shape = (2, 2, 2)
+    parts = [EmergingConv(shape, 3), PeriodicConv(shape, 2), WoodburyConv(shape, 1, 1)]
+    return cnf(8, transforms=[Flatten(shape), *(perturbed(part, 0.1) for part in parts)])
+
+
 FLOWS: dict[str, Callable[[], Flow]] = {
     "cnf": cnf,
     "cnf with context": lambda: cnf(2, 3),
@@ -266,6 +279,7 @@ EXACT_FLOWS: dict[str, Callable[[], Flow]] = {
     "logit": lambda: cnf(transforms=[Logit(2)]),
     "unconstrain": lambda: cnf(transforms=[Unconstrain(["positive", ("periodic", -1, 1)])]),
     "image": lambda: cnf(4, transforms=[Flatten((1, 2, 2)), Permute([3, 1, 0, 2])]),
+    "convolutions": convolutions,
     "multi-scale with context": multi_scale,
 }
 

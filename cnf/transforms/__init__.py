@@ -4,12 +4,14 @@ from cnf.transforms.actnorm import ActNorm
 from cnf.transforms.augment import Augment
 from cnf.transforms.base import Likelihood, Transform
 from cnf.transforms.continuous import ContinuousTransform
+from cnf.transforms.convolutions import EmergingConv, PeriodicConv
 from cnf.transforms.dequantize import Dequantize, Logit
 from cnf.transforms.elementwise import Affine, Standardize
 from cnf.transforms.factor_out import FactorOut
 from cnf.transforms.planar import Planar, Radial
 from cnf.transforms.reshape import Flatten, Permute, Squeeze
 from cnf.transforms.unconstrain import Unconstrain, transforms_for
+from cnf.transforms.woodbury import WoodburyConv
 
 __all__ = [
     "ActNorm",
@@ -17,10 +19,12 @@ __all__ = [
     "Augment",
     "ContinuousTransform",
     "Dequantize",
+    "EmergingConv",
     "FactorOut",
     "Flatten",
     "Likelihood",
     "Logit",
+    "PeriodicConv",
     "Permute",
     "Planar",
     "Radial",
@@ -28,5 +32,6 @@ __all__ = [
     "Standardize",
     "Transform",
     "Unconstrain",
+    "WoodburyConv",
     "transforms_for",
 ]
