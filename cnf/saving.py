@@ -29,6 +29,7 @@ from cnf.transforms import (
     ContinuousTransform,
     Dequantize,
     EmergingConv,
+    ExactLipschitz,
     FactorOut,
     Flatten,
     Logit,
@@ -53,7 +54,7 @@ _CLASSES: dict[str, type] = {
         *(CNF, Flow, StandardNormal),
         *(ActNorm, Affine, Augment, ContinuousTransform, Dequantize, FactorOut, Flatten),
         *(Logit, Permute, Squeeze, Standardize, Unconstrain),
-        *(EmergingConv, PeriodicConv, Planar, Radial, WoodburyConv),
+        *(EmergingConv, ExactLipschitz, PeriodicConv, Planar, Radial, WoodburyConv),
         *(ConvField, LinearField, MLPField, PotentialField, ResidualField),
         *(Exact, Hutchinson, ODESolver),
     )

@@ -17,6 +17,7 @@ from cnf import (
     ConvField,
     Dequantize,
     EmergingConv,
+    ExactLipschitz,
     FactorOut,
     Flatten,
     Flow,
@@ -164,6 +165,12 @@ FIELDS: dict[str, Callable[[], VectorField]] = {
 }
 
 
+def lipschitz(features: int, context_features: int = 0, **settings: object) -> ExactLipschitz:
+    """A small exact-Lipschitz transform."""
+    settings = {"units": 3, "hidden_features": (8,), **settings}
+    return perturbed(ExactLipschitz(features, context_features, **settings))
+
+
 BIJECTIONS: dict[str, Callable[[], Transform]] = {
     "affine": lambda: perturbed(Affine(2)),
     "actnorm": lambda: perturbed(ActNorm(2)),
@@ -193,6 +200,8 @@ BIJECTIONS: dict[str, Callable[[], Transform]] = {
     "emerging convolution": lambda: perturbed(EmergingConv((2, 3, 2), 3)),
     "periodic convolution": lambda: perturbed(PeriodicConv((2, 2, 3), 2)),
     "woodbury convolution": lambda: perturbed(WoodburyConv((2, 3, 2), 1, 2)),
+    "exact lipschitz": lambda: lipschitz(3),
+    "exact lipschitz with context": lambda: lipschitz(2, 3, hidden_features=(8, 6)),
     "factor out": lambda: FactorOut([perturbed(Affine(2)), Permute([1, 0])], 5),
     "factor out continuous with context": lambda: FactorOut(
         [perturbed(Affine(2)), ContinuousTransform(mlp(2, 3), solver=PRECISE)], 3
@@ -256,6 +265,7 @@ FLOWS: dict[str, Callable[[], Flow]] = {
     ),
     "actnorm": lambda: cnf(transforms=[perturbed(ActNorm(2))]),
     "planar and radial": lambda: cnf(transforms=[perturbed(Planar(2)), perturbed(Radial(2))]),
+    "exact lipschitz with context": lambda: cnf(2, 3, transforms=[lipschitz(2, 3, lipschitz=0.5)]),
     "learnt affine with context": lambda: cnf(2, 3, transforms=[Affine(2)]),
     "linear": lambda: Flow([ContinuousTransform(perturbed(LinearField(2)), solver=PRECISE)]),
     "default layers": lambda: perturbed(

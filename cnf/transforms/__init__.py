@@ -8,6 +8,7 @@ from cnf.transforms.convolutions import EmergingConv, PeriodicConv
 from cnf.transforms.dequantize import Dequantize, Logit
 from cnf.transforms.elementwise import Affine, Standardize
 from cnf.transforms.factor_out import FactorOut
+from cnf.transforms.lipschitz import ExactLipschitz
 from cnf.transforms.planar import Planar, Radial
 from cnf.transforms.reshape import Flatten, Permute, Squeeze
 from cnf.transforms.unconstrain import Unconstrain, transforms_for
@@ -20,6 +21,7 @@ __all__ = [
     "ContinuousTransform",
     "Dequantize",
     "EmergingConv",
+    "ExactLipschitz",
     "FactorOut",
     "Flatten",
     "Likelihood",
