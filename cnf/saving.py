@@ -33,14 +33,20 @@ from cnf.transforms import (
     Conv1x1,
     ConvConditioner,
     Dequantize,
+    EmergingConv,
+    ExactLipschitz,
     FactorOut,
     Flatten,
     Logit,
     MLPConditioner,
+    PeriodicConv,
     Permute,
+    Planar,
+    Radial,
     Squeeze,
     Standardize,
     Unconstrain,
+    WoodburyConv,
 )
 from cnf.vector_fields import ConvField, LinearField, MLPField, PotentialField, ResidualField
 
@@ -56,6 +62,7 @@ _CLASSES: dict[str, type] = {
         *(Logit, Permute, Squeeze, Standardize, Unconstrain),
         *(AdditiveCoupling, AffineCoupling, ConditionalAffine, Conv1x1),
         *(ConvConditioner, MLPConditioner),
+        *(EmergingConv, ExactLipschitz, PeriodicConv, Planar, Radial, WoodburyConv),
         *(ConvField, LinearField, MLPField, PotentialField, ResidualField),
         *(Exact, Hutchinson, ODESolver),
     )

@@ -21,6 +21,8 @@ from cnf import (
     ConvConditioner,
     ConvField,
     Dequantize,
+    EmergingConv,
+    ExactLipschitz,
     FactorOut,
     Flatten,
     Flow,
@@ -31,13 +33,17 @@ from cnf import (
     ModuleField,
     NeuralODE,
     ODESolver,
+    PeriodicConv,
     Permute,
+    Planar,
     PotentialField,
+    Radial,
     ResidualField,
     Squeeze,
     Standardize,
     Unconstrain,
     VectorField,
+    WoodburyConv,
     glow,
 )
 from cnf.transforms import Transform
@@ -165,6 +171,13 @@ FIELDS: dict[str, Callable[[], VectorField]] = {
     "user with context": lambda: perturbed(ModuleField(UserNetwork(2, 3), 2, 3)),
 }
 
+
+def lipschitz(features: int, context_features: int = 0, **settings: object) -> ExactLipschitz:
+    """A small exact-Lipschitz transform."""
+    settings = {"units": 3, "hidden_features": (8,), **settings}
+    return perturbed(ExactLipschitz(features, context_features, **settings))
+
+
 BIJECTIONS: dict[str, Callable[[], Transform]] = {
     "affine": lambda: perturbed(Affine(2)),
     "actnorm": lambda: perturbed(ActNorm(2)),
@@ -209,6 +222,13 @@ BIJECTIONS: dict[str, Callable[[], Transform]] = {
     "flatten": lambda: Flatten((2, 1, 3)),
     "permute": lambda: Permute([2, 0, 3, 1]),
     "squeeze": lambda: Squeeze((2, 4, 2)),
+    "planar": lambda: perturbed(Planar(3)),
+    "radial": lambda: perturbed(Radial(3)),
+    "emerging convolution": lambda: perturbed(EmergingConv((2, 3, 2), 3)),
+    "periodic convolution": lambda: perturbed(PeriodicConv((2, 2, 3), 2)),
+    "woodbury convolution": lambda: perturbed(WoodburyConv((2, 3, 2), 1, 2)),
+    "exact lipschitz": lambda: lipschitz(3),
+    "exact lipschitz with context": lambda: lipschitz(2, 3, hidden_features=(8, 6)),
     "factor out": lambda: FactorOut([perturbed(Affine(2)), Permute([1, 0])], 5),
     "factor out continuous with context": lambda: FactorOut(
         [perturbed(Affine(2)), ContinuousTransform(mlp(2, 3), solver=PRECISE)], 3
@@ -267,6 +287,13 @@ def couplings(context_features: int = 0) -> list[Transform]:
     ]
 
 
+def convolutions() -> Flow:
+    """Images through every invertible convolution."""
+    shape = (2, 2, 2)
+    parts = [EmergingConv(shape, 3), PeriodicConv(shape, 2), WoodburyConv(shape, 1, 1)]
+    return cnf(8, transforms=[Flatten(shape), *(perturbed(part, 0.1) for part in parts)])
+
+
 FLOWS: dict[str, Callable[[], Flow]] = {
     "cnf": cnf,
     "cnf with context": lambda: cnf(2, 3),
@@ -277,6 +304,8 @@ FLOWS: dict[str, Callable[[], Flow]] = {
     ),
     "actnorm": lambda: cnf(transforms=[perturbed(ActNorm(2))]),
     "couplings with context": lambda: cnf(2, 3, transforms=couplings(3)),
+    "planar and radial": lambda: cnf(transforms=[perturbed(Planar(2)), perturbed(Radial(2))]),
+    "exact lipschitz with context": lambda: cnf(2, 3, transforms=[lipschitz(2, 3, lipschitz=0.5)]),
     "learnt affine with context": lambda: cnf(2, 3, transforms=[Affine(2)]),
     "linear": lambda: Flow([ContinuousTransform(perturbed(LinearField(2)), solver=PRECISE)]),
     "default layers": lambda: perturbed(
@@ -304,6 +333,7 @@ EXACT_FLOWS: dict[str, Callable[[], Flow]] = {
     "glow with context": lambda: perturbed(
         Flow(glow((1, 4, 4), 3, levels=2, steps=1, hidden_channels=(4, 3))), 0.1
     ),
+    "convolutions": convolutions,
     "multi-scale with context": multi_scale,
 }
 
