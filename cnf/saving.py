@@ -28,12 +28,19 @@ from cnf.transforms import (
     Augment,
     ContinuousTransform,
     Dequantize,
+    ExactLogDet,
     FactorOut,
     Flatten,
+    LipschitzAttention,
+    LipschitzConv,
+    LipschitzMLP,
     Logit,
     Permute,
+    ResidualFlow,
+    RussianRoulette,
     Squeeze,
     Standardize,
+    TruncatedSeries,
     Unconstrain,
 )
 from cnf.vector_fields import ConvField, LinearField, MLPField, PotentialField, ResidualField
@@ -49,6 +56,8 @@ _CLASSES: dict[str, type] = {
         *(ActNorm, Affine, Augment, ContinuousTransform, Dequantize, FactorOut, Flatten),
         *(Logit, Permute, Squeeze, Standardize, Unconstrain),
         *(ConvField, LinearField, MLPField, PotentialField, ResidualField),
+        *(ResidualFlow, LipschitzAttention, LipschitzConv, LipschitzMLP),
+        *(ExactLogDet, RussianRoulette, TruncatedSeries),
         *(Exact, Hutchinson, ODESolver),
     )
 }
