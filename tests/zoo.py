@@ -17,16 +17,21 @@ from cnf import (
     Augment,
     ConditionalAffine,
     ContinuousTransform,
+    ContractiveNetwork,
     Conv1x1,
     ConvConditioner,
     ConvField,
     Dequantize,
     EmergingConv,
     ExactLipschitz,
+    ExactLogDet,
     FactorOut,
     Flatten,
     Flow,
     LinearField,
+    LipschitzAttention,
+    LipschitzConv,
+    LipschitzMLP,
     Logit,
     MLPConditioner,
     MLPField,
@@ -39,8 +44,11 @@ from cnf import (
     PotentialField,
     Radial,
     ResidualField,
+    ResidualFlow,
+    RussianRoulette,
     Squeeze,
     Standardize,
+    TruncatedSeries,
     Unconstrain,
     VectorField,
     WoodburyConv,
@@ -178,6 +186,39 @@ def lipschitz(features: int, context_features: int = 0, **settings: object) -> E
     return perturbed(ExactLipschitz(features, context_features, **settings))
 
 
+class LinearContraction(ContractiveNetwork):
+    """A multiplication by a given matrix, with a spectral norm less than 1."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        super().__init__(len(matrix), coefficient=float(torch.linalg.matrix_norm(matrix, 2)))
+        self.matrix = nn.Parameter(matrix)
+
+    def given(self, context: Tensor | None) -> Callable[[Tensor], Tensor]:
+        return lambda x: x @ self.matrix.T
+
+
+def lipschitz_mlp(features: int = 2, context_features: int = 0, **settings: object) -> LipschitzMLP:
+    """A small contraction."""
+    settings = {"hidden_features": (6, 5), **settings}
+    return perturbed(LipschitzMLP(features, context_features, **settings))
+
+
+def lipschitz_conv(context_features: int = 0, **settings: object) -> LipschitzConv:
+    """A small contraction of images."""
+    settings = {"hidden_channels": (2,), **settings}
+    return perturbed(LipschitzConv((1, 3, 3), context_features, **settings))
+
+
+def lipschitz_attention(tokens: int = 3, width: int = 2, **settings: object) -> LipschitzAttention:
+    """A small contraction of tokens."""
+    return perturbed(LipschitzAttention(tokens, width, **settings))
+
+
+def residual_flow(network: ContractiveNetwork, **settings: object) -> ResidualFlow:
+    """A residual flow, solved precisely."""
+    return ResidualFlow(network, **{"tolerance": 1e-11, **settings})
+
+
 BIJECTIONS: dict[str, Callable[[], Transform]] = {
     "affine": lambda: perturbed(Affine(2)),
     "actnorm": lambda: perturbed(ActNorm(2)),
@@ -229,6 +270,12 @@ BIJECTIONS: dict[str, Callable[[], Transform]] = {
     "woodbury convolution": lambda: perturbed(WoodburyConv((2, 3, 2), 1, 2)),
     "exact lipschitz": lambda: lipschitz(3),
     "exact lipschitz with context": lambda: lipschitz(2, 3, hidden_features=(8, 6)),
+    "residual flow": lambda: residual_flow(lipschitz_mlp()),
+    "residual flow with context": lambda: residual_flow(lipschitz_mlp(2, 3, activation="elu")),
+    "residual flow of an image with context": lambda: residual_flow(
+        lipschitz_conv(3), log_det=ExactLogDet()
+    ),
+    "attentive residual flow": lambda: residual_flow(lipschitz_attention()),
     "factor out": lambda: FactorOut([perturbed(Affine(2)), Permute([1, 0])], 5),
     "factor out continuous with context": lambda: FactorOut(
         [perturbed(Affine(2)), ContinuousTransform(mlp(2, 3), solver=PRECISE)], 3
@@ -248,6 +295,25 @@ SURJECTIONS: dict[str, Callable[[], Transform]] = {
 """Random on the way to the base, so that a likelihood is a lower bound."""
 
 TRANSFORMS = {**BIJECTIONS, **SURJECTIONS}
+
+ESTIMATES: dict[str, Callable[[], Transform]] = {
+    "residual flow by roulette": lambda: residual_flow(
+        lipschitz_mlp(3), log_det=RussianRoulette(exact_terms=1)
+    ),
+    "residual flow by roulette with context": lambda: residual_flow(
+        lipschitz_mlp(2, 3), log_det=RussianRoulette(probes=2)
+    ),
+    "residual flow by a truncated series": lambda: residual_flow(
+        lipschitz_mlp(), log_det=TruncatedSeries(terms=3)
+    ),
+    "attentive residual flow by a truncated series": lambda: residual_flow(
+        lipschitz_attention(), log_det=TruncatedSeries(probes=3)
+    ),
+    "factor out of a part by roulette": lambda: FactorOut(
+        [residual_flow(lipschitz_mlp(), log_det=RussianRoulette())], 3
+    ),
+}
+"""Bijections whose ladj is an estimate, with a bias or without."""
 
 
 def cnf(features: int = 2, context_features: int = 0, **settings: object) -> CNF:
@@ -314,6 +380,9 @@ FLOWS: dict[str, Callable[[], Flow]] = {
     "time features": lambda: Flow([ContinuousTransform(mlp(time_features=2), solver=PRECISE)]),
     "residual": lambda: Flow([ContinuousTransform(residual(), solver=PRECISE)]),
     "conv with context": lambda: Flow([ContinuousTransform(conv((1, 1, 2), 3), solver=PRECISE)]),
+    "residual flow with context": lambda: cnf(
+        2, 3, transforms=[residual_flow(lipschitz_mlp(2, 3))]
+    ),
     "learnt end time": lambda: Flow(
         [ContinuousTransform(mlp(), solver=PRECISE, end_time=1.4, learn_end_time=True)]
     ),
@@ -335,6 +404,9 @@ EXACT_FLOWS: dict[str, Callable[[], Flow]] = {
     ),
     "convolutions": convolutions,
     "multi-scale with context": multi_scale,
+    "residual flows": lambda: Flow(
+        [residual_flow(lipschitz_attention(2, 2)), residual_flow(lipschitz_mlp(4))]
+    ),
 }
 
 BOUNDS: dict[str, Callable[[], Flow]] = {
