@@ -127,6 +127,15 @@ def test_slopes_and_so_densities_are_continuous():
     torch.testing.assert_close(before, after, rtol=0, atol=1e-6)
 
 
+def test_a_narrow_ramp_far_away_is_not_overlooked_in_float32():
+    part = ExactLipschitz(1, units=1, lipschitz=0.9).float()
+    with torch.no_grad():  # shift, slope, height, place and width
+        part.network.last.bias.copy_(torch.tensor([0.0, 0.0, -5.0, 1e6, -20.0]))
+    _, ladj = part.to_base_and_ladj(torch.tensor([[0.0], [2e6]]).float())
+    expected = torch.tensor([0.0, math.log(0.1)]).float()
+    torch.testing.assert_close(ladj, expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("call", ["to_base_and_ladj", "to_data_and_ladj"])
 @pytest.mark.parametrize("make", [lipschitz, steep])
