@@ -170,6 +170,7 @@ def _build(description: Any, tensors: dict[str, torch.Tensor], path: Path) -> Fl
         for value in tensors.values():
             if value.is_floating_point():
                 flow.to(value.dtype)
+        _refuse_other_dtypes(flow.state_dict(), tensors)
         flow.load_state_dict(tensors)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
@@ -177,6 +178,15 @@ def _build(description: Any, tensors: dict[str, torch.Tensor], path: Path) -> Fl
             f"({str(error).rstrip('.')}). Load it with the version that saved it. {_REMEDY}"
         ) from error
     return flow
+
+
+def _refuse_other_dtypes(
+    expected: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]
+) -> None:
+    """Refuse what `load_state_dict` would convert, such as integers for weights."""
+    for name, value in tensors.items():
+        if name in expected and value.dtype != expected[name].dtype:
+            raise TypeError(f"its tensor {name!r} is {value.dtype}, not {expected[name].dtype}")
 
 
 def _refuse_what_a_file_cannot_keep(flow: Flow) -> None:

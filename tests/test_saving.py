@@ -451,7 +451,7 @@ def of_integers(tensors):
         (without_one, "Missing key"),
         (with_another, "surprise"),
         (with_another_axis, "size mismatch"),
-        (of_integers, "floating point"),
+        (of_integers, "torch.int64, not torch.float"),
     ],
 )
 def test_tensors_that_do_not_fit_the_description_are_refused(change, word, saved):
