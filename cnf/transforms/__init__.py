@@ -1,6 +1,7 @@
 """Transforms between data and base."""
 
 from cnf.transforms.actnorm import ActNorm
+from cnf.transforms.adapters import FromNflows, FromNormflows, FromTorch, FromZuko
 from cnf.transforms.augment import Augment
 from cnf.transforms.base import Likelihood, Transform
 from cnf.transforms.continuous import ContinuousTransform
@@ -18,6 +19,10 @@ __all__ = [
     "Dequantize",
     "FactorOut",
     "Flatten",
+    "FromNflows",
+    "FromNormflows",
+    "FromTorch",
+    "FromZuko",
     "Likelihood",
     "Logit",
     "Permute",
