@@ -17,6 +17,7 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from cnf._files import write_atomically
+from cnf.baselines import NamedMixture, NamedTransform
 from cnf.bases import StandardNormal
 from cnf.cnf import CNF
 from cnf.divergence import Exact, Hutchinson
@@ -65,6 +66,7 @@ _CLASSES: dict[str, type] = {
     cls.__name__: cls
     for cls in (
         *(CNF, Flow, StandardNormal),
+        *(NamedMixture, NamedTransform),
         *(ActNorm, Affine, Augment, ContinuousTransform, Dequantize, FactorOut, Flatten),
         *(Logit, Permute, Squeeze, Standardize, Unconstrain),
         *(AdditiveCoupling, AffineCoupling, ConditionalAffine, Conv1x1),

@@ -4,8 +4,12 @@ import itertools
 from collections.abc import Callable
 from typing import TypeVar
 
+import nflows.transforms
+import normflows
 import torch
+import zuko
 from torch import Tensor, nn
+from torch.distributions import AffineTransform, ComposeTransform, ExpTransform
 from torch.distributions.constraints import Constraint
 
 from cnf import (
@@ -54,7 +58,8 @@ from cnf import (
     WoodburyConv,
     glow,
 )
-from cnf.transforms import Transform
+from cnf.baselines import build
+from cnf.transforms import FromNflows, FromNormflows, FromTorch, FromZuko, Transform
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.layers import LAYERS
 
@@ -280,6 +285,23 @@ BIJECTIONS: dict[str, Callable[[], Transform]] = {
     "factor out continuous with context": lambda: FactorOut(
         [perturbed(Affine(2)), ContinuousTransform(mlp(2, 3), solver=PRECISE)], 3
     ),
+    "torch": lambda: FromTorch(ComposeTransform([AffineTransform(0.3, 0.5), ExpTransform()]), 2),
+    "zuko": lambda: perturbed(
+        FromZuko(zuko.flows.NSF(2, transforms=2, hidden_features=(8, 8)).transform, 2), 0.1
+    ),
+    "zuko with context": lambda: perturbed(
+        FromZuko(zuko.flows.NICE(2, 3, transforms=2, hidden_features=(8,)).transform.inv, 2, 3), 0.1
+    ),
+    "nflows with context": lambda: perturbed(
+        FromNflows(
+            nflows.transforms.MaskedAffineAutoregressiveTransform(2, 8, 3, num_blocks=1), 2, 3
+        ).double(),
+        0.1,
+    ),
+    "normflows": lambda: perturbed(
+        FromNormflows([normflows.flows.LULinearPermute(2, False)], 2).double(), 0.1
+    ),
+    "named": lambda: perturbed(build("realnvp", 2, size=6), 0.1).chain[0],
 }
 
 SURJECTIONS: dict[str, Callable[[], Transform]] = {
@@ -374,6 +396,8 @@ FLOWS: dict[str, Callable[[], Flow]] = {
     "exact lipschitz with context": lambda: cnf(2, 3, transforms=[lipschitz(2, 3, lipschitz=0.5)]),
     "learnt affine with context": lambda: cnf(2, 3, transforms=[Affine(2)]),
     "linear": lambda: Flow([ContinuousTransform(perturbed(LinearField(2)), solver=PRECISE)]),
+    "maf": lambda: perturbed(build("maf", 2, size=6), 0.1),
+    "realnvp with context": lambda: perturbed(build("realnvp", 2, 3, size=6), 0.1),
     "default layers": lambda: perturbed(
         CNF(2, hidden_features=(8, 8), frequency=1.0, solver=PRECISE), 0.05
     ),

@@ -1,6 +1,7 @@
 """Transforms between data and base."""
 
 from cnf.transforms.actnorm import ActNorm
+from cnf.transforms.adapters import FromNflows, FromNormflows, FromTorch, FromZuko
 from cnf.transforms.attention import LipschitzAttention
 from cnf.transforms.augment import Augment
 from cnf.transforms.base import Likelihood, Transform
@@ -40,6 +41,10 @@ __all__ = [
     "ExactLogDet",
     "FactorOut",
     "Flatten",
+    "FromNflows",
+    "FromNormflows",
+    "FromTorch",
+    "FromZuko",
     "Likelihood",
     "LipschitzAttention",
     "LipschitzConv",
