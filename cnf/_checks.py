@@ -238,6 +238,31 @@ def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(check_count("each of shape", size) for size in shape)
 
 
+def check_image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
+    """Refuse what is no shape ``(channels, height, width)``; return ints.
+
+    Raises:
+        TypeError: If `shape` is not a sequence of ints.
+        ValueError: If there are not three sizes, or one is less than 1.
+    """
+    sizes = check_shape(shape)
+    if len(sizes) != 3:
+        raise ValueError(f"shape must be (channels, height, width); got {shape!r}.")
+    return sizes[0], sizes[1], sizes[2]
+
+
+def check_vector_or_image_shape(shape: int | Sequence[int]) -> tuple[int, int, int]:
+    """The shape of an image, or ``(features, 1, 1)`` for the number of features of a vector.
+
+    Raises:
+        TypeError: If `shape` is neither an int nor a sequence of ints.
+        ValueError: If there are not three sizes, or one is less than 1.
+    """
+    if isinstance(shape, Sequence):
+        return check_image_shape(shape)
+    return check_count("shape", shape), 1, 1
+
+
 def _is_integer(value: object) -> bool:
     return isinstance(value, SupportsIndex) and not isinstance(value, bool | Tensor)
 

@@ -26,6 +26,7 @@ from cnf.ode import ODESolver
 from cnf.regularizers import CostRate
 from cnf.trajectory import check_times, follow
 from cnf.transforms import Likelihood, Transform, chain
+from cnf.transforms.standard_error import to_base_with_error
 from cnf.transforms.supports import select, spread
 
 AnyFlow = TypeVar("AnyFlow", bound="Flow")
@@ -68,7 +69,7 @@ class Flow(nn.Module):
 
     @property
     def likelihood(self) -> Likelihood:
-        """The weakest of "exact", "estimate" and "lower_bound" among the parts, for `log_prob`."""
+        """What `log_prob` is: the weakest kind among the parts, in the order of `Likelihood`."""
         return chain.weakest_likelihood(self.chain)
 
     @property
@@ -163,7 +164,8 @@ class Flow(nn.Module):
         """Log-density in nats and its standard error across the probes of an estimate, else 0.
 
         Raises:
-            ValueError: If the likelihood is a lower bound, or an estimate by less than two probes.
+            ValueError: If the likelihood is a lower bound or biased, or an estimate by less than
+                two probes, or not by the divergence alone.
         """
         x = self._admit("x", x, context, "anywhere")
         inside = rows_inside(x, self.support)
@@ -172,7 +174,7 @@ class Flow(nn.Module):
             log_prob, error = self.log_prob_and_error(*rows, generator=generator)
             error = spread(inside, error, elsewhere=0.0)
             return spread(inside, log_prob, elsewhere=-math.inf), error
-        z, ladj, error = chain.to_base_with_error(self.chain, x, context, generator=generator)
+        z, ladj, error = to_base_with_error(self.chain, x, context, generator=generator)
         return self.base.log_prob(z) + ladj, error
 
     def sample(
@@ -223,10 +225,10 @@ class Flow(nn.Module):
     ) -> tuple[Float[Tensor, "*shape_and_event"], Float[Tensor, "*shape"]]:
         """Draws and their log-densities in nats from one solve, differentiably.
 
-        A lower bound takes a second solve, by `log_prob`: the weight at the very numbers that the
-        draw came from is too large on average to be a bound.
+        A part that makes a lower bound takes a second solve, by `log_prob`: the weight at the very
+        numbers that the draw came from is too large on average to be a bound.
         """
-        if self.likelihood == "lower_bound":
+        if "lower_bound" in chain.likelihoods(self.chain):
             x = self.rsample(sample_shape, context, generator=generator)
             return x, self.log_prob(x, context, generator=generator)
         z = self.base.rsample(self._shape(sample_shape, context), generator=generator)

@@ -17,6 +17,7 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from cnf._files import write_atomically
+from cnf.baselines import NamedMixture, NamedTransform
 from cnf.bases import StandardNormal
 from cnf.cnf import CNF
 from cnf.divergence import Exact, Hutchinson
@@ -24,17 +25,36 @@ from cnf.flow import Flow
 from cnf.ode import ODESolver
 from cnf.transforms import (
     ActNorm,
+    AdditiveCoupling,
     Affine,
+    AffineCoupling,
     Augment,
+    ConditionalAffine,
     ContinuousTransform,
+    Conv1x1,
+    ConvConditioner,
     Dequantize,
+    EmergingConv,
+    ExactLipschitz,
+    ExactLogDet,
     FactorOut,
     Flatten,
+    LipschitzAttention,
+    LipschitzConv,
+    LipschitzMLP,
     Logit,
+    MLPConditioner,
+    PeriodicConv,
     Permute,
+    Planar,
+    Radial,
+    ResidualFlow,
+    RussianRoulette,
     Squeeze,
     Standardize,
+    TruncatedSeries,
     Unconstrain,
+    WoodburyConv,
 )
 from cnf.vector_fields import ConvField, LinearField, MLPField, PotentialField, ResidualField
 
@@ -46,9 +66,15 @@ _CLASSES: dict[str, type] = {
     cls.__name__: cls
     for cls in (
         *(CNF, Flow, StandardNormal),
+        *(NamedMixture, NamedTransform),
         *(ActNorm, Affine, Augment, ContinuousTransform, Dequantize, FactorOut, Flatten),
         *(Logit, Permute, Squeeze, Standardize, Unconstrain),
+        *(AdditiveCoupling, AffineCoupling, ConditionalAffine, Conv1x1),
+        *(ConvConditioner, MLPConditioner),
+        *(EmergingConv, ExactLipschitz, PeriodicConv, Planar, Radial, WoodburyConv),
         *(ConvField, LinearField, MLPField, PotentialField, ResidualField),
+        *(ResidualFlow, LipschitzAttention, LipschitzConv, LipschitzMLP),
+        *(ExactLogDet, RussianRoulette, TruncatedSeries),
         *(Exact, Hutchinson, ODESolver),
     )
 }
@@ -146,6 +172,7 @@ def _build(description: Any, tensors: dict[str, torch.Tensor], path: Path) -> Fl
         for value in tensors.values():
             if value.is_floating_point():
                 flow.to(value.dtype)
+        _refuse_other_dtypes(flow.state_dict(), tensors)
         flow.load_state_dict(tensors)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
@@ -153,6 +180,15 @@ def _build(description: Any, tensors: dict[str, torch.Tensor], path: Path) -> Fl
             f"({str(error).rstrip('.')}). Load it with the version that saved it. {_REMEDY}"
         ) from error
     return flow
+
+
+def _refuse_other_dtypes(
+    expected: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]
+) -> None:
+    """Refuse what `load_state_dict` would convert, such as integers for weights."""
+    for name, value in tensors.items():
+        if name in expected and value.dtype != expected[name].dtype:
+            raise TypeError(f"its tensor {name!r} is {value.dtype}, not {expected[name].dtype}")
 
 
 def _refuse_what_a_file_cannot_keep(flow: Flow) -> None:

@@ -30,6 +30,17 @@ def test_it_is_the_identity_until_then_and_later_rows_change_nothing():
     assert torch.equal(transform.to_base(x), z)
 
 
+def test_the_ladj_is_that_of_the_scale_alone():
+    transform = perturbed(ActNorm((2, 1, 3)))
+    x = torch.randn(4, 6)
+    _, ladj = transform.to_base_and_ladj(x)
+    with torch.no_grad():
+        transform.loc += 5
+    assert torch.equal(transform.to_base_and_ladj(x)[1], ladj)
+    expected = -3 * transform.log_scale.sum().expand(4)
+    torch.testing.assert_close(ladj, expected, rtol=0, atol=1e-12)
+
+
 def test_a_constant_feature_is_shifted_alone():
     transform = ActNorm(2)
     x = torch.stack([torch.full((5,), 7.0), torch.arange(5.0)], -1)

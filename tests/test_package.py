@@ -43,6 +43,9 @@ LATE = [
     "matplotlib",
     "tyro",
     "zuko",
+    "nflows",
+    "normflows",
+    "pyro",
     "sklearn",
     "torchdiffeq",
     "tensorboard",
@@ -57,7 +60,12 @@ def test_importing_cnf_imports_no_library_that_few_need():
     assert done.stdout.split() == []
 
 
-DOORS = ("cnf.cli", "cnf.estimator")
+DOORS = (
+    "cnf.cli",
+    "cnf.estimator",
+    "cnf.adapters.zuko_flow",
+    "cnf.adapters.pyro_distribution",
+)
 """What builds on such a library from its first line, and no other module imports."""
 
 

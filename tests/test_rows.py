@@ -350,7 +350,7 @@ def test_data_of_no_form_are_refused(data, error, message):
 
 
 def test_standardisation_of_a_dataset_is_that_of_its_rows(monkeypatch):
-    monkeypatch.setattr("cnf.training.plan.recipe", lambda: (config(1),))
+    monkeypatch.setattr("cnf.training.plan.recipe", lambda *rows, **settings: (config(1),))
     x = 5 + 3 * torch.randn(200, 2)
     flow = CNF(2, hidden_features=(4,), solver=CHEAP)
     fit(flow, TensorDataset(x))

@@ -5,7 +5,17 @@ import warnings
 import pytest
 import torch
 from laws import every_parameter_matters, ladj_is_slogdet_of_the_jacobian, to_data_undoes_to_base
-from zoo import BIJECTIONS, PRECISE, TRANSFORMS, UserNetwork, mlp, perturbed, rows_for, seeded
+from zoo import (
+    BIJECTIONS,
+    ESTIMATES,
+    PRECISE,
+    TRANSFORMS,
+    UserNetwork,
+    mlp,
+    perturbed,
+    rows_for,
+    seeded,
+)
 
 from cnf import (
     Affine,
@@ -21,11 +31,12 @@ from cnf import (
 )
 from cnf.regularizers import kinetic_energy
 
-every_transform = pytest.mark.parametrize("make", TRANSFORMS.values(), ids=TRANSFORMS)
+EVERY = {**TRANSFORMS, **ESTIMATES}
+every_transform = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
 every_bijection = pytest.mark.parametrize("make", BIJECTIONS.values(), ids=BIJECTIONS)
 
 
-@every_transform
+@pytest.mark.parametrize("make", TRANSFORMS.values(), ids=TRANSFORMS)
 @pytest.mark.parametrize("batch", [(), (4,), (3, 2)], ids=str)
 def test_to_data_undoes_to_base(make, batch):
     transform = make()

@@ -4,36 +4,62 @@ import itertools
 from collections.abc import Callable
 from typing import TypeVar
 
+import nflows.transforms
+import normflows
 import torch
+import zuko
 from torch import Tensor, nn
+from torch.distributions import AffineTransform, ComposeTransform, ExpTransform
 from torch.distributions.constraints import Constraint
 
 from cnf import (
     CNF,
     ActNorm,
+    AdditiveCoupling,
     Affine,
+    AffineCoupling,
     Augment,
+    ConditionalAffine,
     ContinuousTransform,
+    ContractiveNetwork,
+    Conv1x1,
+    ConvConditioner,
     ConvField,
     Dequantize,
+    EmergingConv,
+    ExactLipschitz,
+    ExactLogDet,
     FactorOut,
     Flatten,
     Flow,
     LinearField,
+    LipschitzAttention,
+    LipschitzConv,
+    LipschitzMLP,
     Logit,
+    MLPConditioner,
     MLPField,
     ModuleField,
     NeuralODE,
     ODESolver,
+    PeriodicConv,
     Permute,
+    Planar,
     PotentialField,
+    Radial,
     ResidualField,
+    ResidualFlow,
+    RussianRoulette,
     Squeeze,
     Standardize,
+    TruncatedSeries,
     Unconstrain,
     VectorField,
+    WoodburyConv,
+    glow,
 )
-from cnf.transforms import Transform
+from cnf.baselines import build
+from cnf.transforms import FromNflows, FromNormflows, FromTorch, FromZuko, Transform
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.layers import LAYERS
 
@@ -158,10 +184,70 @@ FIELDS: dict[str, Callable[[], VectorField]] = {
     "user with context": lambda: perturbed(ModuleField(UserNetwork(2, 3), 2, 3)),
 }
 
+
+def lipschitz(features: int, context_features: int = 0, **settings: object) -> ExactLipschitz:
+    """A small exact-Lipschitz transform."""
+    settings = {"units": 3, "hidden_features": (8,), **settings}
+    return perturbed(ExactLipschitz(features, context_features, **settings))
+
+
+class LinearContraction(ContractiveNetwork):
+    """A multiplication by a given matrix, with a spectral norm less than 1."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        super().__init__(len(matrix), coefficient=float(torch.linalg.matrix_norm(matrix, 2)))
+        self.matrix = nn.Parameter(matrix)
+
+    def given(self, context: Tensor | None) -> Callable[[Tensor], Tensor]:
+        return lambda x: x @ self.matrix.T
+
+
+def lipschitz_mlp(features: int = 2, context_features: int = 0, **settings: object) -> LipschitzMLP:
+    """A small contraction."""
+    settings = {"hidden_features": (6, 5), **settings}
+    return perturbed(LipschitzMLP(features, context_features, **settings))
+
+
+def lipschitz_conv(context_features: int = 0, **settings: object) -> LipschitzConv:
+    """A small contraction of images."""
+    settings = {"hidden_channels": (2,), **settings}
+    return perturbed(LipschitzConv((1, 3, 3), context_features, **settings))
+
+
+def lipschitz_attention(tokens: int = 3, width: int = 2, **settings: object) -> LipschitzAttention:
+    """A small contraction of tokens."""
+    return perturbed(LipschitzAttention(tokens, width, **settings))
+
+
+def residual_flow(network: ContractiveNetwork, **settings: object) -> ResidualFlow:
+    """A residual flow, solved precisely."""
+    return ResidualFlow(network, **{"tolerance": 1e-11, **settings})
+
+
 BIJECTIONS: dict[str, Callable[[], Transform]] = {
     "affine": lambda: perturbed(Affine(2)),
     "actnorm": lambda: perturbed(ActNorm(2)),
     "actnorm of an image": lambda: perturbed(ActNorm((2, 1, 3))),
+    "conditional affine": lambda: perturbed(ConditionalAffine((2, 1, 3), 2)),
+    "additive coupling": lambda: perturbed(
+        AdditiveCoupling(3, conditioner=MLPConditioner(1, 2, hidden_features=(8,)))
+    ),
+    "affine coupling with context": lambda: perturbed(
+        AffineCoupling(3, 2, conditioner=MLPConditioner(2, 2, 2, hidden_features=(8,)), kept="last")
+    ),
+    "affine coupling of channels": lambda: perturbed(
+        AffineCoupling((3, 1, 2), conditioner=ConvConditioner((1, 1, 2), 4, hidden_channels=(4, 3)))
+    ),
+    "checkerboard coupling with context": lambda: perturbed(
+        AffineCoupling(
+            (2, 2, 2),
+            3,
+            conditioner=ConvConditioner((2, 2, 2), 4, 3, hidden_channels=(6,)),
+            kept="odd",
+        )
+    ),
+    "conv1x1": lambda: perturbed(Conv1x1((3, 1, 2))),
+    "dense conv1x1 of a vector": lambda: perturbed(Conv1x1(3, lu=False), 0.1),
     "standardize": lambda: Standardize.from_data(3 + 2 * torch.randn(50, 2)),
     "continuous": lambda: ContinuousTransform(mlp(), solver=PRECISE),
     "continuous with context": lambda: ContinuousTransform(mlp(2, 3), solver=PRECISE),
@@ -182,10 +268,40 @@ BIJECTIONS: dict[str, Callable[[], Transform]] = {
     "flatten": lambda: Flatten((2, 1, 3)),
     "permute": lambda: Permute([2, 0, 3, 1]),
     "squeeze": lambda: Squeeze((2, 4, 2)),
+    "planar": lambda: perturbed(Planar(3)),
+    "radial": lambda: perturbed(Radial(3)),
+    "emerging convolution": lambda: perturbed(EmergingConv((2, 3, 2), 3)),
+    "periodic convolution": lambda: perturbed(PeriodicConv((2, 2, 3), 2)),
+    "woodbury convolution": lambda: perturbed(WoodburyConv((2, 3, 2), 1, 2)),
+    "exact lipschitz": lambda: lipschitz(3),
+    "exact lipschitz with context": lambda: lipschitz(2, 3, hidden_features=(8, 6)),
+    "residual flow": lambda: residual_flow(lipschitz_mlp()),
+    "residual flow with context": lambda: residual_flow(lipschitz_mlp(2, 3, activation="elu")),
+    "residual flow of an image with context": lambda: residual_flow(
+        lipschitz_conv(3), log_det=ExactLogDet()
+    ),
+    "attentive residual flow": lambda: residual_flow(lipschitz_attention()),
     "factor out": lambda: FactorOut([perturbed(Affine(2)), Permute([1, 0])], 5),
     "factor out continuous with context": lambda: FactorOut(
         [perturbed(Affine(2)), ContinuousTransform(mlp(2, 3), solver=PRECISE)], 3
     ),
+    "torch": lambda: FromTorch(ComposeTransform([AffineTransform(0.3, 0.5), ExpTransform()]), 2),
+    "zuko": lambda: perturbed(
+        FromZuko(zuko.flows.NSF(2, transforms=2, hidden_features=(8, 8)).transform, 2), 0.1
+    ),
+    "zuko with context": lambda: perturbed(
+        FromZuko(zuko.flows.NICE(2, 3, transforms=2, hidden_features=(8,)).transform.inv, 2, 3), 0.1
+    ),
+    "nflows with context": lambda: perturbed(
+        FromNflows(
+            nflows.transforms.MaskedAffineAutoregressiveTransform(2, 8, 3, num_blocks=1), 2, 3
+        ).double(),
+        0.1,
+    ),
+    "normflows": lambda: perturbed(
+        FromNormflows([normflows.flows.LULinearPermute(2, False)], 2).double(), 0.1
+    ),
+    "named": lambda: perturbed(build("realnvp", 2, size=6), 0.1).chain[0],
 }
 
 SURJECTIONS: dict[str, Callable[[], Transform]] = {
@@ -201,6 +317,25 @@ SURJECTIONS: dict[str, Callable[[], Transform]] = {
 """Random on the way to the base, so that a likelihood is a lower bound."""
 
 TRANSFORMS = {**BIJECTIONS, **SURJECTIONS}
+
+ESTIMATES: dict[str, Callable[[], Transform]] = {
+    "residual flow by roulette": lambda: residual_flow(
+        lipschitz_mlp(3), log_det=RussianRoulette(exact_terms=1)
+    ),
+    "residual flow by roulette with context": lambda: residual_flow(
+        lipschitz_mlp(2, 3), log_det=RussianRoulette(probes=2)
+    ),
+    "residual flow by a truncated series": lambda: residual_flow(
+        lipschitz_mlp(), log_det=TruncatedSeries(terms=3)
+    ),
+    "attentive residual flow by a truncated series": lambda: residual_flow(
+        lipschitz_attention(), log_det=TruncatedSeries(probes=3)
+    ),
+    "factor out of a part by roulette": lambda: FactorOut(
+        [residual_flow(lipschitz_mlp(), log_det=RussianRoulette())], 3
+    ),
+}
+"""Bijections whose ladj is an estimate, with a bias or without."""
 
 
 def cnf(features: int = 2, context_features: int = 0, **settings: object) -> CNF:
@@ -228,6 +363,25 @@ def multi_scale() -> Flow:
     )
 
 
+def couplings(context_features: int = 0) -> list[Transform]:
+    """Discrete steps of the plane."""
+    first, last = (
+        MLPConditioner(1, outputs, context_features, hidden_features=(6,)) for outputs in (2, 1)
+    )
+    return [
+        AffineCoupling(2, context_features, conditioner=first),
+        Conv1x1(2),
+        AdditiveCoupling(2, context_features, conditioner=last, kept="last"),
+    ]
+
+
+def convolutions() -> Flow:
+    """Images through every invertible convolution."""
+    shape = (2, 2, 2)
+    parts = [EmergingConv(shape, 3), PeriodicConv(shape, 2), WoodburyConv(shape, 1, 1)]
+    return cnf(8, transforms=[Flatten(shape), *(perturbed(part, 0.1) for part in parts)])
+
+
 FLOWS: dict[str, Callable[[], Flow]] = {
     "cnf": cnf,
     "cnf with context": lambda: cnf(2, 3),
@@ -237,14 +391,22 @@ FLOWS: dict[str, Callable[[], Flow]] = {
         [ContinuousTransform(part, solver=PRECISE) for part in (mlp(2, 3), mlp())]
     ),
     "actnorm": lambda: cnf(transforms=[perturbed(ActNorm(2))]),
+    "couplings with context": lambda: cnf(2, 3, transforms=couplings(3)),
+    "planar and radial": lambda: cnf(transforms=[perturbed(Planar(2)), perturbed(Radial(2))]),
+    "exact lipschitz with context": lambda: cnf(2, 3, transforms=[lipschitz(2, 3, lipschitz=0.5)]),
     "learnt affine with context": lambda: cnf(2, 3, transforms=[Affine(2)]),
     "linear": lambda: Flow([ContinuousTransform(perturbed(LinearField(2)), solver=PRECISE)]),
+    "maf": lambda: perturbed(build("maf", 2, size=6), 0.1),
+    "realnvp with context": lambda: perturbed(build("realnvp", 2, 3, size=6), 0.1),
     "default layers": lambda: perturbed(
         CNF(2, hidden_features=(8, 8), frequency=1.0, solver=PRECISE), 0.05
     ),
     "time features": lambda: Flow([ContinuousTransform(mlp(time_features=2), solver=PRECISE)]),
     "residual": lambda: Flow([ContinuousTransform(residual(), solver=PRECISE)]),
     "conv with context": lambda: Flow([ContinuousTransform(conv((1, 1, 2), 3), solver=PRECISE)]),
+    "residual flow with context": lambda: cnf(
+        2, 3, transforms=[residual_flow(lipschitz_mlp(2, 3))]
+    ),
     "learnt end time": lambda: Flow(
         [ContinuousTransform(mlp(), solver=PRECISE, end_time=1.4, learn_end_time=True)]
     ),
@@ -260,7 +422,15 @@ EXACT_FLOWS: dict[str, Callable[[], Flow]] = {
     "logit": lambda: cnf(transforms=[Logit(2)]),
     "unconstrain": lambda: cnf(transforms=[Unconstrain(["positive", ("periodic", -1, 1)])]),
     "image": lambda: cnf(4, transforms=[Flatten((1, 2, 2)), Permute([3, 1, 0, 2])]),
+    "couplings": lambda: perturbed(Flow(couplings())),
+    "glow with context": lambda: perturbed(
+        Flow(glow((1, 4, 4), 3, levels=2, steps=1, hidden_channels=(4, 3))), 0.1
+    ),
+    "convolutions": convolutions,
     "multi-scale with context": multi_scale,
+    "residual flows": lambda: Flow(
+        [residual_flow(lipschitz_attention(2, 2)), residual_flow(lipschitz_mlp(4))]
+    ),
 }
 
 BOUNDS: dict[str, Callable[[], Flow]] = {

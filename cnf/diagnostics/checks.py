@@ -56,6 +56,11 @@ class Case:
         std = self.x.std(0)
         return torch.where(std > 0, std, torch.ones_like(std))
 
+    @property
+    def exact(self) -> Flow:
+        """The flow with the exact divergence wherever it follows an ODE."""
+        return self.flow.using(divergence=Exact())
+
     def log_prob(self) -> Tensor:
         """Log-density of the rows."""
         return self.flow.log_prob(self.x, self.context, generator=self.generator)
@@ -76,10 +81,10 @@ class NotMeasuredError(Exception):
 
 def _hutchinson(case: Case) -> Outcome:
     _need_continuous(case)
-    _need_no_bound(case)
+    _need_density(case)
     if not all(part.vector_field.has_closed_form_divergence for part in case.continuous):
         case = case.few()
-    exact = case.by(case.flow.using(divergence=Exact())).log_prob()
+    exact = case.by(case.exact).log_prob()
     estimated = case.flow.using(divergence=Hutchinson(probes=_PROBES))
     log_prob, error = estimated.log_prob_and_error(case.x, case.context, generator=case.generator)
     # Where the Jacobian is diagonal the estimate has no error, and the solver's is left.
@@ -96,7 +101,8 @@ def _hutchinson(case: Case) -> Outcome:
 
 def _standard_error(case: Case) -> Outcome:
     if case.flow.likelihood != "estimate":
-        raise NotMeasuredError(f"the likelihood is {case.flow.likelihood!r}, not an estimate")
+        raise NotMeasuredError(f"the likelihood is {case.flow.likelihood!r}, not 'estimate'")
+    _need_density(case)
     divergences = [part.divergence for part in case.continuous]
     probes = [part.probes for part in divergences if isinstance(part, Hutchinson)]
     if len(probes) < sum(part is not None and not part.is_exact for part in divergences):
@@ -139,10 +145,10 @@ def _round_trip(case: Case) -> Outcome:
 
 
 def _sampled_log_prob(case: Case) -> Outcome:
-    _need_no_bound(case)
+    _need_density(case)
     if case.flow.likelihood == "estimate":
         case = case.few()
-        case = case.by(case.flow.using(divergence=Exact()))
+        case = case.by(case.exact)
     draws = len(case.x) if case.context is None else ()
     x, log_prob = case.flow.sample_and_log_prob(draws, case.context, generator=case.generator)
     again = case.flow.log_prob(x, case.context)
@@ -155,10 +161,10 @@ def _sampled_log_prob(case: Case) -> Outcome:
 
 
 def _integral(case: Case) -> Outcome:
-    _need_no_bound(case)
+    _need_density(case)
     if case.flow.event_shape != (2,) or case.flow.support is not constraints.real_vector:
         raise NotMeasuredError("for densities of the whole plane only")
-    flow = case.flow.using(divergence=Exact()) if case.continuous else case.flow
+    flow = case.exact
     context = None if case.context is None else case.context[0]
     samples = flow.sample(1000, context, generator=case.generator)
     low, high = samples.amin(0), samples.amax(0)
@@ -234,9 +240,10 @@ def _need_continuous(case: Case) -> None:
         raise NotMeasuredError("the flow follows no ODE")
 
 
-def _need_no_bound(case: Case) -> None:
-    if case.flow.likelihood == "lower_bound":
-        raise NotMeasuredError("the likelihood is a lower bound")
+def _need_density(case: Case) -> None:
+    kind = case.exact.likelihood
+    if kind != "exact":
+        raise NotMeasuredError(f"the likelihood is {kind!r}, whatever the divergence")
 
 
 def _finer(solver: ODESolver, resolution: float) -> ODESolver:

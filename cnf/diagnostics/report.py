@@ -35,7 +35,7 @@ class LikelihoodReport:
     """What `certify` found."""
 
     likelihood: Likelihood
-    """What `log_prob` of the flow is: "exact", "estimate" or "lower_bound"."""
+    """What `log_prob` of the flow is: "exact", "estimate", "lower_bound" or "biased_estimate"."""
     rows: int
     """Number of rows that it was measured on."""
     checks: tuple[Check, ...]

@@ -47,7 +47,8 @@ class ReverseKL(nn.Module):
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If `draws` is less than 1, or the likelihood of the flow is a lower bound.
+        ValueError: If `draws` is less than 1, or the likelihood of the flow neither exact nor an
+            unbiased estimate.
 
     References:
         Rezende & Mohamed (2015), Variational Inference with Normalizing Flows.
@@ -74,10 +75,11 @@ class ReverseKL(nn.Module):
     ) -> None:
         super().__init__()
         self.flow = check_flow(flow)
-        if flow.likelihood == "lower_bound":
+        if flow.likelihood not in ("exact", "estimate"):
             raise ValueError(
-                "flow must have a log-density of its draws, exact or estimated; its likelihood is "
-                "a lower bound. Leave out transforms such as Augment and Dequantize."
+                "flow must have a log-density of its draws, exact or estimated without bias; its "
+                f"likelihood is a {flow.likelihood.replace('_', ' ')}. Leave out transforms such "
+                "as Augment and Dequantize, and truncate no series: log_det=RussianRoulette()."
             )
         if not callable(log_density):
             raise TypeError(f"log_density must be callable; got {type(log_density).__name__}.")

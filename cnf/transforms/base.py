@@ -15,9 +15,10 @@ from cnf.regularizers import CostRate
 if TYPE_CHECKING:
     from cnf.transforms.continuous import ContinuousTransform
 
-Likelihood = Literal["exact", "estimate", "lower_bound"]
-"""What a ladj, and so a likelihood, is: exact up to rounding and solver tolerance, an unbiased
-estimate, or part of a lower bound."""
+Likelihood = Literal["exact", "estimate", "lower_bound", "biased_estimate"]
+"""What a ladj, and so a likelihood, is, the strongest first: exact up to rounding and solver
+tolerance; an unbiased estimate; part of a lower bound; or an estimate whose mean may be on either
+side of the truth."""
 
 
 class Transform(nn.Module, ABC):

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Sequence
-from functools import partial
+from typing import get_args
 
 import torch
 from jaxtyping import Float
@@ -11,12 +11,10 @@ from torch.distributions import constraints
 
 from cnf._checks import check_count, reference_tensor
 from cnf.bases import Base, StandardNormal
-from cnf.divergence import FieldEvaluation, Hutchinson
-from cnf.regularizers import CostRate, Regularizer
+from cnf.regularizers import CostRate
 from cnf.transforms.base import Likelihood, Transform
-from cnf.transforms.continuous import ContinuousTransform
 
-_STRONGEST_FIRST: tuple[Likelihood, ...] = ("exact", "estimate", "lower_bound")
+_STRONGEST_FIRST: tuple[Likelihood, ...] = get_args(Likelihood)
 
 
 def as_chain(transforms: Iterable[Transform]) -> list[Transform]:
@@ -93,9 +91,15 @@ def context_for(part: Transform, context: Tensor | None) -> Tensor | None:
 
 
 def weakest_likelihood(transforms: Sequence[Transform]) -> Likelihood:
-    """The weakest of "exact", "estimate" and "lower_bound" among the transforms."""
+    """The weakest kind among the transforms, in the order of `Likelihood`."""
     kinds = [transform.likelihood for transform in transforms]
     return max(kinds, key=_STRONGEST_FIRST.index, default="exact")
+
+
+def likelihoods(transforms: Sequence[Transform]) -> set[Likelihood]:
+    """Every kind among the transforms and their parts."""
+    parts = [part for transform in transforms for part in transform.modules()]
+    return {part.likelihood for part in parts if isinstance(part, Transform)}
 
 
 def check_importance_samples(transforms: Sequence[Transform], importance_samples: int) -> None:
@@ -107,18 +111,17 @@ def check_importance_samples(transforms: Sequence[Transform], importance_samples
             a part that is an estimate.
     """
     check_count("importance_samples", importance_samples)
-    parts = [part for transform in transforms for part in transform.modules()]
-    kinds = {part.likelihood for part in parts if isinstance(part, Transform)}
+    kinds = likelihoods(transforms)
     if importance_samples > 1 and "lower_bound" not in kinds:
         raise ValueError(
             "importance_samples must be 1 unless the likelihood is a lower bound; "
             f"got {importance_samples} for one that is {weakest_likelihood(transforms)!r}."
         )
-    if importance_samples > 1 and "estimate" in kinds:
+    if importance_samples > 1 and kinds & {"estimate", "biased_estimate"}:
         raise ValueError(
             "importance_samples must be 1 where a part of the likelihood is an estimate, for the "
             f"mean of such weights is no bound; got {importance_samples}. "
-            "Perhaps use flow.using(divergence=Exact())."
+            "Perhaps use flow.using(divergence=Exact()), or log_det=ExactLogDet()."
         )
 
 
@@ -220,64 +223,6 @@ def to_base_with_costs(
         )
         ladj, costs = ladj + further, costs + spent
     return x, ladj, costs
-
-
-def to_base_with_error(
-    transforms: Sequence[Transform],
-    x: Float[Tensor, "*batch_and_event"],
-    context: Float[Tensor, "*c_batch context_features"] | None,
-    *,
-    generator: torch.Generator | None,
-) -> tuple[Float[Tensor, "*batch base_features"], Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
-    """From data to base: z, ladj and its standard error, in nats.
-
-    Each probe integrates to an estimate of its own; these differ independently.
-
-    Raises:
-        ValueError: If the likelihood is a lower bound, or an estimate by less than two probes.
-    """
-    kind = weakest_likelihood(transforms)
-    if kind == "lower_bound":
-        raise ValueError("the likelihood must be exact or an estimate; it is a lower bound.")
-    if kind == "exact":
-        z, ladj = to_base_and_ladj(transforms, x, context, generator=generator)
-        return z, ladj, torch.zeros_like(ladj)
-    probes = _number_of_probes(transforms)
-    each = [
-        Regularizer(f"probe {i}", partial(_estimate, i=i), needs_products=False)
-        for i in range(probes)
-    ]
-    z, ladj, estimates = to_base_with_costs(
-        transforms, x, context, regularizers=each, generator=generator
-    )
-    # Not estimates.std(0), which warns of a batch without rows.
-    spread = (estimates - estimates.mean(0)).square().sum(0) / (probes - 1)
-    return z, ladj, (spread / probes).sqrt()
-
-
-def _number_of_probes(transforms: Sequence[Transform]) -> int:
-    parts = [part for transform in transforms for part in transform.modules()]
-    divergences = [part.divergence for part in parts if isinstance(part, ContinuousTransform)]
-    estimates = [part for part in divergences if part is not None and not part.is_exact]
-    numbers = {part.probes for part in estimates if isinstance(part, Hutchinson)}
-    others = {type(part).__name__ for part in estimates if not isinstance(part, Hutchinson)}
-    if others:
-        raise ValueError(
-            f"a standard error is known of estimates by Hutchinson only; got {sorted(others)}."
-        )
-    if len(numbers) != 1 or numbers == {1}:
-        raise ValueError(
-            "a standard error needs the same number of probes, at least 2, in every estimate; got "
-            f"{sorted(numbers)}. Perhaps flow.using(divergence=Hutchinson(probes=8))."
-        )
-    return numbers.pop()
-
-
-def _estimate(evaluation: FieldEvaluation, i: int) -> Tensor:
-    """The divergence by probe i alone; what is exact has none, and errs by nothing."""
-    if evaluation.estimates is None:
-        return torch.zeros_like(evaluation.divergence)
-    return evaluation.estimates[i]
 
 
 def _event_dim(transforms: Sequence[Transform]) -> int:

@@ -1,10 +1,13 @@
 """Transforms that act on each feature alone."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cnf._checks import check_vectors
+from cnf._checks import check_count, check_vector_or_image_shape, check_vectors
 from cnf.transforms.base import Transform
 
 
@@ -49,6 +52,76 @@ class Affine(Transform):
         """Multiply by the scale and add the shift."""
         del context, generator
         return _restored(z, self.loc, self.log_scale)
+
+
+class ConditionalAffine(Transform):
+    """Scaling and shift by the context: ``x = loc(context) + exp(log_scale(context)) * z``.
+
+    Both are affine in the context and start as the identity. At the end of a flow this is a base
+    of independent normal features whose means and standard deviations are learned: given a class
+    in one-hot form, those of each class.
+
+    Args:
+        shape: Number of features of a vector, or shape ``(channels, height, width)`` of the image
+            that x is, flattened in C order, with one scale and shift for each channel.
+        context_features: Size of the context.
+
+    Raises:
+        TypeError: If a size is not an int.
+        ValueError: If a size is less than 1, or an image does not have three.
+
+    References:
+        Kingma & Dhariwal (2018), Glow. https://arxiv.org/abs/1807.03039
+
+    Example:
+        >>> classes = torch.nn.functional.one_hot(torch.tensor([0, 2, 2, 1]), 3)
+        >>> transform = ConditionalAffine(2, context_features=3)
+        >>> transform.to_base(torch.zeros(4, 2), classes.float()).shape
+        torch.Size([4, 2])
+    """
+
+    def __init__(self, shape: int | Sequence[int], context_features: int) -> None:
+        sizes = check_vector_or_image_shape(shape)
+        super().__init__(math.prod(sizes), check_count("context_features", context_features))
+        self.shape: int | tuple[int, int, int] = sizes if isinstance(shape, Sequence) else sizes[0]
+        self.pixels = math.prod(sizes[1:])
+        self.layer = nn.Linear(self.context_features, 2 * sizes[0])
+        nn.init.zeros_(self.layer.weight)
+        nn.init.zeros_(self.layer.bias)
+
+    def extra_repr(self) -> str:
+        """Shape of x."""
+        return f"shape={self.shape}"
+
+    def to_base_and_ladj(
+        self,
+        x: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+        """Subtract the shift and divide by the scale."""
+        del generator
+        return _standardized(x, *self._loc_and_log_scale(context, x.dtype))
+
+    def to_data_and_ladj(
+        self,
+        z: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+        """Multiply by the scale and add the shift."""
+        del generator
+        return _restored(z, *self._loc_and_log_scale(context, z.dtype))
+
+    def _loc_and_log_scale(
+        self, context: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        # Under autocast a layer returns what is coarser than a point of the flow may be.
+        of_channels = self.layer(context).to(dtype)
+        loc, log_scale = of_channels.repeat_interleave(self.pixels, -1).chunk(2, -1)
+        return loc, log_scale
 
 
 class Standardize(Transform):
@@ -133,8 +206,8 @@ class Standardize(Transform):
 
 
 def _standardized(x: Tensor, loc: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-    return (x - loc) * (-log_scale).exp(), (-log_scale.sum()).expand(x.shape[:-1])
+    return (x - loc) * (-log_scale).exp(), (-log_scale.sum(-1)).expand(x.shape[:-1])
 
 
 def _restored(z: Tensor, loc: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-    return loc + log_scale.exp() * z, log_scale.sum().expand(z.shape[:-1])
+    return loc + log_scale.exp() * z, log_scale.sum(-1).expand(z.shape[:-1])

@@ -69,15 +69,15 @@ class VectorField(nn.Module, ABC):
         carries tangents forward gives :math:`J p`. Either serves: :math:`p^\top J p` is the same
         number, and so is the sum of squares over a basis (or its mean over random probes).
         """
-        with _outside_inference_mode():
-            t, x, probes = (_usable_by_autograd(tensor) for tensor in (t, x, probes))
-            context = None if context is None else _usable_by_autograd(context)
+        with outside_inference_mode():
+            t, x, probes = (usable_by_autograd(tensor) for tensor in (t, x, probes))
+            context = None if context is None else usable_by_autograd(context)
             differentiable = torch.is_grad_enabled()
             with torch.enable_grad():
                 point = x if x.requires_grad else x.detach().requires_grad_()
                 velocity = self(t, point, context)
                 products = [
-                    _vector_jacobian_product(velocity, point, probe, differentiable)
+                    vector_jacobian_product(velocity, point, probe, differentiable)
                     for probe in probes
                 ]
         stacked = torch.stack(products) if products else torch.zeros_like(probes)
@@ -265,24 +265,26 @@ def derivative_along(
     return derivative
 
 
-def _vector_jacobian_product(
-    velocity: Tensor, x: Tensor, probe: Tensor, differentiable: bool
+def vector_jacobian_product(
+    value: Tensor, x: Tensor, probe: Tensor, differentiable: bool
 ) -> Tensor:
-    if not velocity.requires_grad:
+    """Product of `probe` with the Jacobian of `value` in x; zero where `value` ignores x."""
+    if not value.requires_grad:
         return torch.zeros_like(x)
     (product,) = torch.autograd.grad(
-        velocity, x, probe, create_graph=differentiable, retain_graph=True, allow_unused=True
+        value, x, probe, create_graph=differentiable, retain_graph=True, allow_unused=True
     )
     return torch.zeros_like(x) if product is None else product
 
 
 @contextmanager
-def _outside_inference_mode() -> Iterator[None]:
+def outside_inference_mode() -> Iterator[None]:
+    """Let autograd work in inference mode too, where gradients then are off."""
     grad_enabled = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.set_grad_enabled(grad_enabled):
         yield
 
 
-def _usable_by_autograd(x: Tensor) -> Tensor:
+def usable_by_autograd(x: Tensor) -> Tensor:
     """A copy of a tensor that was made in inference mode: autograd cannot save those."""
     return x.clone() if x.is_inference() else x

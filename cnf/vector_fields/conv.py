@@ -8,7 +8,7 @@ from typing import NamedTuple, cast
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cnf._checks import check_count, check_shape
+from cnf._checks import check_count, check_image_shape
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.affine import AffineMap
 from cnf.vector_fields.layered import Activated, LayeredField, Stage, Tangent
@@ -63,7 +63,7 @@ class ConvField(LayeredField):
         activation: str = "silu",
         kernel_size: int = 3,
     ) -> None:
-        channels, height, width = _check_image_shape(shape)
+        channels, height, width = check_image_shape(shape)
         super().__init__(channels * height * width, context_features)
         self.shape = (channels, height, width)
         self.hidden_channels = check_widths("hidden_channels", hidden_channels)
@@ -162,13 +162,6 @@ class Reshape(NamedTuple):
     def linearised(self, x: Tensor) -> tuple[Tensor, Tangent]:
         """`x` in the shape, and directions likewise."""
         return self.value(x), lambda dx: dx.reshape(len(dx), *self.shape)
-
-
-def _check_image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
-    sizes = check_shape(shape)
-    if len(sizes) != 3:
-        raise ValueError(f"shape must be (channels, height, width); got {shape!r}.")
-    return sizes[0], sizes[1], sizes[2]
 
 
 def _check_odd(name: str, value: int) -> int:

@@ -1,0 +1,145 @@
+"""Distributions of other libraries as bases."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributions import Distribution, constraints
+
+from cnf._checks import rows_inside
+from cnf.bases import Base
+from cnf.transforms.foreign import as_rows, drawing_from, is_a
+from cnf.transforms.supports import spread
+
+
+class TorchBase(Base):
+    """A `torch.distributions.Distribution` of vectors, or a module that returns one when called.
+
+    Tensors of a distribution are no parameters: they are not trained, and stay on their device.
+    Those of a module, such as a lazy distribution of zuko, are.
+
+    Args:
+        source: The distribution, with one event axis and no batch; or the module.
+
+    Raises:
+        TypeError: If `source` is neither.
+        ValueError: If its shape is another.
+
+    Example:
+        >>> from torch.distributions import Independent, Laplace
+        >>> base = TorchBase(Independent(Laplace(torch.zeros(2), torch.ones(2)), 1))
+        >>> base.log_prob(torch.zeros(2))
+        tensor(-1.3863)
+    """
+
+    def __init__(self, source: Distribution | nn.Module) -> None:
+        distribution = source() if isinstance(source, nn.Module) else source
+        if not isinstance(distribution, Distribution):
+            raise TypeError(
+                "source must be a torch distribution, or a module that returns one; "
+                f"got {type(source).__name__}."
+            )
+        batch, event = tuple(distribution.batch_shape), tuple(distribution.event_shape)
+        if batch or len(event) != 1:
+            raise ValueError(
+                "source must have batch shape () and an event shape such as (2,); "
+                f"got {batch} and {event}. Perhaps wrap it in Independent(source, 1)."
+            )
+        super().__init__(event[0])
+        self.source = source
+        with torch.random.fork_rng(devices=[]):
+            drawn = distribution.sample()
+        # The dtype and device of a distribution that is no module.
+        self.register_buffer("loc", torch.zeros_like(drawn), persistent=False)
+        self.loc: Tensor
+
+    def _distribution(self) -> Distribution:
+        found: Distribution = self.source() if isinstance(self.source, nn.Module) else self.source
+        return found
+
+    def log_prob(self, z: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch"]:
+        """Log-density of `z`, in nats; -inf outside of the support."""
+        distribution = self._distribution()
+        inside = rows_inside(z, _support(distribution))
+        if not inside.any():  # torch checks no empty batch
+            return z.new_full(inside.shape, -math.inf)
+        if inside.all():
+            return distribution.log_prob(z)
+        return spread(inside, distribution.log_prob(z[inside]), elsewhere=-math.inf)
+
+    def rsample(
+        self, shape: torch.Size, *, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "*batch features"]:
+        """Draws of batch shape `shape`.
+
+        Raises:
+            NotImplementedError: If gradients are on, and the distribution has none of its draws.
+        """
+        distribution = self._distribution()
+        with drawing_from(generator, self.loc.device):
+            if distribution.has_rsample:
+                return distribution.rsample(shape)
+            if torch.is_grad_enabled():
+                raise NotImplementedError(
+                    f"{type(distribution).__name__} cannot be drawn from differentiably; use "
+                    "flow.sample, or torch.no_grad()."
+                )
+            return distribution.sample(shape)
+
+    def distribution(self, batch_shape: Sequence[int] = ()) -> Distribution:
+        """The same as a `torch.distributions.Distribution`."""
+        expanded: Distribution = self._distribution().expand(torch.Size(batch_shape))
+        return expanded
+
+
+def _support(distribution: Distribution) -> constraints.Constraint:
+    try:
+        return distribution.support or constraints.real_vector
+    except NotImplementedError:  # some mixtures do not tell
+        return constraints.real_vector
+
+
+class NormflowsBase(Base):
+    """A base distribution of normflows, without context.
+
+    Args:
+        wrapped: The distribution.
+        shape: Shape of its events, each a vector here.
+
+    Raises:
+        TypeError: If it needs a context or a class.
+    """
+
+    def __init__(self, wrapped: nn.Module, shape: Sequence[int]) -> None:
+        for name in ("ConditionalDiagGaussian", "ClassCondDiagGaussian"):
+            if is_a(wrapped, "normflows", name):
+                raise TypeError(f"a base must have no context of its own; got {name} of normflows.")
+        super().__init__(math.prod(shape))
+        self.wrapped = wrapped
+        self.shape = tuple(shape)
+
+    def log_prob(self, z: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch"]:
+        """Log-density of `z`, in nats."""
+        wrapped: Any = self.wrapped
+        log_prob: Tensor = wrapped.log_prob(as_rows(z, self.shape))
+        return log_prob.to(z).reshape(z.shape[:-1])
+
+    def rsample(
+        self, shape: torch.Size, *, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "*batch features"]:
+        """Draws of batch shape `shape`."""
+        like = next(iter((*self.parameters(), *self.buffers())))
+        with drawing_from(generator, like.device):
+            drawn: Tensor = self.wrapped(math.prod(shape))[0]
+        return drawn.to(like).reshape(*shape, self.features)
+
+    def distribution(self, batch_shape: Sequence[int] = ()) -> Distribution:
+        """Not to be had.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(f"{type(self.wrapped).__name__} is no torch distribution.")

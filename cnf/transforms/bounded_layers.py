@@ -1,0 +1,137 @@
+"""Layers of contractive networks, each with a Lipschitz constant that is known."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import cast
+
+import torch
+from jaxtyping import Float, Inexact
+from torch import Tensor, nn
+from torch.nn import functional
+
+Map = Callable[[Tensor], Tensor]
+"""A map of rows, such as ``(*batch, features)``."""
+
+
+class LipSwish(nn.Module):
+    """The activation ``x sigmoid(b x) / 1.1`` with a learnable b > 0.
+
+    Its slope is within [-0.1, 1] whatever b, for that of ``x sigmoid(x)`` is at most 1.0999.
+
+    References:
+        Chen et al. (2019), Residual Flows. https://arxiv.org/abs/1906.02735
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steepness = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+        """The activation of each entry."""
+        return x * torch.sigmoid(functional.softplus(self.steepness) * x) / 1.1
+
+
+class BoundedLayer(nn.Module, ABC):
+    """An affine map that can be brought within a spectral norm; a context shifts it.
+
+    Args:
+        initial: Where the initial weight and bias are taken from.
+        outputs: Size of the bias.
+        context_features: Size of the context; 0 for none.
+    """
+
+    def __init__(self, initial: nn.Linear | nn.Conv2d, outputs: int, context_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(initial.weight)
+        self.bias = nn.Parameter(cast("Tensor", initial.bias))
+        self.shift = nn.Linear(context_features, outputs, bias=False) if context_features else None
+
+    @abstractmethod
+    def norm(self) -> Float[Tensor, ""]:
+        """Spectral norm of the map by the weight as it is."""
+
+    @abstractmethod
+    def mapped(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The map of `x` by this weight and bias."""
+
+    def within(self, norm: float, context: Tensor | None) -> Map:
+        """The map with a weight scaled down, where needed, to this norm."""
+        weight = shrunk(self.weight, self.norm(), norm)
+        bias = self.bias if self.shift is None else self.bias + self.shift(context)
+        return partial(self.mapped, weight=weight, bias=bias)
+
+    @torch.no_grad()
+    def reset_to_zero(self) -> None:
+        """Make the map zero, whatever x and the context."""
+        for parameter in self.parameters():
+            parameter.zero_()
+
+
+class BoundedLinear(BoundedLayer):
+    """A bounded affine map of vectors.
+
+    Args:
+        inputs: Size of x.
+        outputs: Size of the result.
+        context_features: Size of the context; 0 for none.
+    """
+
+    def __init__(self, inputs: int, outputs: int, context_features: int) -> None:
+        super().__init__(nn.Linear(inputs, outputs), outputs, context_features)
+
+    def norm(self) -> Float[Tensor, ""]:
+        """The largest singular value."""
+        return spectral_norm(self.weight)
+
+    def mapped(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The affine map of `x`, ``(*batch, inputs)``."""
+        return functional.linear(x, weight) + bias
+
+
+class BoundedConvolution(BoundedLayer):
+    """A bounded convolution of images that goes round at the borders.
+
+    Args:
+        inputs: Number of channels of x.
+        outputs: Number of channels of the result.
+        context_features: Size of the context; 0 for none.
+        kernel_size: Side of the kernel, odd.
+        image: Height and width of x.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        context_features: int,
+        kernel_size: int,
+        image: tuple[int, ...],
+    ) -> None:
+        super().__init__(nn.Conv2d(inputs, outputs, kernel_size), outputs, context_features)
+        self.image = image
+
+    def norm(self) -> Float[Tensor, ""]:
+        """The largest singular value of the map of whole images."""
+        # In frequency the map is one matrix for each; a real kernel repeats itself in half of them.
+        by_frequency = torch.fft.rfft2(self.weight, s=self.image).flatten(-2)
+        return spectral_norm(by_frequency.movedim(-1, 0)).amax()
+
+    def mapped(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The convolution of `x`, ``(*batch, inputs, height, width)``."""
+        border = (weight.shape[-1] // 2,) * 4
+        rows = functional.pad(x.reshape(-1, *x.shape[-3:]), border, mode="circular")
+        images = functional.conv2d(rows, weight)
+        return images.reshape(*x.shape[:-3], *images.shape[1:]) + bias[..., None, None]
+
+
+def spectral_norm(matrix: Inexact[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batch"]:
+    """The largest singular value: exact and differentiable, unlike that of a power iteration."""
+    norm: Tensor = torch.linalg.matrix_norm(matrix, 2)
+    return norm
+
+
+def shrunk(weight: Tensor, norm: Tensor, largest: float) -> Tensor:
+    """The weight of this norm, scaled down to the largest norm if it is beyond."""
+    # Not by min(1, largest / norm), whose gradient is NaN where the weight is zero.
+    return weight * (largest / norm.clamp(min=largest))

@@ -1,0 +1,146 @@
+"""Networks that read the numbers of a transform off the features that it leaves alone."""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cnf._checks import check_count, check_image_shape
+
+
+class MLPConditioner(nn.Module):
+    """Fully connected network of x and the context, with SiLU between its layers.
+
+    The last layer starts at zero, so that a new transform is the identity.
+
+    Args:
+        features: Size of x.
+        outputs: How many numbers it gives for each row.
+        context_features: Size of the context; 0 for none.
+        hidden_features: Widths of the hidden layers; ``()`` for an affine map.
+
+    Raises:
+        TypeError: If a size is not an int.
+        ValueError: If a size is out of range.
+
+    Example:
+        >>> MLPConditioner(3, 4, context_features=2)(torch.ones(5, 3), torch.ones(5, 2)).shape
+        torch.Size([5, 4])
+    """
+
+    def __init__(
+        self,
+        features: int,
+        outputs: int,
+        context_features: int = 0,
+        *,
+        hidden_features: Sequence[int] = (64, 64),
+    ) -> None:
+        super().__init__()
+        self.features = check_count("features", features)
+        self.outputs = check_count("outputs", outputs)
+        self.context_features = check_count("context_features", context_features, least=0)
+        self.hidden_features = _check_widths("hidden_features", hidden_features)
+        widths = (self.features + self.context_features, *self.hidden_features)
+        layers: list[nn.Module] = []
+        for inputs, width in itertools.pairwise(widths):
+            layers += [nn.Linear(inputs, width), nn.SiLU()]
+        last = nn.Linear(widths[-1], self.outputs)
+        _reset_to_zero(last)
+        self.layers = nn.Sequential(*layers, last)
+
+    def forward(
+        self,
+        x: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*batch context_features"] | None = None,
+    ) -> Float[Tensor, "*batch outputs"]:
+        """The numbers for each row."""
+        inputs = x if context is None else torch.cat([x, context], -1)
+        outputs: Tensor = self.layers(inputs)
+        return outputs
+
+
+class ConvConditioner(nn.Module):
+    """Convolutional network of a flattened image and the context, with ReLU between its layers.
+
+    The first and last kernels are 3 x 3, those between 1 x 1, with zeros beyond the border. The
+    context shifts each channel that the first layer gives. The last layer starts at zero, so that
+    a new transform is the identity, and is followed by a learned positive factor for each channel,
+    ``exp(3 * log_scale)``.
+
+    Args:
+        shape: Shape ``(channels, height, width)`` of the image that x is, flattened in C order.
+        outputs: Channels of what it gives, an image of the same height and width, flattened.
+        context_features: Size of the context; 0 for none.
+        hidden_channels: Channels of the hidden layers; ``()`` for a single convolution.
+
+    Raises:
+        TypeError: If a size is not an int.
+        ValueError: If a size is out of range, or `shape` does not have three.
+
+    References:
+        Kingma & Dhariwal (2018), Glow. https://arxiv.org/abs/1807.03039
+
+    Example:
+        >>> ConvConditioner((3, 8, 8), outputs=2)(torch.zeros(5, 192)).shape
+        torch.Size([5, 128])
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        outputs: int,
+        context_features: int = 0,
+        *,
+        hidden_channels: Sequence[int] = (64, 64),
+    ) -> None:
+        super().__init__()
+        self.shape = check_image_shape(shape)
+        self.features = math.prod(self.shape)
+        self.outputs = check_count("outputs", outputs)
+        self.context_features = check_count("context_features", context_features, least=0)
+        self.hidden_channels = _check_widths("hidden_channels", hidden_channels)
+        widths = (self.shape[0], *self.hidden_channels, self.outputs)
+        last = len(widths) - 2
+        sizes = [3 if i in (0, last) else 1 for i in range(last + 1)]
+        layers = [
+            nn.Conv2d(inputs, width, size, padding=size // 2)
+            for (inputs, width), size in zip(itertools.pairwise(widths), sizes, strict=True)
+        ]
+        self.layers = nn.ModuleList(layers)
+        self.log_scale = nn.Parameter(torch.zeros(self.outputs))
+        if self.context_features:
+            self.context_layer = nn.Linear(self.context_features, widths[1], bias=False)
+            if not self.hidden_channels:
+                _reset_to_zero(self.context_layer)
+        _reset_to_zero(layers[-1])
+
+    def forward(
+        self,
+        x: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*batch context_features"] | None = None,
+    ) -> Float[Tensor, "*batch outputs"]:
+        """The channels of numbers for each image, flattened."""
+        first, *others = self.layers
+        channels: Tensor = first(x.reshape(-1, *self.shape))
+        if context is not None:
+            shifts = self.context_layer(context.reshape(-1, self.context_features))
+            channels = channels + shifts[..., None, None]
+        for layer in others:
+            channels = layer(channels.relu())
+        channels = channels * (3 * self.log_scale).exp()[:, None, None]
+        return channels.reshape(*x.shape[:-1], self.outputs * math.prod(self.shape[1:]))
+
+
+def _reset_to_zero(layer: nn.Linear | nn.Conv2d) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+
+
+def _check_widths(name: str, widths: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(widths, Sequence):
+        raise TypeError(f"{name} must be widths such as (64, 64); got {widths!r}.")
+    return tuple(check_count(f"each of {name}", width) for width in widths)

@@ -1,0 +1,263 @@
+"""Coupling layers: some features change, by numbers that a network reads off the others."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cnf._checks import check_type, check_vector_or_image_shape
+from cnf.transforms.base import Transform
+from cnf.transforms.conditioners import ConvConditioner, MLPConditioner
+
+_HALVES = ("first", "last")
+_CHECKERBOARDS = ("even", "odd")
+
+
+class Coupling(Transform):
+    """Changes some features, each by a map of one number, and keeps the others as they are.
+
+    What the map of each is, a network says, the `conditioner`, from the kept features and the
+    context; so both ways take one call of it. It is a module of the signature ``(x, context)``
+    that gives ``numbers * changed`` numbers for each row: the first number of each changed
+    feature, then the second, and so on. With halves, x is the kept features alone; with
+    checkerboards it is the whole image, with zeros for pixels that change, and the network gives
+    numbers for all pixels, of which those of kept ones are left aside. The context has the batch
+    shape of x, and is None if `context_features` is 0.
+
+    A subclass says how many `numbers` the map of a feature has, and what the map is.
+
+    Args:
+        shape: Number of features of a vector, or shape ``(channels, height, width)`` of the image
+            that x is, flattened in C order.
+        context_features: Size of the context; 0 for none.
+        conditioner: The network; None for an `MLPConditioner`, or a `ConvConditioner` of images,
+            with which the new transform is the identity. A flow with a network of your own cannot
+            be saved by `cnf.save`.
+        kept: What is kept: the "first" half of the features, or channels of an image; all but
+            that, the "last"; or the pixels of an image whose row and column add up to an "even"
+            or "odd" number, as on a checkerboard. Alternate them.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a size is out of range, `kept` is unknown or leaves nothing to keep or to
+            change, or `conditioner` says that it takes other features or another context.
+    """
+
+    numbers: ClassVar[int]
+
+    def __init__(
+        self,
+        shape: int | Sequence[int],
+        context_features: int = 0,
+        *,
+        conditioner: nn.Module | None = None,
+        kept: str = "first",
+    ) -> None:
+        channels, height, width = check_vector_or_image_shape(shape)
+        super().__init__(channels * height * width, context_features)
+        self.shape: int | tuple[int, int, int] = (
+            (channels, height, width) if isinstance(shape, Sequence) else channels
+        )
+        self.kept = kept
+        mask = _kept_features((channels, height, width), kept)
+        if mask.all() or not mask.any():
+            raise ValueError(
+                f"shape must leave something to keep and to change; with kept={kept!r}, "
+                f"{int(mask.sum())} of the {self.features} features of {self.shape} are kept."
+            )
+        self.register_buffer("_given", mask.nonzero().squeeze(-1), persistent=False)
+        self.register_buffer("_changed", (~mask).nonzero().squeeze(-1), persistent=False)
+        self._given: Tensor
+        self._changed: Tensor
+        if conditioner is None:
+            conditioner = self._default_conditioner()
+        self.conditioner = self._checked(conditioner)
+
+    def extra_repr(self) -> str:
+        """Shape of x, and what is kept."""
+        return f"shape={self.shape}, kept={self.kept!r}"
+
+    @abstractmethod
+    def _changed_to_base(
+        self, x: Float[Tensor, "*batch changed"], numbers: Sequence[Float[Tensor, "*batch changed"]]
+    ) -> tuple[Float[Tensor, "*batch changed"], Float[Tensor, "*batch changed"]]:
+        """Towards the base: z, and log(dz/dx) of each feature."""
+
+    @abstractmethod
+    def _changed_to_data(
+        self, z: Float[Tensor, "*batch changed"], numbers: Sequence[Float[Tensor, "*batch changed"]]
+    ) -> tuple[Float[Tensor, "*batch changed"], Float[Tensor, "*batch changed"]]:
+        """Towards the data: x, and log(dx/dz) of each feature."""
+
+    def to_base_and_ladj(
+        self,
+        x: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+        """Change what is not kept."""
+        del generator
+        numbers = self._numbers(x, context)
+        z, ladj = self._changed_to_base(x[..., self._changed], numbers)
+        return x.index_copy(-1, self._changed, z), ladj.sum(-1)
+
+    def to_data_and_ladj(
+        self,
+        z: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+        """Undo the change of what is not kept."""
+        del generator
+        numbers = self._numbers(z, context)
+        x, ladj = self._changed_to_data(z[..., self._changed], numbers)
+        return z.index_copy(-1, self._changed, x), ladj.sum(-1)
+
+    @property
+    def _sees_all(self) -> bool:
+        """Whether the conditioner takes and gives whole images."""
+        return self.kept in _CHECKERBOARDS
+
+    def _numbers(self, x: Tensor, context: Tensor | None) -> Sequence[Tensor]:
+        """The numbers of the maps: a tensor ``(*batch, changed)`` for each."""
+        if context is not None:
+            context = context.expand(*x.shape[:-1], self.context_features)
+        seen = x.index_fill(-1, self._changed, 0) if self._sees_all else x[..., self._given]
+        # Under autocast a network returns what is coarser than a point of the flow may be.
+        numbers: Tensor = self.conditioner(seen, context).to(x.dtype)
+        each = self.features if self._sees_all else len(self._changed)
+        if numbers.shape != (*x.shape[:-1], self.numbers * each):
+            raise ValueError(
+                f"conditioner must give {self.numbers * each} numbers for each row, "
+                f"{self.numbers} for each of {each} features; it gave shape "
+                f"{tuple(numbers.shape)} for x of shape {tuple(x.shape)}."
+            )
+        numbers = numbers.unflatten(-1, (self.numbers, each))
+        return (numbers[..., self._changed] if self._sees_all else numbers).unbind(-2)
+
+    def _default_conditioner(self) -> nn.Module:
+        if isinstance(self.shape, int):
+            outputs = self.numbers * len(self._changed)
+            return MLPConditioner(len(self._given), outputs, self.context_features)
+        channels, height, width = self.shape
+        given = channels if self._sees_all else len(self._given) // (height * width)
+        changed = channels if self._sees_all else channels - given
+        shape = (given, height, width)
+        return ConvConditioner(shape, self.numbers * changed, self.context_features)
+
+    def _checked(self, conditioner: nn.Module) -> nn.Module:
+        """The conditioner, if it is no module of this package that takes other sizes."""
+        check_type("conditioner", conditioner, nn.Module, "MLPConditioner(2, 4)")
+        if not isinstance(conditioner, MLPConditioner | ConvConditioner):
+            return conditioner
+        features = self.features if self._sees_all else len(self._given)
+        for name, size in (("features", features), ("context_features", self.context_features)):
+            if getattr(conditioner, name) != size:
+                raise ValueError(
+                    f"conditioner must take {name}={size}, with kept={self.kept!r} of "
+                    f"{self.features} features and context_features={self.context_features}; "
+                    f"it takes {name}={getattr(conditioner, name)}."
+                )
+        return conditioner
+
+
+class AdditiveCoupling(Coupling):
+    """Shifts some features by what a network reads off the others: ``z = x - loc(kept)``.
+
+    Volumes stay as they are: the ladj is 0. The arguments are those of `Coupling`; the
+    conditioner gives one number, loc, for each changed feature.
+
+    References:
+        Dinh, Krueger & Bengio (2015), NICE. https://arxiv.org/abs/1410.8516
+
+    Example:
+        >>> AdditiveCoupling(5).to_base(torch.ones(4, 5)).shape
+        torch.Size([4, 5])
+    """
+
+    numbers = 1
+
+    def _changed_to_base(self, x: Tensor, numbers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        (loc,) = numbers
+        return x - loc, torch.zeros_like(x)
+
+    def _changed_to_data(self, z: Tensor, numbers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        (loc,) = numbers
+        return z + loc, torch.zeros_like(z)
+
+
+class AffineCoupling(Coupling):
+    r"""Shifts and scales some features by what a network reads off the others.
+
+    .. math::
+        z = (x - \mathrm{loc}) \, e^{-s}, \qquad s = c \tanh(r / c)
+
+    with loc and r what the conditioner gives for each changed feature, loc of all of them first.
+    The bound c on the logarithm of the scale keeps the layer from exploding far from the data;
+    ``s`` is about r where r is small.
+
+    Args:
+        shape: As in `Coupling`, which documents the first four.
+        context_features: Size of the context; 0 for none.
+        conditioner: The network; None for one that suits the shape.
+        kept: What is kept: "first", "last", "even" or "odd".
+        bound: The bound c, positive and finite.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a size or `bound` is out of range, or something of what `Coupling` says.
+
+    References:
+        Dinh, Sohl-Dickstein & Bengio (2017), Density Estimation Using Real NVP.
+        https://arxiv.org/abs/1605.08803
+
+    Example:
+        >>> conditioner = MLPConditioner(2, 2 * 3, hidden_features=(32,))
+        >>> AffineCoupling(5, conditioner=conditioner).to_base(torch.ones(4, 5)).shape
+        torch.Size([4, 5])
+    """
+
+    numbers = 2
+
+    def __init__(
+        self,
+        shape: int | Sequence[int],
+        context_features: int = 0,
+        *,
+        conditioner: nn.Module | None = None,
+        kept: str = "first",
+        bound: float = 3.0,
+    ) -> None:
+        super().__init__(shape, context_features, conditioner=conditioner, kept=kept)
+        if not 0 < bound < math.inf:
+            raise ValueError(f"bound must be positive and finite; got {bound}.")
+        self.bound = bound
+
+    def _changed_to_base(self, x: Tensor, numbers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        loc, raw = numbers
+        log_scale = self.bound * (raw / self.bound).tanh()
+        return (x - loc) * (-log_scale).exp(), -log_scale
+
+    def _changed_to_data(self, z: Tensor, numbers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        loc, raw = numbers
+        log_scale = self.bound * (raw / self.bound).tanh()
+        return loc + log_scale.exp() * z, log_scale
+
+
+def _kept_features(shape: tuple[int, int, int], kept: str) -> Tensor:
+    """Which features are kept: a mask of shape ``(features,)``."""
+    if kept not in _HALVES + _CHECKERBOARDS:
+        names = ", ".join(_HALVES + _CHECKERBOARDS)
+        raise ValueError(f"kept must be one of {names}; got {kept!r}.")
+    channels, height, width = shape
+    if kept in _HALVES:
+        mask = (torch.arange(channels) < channels // 2)[:, None, None]
+    else:
+        mask = (torch.arange(height)[:, None] + torch.arange(width)) % 2 == 0
+    return (mask if kept in ("first", "even") else ~mask).expand(shape).flatten()

@@ -1,0 +1,203 @@
+"""The exact-Lipschitz flow: residual steps whose largest slope is known, not bounded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from cnf._checks import check_count
+from cnf.transforms.autoregressive import AutoregressiveNetwork
+from cnf.transforms.base import Transform
+from cnf.transforms.roots import increasing_root
+
+_NARROWEST = 1e-2
+"""Least width of a ramp, in units of its distance from 0 plus 1: its ends differ in float32 too."""
+
+_SPREAD = 3.0
+"""Ramps of a new transform stand evenly between minus and plus this, for standardised data."""
+
+
+class ExactLipschitz(Transform):
+    r"""A residual step of each feature that depends on those before it: a contraction by design.
+
+    .. math:: z_i = x_i + g(x_i; \theta_i), \qquad \theta_i = \theta_i(x_1, \dots, x_{i-1})
+
+    Each g is a network of one number with one hidden layer, whose slope is a sum of ramps. Such a
+    slope is largest at an end of a ramp, so that its maximum is exact and takes no power iteration;
+    a g that is steeper than `lipschitz` is scaled down to it. The map is one-to-one, its Jacobian
+    triangular, and slopes of z_i in x_i are between 1 - `lipschitz` and 1 + `lipschitz`. A new one
+    is the identity.
+
+    Ramps in place of steps, which the slope of a ReLU network has, make the density continuous; its
+    gradient still jumps at the ends of ramps. The way to the base is one call of the network that
+    gives the parameters; the way to the data one for each feature, with a bisection in each. Put
+    a `Permute` between two of these, and an `ActNorm` where data are to be scaled by more.
+
+    Args:
+        features: Size of x.
+        context_features: Size of the context; 0 for none.
+        units: Number of ramps of each g.
+        hidden_features: Widths of the hidden layers of the network that gives the parameters;
+            ``()`` for an affine map.
+        lipschitz: Largest slope of each g, between 0 and 1.
+
+    Raises:
+        TypeError: If a size is not an int.
+        ValueError: If a size or `lipschitz` is out of range.
+
+    References:
+        Gopal (2021), ELF: Exact-Lipschitz Based Universal Density Approximator Flow.
+        https://arxiv.org/abs/2112.06997
+
+    Example:
+        >>> z, ladj = ExactLipschitz(3).to_base_and_ladj(torch.randn(5, 3))
+        >>> z.shape, ladj.shape
+        (torch.Size([5, 3]), torch.Size([5]))
+    """
+
+    def __init__(
+        self,
+        features: int,
+        context_features: int = 0,
+        *,
+        units: int = 8,
+        hidden_features: Sequence[int] = (64, 64),
+        lipschitz: float = 0.97,
+    ) -> None:
+        super().__init__(features, context_features)
+        self.units = check_count("units", units)
+        if not 0 < lipschitz < 1:
+            raise ValueError(f"lipschitz must be between 0 and 1; got {lipschitz}.")
+        self.lipschitz = float(lipschitz)
+        self.network = AutoregressiveNetwork(
+            features, context_features, outputs=2 + 3 * self.units, hidden_features=hidden_features
+        )
+        self.hidden_features = self.network.hidden_features
+        places = torch.linspace(-_SPREAD, _SPREAD, self.units)
+        self.register_buffer("_places", places, persistent=False)
+        self._places: Tensor
+
+    def extra_repr(self) -> str:
+        """Size of x, number of ramps and largest slope."""
+        return f"features={self.features}, units={self.units}, lipschitz={self.lipschitz}"
+
+    def to_base_and_ladj(
+        self,
+        x: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+        """Add the step of each feature, all at once."""
+        del generator
+        step, slope = self._ramps(x, context).value_and_slope(x)
+        return x + step, torch.log1p(slope).sum(-1)
+
+    def to_data_and_ladj(
+        self,
+        z: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+        """Take the steps back, feature after feature."""
+        del generator
+        x = self.to_data(z, context)
+        return x, -self.to_base_and_ladj(x, context)[1]
+
+    def to_data(
+        self,
+        z: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "*batch features"]:
+        """Take the steps back, feature after feature, without the ladj."""
+        del generator
+        x = z  # of which the network sees no more than is found
+        for i in range(self.features):
+            found = self._undone(self._ramps(x, context).of_feature(i), z[..., i])
+            x = torch.cat([x[..., :i], found.unsqueeze(-1), x[..., i + 1 :]], -1)
+        return x
+
+    def _undone(self, ramps: "Ramps", target: Tensor) -> Tensor:
+        """The number that becomes `target`: no farther from 0 than its slopes allow."""
+
+        def excess_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
+            step, slope = ramps.value_and_slope(x)
+            return x + step - target, 1 + slope
+
+        at_zero, _ = excess_and_slope(torch.zeros_like(target))
+        farthest = at_zero.abs() / (1 - self.lipschitz)
+        return increasing_root(excess_and_slope, -farthest, farthest)
+
+    def _ramps(self, x: Tensor, context: Tensor | None) -> "Ramps":
+        # Under autocast the network returns what is coarser than a log-density may be.
+        parameters = self.network(x, context).to(x.dtype)
+        shift, slope, heights, moves, widths = parameters.split(
+            [1, 1, self.units, self.units, self.units], -1
+        )
+        places = self._places + moves
+        widths = functional.softplus(widths) + _NARROWEST * (1 + places.abs())
+        ramps = Ramps(shift.squeeze(-1), slope.squeeze(-1), heights, places, widths)
+        return ramps.scaled_to(self.lipschitz)
+
+
+@dataclass(frozen=True)
+class Ramps:
+    r"""Functions of one number whose slope is a constant plus a sum of ramps.
+
+    .. math::
+        g'(t) = \text{slope} + \sum_j \text{height}_j \,
+        \operatorname{clamp}\left(\frac{t - \text{place}_j}{\text{width}_j}, 0, 1\right)
+    """
+
+    shift: Float[Tensor, "*batch"]
+    """The value at 0 is this plus what ramps that begin below 0 add."""
+    slope: Float[Tensor, "*batch"]
+    """Slope below all ramps."""
+    heights: Float[Tensor, "*batch units"]
+    """By how much the slope changes along each ramp."""
+    places: Float[Tensor, "*batch units"]
+    """Where each ramp begins."""
+    widths: Float[Tensor, "*batch units"]
+    """How long it is."""
+
+    def value_and_slope(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The functions and their derivatives, each at one number."""
+        share = self._share(t)
+        area = self.widths * (0.5 * share.clamp(0, 1).square() + (share - 1).clamp(min=0))
+        value = self.shift + self.slope * t + (self.heights * area).sum(-1)
+        return value, self.slope_at(t)
+
+    def slope_at(self, t: Tensor) -> Tensor:
+        """The derivatives alone."""
+        return self.slope + (self.heights * self._share(t).clamp(0, 1)).sum(-1)
+
+    def steepest(self) -> Tensor:
+        """The largest absolute slope: that at an end of a ramp, between which slopes are linear."""
+        ends = torch.cat([self.places, self.places + self.widths], -1)
+        return self.slope_at(ends.movedim(-1, 0)).abs().amax(0)
+
+    def scaled_to(self, limit: float) -> "Ramps":
+        """The same functions where no slope exceeds the limit, else with slopes scaled to it."""
+        factor = limit / self.steepest().clamp(min=limit)
+        heights = factor.unsqueeze(-1) * self.heights
+        return Ramps(self.shift, factor * self.slope, heights, self.places, self.widths)
+
+    def of_feature(self, i: int) -> "Ramps":
+        """The functions of the feature i, the last axis of the batch."""
+        return Ramps(
+            self.shift[..., i],
+            self.slope[..., i],
+            self.heights[..., i, :],
+            self.places[..., i, :],
+            self.widths[..., i, :],
+        )
+
+    def _share(self, t: Tensor) -> Tensor:
+        """Where each number is along each ramp: 0 where it begins, 1 where it ends."""
+        return (t.unsqueeze(-1) - self.places) / self.widths

@@ -1,0 +1,240 @@
+"""The log-determinant of a residual flow: exact, or estimated from a power series."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cnf._checks import check_count
+from cnf.divergence import Hutchinson
+from cnf.transforms.base import Likelihood
+from cnf.transforms.bounded_layers import Map
+from cnf.vector_fields.base import standard_basis, vector_jacobian_product
+
+
+class LogDet(ABC):
+    r"""How log det(I + J) is computed, for the Jacobian J of a contraction g.
+
+    With L, less than 1, the Lipschitz constant of g, and d features, it is real, and
+
+    .. math:: d \log(1 - L) \le \log\det(I + J) = \sum_{k \ge 1} \frac{(-1)^{k+1}}{k}
+        \mathrm{tr}(J^k) \le d \log(1 + L)
+    """
+
+    @property
+    @abstractmethod
+    def likelihood(self) -> Likelihood:
+        """What the number is."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        contraction: Map,
+        x: Float[Tensor, "*batch features"],
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+        """g(x) and log det(I + J) at `x`, in nats, for each row."""
+
+
+@dataclass(frozen=True)
+class ExactLogDet(LogDet):
+    """The log-determinant of the whole Jacobian.
+
+    It costs a vector-Jacobian product for each feature, and so is for few features.
+
+    Example:
+        >>> change, ladj = ExactLogDet()(lambda x: 0.5 * x, torch.zeros(3, 2))
+        >>> ladj
+        tensor([0.8109, 0.8109, 0.8109])
+    """
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """Exact."""
+        return "exact"
+
+    def __call__(
+        self,
+        contraction: Map,
+        x: Float[Tensor, "*batch features"],
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+        """g(x) and log det(I + J) at `x`, in nats, for each row."""
+        del generator
+        basis = standard_basis(x)
+        point, changes = _at_copies(contraction, x, len(basis))
+        rows = vector_jacobian_product(changes, point, basis, torch.is_grad_enabled())
+        identity = torch.eye(len(basis), dtype=x.dtype, device=x.device)
+        ladj = torch.linalg.slogdet(identity + rows.movedim(0, -2)).logabsdet
+        return _as_wanted(changes), ladj
+
+
+@dataclass(frozen=True, kw_only=True)
+class TruncatedSeries(LogDet):
+    r"""The first terms of the power series, with random probes for the traces.
+
+    What is left out is a bias, of unknown sign: for d features and a Lipschitz constant of at most
+    L it is up to :math:`-d \, (\log(1 - L) + \sum_{k \le n} L^k / k)`, with n the `terms`.
+
+    Costs a vector-Jacobian product for each term and probe, and gradients one more, whatever the
+    number of terms.
+
+    Raises:
+        TypeError: If a number is not an int.
+        ValueError: If a number is less than 1.
+
+    References:
+        Behrmann et al. (2019), Invertible Residual Networks. https://arxiv.org/abs/1811.00995
+
+    Example:
+        >>> change, ladj = TruncatedSeries(terms=1)(lambda x: 0.5 * x, torch.zeros(3, 2))
+        >>> ladj
+        tensor([1., 1., 1.])
+    """
+
+    terms: int = 10
+    """Number of terms."""
+    probes: int = 1
+    """Number of Rademacher probes for each row."""
+
+    def __post_init__(self) -> None:
+        check_count("terms", self.terms)
+        check_count("probes", self.probes)
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """A biased estimate."""
+        return "biased_estimate"
+
+    def __call__(
+        self,
+        contraction: Map,
+        x: Float[Tensor, "*batch features"],
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+        """g(x) and the estimate of log det(I + J) at `x`, in nats, for each row."""
+        probes = Hutchinson(probes=self.probes).draw_probes(x, generator=generator)
+        return power_series(contraction, x, probes, [1.0] * self.terms)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RussianRoulette(LogDet):
+    r"""An unbiased estimate from a power series that is cut off at random.
+
+    After the exact terms come N more, with :math:`P(N \ge m) = (1 - p)^{m - 1}`; each counts by
+    the inverse of the probability that it is there. N is drawn once for each call, and probes for
+    the traces once for each row. Costs as `TruncatedSeries` with 1 / p further terms on average.
+
+    Where powers of the Jacobian fall as slowly as :math:`\lambda^k`, the variance is finite if
+    :math:`\lambda^2 < 1 - p`; many exact terms make it small.
+
+    Raises:
+        TypeError: If a number is not an int.
+        ValueError: If a number is too small, or `probability` not between 0 and 1.
+
+    References:
+        Chen et al. (2019), Residual Flows for Invertible Generative Modeling.
+        https://arxiv.org/abs/1906.02735
+
+    Example:
+        >>> change, ladj = RussianRoulette()(lambda x: 0.0 * x, torch.zeros(3, 2))
+        >>> ladj
+        tensor([0., 0., 0.])
+    """
+
+    exact_terms: int = 8
+    """Number of terms that are always there."""
+    probability: float = 0.2
+    """Probability p that a further term is the last, less than 1."""
+    probes: int = 1
+    """Number of Rademacher probes for each row."""
+
+    def __post_init__(self) -> None:
+        check_count("exact_terms", self.exact_terms, least=0)
+        check_count("probes", self.probes)
+        if not 0 < self.probability < 1:
+            raise ValueError(f"probability must be between 0 and 1; got {self.probability}.")
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """An unbiased estimate."""
+        return "estimate"
+
+    def __call__(
+        self,
+        contraction: Map,
+        x: Float[Tensor, "*batch features"],
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+        """g(x) and the estimate of log det(I + J) at `x`, in nats, for each row."""
+        further = self.draw_terms(generator=generator)
+        weights = [(1 - self.probability) ** -m for m in range(further)]
+        probes = Hutchinson(probes=self.probes).draw_probes(x, generator=generator)
+        return power_series(contraction, x, probes, [1.0] * self.exact_terms + weights)
+
+    def draw_terms(self, *, generator: torch.Generator | None = None) -> int:
+        """The random number N of further terms, at least 1."""
+        device = "cpu" if generator is None else generator.device
+        draw = torch.rand((), generator=generator, dtype=torch.float64, device=device).item()
+        return 1 + int(math.log1p(-draw) / math.log1p(-self.probability))
+
+
+def power_series(
+    contraction: Map,
+    x: Float[Tensor, "*batch features"],
+    probes: Float[Tensor, "probes *batch features"],
+    weights: Sequence[float],
+) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+    r"""g(x), and the first terms of the power series of log det(I + J) at `x`, each weighted.
+
+    .. math:: \sum_{k \ge 1} w_k \frac{(-1)^{k+1}}{k} \, p^\top J^k p \quad\text{has in the mean
+        over probes p the gradient of}\quad \sum_{k \ge 1} w_k (-1)^{k+1} \, \bar p^\top
+        \bar J^{k-1} J p
+
+    where bars mark what is held fixed: one differentiable product, in place of one for each term.
+    The result is the left sum, and has the gradient of the right one.
+
+    Args:
+        contraction: The map g.
+        x: Points.
+        probes: Random vectors with :math:`\mathbb{E}\, p p^\top = I`; the result is the mean over
+            them.
+        weights: The weight of each term, from the first.
+
+    References:
+        Chen et al. (2019), Residual Flows. https://arxiv.org/abs/1906.02735
+    """
+    point, changes = _at_copies(contraction, x, len(probes))
+    ladj = x.new_zeros(probes.shape[:-1])
+    product, fixed = probes, torch.zeros_like(probes)
+    for order, weight in enumerate(weights, start=1):
+        signed = weight if order % 2 else -weight
+        fixed = fixed + signed * product
+        product = vector_jacobian_product(changes, point, product, differentiable=False)
+        ladj = ladj + signed / order * (product * probes).sum(-1)
+    if torch.is_grad_enabled():
+        slope = vector_jacobian_product(changes, point, fixed, differentiable=True)
+        surrogate = (slope * probes).sum(-1)
+        ladj = ladj + (surrogate - surrogate.detach())
+    return _as_wanted(changes), ladj.mean(0)
+
+
+def _at_copies(contraction: Map, x: Tensor, copies: int) -> tuple[Tensor, Tensor]:
+    """Copies of `x` for as many products at once, and g of them, with a graph in any case."""
+    with torch.enable_grad():
+        point = x.expand(copies, *x.shape)
+        point = point if point.requires_grad else point.detach().requires_grad_()
+        return point, contraction(point)
+
+
+def _as_wanted(changes: Tensor) -> Tensor:
+    """g(x) out of its copies, without a graph where none is wanted."""
+    return changes[0] if torch.is_grad_enabled() else changes[0].detach()

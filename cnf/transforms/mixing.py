@@ -1,0 +1,194 @@
+"""Invertible linear mixing of channels, or of the features of a vector."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cnf._checks import check_vector_or_image_shape
+from cnf.transforms.base import Transform
+
+
+class Conv1x1(Transform):
+    r"""The same invertible matrix W times the channels of each pixel: a 1 x 1 convolution.
+
+    Of a vector, W mixes the features. The ladj is the number of pixels times log|det W|, the same
+    for every row. W starts as a random rotation. Log-determinant and inverse are computed in
+    float64.
+
+    In the form ``lu`` it is :math:`W = P L (U + \mathrm{diag}(s))`: P is a permutation, L lower
+    triangular with ones on its diagonal, U strictly upper triangular. P and the signs of s stay as
+    they start; L, U and log|s| are learned. So log|det W| is the sum of log|s|, and W stays
+    invertible.
+
+    Args:
+        shape: Number of features of a vector, or shape ``(channels, height, width)`` of the image
+            that x is, flattened in C order.
+        lu: Whether W is learned in the form above; else its entries are.
+
+    Raises:
+        TypeError: If a size is not an int.
+        ValueError: If there are not three sizes, or one is less than 1.
+
+    References:
+        Kingma & Dhariwal (2018), Glow. https://arxiv.org/abs/1807.03039
+
+    Example:
+        >>> Conv1x1((12, 4, 4)).to_base(torch.zeros(5, 192)).shape
+        torch.Size([5, 192])
+    """
+
+    def __init__(self, shape: int | Sequence[int], *, lu: bool = True) -> None:
+        channels, height, width = check_vector_or_image_shape(shape)
+        super().__init__(channels * height * width)
+        self.shape: int | tuple[int, int, int] = (
+            (channels, height, width) if isinstance(shape, Sequence) else channels
+        )
+        self.channels = channels
+        self.pixels = height * width
+        self.lu = lu
+        self.matrix: InvertibleMatrix = LUMatrix(channels) if lu else DenseMatrix(channels)
+        self.reset_parameters()
+
+    def extra_repr(self) -> str:
+        """Shape of x."""
+        return f"shape={self.shape}"
+
+    def reset_parameters(self, *, generator: torch.Generator | None = None) -> None:
+        """Start again, from another random rotation."""
+        self.matrix.set_to(_random_rotation(self.channels, generator))
+
+    def to_base_and_ladj(
+        self,
+        x: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+        """Mix by W."""
+        del context, generator
+        return self._mixed(x, self.matrix.value()), self._ladj(x)
+
+    def to_data_and_ladj(
+        self,
+        z: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+        """Mix by the inverse of W."""
+        del context, generator
+        return self._mixed(z, self.matrix.inverse()), -self._ladj(z)
+
+    def _mixed(self, x: Tensor, matrix: Tensor) -> Tensor:
+        pixels = x.unflatten(-1, (self.channels, self.pixels))
+        # Under autocast the product would be coarser than a point of the flow may be.
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.einsum("ij,...jp->...ip", matrix.to(x.dtype), pixels).flatten(-2)
+
+    def _ladj(self, x: Tensor) -> Tensor:
+        return (self.pixels * self.matrix.log_abs_det()).to(x.dtype).expand(x.shape[:-1])
+
+
+class InvertibleMatrix(nn.Module, ABC):
+    """A learnable square matrix, its inverse and log-determinant, all in float64."""
+
+    @abstractmethod
+    def set_to(self, matrix: Float[Tensor, "size size"]) -> None:
+        """Give the matrix a value."""
+
+    @abstractmethod
+    def value(self) -> Float[Tensor, "size size"]:
+        """The matrix."""
+
+    @abstractmethod
+    def inverse(self) -> Float[Tensor, "size size"]:
+        """Its inverse."""
+
+    @abstractmethod
+    def log_abs_det(self) -> Float[Tensor, ""]:
+        """Logarithm of the absolute value of its determinant."""
+
+
+class DenseMatrix(InvertibleMatrix):
+    """A matrix whose entries are learned."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(size))
+
+    @torch.no_grad()
+    def set_to(self, matrix: Float[Tensor, "size size"]) -> None:
+        """Give the matrix a value."""
+        self.weight.copy_(matrix)
+
+    def value(self) -> Float[Tensor, "size size"]:
+        """The matrix."""
+        return self.weight.double()
+
+    def inverse(self) -> Float[Tensor, "size size"]:
+        """Its inverse."""
+        inverse: Tensor = torch.linalg.inv(self.value())
+        return inverse
+
+    def log_abs_det(self) -> Float[Tensor, ""]:
+        """Logarithm of the absolute value of its determinant, at cubic cost."""
+        log_abs_det: Tensor = torch.linalg.slogdet(self.value()).logabsdet
+        return log_abs_det
+
+
+class LUMatrix(InvertibleMatrix):
+    """A matrix P L (U + diag(s)) of which P and the signs of s are fixed."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        # L below the diagonal, log|s| on it, and U above.
+        self.packed = nn.Parameter(torch.zeros(size, size))
+        self.register_buffer("permutation", torch.eye(size))
+        self.register_buffer("sign", torch.ones(size))
+        self.permutation: Tensor
+        self.sign: Tensor
+
+    @torch.no_grad()
+    def set_to(self, matrix: Float[Tensor, "size size"]) -> None:
+        """Give the matrix a value, and so P and the signs."""
+        permutation, lower, upper = torch.linalg.lu(matrix)
+        diagonal = upper.diagonal()
+        self.permutation.copy_(permutation)
+        self.sign.copy_(diagonal.sign())
+        self.packed.copy_(lower.tril(-1) + diagonal.abs().log().diag() + upper.triu(1))
+
+    def value(self) -> Float[Tensor, "size size"]:
+        """The matrix."""
+        lower, upper = self._triangles()
+        return self.permutation.double() @ lower @ upper
+
+    def inverse(self) -> Float[Tensor, "size size"]:
+        """Its inverse, by two triangular solves."""
+        lower, upper = self._triangles()
+        unpermuted = self.permutation.double().mT
+        inner = torch.linalg.solve_triangular(lower, unpermuted, upper=False, unitriangular=True)
+        inverse: Tensor = torch.linalg.solve_triangular(upper, inner, upper=True)
+        return inverse
+
+    def log_abs_det(self) -> Float[Tensor, ""]:
+        """Logarithm of the absolute value of its determinant, at linear cost."""
+        return self.packed.double().diagonal().sum()
+
+    def _triangles(self) -> tuple[Tensor, Tensor]:
+        packed = self.packed.double()
+        lower = packed.tril(-1) + torch.eye(len(packed), dtype=packed.dtype, device=packed.device)
+        scale = self.sign.double() * packed.diagonal().exp()
+        return lower, packed.triu(1) + scale.diag()
+
+
+def _random_rotation(size: int, generator: torch.Generator | None) -> Tensor:
+    """A rotation that is uniformly distributed, in float64."""
+    device = "cpu" if generator is None else generator.device
+    normal = torch.randn(size, size, generator=generator, dtype=torch.float64, device=device)
+    q, r = torch.linalg.qr(normal)
+    rotation: Tensor = q * r.diagonal().sign()
+    rotation[:, 0] *= torch.linalg.det(rotation).sign()
+    return rotation

@@ -1,0 +1,183 @@
+"""Planar and radial flows: points move along one direction, or to and from one point."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cnf.transforms.base import Transform
+from cnf.transforms.roots import increasing_root
+
+_MARGIN = 1e-3
+"""Least slope of either map along the line on which it moves points: what keeps inverses finite."""
+
+_AT_REST = math.log(math.expm1(1 - _MARGIN))
+"""Where softplus is 1 - `_MARGIN`: the identity."""
+
+
+class Planar(Transform):
+    r"""A step along one direction, by how far x is from a plane: a ridge of density is bent.
+
+    .. math::
+        z = x + \hat u \tanh(w^\top x + b), \qquad
+        \hat u = u + (m - w^\top u) \, w / \lVert w \rVert^2, \qquad
+        m = \mathrm{softplus}(w^\top u) - 1 + 0.001
+
+    with w the `normal`, u the `direction` and b the `offset`. The correction of u makes
+    :math:`w^\top \hat u = m` greater than -1, so that the map is one-to-one whatever the parameters
+    are. A new one is the identity. The way to the base is cheap; the way to the data takes as many
+    steps of bisection, on one number for each row, as the dtype has digits.
+
+    Args:
+        features: Size of x.
+
+    Raises:
+        TypeError: If `features` is not an int.
+        ValueError: If `features` is less than 1.
+
+    References:
+        Rezende & Mohamed (2015), Variational Inference with Normalizing Flows, whose flow runs from
+        the base to the data. https://arxiv.org/abs/1505.05770
+
+    Example:
+        >>> x = torch.randn(5, 2)
+        >>> bool((Planar(2).to_base(x) - x).abs().max() < 1e-6)
+        True
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        normal = functional.normalize(torch.randn(features), dim=0)
+        self.normal = nn.Parameter(normal)
+        self.direction = nn.Parameter(_AT_REST * normal)
+        self.offset = nn.Parameter(torch.zeros(()))
+
+    def to_base_and_ladj(
+        self,
+        x: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+        """Add the step."""
+        del context, generator
+        step, across = self._step()
+        bend = self._height(x).tanh()
+        return x + bend.unsqueeze(-1) * step, torch.log1p(across * (1 - bend.square()))
+
+    def to_data_and_ladj(
+        self,
+        z: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+        """Find the height of x above the plane from that of z, and take the step back."""
+        del context, generator
+        step, across = self._step()
+        target = self._height(z)
+
+        def excess_and_slope(height: Tensor) -> tuple[Tensor, Tensor]:
+            bend = height.tanh()
+            return height + across * bend - target, 1 + across * (1 - bend.square())
+
+        low, high = target - across.abs(), target + across.abs()
+        bend = increasing_root(excess_and_slope, low, high).tanh()
+        return z - bend.unsqueeze(-1) * step, -torch.log1p(across * (1 - bend.square()))
+
+    def _height(self, x: Tensor) -> Tensor:
+        # Not a matrix product, which autocast would round; so below.
+        return (x * self.normal).sum(-1) + self.offset
+
+    def _step(self) -> tuple[Tensor, Tensor]:
+        """The corrected direction, and its product with the normal."""
+        product = (self.normal * self.direction).sum()
+        across = functional.softplus(product) - (1 - _MARGIN)
+        correction = (across - product) * self.normal / self.normal.square().sum()
+        return self.direction + correction, across
+
+
+class Radial(Transform):
+    r"""A step to or from one point, the less the farther away: density is heaped there or hollowed.
+
+    .. math::
+        z = x + \frac{\beta}{\alpha + r} (x - x_0), \qquad r = \lVert x - x_0 \rVert, \qquad
+        \beta = \mathrm{softplus}(s) - (1 - 0.001) \, \alpha
+
+    with x_0 the `centre`, s the `strength` and the logarithm of alpha the `log_radius`. As beta is
+    greater than -alpha, the map is one-to-one whatever the parameters are. A new one is the
+    identity. Both ways have a closed form: r solves a quadratic equation.
+
+    Args:
+        features: Size of x.
+
+    Raises:
+        TypeError: If `features` is not an int.
+        ValueError: If `features` is less than 1.
+
+    References:
+        Rezende & Mohamed (2015), Variational Inference with Normalizing Flows, whose flow runs from
+        the base to the data. https://arxiv.org/abs/1505.05770
+
+    Example:
+        >>> x = torch.randn(5, 2)
+        >>> bool((Radial(2).to_base(x) - x).abs().max() < 1e-6)
+        True
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        self.centre = nn.Parameter(torch.randn(features))
+        self.log_radius = nn.Parameter(torch.zeros(()))
+        self.strength = nn.Parameter(torch.tensor(_AT_REST))
+
+    def to_base_and_ladj(
+        self,
+        x: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+        """Move to or from the centre."""
+        del context, generator
+        offset = x - self.centre
+        stretch, ladj = self._stretch_and_ladj(torch.linalg.vector_norm(offset, dim=-1))
+        return self.centre + stretch.unsqueeze(-1) * offset, ladj
+
+    def to_data_and_ladj(
+        self,
+        z: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+        """Find the distance of x from the centre from that of z, and move back."""
+        del context, generator
+        offset = z - self.centre
+        stretch, ladj = self._stretch_and_ladj(
+            self._distance(torch.linalg.vector_norm(offset, dim=-1))
+        )
+        return self.centre + offset / stretch.unsqueeze(-1), -ladj
+
+    def _radius_and_rest(self) -> tuple[Tensor, Tensor]:
+        """Alpha, and alpha + beta, without the difference of the two that would lose digits."""
+        radius = self.log_radius.exp()
+        return radius, _MARGIN * radius + functional.softplus(self.strength)
+
+    def _stretch_and_ladj(self, distance: Tensor) -> tuple[Tensor, Tensor]:
+        """What a distance from the centre is multiplied by, and the ladj there."""
+        radius, rest = self._radius_and_rest()
+        stretch = (rest + distance) / (radius + distance)
+        along = (rest * radius + (2 * radius + distance) * distance) / (radius + distance).square()
+        return stretch, (self.features - 1) * stretch.log() + along.log()
+
+    def _distance(self, target: Tensor) -> Tensor:
+        """The distance r that becomes `target`: ``r**2 + (rest - target) r = radius * target``."""
+        radius, rest = self._radius_and_rest()
+        lead = target - rest
+        size = lead.abs()
+        root = (lead.square() + 4 * radius * target).sqrt()
+        # (lead + root) / 2, without the difference of near numbers where lead is negative.
+        return (lead + size) / 2 + 2 * radius * target / (root + size)

@@ -1,0 +1,81 @@
+"""The standard error of a likelihood that is an estimate, from the spread of its probes."""
+
+from collections.abc import Sequence
+from functools import partial
+from operator import methodcaller
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cnf.divergence import Exact, FieldEvaluation, Hutchinson
+from cnf.regularizers import Regularizer
+from cnf.transforms.base import Transform
+from cnf.transforms.chain import to_base_and_ladj, to_base_with_costs, weakest_likelihood
+from cnf.transforms.continuous import ContinuousTransform
+
+
+def to_base_with_error(
+    transforms: Sequence[Transform],
+    x: Float[Tensor, "*batch_and_event"],
+    context: Float[Tensor, "*c_batch context_features"] | None,
+    *,
+    generator: torch.Generator | None,
+) -> tuple[Float[Tensor, "*batch base_features"], Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
+    """From data to base: z, ladj and its standard error, in nats.
+
+    Each probe integrates to an estimate of its own; these differ independently.
+
+    Raises:
+        ValueError: If the likelihood is a lower bound or biased, or an estimate by less than two
+            probes, or not by the divergence alone.
+    """
+    kind = weakest_likelihood(transforms)
+    if kind in ("lower_bound", "biased_estimate"):
+        raise ValueError(
+            "the likelihood must be exact or an unbiased estimate; it is a "
+            f"{kind.replace('_', ' ')}."
+        )
+    if kind == "exact":
+        z, ladj = to_base_and_ladj(transforms, x, context, generator=generator)
+        return z, ladj, torch.zeros_like(ladj)
+    probes = _number_of_probes(transforms)
+    each = [
+        Regularizer(f"probe {i}", partial(_estimate, i=i), needs_products=False)
+        for i in range(probes)
+    ]
+    z, ladj, estimates = to_base_with_costs(
+        transforms, x, context, regularizers=each, generator=generator
+    )
+    # Not estimates.std(0), which warns of a batch without rows.
+    spread = (estimates - estimates.mean(0)).square().sum(0) / (probes - 1)
+    return z, ladj, (spread / probes).sqrt()
+
+
+def _number_of_probes(transforms: Sequence[Transform]) -> int:
+    exact = methodcaller("using", divergence=Exact())
+    others = {
+        type(part).__name__ for part in transforms if part.rebuilt(exact).likelihood != "exact"
+    }
+    parts = [part for transform in transforms for part in transform.modules()]
+    divergences = [part.divergence for part in parts if isinstance(part, ContinuousTransform)]
+    estimates = [part for part in divergences if part is not None and not part.is_exact]
+    numbers = {part.probes for part in estimates if isinstance(part, Hutchinson)}
+    others |= {type(part).__name__ for part in estimates if not isinstance(part, Hutchinson)}
+    if others:
+        raise ValueError(
+            f"a standard error is known of estimates by Hutchinson only; got {sorted(others)}."
+        )
+    if len(numbers) != 1 or numbers == {1}:
+        raise ValueError(
+            "a standard error needs the same number of probes, at least 2, in every estimate; got "
+            f"{sorted(numbers)}. Perhaps flow.using(divergence=Hutchinson(probes=8))."
+        )
+    return numbers.pop()
+
+
+def _estimate(evaluation: FieldEvaluation, i: int) -> Tensor:
+    """The divergence by probe i alone; what is exact has none, and errs by nothing."""
+    if evaluation.estimates is None:
+        return torch.zeros_like(evaluation.divergence)
+    return evaluation.estimates[i]

@@ -1,0 +1,138 @@
+"""Named discrete flows: what they are, their size, and that files keep them."""
+
+import sys
+
+import pytest
+import torch
+import zuko
+from zoo import perturbed, rows_for, seeded
+
+from cnf import Flow, TrainingConfig, fit, load, save
+from cnf.baselines import NamedMixture, NamedTransform, build, names
+from cnf.transforms import Affine
+
+NAMES = [baseline.name for baseline in names()]
+CONDITIONAL = [baseline.name for baseline in names() if baseline.conditional]
+every_name = pytest.mark.parametrize("name", NAMES)
+
+
+def parameters(flow):
+    """How many there are."""
+    return sum(parameter.numel() for parameter in flow.parameters())
+
+
+def small(name, features=2, context_features=0):
+    """A small one, away from its start."""
+    return perturbed(build(name, features, context_features, size=6), 0.1)
+
+
+def test_names_are_sorted_and_say_what_each_is():
+    assert sorted(NAMES) == NAMES
+    for baseline in names():
+        assert build(baseline.name, 2, size=3).likelihood == baseline.likelihood
+
+
+@every_name
+@pytest.mark.parametrize("target", [1_000, 20_000])
+def test_the_number_of_parameters_is_the_nearest_that_a_size_gives(name, target):
+    flow = build(name, 4, parameters=target)
+    part = flow.base if name == "gmm" else flow.chain[0]
+    distance = abs(parameters(flow) - target)
+    for size in (part.size - 1, part.size + 1):
+        if size:
+            assert abs(parameters(build(name, 4, size=size)) - target) >= distance
+    assert distance <= 0.1 * target or part.size <= 2
+
+
+@pytest.mark.parametrize("name", CONDITIONAL)
+def test_a_context_matters(name):
+    flow = small(name, 3, 2)
+    x, context = rows_for(flow, 4)
+    value = flow.log_prob(x, context.requires_grad_())
+    assert (torch.autograd.grad(value.sum(), context)[0].abs().sum(-1) > 0).all()
+
+
+@pytest.mark.parametrize("name", CONDITIONAL)
+def test_to_data_undoes_to_base(name):
+    """To the tolerance of zuko's bisection, where there is one."""
+    flow = small(name)
+    atol = 1e-4 if name in ("gf", "naf") else 1e-10
+    x = torch.randn(20, 2, generator=seeded())
+    z, ladj = flow.to_base_and_ladj(x)
+    back, ladj_back = flow.to_data_and_ladj(z)
+    torch.testing.assert_close((back, ladj_back), (x, -ladj), rtol=0, atol=atol)
+
+
+@every_name
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_file_keeps_it(name, dtype, tmp_path):
+    flow = small(name).to(dtype)
+    save(flow, tmp_path / "flow")
+    loaded = load(tmp_path / "flow")
+    x = torch.randn(4, 2, dtype=dtype)
+    assert torch.equal(loaded.log_prob(x), flow.log_prob(x))
+
+
+def test_nice_is_additive_up_to_its_last_scaling():
+    flow = small("nice", 4)
+    couplings, scaling = flow.chain
+    assert isinstance(scaling, Affine)
+    x = torch.randn(5, 4)
+    z, ladj = couplings.to_base_and_ladj(x)
+    assert torch.equal(ladj, torch.zeros(5))
+    assert (z - x).abs().max() > 0.01
+    assert small("realnvp", 4).to_base_and_ladj(x)[1].abs().min() > 0
+
+
+def test_iaf_is_maf_the_other_way_round():
+    torch.manual_seed(1)
+    maf = build("maf", 3, size=8)
+    torch.manual_seed(1)
+    iaf = build("iaf", 3, size=8)
+    x = torch.randn(5, 3)
+    torch.testing.assert_close(iaf.to_data(x), maf.to_base(x), rtol=0, atol=1e-12)
+
+
+def test_the_mixture_is_zukos():
+    base = perturbed(NamedMixture(3, 4))
+    theirs = base.mixture.source
+    assert isinstance(theirs, zuko.mixtures.GMM)
+    x = torch.randn(5, 3)
+    torch.testing.assert_close(Flow([], base).log_prob(x), theirs().log_prob(x))
+    drawn = base.distribution((2,)).sample((7,))
+    assert drawn.shape == (7, 2, 3)
+
+
+@pytest.mark.slow
+@every_name
+def test_fit_lowers_the_loss(name):
+    x = torch.randn(400, 2, generator=seeded())
+    x = torch.stack([x[:, 0], 0.5 * x[:, 1] + x[:, 0].square()], -1)
+    flow = build(name, 2, size=8)
+    history = fit(flow, x, TrainingConfig(steps=200, batch_size=64, progress=False))
+    assert sum(history.loss[-20:]) / 20 < sum(history.loss[:20]) / 20 - 0.1
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: build("glow", 2), ValueError, "name must be one of gf, gmm.*; got 'glow'"),
+        (lambda: build("gmm", 2, 1), ValueError, "context_features must be 0 for 'gmm'; got 1"),
+        (lambda: build("maf", 2, size=3, parameters=9), ValueError, "size or parameters, not both"),
+        (lambda: build("maf", 2, size=0), ValueError, "size must be at least 1"),
+        (lambda: build("maf", 2, parameters=1.5), TypeError, "parameters must be an int"),
+        (lambda: build("maf", 0), ValueError, "features must be at least 1"),
+        (lambda: build("nice", 1, parameters=10**6), ValueError, "so many parameters"),
+        (lambda: NamedTransform("gmm", 2, size=3), ValueError, "one of gf, iaf.*; got 'gmm'"),
+    ],
+)
+def test_refusals(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_a_missing_zuko_is_named_with_the_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "zuko", None)
+    with pytest.raises(ImportError, match="zuko is not installed; try pip install zuko"):
+        build("maf", 2)
