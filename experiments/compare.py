@@ -25,19 +25,17 @@ import torch
 import tyro
 from torch import Tensor
 
-from benchmarks.timing import describe, machine, markdown, one_thread
+from benchmarks.timing import describe, machine, one_thread
 from cnf import CNF, Flow, TrainingConfig, baselines, fit, recipe
 from cnf._checks import check_count
 from cnf._files import write_atomically
-from cnf.data.toy import TOY_NAMES, toy_density
-from cnf.plots import figure_grid, plot_density, save_figure
+from cnf.data.toy import TOY_NAMES
 from cnf.training import TrainingError
+from experiments.compare_report import Result, draw, tables
 from experiments.compare_tasks import Task, digits_task, table_task, toy_tasks
 
 CNF_NAME = "cnf"
 KNOWN = (CNF_NAME, *(baseline.name for baseline in baselines.names()))
-TIMED = 10_000
-"""Rows whose density is timed, and number of draws."""
 ROUND_TRIPS = 1000
 ROWS_AT_ONCE = 2000
 MOST_WIDTH = 512
@@ -65,6 +63,8 @@ class Settings:
     """Rows of a toy set to train on."""
     held_out: int = 10_000
     """Rows to measure on, and to draw; of a table or digits, those of the test part."""
+    timed: int = 10_000
+    """Rows whose density is timed, and number of draws."""
     seed: int = 0
     """Seed of data, weights and training."""
     out: Path = Path("runs/compare")
@@ -73,7 +73,7 @@ class Settings:
     """Only see that everything works, with little of everything."""
 
     def __post_init__(self) -> None:
-        for name in ("parameters", "steps", "rows", "held_out"):
+        for name in ("parameters", "steps", "rows", "held_out", "timed"):
             check_count(name, getattr(self, name))
         for name, known in (("toy", TOY_NAMES), ("flows", KNOWN)):
             unknown = set(getattr(self, name)) - set(known)
@@ -81,26 +81,6 @@ class Settings:
                 raise ValueError(f"{name} must be among {known}; got {sorted(unknown)}.")
         if not self.seconds > 0:
             raise ValueError(f"seconds must be more than 0; got {self.seconds}.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What one flow is worth on one task."""
-
-    task: str
-    flow: str
-    parameters: int
-    likelihood: str
-    loss: float
-    """Negative log-likelihood on the test rows, less that of the truth if it is known."""
-    standard_error: float
-    unit: str
-    training_seconds: float
-    log_prob_seconds: float
-    """For 10 000 rows."""
-    sample_seconds: float
-    """For 10 000 samples."""
-    round_trip: float
 
 
 def main(settings: Settings) -> list[Result]:
@@ -112,7 +92,7 @@ def main(settings: Settings) -> list[Result]:
     drawn: dict[str, dict[str, Flow]] = {}
     with one_thread():
         for task in tasks(settings):
-            for name in settings.flows:
+            for name in applicable(task, settings):
                 flow, result = measure(name, task, settings)
                 results.append(result)
                 drawn.setdefault(task.name, {})[name] = flow
@@ -145,6 +125,7 @@ def made_quick(settings: Settings) -> Settings:
         seconds=0.3,
         rows=500,
         held_out=100,
+        timed=20,
         out=settings.out / "quick",
     )
 
@@ -166,7 +147,7 @@ def measure(name: str, task: Task, settings: Settings) -> tuple[Flow, Result]:
     train(flow, name, task, settings)
     trained = time.process_time()
     losses = task.loss(log_prob(flow, task.test, settings.seed))
-    rows = task.test[torch.arange(TIMED) % len(task.test)]
+    rows = task.test[torch.arange(settings.timed) % len(task.test)]
     result = Result(
         task=task.name,
         flow=name,
@@ -186,12 +167,31 @@ def measure(name: str, task: Task, settings: Settings) -> tuple[Flow, Result]:
 
 def build(name: str, task: Task, settings: Settings) -> Flow:
     """A flow with about as many parameters as asked for, untrained."""
-    features = task.train[0].numel()
+    shape = tuple(task.train.shape[1:])
     if name == CNF_NAME:
-        flow: Flow = cnf_with(settings.parameters, features)
+        flow: Flow = cnf_with(settings.parameters, math.prod(shape))
+    elif task.dimensions:
+        flow = baselines.build(name, shape, parameters=settings.parameters)
+        flow = Flow(flow.chain[1:], flow.base)  # the task flattens images itself
     else:
-        flow = baselines.build(name, features, parameters=settings.parameters)
+        flow = baselines.build(name, shape[0], parameters=settings.parameters)
     return Flow([*task.transforms(), *flow.chain], flow.base)
+
+
+def applicable(task: Task, settings: Settings) -> list[str]:
+    """The flows that can be built for the task with about as many parameters as asked for."""
+    images = [each.name for each in baselines.names() if each.images_alone]
+    found = []
+    for name in settings.flows:
+        if name in images and not task.dimensions:
+            continue
+        try:
+            build(name, task, settings)
+        except ValueError as reason:
+            print(f"{task.name}: {name} is left out, for {reason}", file=sys.stderr)
+        else:
+            found.append(name)
+    return found
 
 
 def cnf_with(parameters: int, features: int) -> CNF:
@@ -244,51 +244,6 @@ def round_trip(flow: Flow, x: Tensor) -> float:
     back = flow.to_data(flow.to_base(x, generator=torch.Generator().manual_seed(0)))
     spread = x.std(0).clamp_min(torch.finfo(x.dtype).eps)
     return float(((back - x).abs() / spread).max())
-
-
-def tables(results: Sequence[Result]) -> list[str]:
-    """One table for each task, best first."""
-    made = []
-    for task in dict.fromkeys(result.task for result in results):
-        group = sorted((r for r in results if r.task == task), key=lambda result: result.loss)
-        heads = [
-            "flow",
-            group[0].unit,
-            "is",
-            "parameters",
-            "training",
-            "log_prob",
-            "sample",
-            "round trip",
-        ]
-        rows = [
-            [
-                result.flow,
-                f"{result.loss:.3f} ± {result.standard_error:.3f}",
-                result.likelihood.replace("_", " "),
-                str(result.parameters),
-                f"{result.training_seconds:.0f} s",
-                f"{result.log_prob_seconds:.2f} s",
-                f"{result.sample_seconds:.2f} s",
-                f"{result.round_trip:.0e}",
-            ]
-            for result in group
-        ]
-        made.append(f"{task}:\n\n{markdown(heads, rows)}")
-    return made
-
-
-def draw(drawn: dict[str, dict[str, Flow]], path: Path, *, coarse: bool) -> None:
-    """A row for each toy set: the truth, and the density of each flow."""
-    names = list(dict.fromkeys(name for flows in drawn.values() for name in flows))
-    figure, axes = figure_grid(len(drawn), 1 + len(names), panel_size=1.8)
-    for row, (task, flows) in zip(axes, drawn.items(), strict=True):
-        truth = toy_density(task)
-        for ax, name in zip(row, ["truth", *names], strict=True):
-            density = truth.log_prob if name == "truth" else flows[name].log_prob
-            resolution = 40 if coarse else 120
-            plot_density(density, truth.extent, resolution=resolution, ax=ax, title=name)
-    save_figure(figure, path)
 
 
 if __name__ == "__main__":

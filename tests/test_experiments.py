@@ -17,7 +17,17 @@ from sklearn.datasets import load_digits
 from cnf import ContinuousTransform, History, LinearField, load
 from cnf.data.toy import TOY_NAMES, toy_density
 from cnf.metrics import bits_per_dim
-from experiments import ablation, ablation_report, anode, digits, digits_data, recipe, toy2d
+from experiments import (
+    ablation,
+    ablation_report,
+    anode,
+    compare,
+    digits,
+    digits_data,
+    recipe,
+    stability,
+    toy2d,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +68,37 @@ def test_recipe(tmp_path, capsys):
     assert len(set(by_name.values())) > len(recipe.VARIANTS) // 2  # each does something else
     with pytest.raises(ValueError, match=r"variants must be among .*; got \['magic'\]"):
         recipe.Settings(variants=("magic",))
+
+
+@pytest.mark.slow
+def test_compare(tmp_path, capsys):
+    results = compare.main(compare.Settings(quick=True, out=tmp_path))
+
+    folder = tmp_path / "quick"
+    assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "table.md").read_text() in capsys.readouterr().out
+    assert json.loads((folder / "results.json").read_text())["results"] == list(
+        map(asdict, results)
+    )
+    flows = {task: {r.flow for r in results if r.task == task} for task in ("8gaussians", "digits")}
+    assert flows["8gaussians"] == {*compare.KNOWN} - {"glow"}
+    assert {"cnf", "glow", "realnvp", "residual"} <= flows["digits"]
+    for result in results:
+        assert math.isfinite(result.loss)
+        assert result.round_trip < 0.1
+        assert result.parameters < 4 * 500 or result.task == "digits"
+    with pytest.raises(ValueError, match=r"flows must be among .*; got \['magic'\]"):
+        compare.Settings(flows=("magic",))
+
+
+@pytest.mark.slow
+def test_stability(tmp_path, capsys):
+    rings = stability.main(stability.Settings(quick=True, out=tmp_path))
+    assert (tmp_path / "quick" / "table.md").read_text() in capsys.readouterr().out
+    assert [ring.flow for ring in rings] == ["couplings"] * 7 + ["CNF"] * 7
+    for ring in rings:  # new flows are near the identity, and so stable everywhere
+        assert ring.round_trip < 1e-3 * ring.distance
+        assert 0.2 < ring.inverse_lipschitz < 5
 
 
 @pytest.mark.slow
