@@ -97,8 +97,8 @@ def test_the_noise_of_a_row_is_its_own():
     flow, _ = fit_density(transforms, Rows(x), settings=settings(**FAST))
     together = log_prob(flow, Rows(torch.cat([torch.full((3, 2), 0.5), x])))
     assert together[:3].tolist() == [-math.inf] * 3
-    alone = torch.cat([log_prob(flow, Rows(row[None])) for row in x])
-    torch.testing.assert_close(alone, together[3:], rtol=0, atol=1e-10)
+    alone = torch.cat([log_prob(flow, Rows(row[None])) for row in x[::7]])
+    torch.testing.assert_close(alone, together[3::7], rtol=0, atol=1e-10)
     assert log_prob(flow, Rows(x[:0])).shape == (0,)
 
 

@@ -33,8 +33,15 @@ from cnf import (
 )
 from cnf.bases import StandardNormal
 
-OTHERS = {"two blocks", "partly with context", "multi-scale with context"}
-MATCHED = {name: make for name, make in EVERY_FLOW.items() if name not in OTHERS}
+
+def can_be_matched(flow):
+    return sum(isinstance(part, ContinuousTransform) for part in flow.chain) == 1 and not any(
+        isinstance(inner, ContinuousTransform) and inner not in flow.chain
+        for inner in flow.modules()
+    )
+
+
+MATCHED = {name: make for name, make in EVERY_FLOW.items() if can_be_matched(make())}
 """Flows with one ODE, on the data side of which there may be anything."""
 
 
