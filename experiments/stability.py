@@ -8,8 +8,7 @@ What is shown is the largest error of the round trip, and how much the inverse c
 After Behrmann et al. (2021), Understanding and Mitigating Exploding Inverses in Invertible Neural
 Networks. https://arxiv.org/abs/2006.09347
 
-Claim: far from the data the round trip of affine couplings whose scales have no small bound loses
-at least a thousand times as many digits' worth of error as near them, and that of the CNF does not.
+Both are float32, the CNF solved at its usual tolerance of 1e-5, which limits its round trip.
 """
 
 import json
@@ -22,7 +21,16 @@ import torch
 import tyro
 from torch import Tensor
 
-from cnf import CNF, AffineCoupling, Flow, Standardize, TrainingConfig, certify, fit, recipe
+from cnf import (
+    CNF,
+    AffineCoupling,
+    Flow,
+    ODESolver,
+    Standardize,
+    TrainingConfig,
+    fit,
+    recipe,
+)
 from cnf._checks import check_count
 from cnf._files import write_atomically
 from cnf.data.toy import TOY_NAMES, toy_density
@@ -70,27 +78,29 @@ class Ring:
     round_trip: float
     """Largest error of x -> z -> x, in standard deviations of the data."""
     inverse_lipschitz: float
-    """Largest factor by which the way back stretches a small error."""
+    """Largest factor by which the way back stretches a small error, in the same units."""
 
 
 def main(settings: Settings) -> list[Ring]:
     """Train both, look, print and write."""
     if settings.quick:
         settings = replace(
-            settings, layers=2, steps=3, points=8, rows=500, out=settings.out / "quick"
+            settings,
+            layers=2,
+            steps=3,
+            points=8,
+            distances=(1.0, 4.0),
+            rows=500,
+            out=settings.out / "quick",
         )
     x = toy_density(settings.data).sample(
         settings.rows, generator=torch.Generator().manual_seed(settings.seed)
     )
     rings: list[Ring] = []
-    verdicts = []
     for name, flow in trained(x, settings).items():
         rings += [look(name, flow, distance, settings) for distance in settings.distances]
-        report = certify(flow, x[:500])
-        verdicts.append(f"{name}: round trip {report['round_trip'].verdict}, inverse Lipschitz "
-                        f"{report['inverse_lipschitz'].verdict}")  # fmt: skip
     settings.out.mkdir(parents=True, exist_ok=True)
-    written = "\n".join([table(rings), "certify, near the data:", *verdicts, ""])
+    written = table(rings)
     content = {"settings": asdict(settings), "rings": list(map(asdict, rings))}
     write_atomically(
         settings.out / "results.json", json.dumps(content, indent=2, default=str).encode()
@@ -134,16 +144,23 @@ def look(name: str, flow: Flow, distance: float, settings: Settings) -> Ring:
         back = flow.to_data(flow.to_base(x))
         error = standardize.to_base(back) - ring
         largest = error.abs().max() if error.isfinite().all() else torch.tensor(math.inf)
-    jacobians = torch.stack(
-        [torch.autograd.functional.jacobian(flow.to_base, row) for row in x[:: len(x) // 8]]
-    )
-    smallest = torch.linalg.svdvals(jacobians.double())[:, -1].min()
+    std = standardize.log_std.exp()
+    singular = torch.linalg.svdvals((jacobian(flow, x) * std).double())
+    smallest = singular[:, -1].min()
     return Ring(
         flow=name,
         distance=distance,
         round_trip=float(largest),
         inverse_lipschitz=float(1 / smallest),
     )
+
+
+def jacobian(flow: Flow, x: Tensor) -> Tensor:
+    """Of the way to the base, for each row."""
+    x = x.clone().requires_grad_()
+    z = flow.using(solver=ODESolver(gradient="backprop")).to_base(x)
+    rows = [torch.autograd.grad(column.sum(), x, retain_graph=True)[0] for column in z.unbind(-1)]
+    return torch.stack(rows, -2)
 
 
 def table(rings: list[Ring]) -> str:
