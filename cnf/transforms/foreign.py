@@ -144,14 +144,6 @@ def drawing_from(generator: torch.Generator | None, device: torch.device) -> Ite
             np.random.set_state(of_numpy)
 
 
-@contextmanager
-def outside_inference_mode() -> Iterator[None]:
-    """Within, autograd can be used, as for the trace of a Jacobian; gradients are on as before."""
-    gradients = torch.is_grad_enabled()
-    with torch.inference_mode(False), torch.set_grad_enabled(gradients):
-        yield
-
-
 def as_rows(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Vectors ``(*batch, features)`` as events ``(rows, *shape)``, in memory of their own.
 

@@ -15,9 +15,9 @@ from cnf.transforms.foreign import (
     awaiting_data,
     drawing_from,
     is_estimate,
-    outside_inference_mode,
     right_values_and_gradients,
 )
+from cnf.vector_fields.base import outside_inference_mode
 
 _Map = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """From rows ``(rows, *shape)`` and contexts ``(rows, context_features)`` to values and ladj."""
