@@ -25,3 +25,11 @@ def shapes_unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="module")
+def coarse_grid() -> Iterator[None]:
+    """Densities of tables are evaluated in fewer steps, where precision does not count."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cnf.density.GRID_STEPS", 25)
+        yield

@@ -17,7 +17,7 @@ from cnf import History, TrainingError, load
 from cnf.cli.entry import main
 from cnf.data.tabular import read_table, write_table
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("coarse_grid")]
 
 SMALL = ["--matching-steps", "3", "--likelihood-steps", "1", "--hidden-features", "8", "8"]
 

@@ -20,7 +20,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from cnf.estimator import CNFDensity
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("coarse_grid")]
 
 SMALL = {"matching_steps": 4, "likelihood_steps": 1, "hidden_features": (8, 8), "random_state": 0}
 FAST = {"matching_steps": 400, "learning_rate": 0.02}

@@ -98,7 +98,7 @@ def build(
     Example:
         >>> flow = build("maf", 2, parameters=10_000)
         >>> sum(parameter.numel() for parameter in flow.parameters())
-        10034
+        9952
     """
     baseline = _baseline(name)
     if context_features and not baseline.conditional:
