@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -80,6 +81,8 @@ class Settings:
             unknown = set(getattr(self, name)) - set(known)
             if unknown:
                 raise ValueError(f"{name} must be among {known}; got {sorted(unknown)}.")
+        if not (self.toy or self.table or self.digits):
+            raise ValueError("there is nothing to compare on; name toy sets or a table, or digits.")
         if not self.seconds > 0:
             raise ValueError(f"seconds must be more than 0; got {self.seconds}.")
 
@@ -104,23 +107,28 @@ def main(settings: Settings) -> list[Result]:
                     continue
                 results.append(result)
                 drawn.setdefault(task.name, {})[name] = flow
-    settings.out.mkdir(parents=True, exist_ok=True)
-    content = {
-        "machine": facts,
-        "settings": asdict(settings),
-        "results": list(map(asdict, results)),
-    }
-    written = "\n".join([*tables(results), *left_out, describe(facts)])
-    write_atomically(
-        settings.out / "results.json", json.dumps(content, indent=2, default=str).encode()
-    )
-    write_atomically(settings.out / "table.md", written.encode())
+            written = "\n".join([*tables(results), *left_out, describe(facts)])
+            write(results, written, facts, settings)
     toy = {name: flows for name, flows in drawn.items() if name in TOY_NAMES}
     if toy:
         draw(toy, settings.out / "figure.png", coarse=settings.quick)
     print(written)
     print(f"results in {settings.out}")
     return results
+
+
+def write(results: list[Result], written: str, facts: dict[str, Any], settings: Settings) -> None:
+    """Write what there is so far."""
+    settings.out.mkdir(parents=True, exist_ok=True)
+    content = {
+        "machine": facts,
+        "settings": asdict(settings),
+        "results": list(map(asdict, results)),
+    }
+    write_atomically(
+        settings.out / "results.json", json.dumps(content, indent=2, default=str).encode()
+    )
+    write_atomically(settings.out / "table.md", written.encode())
 
 
 def made_quick(settings: Settings) -> Settings:

@@ -69,6 +69,9 @@ def draw(drawn: dict[str, dict[str, Flow]], path: Path, *, coarse: bool) -> None
     for row, (task, flows) in zip(axes, drawn.items(), strict=True):
         truth = toy_density(task)
         for ax, name in zip(row, ["truth", *names], strict=True):
+            if name not in {"truth", *flows}:  # left out of this set
+                ax.set_axis_off()
+                continue
             density = truth.log_prob if name == "truth" else flows[name].log_prob
             resolution = 40 if coarse else 120
             plot_density(density, truth.extent, resolution=resolution, ax=ax, title=name)
