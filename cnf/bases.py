@@ -27,6 +27,17 @@ class Base(nn.Module, ABC):
         super().__init__()
         self.features = check_count("features", features)
 
+    @property
+    def awaits_data(self) -> bool:
+        """Whether something is still to be set from data by `initialize`."""
+        return False
+
+    def initialize(
+        self, z: Float[Tensor, "rows features"], *, generator: torch.Generator | None = None
+    ) -> None:
+        """Set, once, what depends on the data, from the first rows that come; here nothing."""
+        del z, generator
+
     @abstractmethod
     def log_prob(self, z: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch"]:
         """Log-density of `z`, in nats."""

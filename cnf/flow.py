@@ -91,6 +91,9 @@ class Flow(nn.Module):
         """
         x = self._admit("x", x, context)
         chain.initialize(self.chain, x, context, generator=generator)
+        if self.base.awaits_data:
+            z = chain.to_base(self.chain, x, context, generator=generator)
+            self.base.initialize(z.reshape(-1, self.base.features), generator=generator)
 
     def using(
         self: AnyFlow, *, solver: ODESolver | None = None, divergence: Divergence | None = None

@@ -7,7 +7,7 @@ import torch
 import zuko
 from zoo import perturbed, rows_for, seeded
 
-from cnf import Flow, load, save
+from cnf import Flow, TrainingConfig, fit, load, save
 from cnf.baselines import NamedMixture, NamedTransform, build, names
 from cnf.transforms import Affine
 
@@ -123,6 +123,44 @@ def test_the_mixture_is_zukos():
     torch.testing.assert_close(Flow([], base).log_prob(x), theirs().log_prob(x))
     drawn = base.distribution((2,)).sample((7,))
     assert drawn.shape == (7, 2, 3)
+
+
+def test_a_mixture_starts_on_rows_of_data(tmp_path):
+    x = torch.randn(500, 2) @ torch.tensor([[3.0, 1.0], [0.0, 0.2]]) + 5
+    flow = build("gmm", 2, size=4)
+    assert flow.base.awaits_data
+    flow.initialize(x, generator=torch.Generator().manual_seed(0))
+    assert not flow.base.awaits_data
+    theirs = flow.base.mixture.source()
+    assert all((x == loc).all(1).any() for loc in theirs.base.loc)
+    assert len(theirs.base.loc.unique(dim=0)) == 4
+    narrowed = x.T.cov() * 4 ** (-2 / 6)
+    torch.testing.assert_close(theirs.base.covariance_matrix[2], narrowed, atol=1e-4, rtol=1e-4)
+    before = flow.log_prob(x)
+    flow.initialize(x - 5)  # once only
+    save(flow, tmp_path / "mixture.safetensors")
+    loaded = load(tmp_path / "mixture.safetensors")
+    assert not loaded.base.awaits_data
+    assert loaded.log_prob(x).equal(before)
+
+
+def test_fit_starts_a_mixture_from_the_data():
+    x = torch.randn(300, 2) + 10
+    flow = build("gmm", 2, size=4)
+    fit(flow, x, TrainingConfig(steps=1, learning_rate=1e-9, progress=False))
+    assert flow.log_prob(x).mean() > -4
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (lambda: torch.randn(3, 2), "a row for each of the 4 components; got 3"),
+        (lambda: torch.ones(9, 2), "vary in every direction"),
+    ],
+)
+def test_a_mixture_refuses_data_to_start_from(x, message):
+    with pytest.raises(ValueError, match=message):
+        build("gmm", 2, size=4).initialize(x())
 
 
 @pytest.mark.usefixtures("shapes_unchecked")

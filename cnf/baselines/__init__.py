@@ -44,7 +44,7 @@ _BASELINES = {
         Baseline(name="elf", kind="autoregressive, exact-Lipschitz residual"),
         Baseline(name="gf", kind="Gaussianization", size=8, size_of="components"),
         Baseline(name="glow", kind="multi-scale coupling", size_of="channels", images_alone=True),
-        Baseline(name="gmm", kind="mixture", size=8, size_of="components", conditional=False),
+        Baseline(name="gmm", kind="mixture", size=64, size_of="components", conditional=False),
         Baseline(name="iaf", kind="inverse autoregressive, affine"),
         Baseline(name="iresnet", kind="residual", likelihood="biased_estimate"),
         Baseline(name="maf", kind="autoregressive, affine"),

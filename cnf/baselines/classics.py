@@ -65,7 +65,8 @@ class NamedTransform(OfTorchTransforms):
 class NamedMixture(Base):
     """Mixture of Gaussians with full covariances, of zuko.
 
-    Its draws have no gradient.
+    Its draws have no gradient. `initialize` puts the components on rows of the data, which `fit`
+    does before its first step.
 
     Args:
         features: Size of z.
@@ -81,6 +82,48 @@ class NamedMixture(Base):
         super().__init__(features)
         self.size = check_count("size", size)
         self.mixture = TorchBase(_zuko().mixtures.GMM(self.features, components=self.size))
+        self.register_buffer("is_initialized", torch.zeros((), dtype=torch.bool))
+        self.is_initialized: Tensor
+
+    @property
+    def awaits_data(self) -> bool:
+        """Whether the components are still to be put on data by `initialize`."""
+        return not self.is_initialized
+
+    @torch.no_grad()
+    def initialize(
+        self, z: Float[Tensor, "rows features"], *, generator: torch.Generator | None = None
+    ) -> None:
+        """Put a component on each of as many rows: of equal weights, and shaped like the data.
+
+        Each has the covariance of all rows, made narrower as that of a kernel is for so many of
+        them. Once only: later calls change nothing.
+
+        Raises:
+            ValueError: If there are fewer rows than components, or they lie in a plane.
+
+        References:
+            Silverman (1986), Density Estimation, for the width.
+        """
+        if not self.awaits_data:
+            return
+        if len(z) < self.size:
+            raise ValueError(
+                f"z must have a row for each of the {self.size} components; got {len(z)}. "
+                "Perhaps give fewer components."
+            )
+        factor, failed = torch.linalg.cholesky_ex(z.double().T.cov().reshape(2 * (self.features,)))
+        if failed:
+            raise ValueError("z must vary in every direction; its covariance is singular.")
+        factor = factor * self.size ** (-1 / (self.features + 4))
+        rows = torch.randperm(len(z), generator=generator, device=z.device)[: self.size]
+        below = torch.tril_indices(self.features, self.features, offset=-1, device=z.device)
+        logits, loc, log_diagonal, off_diagonal = self.mixture.source.phi
+        logits.zero_()
+        loc.copy_(z[rows])
+        log_diagonal.copy_(factor.diagonal().log().expand_as(log_diagonal))
+        off_diagonal.copy_(factor[below[0], below[1]].expand_as(off_diagonal))
+        self.is_initialized.fill_(True)
 
     def log_prob(self, z: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch"]:
         """Log-density of `z`, in nats."""

@@ -39,7 +39,9 @@ def standardised_first(flow: Flow, rows: Rows) -> Iterator[None]:
 
 def initialize(flow: Flow, rows: Rows | None) -> None:
     """Set what starts from data, such as `ActNorm`, unless the flow is trained without."""
-    if rows is None or rows.contexts or not any(part.awaits_data for part in flow.chain):
+    if rows is None or rows.contexts:
+        return
+    if not any(part.awaits_data for part in (*flow.chain, flow.base)):
         return
     x, context = rows.some(_ROWS_TRIED).inputs
     flow.initialize(x, context, generator=torch.Generator(x.device).manual_seed(0))
