@@ -81,7 +81,8 @@ class NamedMixture(Base):
     def __init__(self, features: int, size: int) -> None:
         super().__init__(features)
         self.size = check_count("size", size)
-        self.mixture = TorchBase(_zuko().mixtures.GMM(self.features, components=self.size))
+        module: nn.Module = _zuko().mixtures.GMM(self.features, components=self.size)
+        self.mixture = TorchBase(module)
         self.register_buffer("is_initialized", torch.zeros((), dtype=torch.bool))
         self.is_initialized: Tensor
 
@@ -118,7 +119,7 @@ class NamedMixture(Base):
         factor = factor * self.size ** (-1 / (self.features + 4))
         rows = torch.randperm(len(z), generator=generator, device=z.device)[: self.size]
         below = torch.tril_indices(self.features, self.features, offset=-1, device=z.device)
-        logits, loc, log_diagonal, off_diagonal = self.mixture.source.phi
+        logits, loc, log_diagonal, off_diagonal = self.mixture.parameters()
         logits.zero_()
         loc.copy_(z[rows])
         log_diagonal.copy_(factor.diagonal().log().expand_as(log_diagonal))
