@@ -105,7 +105,8 @@ def ffjord_density(folder: Path, field: MLPField, *, tolerance: float) -> Densit
             theirs._hyper_gate.load_state_dict(ours.gate.state_dict())
             theirs._hyper_bias.load_state_dict(ours.shift.state_dict())
     ode = layers.ODEfunc(network, divergence_fn="brute_force")
-    flow = layers.CNF(ode, T=1.0, solver="dopri5", atol=tolerance, rtol=tolerance)
+    # In training mode it gives torchdiffeq tolerances that today's adjoint cannot take.
+    flow = layers.CNF(ode, T=1.0, solver="dopri5", atol=tolerance, rtol=tolerance).eval()
     base = torch.distributions.Normal(0.0, 1.0)
 
     def log_prob(x: Tensor) -> Tensor:

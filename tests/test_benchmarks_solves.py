@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import tyro
 from zoo import mlp
 
 from benchmarks import evaluation, flows, memory, scaling, solve_peers, solves, step, timing
@@ -105,6 +106,7 @@ def log_likelihoods(records, *starts):
     return [each["log_likelihood"] for each in records if each["way"].startswith(starts)]
 
 
+@pytest.mark.slow
 def test_step(tmp_path, capsys):
     content, (plane, plane_claims, wide, wide_claims) = run_quickly(step, tmp_path, capsys)
     check_ways(content["plane"], plane, step.SLOW)
@@ -123,6 +125,7 @@ def test_step(tmp_path, capsys):
     assert estimates == pytest.approx([estimates[0]] * len(estimates), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_evaluation(tmp_path, capsys):
     content, (plane, _, wide, claims) = run_quickly(evaluation, tmp_path, capsys)
     check_ways(content["plane"], plane, evaluation.SLOW)
@@ -136,6 +139,7 @@ def test_evaluation(tmp_path, capsys):
     assert float(claims[0][1]) == pytest.approx(fastest / medians[evaluation.CLOSED], abs=0.006)
 
 
+@pytest.mark.slow
 def test_scaling(tmp_path, capsys):
     content, tables = run_quickly(scaling, tmp_path, capsys)
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
@@ -155,6 +159,7 @@ def test_scaling(tmp_path, capsys):
     }
 
 
+@pytest.mark.slow
 def test_memory(tmp_path, capsys):
     content, (by_evaluations, by_rows, claims) = run_quickly(memory, tmp_path, capsys)
     records = {(each["forward"], each["rows"], each["way"]): each for each in content["records"]}
@@ -213,6 +218,7 @@ def test_a_field_over_the_basis_has_the_same_divergence():
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.slow
 def test_evaluations_are_those_of_the_network_backward_pass_included():
     x = torch.randn(3, 2)
     field = mlp(2).to(x.dtype)
@@ -232,6 +238,7 @@ def test_a_density_has_the_same_probes_in_every_call():
     assert (log_prob(x) == log_prob(x)).all()
 
 
+@pytest.mark.slow
 def test_a_field_trained_for_a_moment_is_no_longer_at_rest():
     torch.manual_seed(0)
     field, samples = flows.trained(flows.ffjord_field(2, (32, 32, 32)), steps=100, seed=0)
@@ -276,16 +283,17 @@ def test_evaluations_of_whole_steps_only():
         memory.Settings(evaluations=(20, 50))
 
 
+@pytest.mark.parametrize("benchmark", [step, evaluation, scaling, memory])
+def test_settings_are_read_from_the_command_line(benchmark):
+    assert tyro.cli(benchmark.Settings, args=[]) == benchmark.Settings()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [("step", "rounds"), ("evaluation", "rounds"), ("scaling", "calls"), ("memory", "rounds")],
-)
-def test_from_the_command_line(name, count, tmp_path):
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--out", str(tmp_path)]
+def test_from_the_command_line(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.memory", "--quick", "--out", str(tmp_path)]
     settings = {"cwd": Path(__file__).parents[1], "capture_output": True, "text": True}
     run = subprocess.run(command, check=True, timeout=120, **settings)
     assert (tmp_path / "table.md").read_text() in run.stdout
-    refused = subprocess.run([*command, f"--{count}", "0"], check=False, timeout=120, **settings)
+    refused = subprocess.run([*command, "--rounds", "0"], check=False, timeout=120, **settings)
     assert refused.returncode != 0
-    assert f"{count} must be at least 1" in refused.stderr
+    assert "rounds must be at least 1" in refused.stderr
