@@ -13,6 +13,7 @@ allocators of Python and C keep for later. Time is taken in calls that are not p
 """
 
 import itertools
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -172,6 +173,7 @@ def table(records: list[dict[str, Any]], axis: str) -> str:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or each profile says that it starts and ends
     try:
         main(tyro.cli(Settings))
     except (OSError, ValueError) as error:
