@@ -141,7 +141,7 @@ def measure_plane(settings: Settings) -> list[dict[str, Any]]:
     )
     ways |= {name: evaluation(other, x) for name, other in others.items()}
     python = settings.diffrax_python
-    with diffrax_ways(python, [DIFFRAX_EVALUATION], field, x, tolerance=tolerance) as theirs:
+    with diffrax_ways(python, DIFFRAX_EVALUATION, field, x, tolerance=tolerance) as theirs:
         return compare(ways | theirs, settings.rounds, calls=settings.calls)
 
 

@@ -15,6 +15,8 @@ from cnf.plots.figures import BLUE, GREY, ORANGE, TEXT_SIZE, TITLE_SIZE
 DIVERGENCES = ("closed form", "one probe", "basis")
 """Ways to the divergence, the usual one first."""
 MODES = ("training step", "log-density")
+_ROOM = 30
+"""How much higher the panels are than what they show, for the legend."""
 _AXES = ("batch", "features", "width", "tolerance")
 _COLOURS = dict(zip(DIVERGENCES, (ORANGE, BLUE, GREY), strict=True))
 _LINES = dict(zip(MODES, ("o-", "s--"), strict=True))
@@ -51,12 +53,15 @@ def table(axis: str, records: Sequence[dict[str, Any]]) -> str:
 def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
     """A panel for each axis: CPU time of each mode and divergence."""
     figure, (panels,) = figure_grid(1, len(_AXES), panel_size=3.2)
+    medians = [record["milliseconds"]["median"] for record in records]
+    limits = min(medians) / 2, max(medians) * _ROOM
     for ax, axis in zip(panels, _AXES, strict=True):
         for mode, divergence in itertools.product(MODES, DIVERGENCES):
             own = select(records, axis=axis, mode=mode, divergence=divergence)
             if own:
                 draw_line(ax, axis, own)
-        finish(ax, axis)
+        finish(ax, axis, select(records, axis=axis))
+        ax.set_ylim(*limits)
     panels[0].set_ylabel("CPU time (ms)", fontsize=TEXT_SIZE)
     save_figure(figure, path)
 
@@ -74,13 +79,16 @@ def draw_line(ax: Axes, axis: str, records: Sequence[dict[str, Any]]) -> None:
     )
 
 
-def finish(ax: Axes, axis: str) -> None:
+def finish(ax: Axes, axis: str, records: Sequence[dict[str, Any]]) -> None:
     """What the panels share; a finer tolerance lies further to the right."""
     ax.set_xscale("log")
     ax.set_yscale("log")
+    values = sorted({record[axis] for record in records})
+    ax.set_xticks(values, [f"{value:g}" for value in values])
+    ax.set_xticks([], minor=True)
     if axis == "tolerance":
         ax.invert_xaxis()
     ax.set_title(f"by {axis}", fontsize=TITLE_SIZE)
     ax.set_xlabel(axis, fontsize=TEXT_SIZE)
     ax.tick_params(labelsize=TEXT_SIZE)
-    ax.legend(fontsize=TEXT_SIZE, frameon=False)
+    ax.legend(fontsize=TEXT_SIZE, frameon=False, loc="upper left")

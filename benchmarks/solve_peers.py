@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
@@ -25,9 +25,10 @@ from benchmarks.mixture import Mixture, train
 from benchmarks.solves import Density, Way
 from cnf import MLPField
 
-DIFFRAX_STEPS = ("checkpointed", "adjoint")
-"""diffrax's two ways to a gradient, as `peer_diffrax` calls them."""
-DIFFRAX_EVALUATION = "evaluation"
+DIFFRAX_STEPS = {"diffrax, checkpointed": "checkpointed", "diffrax, adjoint": "adjoint"}
+"""The two ways of diffrax to a gradient, as `peer_diffrax` calls them, by what we call them."""
+DIFFRAX_EVALUATION = {"diffrax": "evaluation"}
+"""Likewise without gradient."""
 _SCRIPT = Path(__file__).with_name("peer_diffrax.py")
 _ROWS = 256
 _OTFLOW_STEPS, _OTFLOW_WIDTH = 8, 32
@@ -148,7 +149,7 @@ def _module(name: str, folder: Path, file: str, option: str, origin: str) -> Mod
 
 @contextmanager
 def diffrax_ways(
-    python: Path | None, names: Collection[str], field: MLPField, x: Tensor, *, tolerance: float
+    python: Path | None, names: Mapping[str, str], field: MLPField, x: Tensor, *, tolerance: float
 ) -> Iterator[dict[str, Way]]:
     """The ways of diffrax, by jit, to the log-density of our field; none without a `python`.
 
@@ -164,7 +165,7 @@ def diffrax_ways(
         command = [str(python), str(_SCRIPT), str(path)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         with subprocess.Popen(command, **pipes, env=_one_thread()) as process:  # noqa: S603
-            yield {f"diffrax, {name}": _diffrax_way(process, name) for name in names}
+            yield {name: _diffrax_way(process, theirs) for name, theirs in names.items()}
 
 
 def _arrays(field: MLPField) -> dict[str, np.ndarray]:

@@ -263,7 +263,7 @@ def test_a_python_without_diffrax_is_refused():
         pytest.skip("this one has it")
     ways = solve_peers.diffrax_ways(
         Path(sys.executable),
-        ["evaluation"],
+        solve_peers.DIFFRAX_EVALUATION,
         flows.ffjord_field(2, (4,)),
         torch.zeros(3, 2),
         tolerance=1e-3,
@@ -274,7 +274,9 @@ def test_a_python_without_diffrax_is_refused():
 
 def test_without_a_python_diffrax_has_no_ways():
     field = flows.ffjord_field(2, (4,))
-    with solve_peers.diffrax_ways(None, ["a"], field, torch.zeros(3, 2), tolerance=1e-3) as ways:
+    with solve_peers.diffrax_ways(
+        None, {"a": "b"}, field, torch.zeros(3, 2), tolerance=1e-3
+    ) as ways:
         assert ways == {}
 
 
