@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from cnf._files import write_atomically
 
 RARELY = 10
 """In how many rounds a rare way takes part once."""
+Block: TypeAlias = Callable[[int], list[float]]
+"""Makes so many calls of a way in a row, and returns the CPU time of each, in milliseconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +50,46 @@ def measure(
             names = [name for name in ways if turn % RARELY == 0 or name not in rare]
             order.shuffle(names)
             for name in names:
-                started = time.process_time()
-                ways[name]()
-                milliseconds[name].append(1e3 * (time.process_time() - started))
+                milliseconds[name].append(_milliseconds(ways[name]))
     return {name: summarise(values) for name, values in milliseconds.items()}
+
+
+def measure_hot(
+    ways: Mapping[str, Block], rounds: int, *, calls: int, rare: Collection[str] = ()
+) -> dict[str, Timing]:
+    """Time each way in its own hot loop: in rounds, of as many calls in a row of each.
+
+    The first call of a row warms the caches and does not count. Rows of the ways take turns, in an
+    order drawn anew each round, so that what drifts on the machine falls on all alike. Those in
+    `rare` take part in every tenth round, with one call, which counts.
+    """
+    order = random.Random(0)  # noqa: S311 - nothing secret
+    milliseconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(rounds):
+        names = [name for name in ways if turn % RARELY == 0 or name not in rare]
+        order.shuffle(names)
+        for name in names:
+            row = ways[name](1) if name in rare else ways[name](1 + calls)[1:]
+            milliseconds[name] += row
+    return {name: summarise(values) for name, values in milliseconds.items()}
+
+
+def hot(call: Callable[[], object]) -> Block:
+    """Calls in a row on one thread of this process, timed each."""
+
+    def block(calls: int) -> list[float]:
+        with one_thread():
+            return [_milliseconds(call) for _ in range(calls)]
+
+    return block
+
+
+def measure_alone(block: Block, *, seconds: float, most: int) -> Timing:
+    """Time calls of one way in a row until so many CPU-seconds are spent, or `most` calls made."""
+    milliseconds = block(1)
+    while len(milliseconds) < most and sum(milliseconds) < 1e3 * seconds:
+        milliseconds += block(1)
+    return summarise(milliseconds)
 
 
 def summarise(milliseconds: Sequence[float]) -> Timing:
@@ -125,6 +163,13 @@ def describe(facts: Mapping[str, Any]) -> str:
         f"{facts['load_average']} at the start; torch {facts['torch']}, {facts['dtype']}, Python "
         f"{facts['python']}, {facts['system']}.\n"
     )
+
+
+def _milliseconds(call: Callable[[], object]) -> float:
+    """CPU time of a call."""
+    started = time.process_time()
+    call()
+    return 1e3 * (time.process_time() - started)
 
 
 def _cpu_model() -> str:

@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import trace_report
+from benchmarks.mixture import Mixture, train
 from benchmarks.timing import machine, measure, training_step
 from cnf import Exact, Hutchinson, MLPField
 from cnf._checks import check_count
@@ -34,7 +35,6 @@ from cnf.divergence import Divergence
 from cnf.vector_fields.base import standard_basis
 
 _HALF_WAY = 0.5
-_COMPONENTS = 8
 _WAYS: dict[str, dict[str, Divergence | None]] = {
     "two layers": {"velocity": None, "closed form": Exact()},
     "wide": {
@@ -87,28 +87,6 @@ class Settings:
         check_count("draws", self.draws, least=2)
 
 
-class Mixture:
-    """Normals around random centres, with correlated features: each of about unit variance."""
-
-    def __init__(self, features: int, generator: torch.Generator) -> None:
-        self.features = features
-        self.generator = generator
-        self._centres = self._normal(_COMPONENTS)
-        self._scales = torch.arange(1, features + 1) ** -0.5
-        self._rotation = torch.linalg.qr(self._normal(features)).Q
-
-    def bridge(self, rows: int, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Points at time t on straight lines from a standard normal to here, and x1 - x0."""
-        x0 = self._normal(rows)
-        chosen = torch.randint(_COMPONENTS, (rows,), generator=self.generator)
-        spread = (self._normal(rows) * self._scales) @ self._rotation.T
-        x1 = (self._centres[chosen] + spread) / 2**0.5
-        return torch.lerp(x0, x1, t.unsqueeze(-1)), x1 - x0
-
-    def _normal(self, rows: int) -> Tensor:
-        return torch.randn(rows, self.features, generator=self.generator)
-
-
 def main(settings: Settings) -> dict[str, Any]:
     """Train, measure, print the tables, and write them; returns what was written."""
     if settings.quick:
@@ -159,20 +137,14 @@ def trained_fields(mixture: Mixture, settings: Settings) -> dict[str, MLPField]:
         for name, hidden_features in widths.items()
     }
     for field in fields.values():
-        train(field, mixture, settings)
+        train(
+            field,
+            field.parameters(),
+            mixture,
+            steps=settings.steps,
+            rows=settings.training_batch,
+        )
     return fields
-
-
-def train(field: MLPField, mixture: Mixture, settings: Settings) -> None:
-    """Regress the field on the velocities of straight lines."""
-    optimizer = torch.optim.Adam(field.parameters(), lr=2e-3)
-    for _ in range(settings.steps):
-        t = torch.rand(settings.training_batch, generator=mixture.generator)
-        x, velocity = mixture.bridge(settings.training_batch, t)
-        loss = (field(t, x) - velocity).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
 
 
 @torch.no_grad()

@@ -1,0 +1,85 @@
+"""The flows of this package that are timed: trained for a moment, and solved in several ways."""
+
+import copy
+import typing
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.mixture import Mixture, train
+from benchmarks.solves import Density
+from cnf import ContinuousTransform, Flow, MLPField, ModuleField, ODESolver, VectorField
+from cnf.divergence import Divergence
+
+_ROWS = 256
+
+
+def ffjord_field(features: int, hidden_features: tuple[int, ...]) -> MLPField:
+    """FFJORD's network for its toy sets: concatsquash layers and tanh."""
+    return MLPField(
+        features,
+        hidden_features=hidden_features,
+        layer="concatsquash",
+        activation="tanh",
+        time_features=0,
+    )
+
+
+def trained(field: MLPField, *, steps: int, seed: int) -> tuple[MLPField, Mixture]:
+    """The field after so many steps of flow matching to a mixture, and that mixture."""
+    mixture = Mixture(field.features, torch.Generator().manual_seed(seed))
+    train(field, field.parameters(), mixture, steps=steps, rows=_ROWS)
+    return field, mixture
+
+
+def gradients() -> tuple[str, ...]:
+    """The ways to a gradient that this version of `ODESolver` knows."""
+    return typing.get_args(typing.get_type_hints(ODESolver)["gradient"])
+
+
+def following(field: VectorField, divergence: Divergence, solver: ODESolver) -> Flow:
+    """A flow from a standard normal along the field."""
+    return Flow([ContinuousTransform(field, divergence=divergence, solver=solver)])
+
+
+def compiled(flow: Flow) -> Flow | None:
+    """A compiled copy; None if this version of `Flow` has no `compile` of its own."""
+    if Flow.compile is nn.Module.compile:
+        return None
+    flow = copy.deepcopy(flow)
+    flow.compile()
+    return flow
+
+
+def density(flow: Flow) -> Density:
+    """The log-density of a flow along one field, with the same probes in every call."""
+    (transform,) = flow.chain
+    field = transform.vector_field
+
+    def log_prob(x: Tensor) -> Tensor:
+        return flow.log_prob(x, generator=torch.Generator().manual_seed(0))
+
+    return Density(log_prob=log_prob, network=getattr(field, "network", field))
+
+
+def by_reverse_mode(field: VectorField) -> ModuleField:
+    """The field as a network of which nothing is known: FFJORD's way, for any network."""
+    return ModuleField(field, field.features)
+
+
+class OverTheBasis(VectorField):
+    """The field without its closed form: the exact divergence over the basis, carried forward."""
+
+    def __init__(self, network: VectorField) -> None:
+        super().__init__(network.features)
+        self.network = network
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Velocity at `x`."""
+        return self.network(t, x, context)
+
+    def velocity_and_products(
+        self, t: Tensor, x: Tensor, probes: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As the field makes them."""
+        return self.network.velocity_and_products(t, x, probes, context)
