@@ -141,17 +141,19 @@ def look(name: str, flow: Flow, distance: float, settings: Settings) -> Ring:
     ring = distance * torch.stack([angle.cos(), angle.sin()], -1)
     with torch.no_grad():
         x = standardize.to_data(ring)
-        back = flow.to_data(flow.to_base(x))
-        error = standardize.to_base(back) - ring
-        largest = error.abs().max() if error.isfinite().all() else torch.tensor(math.inf)
-    std = standardize.log_std.exp()
-    singular = torch.linalg.svdvals((jacobian(flow, x) * std).double())
-    smallest = singular[:, -1].min()
+        try:
+            back = flow.to_data(flow.to_base(x))
+            largest = float((standardize.to_base(back) - ring).abs().max())
+        except ValueError:  # z is not finite, or has no x that is
+            largest = math.inf
+    scaled = (jacobian(flow, x) * standardize.log_std.exp()).double()
+    finite = bool(scaled.isfinite().all())
+    smallest = float(torch.linalg.svdvals(scaled)[:, -1].min()) if finite else 0.0
     return Ring(
         flow=name,
         distance=distance,
-        round_trip=float(largest),
-        inverse_lipschitz=float(1 / smallest),
+        round_trip=largest,
+        inverse_lipschitz=1 / smallest if smallest else math.inf,
     )
 
 
