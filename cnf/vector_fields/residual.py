@@ -18,6 +18,7 @@ from cnf.vector_fields.layered import (
     linearised,
 )
 from cnf.vector_fields.layers import LAYERS, TimeLinear
+from cnf.vector_fields.modulation import affine_maps
 from cnf.vector_fields.settings import (
     check_activations,
     check_frequency,
@@ -112,7 +113,7 @@ class ResidualField(LayeredField):
         """The input layer, the blocks and the output layer."""
         del x
         conditions = waves_and_context(t, context, self.time_features)
-        first, *inner, output = (layer(t, conditions) for layer in self.layers)
+        first, *inner, output = affine_maps(self.layers, t, conditions)
         at_input, in_blocks = (ACTIVATIONS[name] for name in self.activation)
         blocks = zip(inner[::2], inner[1::2], strict=True)
         return [
