@@ -71,7 +71,7 @@ def _tanh_jet(a: Tensor) -> Iterator[Tensor]:
     yield value
     slope = torch.addcmul(value.new_ones(()), value, value, value=-1)
     yield slope
-    yield torch.mul(value, slope).mul_(-2)
+    yield torch.addcmul(value.new_zeros(()), value, slope, value=-2)
 
 
 def _sigmoid_jet(a: Tensor) -> Iterator[Tensor]:

@@ -9,6 +9,7 @@ backward.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -172,7 +173,7 @@ class ManyLayers(Chain):
         for slope, weight in zip(slopes[1:-2], self.between, strict=True):
             tangents.append((slope.unsqueeze(-2) * tangents[-1]) @ weight.T)
         cotangents = self._for_each_feature(slopes[-1] @ self.matrices[1])
-        met = (tangents[-1] * cotangents).sum(-2)
+        met = _inner_products(tangents[-1], cotangents)
         return (slopes[-2] * met).sum(-1), (*tangents, cotangents, met)
 
     def pull(
@@ -196,7 +197,7 @@ class ManyLayers(Chain):
             slope = slopes[1 + i].unsqueeze(-2)
             sums.add(2 + i, ahead.flatten(0, 1), (slope * tangents[i]).flatten(0, 1))
             ahead = ahead @ self.between[i]
-            found.append((ahead * tangents[i]).sum(-2))
+            found.append(_inner_products(ahead, tangents[i]))
             ahead.mul_(slope)
         ahead = ahead.flatten(-2)
         sums.add(0, slopes[0], ahead)
@@ -269,7 +270,13 @@ def row_products(left: Tensor, right: Tensor) -> Tensor:
 def pulled_row_products(cotangent: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """The cotangents of the two matrices of `row_products`, given that of the result."""
     outer = cotangent.unflatten(-1, (left.shape[-1], right.shape[-1]))
-    return (
-        (outer @ right.unsqueeze(-1)).squeeze(-1),
-        (left.unsqueeze(-2) @ outer).squeeze(-2),
-    )
+    return (outer * right.unsqueeze(-2)).sum(-1), (left.unsqueeze(-1) * outer).sum(-2)
+
+
+def _inner_products(left: Tensor, right: Tensor) -> Tensor:
+    """The sum of entrywise products over the last axis but one, without all of them at once."""
+    first, *pairs = zip(left.unbind(-2), right.unbind(-2), strict=True)
+    total = first[0] * first[1]
+    for one, other in pairs:
+        total = torch.addcmul(total, one, other)
+    return total
