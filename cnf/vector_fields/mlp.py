@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from cnf.vector_fields import fused
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.conditions import waves_and_context
+from cnf.vector_fields.gates import affine_maps
 from cnf.vector_fields.layered import LayeredField, Stage
 from cnf.vector_fields.layers import LAYERS, TimeLinear
-from cnf.vector_fields.modulation import affine_maps
 from cnf.vector_fields.perceptron import Perceptron
 from cnf.vector_fields.settings import (
     check_activations,

@@ -11,8 +11,8 @@ from cnf.vector_fields.activations import ACTIVATIONS, ANTIDERIVATIVES
 from cnf.vector_fields.affine import AffineMap
 from cnf.vector_fields.base import VectorField, derivative_along
 from cnf.vector_fields.conditions import time_and_context
+from cnf.vector_fields.gates import affine_maps
 from cnf.vector_fields.layers import LAYERS
-from cnf.vector_fields.modulation import affine_maps
 from cnf.vector_fields.settings import check_frequency, check_layer, check_name
 
 _CONDITIONER_WIDTH = 32

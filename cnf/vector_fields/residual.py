@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from cnf._checks import check_count
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.conditions import waves_and_context
+from cnf.vector_fields.gates import affine_maps
 from cnf.vector_fields.layered import (
     Activated,
     LayeredField,
@@ -18,7 +19,6 @@ from cnf.vector_fields.layered import (
     linearised,
 )
 from cnf.vector_fields.layers import LAYERS, TimeLinear
-from cnf.vector_fields.modulation import affine_maps
 from cnf.vector_fields.settings import (
     check_activations,
     check_frequency,
