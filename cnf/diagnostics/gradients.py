@@ -74,7 +74,8 @@ class GradientReport:
         Raises:
             KeyError: If there is none.
         """
-        return {check.gradient: check for check in self.checks}[gradient]
+        named: dict[str, GradientCheck] = {check.gradient: check for check in self.checks}
+        return named[gradient]
 
     def __str__(self) -> str:
         title = (
