@@ -13,8 +13,8 @@ Backprop keeps the graphs of all steps. Here the solve runs without a graph and 
 and drops the graph. So the gradient is that of the numbers which the solver computed, as with
 backprop, but memory holds the graph of one step, and of each other step its state.
 
-An embedded Runge-Kutta method carries over from step to step, beside the points, the rates that it
-evaluated last: they are its first stage in the next step, and so part of :math:`s`. What an
+An embedded Runge-Kutta method carries over from step to step, beside the state, the rates that it
+evaluated last: they are its first stage in the next step, and so a part of :math:`s` too. What an
 adaptive method chose is constant: each step keeps its share of the way between two times.
 
 References:

@@ -131,6 +131,25 @@ def test_the_backward_pass_evaluates_where_the_accepted_steps_did(method, times,
         assert len(backward) < len(forward)  # the first step, for one, was too large
 
 
+@pytest.mark.parametrize("times", [(0.0, 0.5, 1.0), (1.0, 0.5, 0.0)], ids=str)
+@pytest.mark.parametrize("method", ["bosh3", "dopri8"])
+def test_a_step_that_ends_where_the_velocity_jumps_does_not_see_the_jump(method, times):
+    before, after = (torch.randn(2, 2, requires_grad=True) for _ in range(2))
+    x = torch.randn(4, 2)
+
+    def rhs(t, state):
+        late = t >= 0.5 if times[0] == 0 else t <= 0.5
+        return (state[0] @ (after if late else before),)
+
+    found = []
+    for gradient in ("checkpoint", "backprop"):
+        (states,) = solver_for(method, gradient).solve(
+            rhs, (x,), torch.tensor(times), dependencies=lambda: [before, after]
+        )
+        found.append(torch.autograd.grad(states.square().sum(), [before, after]))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-11)
+
+
 def test_a_backward_pass_can_be_repeated():
     field, x = mlp(), torch.randn(4, 2, requires_grad=True)
     z, _ = solve(solver_for("dopri5", "checkpoint"), field, x, torch.tensor([1.0, 0.0]))
