@@ -10,7 +10,13 @@ them stand toy densities with the truth (`cnf.data`), metrics (`cnf.metrics`) an
 """
 
 from cnf.cnf import CNF
-from cnf.diagnostics import Check, LikelihoodReport, certify
+from cnf.diagnostics import (
+    Check,
+    GradientReport,
+    LikelihoodReport,
+    certify,
+    check_gradients,
+)
 from cnf.divergence import Exact, Hutchinson
 from cnf.flow import Flow
 from cnf.neural_ode import NeuralODE
@@ -98,6 +104,7 @@ __all__ = [
     "Flatten",
     "Flow",
     "FlowMatching",
+    "GradientReport",
     "History",
     "Hutchinson",
     "IndependentPairing",
@@ -136,6 +143,7 @@ __all__ = [
     "VectorField",
     "WoodburyConv",
     "certify",
+    "check_gradients",
     "count_evaluations",
     "fit",
     "glow",

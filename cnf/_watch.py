@@ -1,5 +1,6 @@
 """Watches a solve from the inside: keeps to its budget and explains how it failed."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ class Watch:
         dependencies: Returns every other tensor that `rhs` depends on.
         method: Name of the method, for messages.
         kind: "adaptive", "fixed" or "external".
+        gradient: "adjoint", "backprop" or "checkpoint".
         budget: Largest number of evaluations, forward and again in each backward pass.
     """
 
@@ -34,12 +36,14 @@ class Watch:
         *,
         method: str,
         kind: str,
+        gradient: str,
         budget: int,
     ) -> None:
         self.rhs = rhs
         self.dependencies = dependencies
         self.method = method
         self.kind = kind
+        self.gradient = gradient
         self.budget = budget
         self.evaluations = 0
         self.in_backward = False
@@ -62,7 +66,7 @@ class Watch:
         return rates
 
     def backward_once(self, solution: State) -> State:
-        """The solution of an adjoint solve, with a watch over each backward pass through it."""
+        """The solution of a solve whose backward pass evaluates anew, with a watch over each."""
         seen = [(tensor, _version(tensor)) for tensor in self.dependencies()]
 
         def begin() -> None:
@@ -74,27 +78,31 @@ class Watch:
                 raise RuntimeError(
                     "the parameters, buffers or context of the vector field were exchanged or "
                     "changed between a solve and its backward pass (torch.func.functional_call "
-                    "does so), where the adjoint needs them again; use gradient='backprop'."
+                    f"does so), where gradient={self.gradient!r} needs them again; use "
+                    "gradient='backprop'."
                 )
             self.in_backward = True
             self.evaluations = 0
             self.first = self.last = self.bad_gradient = None
 
-        watched: State = _BackwardPass.apply(begin, *solution)  # type: ignore[no-untyped-call]
+        watched: State = _BackwardPass.apply(  # type: ignore[no-untyped-call]
+            self.gradient, begin, *solution
+        )
         return watched
 
     def check_end(self, solution: State, times: Tensor) -> None:
         if len(solution[0]) != len(times):
             raise self.error(times[-1], "stopped early")
-        if not all(part.isfinite().all() for part in solution):
+        if not _all_finite(solution):
             raise self.error(times[-1], "reached NaN or inf")
 
     def check_gradient(self, t: Tensor, gradient: Tensor) -> None:
-        if gradient.isfinite().all():
+        if _all_finite((gradient,)):
             return
         self.bad_gradient = non_finite_rows(gradient)
-        if self.kind != "adaptive":  # which rejects the step, and may go on with a smaller one
-            raise self.error(t, "reached a gradient of NaN or inf")
+        if self.kind == "adaptive" and self.gradient == "adjoint":
+            return  # the step is rejected, and a smaller one may do
+        raise self.error(t, "reached a gradient of NaN or inf")
 
     def error(self, t: Tensor, what: str) -> ODEError:
         name = "the backward solve" if self.in_backward else "the solve"
@@ -141,7 +149,7 @@ class SteppingWatch(Watch):
             # torchdiffeq takes a step of 0 where the size that it computes is not finite.
             too_small = "needs steps too small for the time to advance"
             raise self.error(t, "reached NaN or inf" if dt == 0 else too_small)
-        if not all(part.isfinite().all() for part in state):
+        if not _all_finite(state):
             raise self.error(t, "reached NaN or inf")
 
     callback_step_adjoint = callback_step
@@ -151,19 +159,19 @@ class _BackwardPass(torch.autograd.Function):
     """Identity whose backward announces a backward pass, and refuses to be differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, begin: Callable[[], None], *solution: Tensor) -> State:
-        ctx.begin = begin
+    def forward(ctx: Any, gradient: str, begin: Callable[[], None], *solution: Tensor) -> State:
+        ctx.gradient, ctx.begin = gradient, begin
         return tuple(part.view_as(part) for part in solution)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "the adjoint gives first derivatives only, and create_graph=True asks for more; "
-                "use ODESolver(gradient='backprop')."
+                f"gradient={ctx.gradient!r} gives first derivatives only, and create_graph=True "
+                "asks for more; use ODESolver(gradient='backprop')."
             )
         ctx.begin()
-        return None, *gradients
+        return None, None, *gradients
 
 
 class _WatchedGradient(torch.autograd.Function):
@@ -178,6 +186,13 @@ class _WatchedGradient(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         ctx.watch.check_gradient(ctx.t, gradients[0])
         return None, None, *gradients
+
+
+@torch.no_grad()
+def _all_finite(parts: State) -> bool:
+    """Whether every entry is finite. A sum tells in one pass; one that overflows is looked into."""
+    total = float(sum(part.sum() for part in parts))
+    return math.isfinite(total) or all(bool(part.isfinite().all()) for part in parts)
 
 
 def _bad_rows(evaluation: State) -> Tensor:

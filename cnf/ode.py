@@ -1,21 +1,24 @@
-"""How an ordinary differential equation is solved; the only module that talks to torchdiffeq."""
+"""How an ordinary differential equation is solved, by the methods of torchdiffeq."""
 
 import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from cnf._checks import check_count
+from cnf._methods import is_multistep, methods, one_step
+from cnf._steps import RecordingWatch, solve_by_steps
 from cnf._watch import ODEError, RightHandSide, State, SteppingWatch, Watch
 
-__all__ = ["ODEError", "ODESolver", "RightHandSide", "State", "methods"]
+__all__ = ["Control", "Gradient", "ODEError", "ODESolver", "RightHandSide", "State", "methods"]
 
-_GRADIENTS = ("adjoint", "backprop")
+Gradient = Literal["adjoint", "backprop", "checkpoint"]
+Control = Literal["points_and_ladj", "points"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,26 +47,35 @@ class ODESolver:
     """Relative tolerance of every part of the state, ladj included; for adaptive methods."""
     atol: float = 1e-5
     """Absolute tolerance, likewise."""
+    control: Control = "points_and_ladj"
+    """What an adaptive method chooses its steps by: the error of the points and of the ladj, or of
+    the points alone, where the ladj is needed less precisely than they are."""
+    first_step: float | None = None
+    """Size of the first step of each solve by an adaptive method, in units of time; None to choose
+    it by one more evaluation, and tiny where the field is at rest. One too large is cut."""
     steps: int | None = None
     """Number of equal steps; for fixed-step methods, which need it, only."""
-    gradient: Literal["adjoint", "backprop"] = "adjoint"
+    gradient: Gradient = "adjoint"
     """How gradients are made. The "adjoint" solves a second ODE backwards, so that memory does not
     grow with the evaluations and the gradient has an error of the order of the tolerance;
-    "backprop" differentiates the steps taken, exactly and faster, with memory for each of them."""
+    "backprop" differentiates the steps taken, exactly and faster, with memory for each of them;
+    "checkpoint" does the same but redoes one step at a time, with memory for the graph of one."""
     max_evaluations: int = 10_000
-    """Budget of a solve, and again of each backward pass by the adjoint; spending it raises an
+    """Budget of a solve, and again of each backward pass that evaluates; spending it raises an
     `ODEError`."""
 
     def __post_init__(self) -> None:
         kinds = methods()
         if self.method not in kinds:
             raise ValueError(f"method must be one of {', '.join(kinds)}; got {self.method!r}.")
-        for name in ("rtol", "atol"):
+        for name in ("rtol", "atol", "first_step"):
             value = getattr(self, name)
-            if not 0 < value < math.inf:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive and finite; got {value}.")
-        if self.gradient not in _GRADIENTS:
-            raise ValueError(f"gradient must be one of {_GRADIENTS}; got {self.gradient!r}.")
+        for name, choices in (("gradient", get_args(Gradient)), ("control", get_args(Control))):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {choices}; got {value!r}.")
         check_count("max_evaluations", self.max_evaluations)
         self._check_kind(kinds[self.method])
 
@@ -77,10 +89,20 @@ class ODESolver:
                 f"method {self.method!r} chooses its own steps; got steps={self.steps}. "
                 "Leave steps out, or choose a fixed-step method such as 'rk4'."
             )
-        if kind == "external" and self.gradient == "backprop":
+        if kind != "adaptive" and self.first_step is not None:
             raise ValueError(
-                f"method {self.method!r} leaves torch, which backprop cannot follow; "
+                f"first_step is for adaptive methods such as 'dopri5', and {self.method!r} is "
+                f"none; got {self.first_step}. Leave it out."
+            )
+        if kind == "external" and self.gradient != "adjoint":
+            raise ValueError(
+                f"method {self.method!r} leaves torch, which {self.gradient} cannot follow; "
                 "use gradient='adjoint'."
+            )
+        if self.gradient == "checkpoint" and is_multistep(self.method):
+            raise ValueError(
+                f"method {self.method!r} remembers earlier steps, so that checkpoint cannot redo "
+                "one alone; use gradient='adjoint' or 'backprop', or a method such as 'rk4'."
             )
 
     def solve(
@@ -98,10 +120,10 @@ class ODESolver:
             rhs: Takes a 0-dim time and the state, returns the derivative of each of its tensors.
             state: The state at ``times[0]``: tensors; the first holds rows, ``(*batch, features)``.
             times: At least two times, strictly increasing or decreasing.
-            dependencies: Returns every other tensor that `rhs` depends on. The adjoint gives no
-                gradient to a tensor not named here.
+            dependencies: Returns every other tensor that `rhs` depends on. The adjoint and
+                checkpoint give no gradient to a tensor not named here.
             controlled: How many tensors of the state, from the first, the error control of an
-                adaptive method looks at; None for all.
+                adaptive method looks at; None for all. With ``control="points"`` it is one.
 
         Returns:
             The state at each time, in tensors with a first axis of ``len(times)`` more. For a
@@ -111,47 +133,75 @@ class ODESolver:
             ValueError: If the tolerances are finer than the dtype of the state can tell.
             ODEError: If the solve fails.
         """
-        from torchdiffeq import odeint, odeint_adjoint
-
         kind = methods()[self.method]
         self._check_precision(kind, state[0].dtype)
         if state[0].numel() == 0:
             return _nowhere(state, times, dependencies())
-        watch = (Watch if kind == "external" else SteppingWatch)(
-            rhs, dependencies, method=self.method, kind=kind, budget=self.max_evaluations
-        )
-        arguments: dict[str, Any] = {
-            "method": self.method,
-            "rtol": self.rtol,
-            "atol": self.atol,
-            "options": self._options(kind, times, times[1:]),
-        }
-        if controlled is not None:
-            arguments["options"]["norm"] = lambda parts: _largest_rms(parts[:controlled])
-        parameters = tuple(dependencies())
+        unique = {id(tensor): tensor for tensor in dependencies() if tensor.requires_grad}
+        parameters = tuple(unique.values())
         needs_gradient = torch.is_grad_enabled() and any(
             tensor.requires_grad for tensor in (*state, times, *parameters)
         )
-        if self.gradient == "adjoint" and needs_gradient:
-            # torchdiffeq negates decreasing times, but not the options of the adjoint.
-            sign = 1 if times[0] < times[-1] else -1
-            options = self._options(kind, times, sign * times[:-1].flip(0), backward=True)
-            solution = odeint_adjoint(
-                watch,
-                state,
-                times,
-                **arguments,
-                adjoint_options={**options, "norm": "seminorm"},
-                adjoint_params=parameters,
-            )
-            solution = watch.backward_once(solution)
+        gradient = self.gradient if needs_gradient else "backprop"
+        watch = _watch_for(kind, gradient)(
+            rhs,
+            dependencies,
+            method=self.method,
+            kind=kind,
+            gradient=gradient,
+            budget=self.max_evaluations,
+        )
+        arguments = self._arguments(kind, times, controlled)
+        if gradient == "adjoint":
+            solution = self._by_adjoint(watch, state, times, parameters, arguments)
+        elif gradient == "checkpoint":
+            solution = self._by_steps(watch, state, times, parameters, arguments)
         else:
             # Where nothing needs a gradient, a field in reverse mode would leave a graph all the
             # same, because it differentiates with respect to x.
             with torch.set_grad_enabled(needs_gradient):
-                solution = odeint(watch, state, times, **arguments)
+                solution = _odeint(watch, state, times, arguments)
         watch.check_end(solution, times)
         return tuple(solution)
+
+    def _by_adjoint(
+        self,
+        watch: Watch,
+        state: State,
+        times: Tensor,
+        parameters: Sequence[Tensor],
+        arguments: dict[str, Any],
+    ) -> State:
+        from torchdiffeq import odeint_adjoint
+
+        # torchdiffeq negates decreasing times, but not the options of the adjoint.
+        sign = 1 if times[0] < times[-1] else -1
+        options = self._options(watch.kind, times, sign * times[:-1].flip(0), everywhere=True)
+        solution = odeint_adjoint(
+            watch,
+            state,
+            times,
+            **arguments,
+            adjoint_options={**options, "norm": "seminorm"},
+            adjoint_params=parameters,
+        )
+        return watch.backward_once(solution)
+
+    def _by_steps(
+        self,
+        watch: Watch,
+        state: State,
+        times: Tensor,
+        parameters: Sequence[Tensor],
+        arguments: dict[str, Any],
+    ) -> State:
+        assert isinstance(watch, RecordingWatch)  # noqa: S101 - for mypy: `_watch_for` sees to it
+
+        def solve() -> State:
+            return _odeint(watch, state, times, arguments)
+
+        step = one_step(self.method, watch, like=state[0])
+        return solve_by_steps(watch, solve, step, state, times, parameters)
 
     def _check_precision(self, kind: str, dtype: torch.dtype) -> None:
         resolution = torch.finfo(dtype).eps
@@ -161,14 +211,26 @@ class ODESolver:
                 f"got {self.rtol} and {self.atol}. Loosen them, or use float64."
             )
 
+    def _arguments(self, kind: str, times: Tensor, controlled: int | None) -> dict[str, Any]:
+        """What torchdiffeq takes beside the right-hand side, state and times."""
+        count = 1 if self.control == "points" else controlled
+        # Left alone, torchdiffeq steps past a time and interpolates between its steps, as
+        # accurately as the steps of dopri5 only; checkpoint redoes steps, and no more.
+        everywhere = self.method != "dopri5" or self.gradient == "checkpoint"
+        options = self._options(kind, times, times[1:], everywhere=everywhere)
+        options["norm"] = lambda parts: _largest_rms(parts[:count])
+        return {"method": self.method, "rtol": self.rtol, "atol": self.atol, "options": options}
+
     def _options(
-        self, kind: str, times: Tensor, stops: Tensor, *, backward: bool = False
+        self, kind: str, times: Tensor, stops: Tensor, *, everywhere: bool
     ) -> dict[str, Any]:
         if kind == "adaptive":
-            # Land on the end: left alone, torchdiffeq steps past it, evaluates the field outside
-            # [0, 1] and interpolates. Its interpolant is as accurate as the steps of dopri5 only.
-            everywhere = backward or self.method != "dopri5"
-            return {"step_t": (stops if everywhere else stops[-1:]).detach()}
+            # The end at least must be met: beyond it the field would be evaluated outside [0, 1].
+            options: dict[str, Any] = {"step_t": (stops if everywhere else stops[-1:]).detach()}
+            if self.first_step is not None:
+                # A step that met one of the times by chance would make torchdiffeq miss the next.
+                options["first_step"] = self.first_step * (1 + 1e-9)
+            return options
         if kind == "fixed":
             span = (times[-1] - times[0]).abs().detach()
             return {"grid_constructor": lambda _f, _y, t: self._grid(t, span)}
@@ -186,31 +248,29 @@ class ODESolver:
         return torch.cat(pieces)
 
 
+def _odeint(watch: Watch, state: State, times: Tensor, arguments: dict[str, Any]) -> State:
+    from torchdiffeq import odeint
+
+    solution: State = odeint(watch, state, times, **arguments)
+    return solution
+
+
+def _watch_for(kind: str, gradient: str) -> type[Watch]:
+    if kind == "external":
+        return Watch
+    return RecordingWatch if gradient == "checkpoint" else SteppingWatch
+
+
 def _nowhere(state: State, times: Tensor, dependencies: Sequence[Tensor]) -> State:
     """A state without rows at each time; its graph reaches what it does for other states."""
     nothing = sum(tensor.sum() for tensor in (times, *dependencies)) * 0
     return tuple(part.expand(len(times), *part.shape) + nothing for part in state)
 
 
+@torch.no_grad()
 def _largest_rms(parts: State) -> Tensor:
-    """Norm of a state as torchdiffeq takes it: the largest root mean square of its tensors."""
-    return torch.stack([part.square().mean().sqrt() for part in parts]).max()
+    """Norm of a state as torchdiffeq takes it: the largest root mean square of its tensors.
 
-
-def methods() -> dict[str, str]:
-    """The methods that the installed torchdiffeq offers: name -> "adaptive", "fixed" or "external".
-
-    Example:
-        >>> methods()["dopri5"]
-        'adaptive'
+    It has no graph, so that the sizes of the steps, which it decides, are constants to backprop.
     """
-    from torchdiffeq._impl.odeint import SOLVERS
-    from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver
-    from torchdiffeq._impl.solvers import FixedGridODESolver
-
-    def kind(solver: type) -> str:
-        if issubclass(solver, RKAdaptiveStepsizeODESolver):
-            return "adaptive"
-        return "fixed" if issubclass(solver, FixedGridODESolver) else "external"
-
-    return {name: kind(solver) for name, solver in SOLVERS.items()}
+    return torch.stack([part.square().mean().sqrt() for part in parts]).max()

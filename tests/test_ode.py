@@ -18,6 +18,7 @@ KINDS = methods()
 ADAPTIVE = [name for name, kind in KINDS.items() if kind == "adaptive"]
 LOW_ORDER = ["fehlberg2", "adaptive_heun"]
 FIXED = [name for name, kind in KINDS.items() if kind == "fixed"]
+MULTISTEP = ["explicit_adams", "implicit_adams", "fixed_adams"]
 DIRECTIONS = {"to data": (0.0, 1.0), "to base": (1.0, 0.0)}
 PATHS = {
     **DIRECTIONS,
@@ -26,7 +27,9 @@ PATHS = {
 }
 DIRECTION = pytest.mark.parametrize("times", DIRECTIONS.values(), ids=DIRECTIONS)
 PATH = pytest.mark.parametrize("times", PATHS.values(), ids=PATHS)
-GRADIENT = pytest.mark.parametrize("gradient", ["adjoint", "backprop"])
+GRADIENT = pytest.mark.parametrize("gradient", ["adjoint", "backprop", "checkpoint"])
+ANEW = pytest.mark.parametrize("gradient", ["adjoint", "checkpoint"])
+"""Gradients whose backward pass evaluates anew."""
 
 
 def solver_for(method, *, steps=100, tolerance=1e-7, **settings):
@@ -520,10 +523,19 @@ def test_a_method_that_steps_back_from_inf_stops_at_its_budget():
 
 
 @DIRECTION
-@pytest.mark.parametrize("method", ["rk4", "dopri5", "scipy_solver"])
-def test_each_backward_pass_has_the_budget_anew(method, times):
+@pytest.mark.parametrize(
+    ("method", "gradient"),
+    [
+        ("rk4", "adjoint"),
+        ("dopri5", "adjoint"),
+        ("scipy_solver", "adjoint"),
+        ("rk4", "checkpoint"),
+        ("dopri5", "checkpoint"),
+    ],
+)
+def test_each_backward_pass_has_the_budget_anew(method, gradient, times):
     system, x = swinging()
-    solver = solver_for(method, steps=10)
+    solver = solver_for(method, steps=10, gradient=gradient)
     (states,) = solver.solve(system, (x.requires_grad_(),), torch.tensor(times))
     forward = len(system.seen)
     loss = states[-1].sum()
@@ -551,36 +563,45 @@ def test_the_budget_holds_for_the_adjoint_too(times):
 
 @DIRECTION
 @pytest.mark.parametrize("steps", [1, 10])
-@pytest.mark.parametrize("method", ["rk4", "euler", "dopri5", "scipy_solver"])
-def test_nan_that_only_the_adjoint_meets_is_an_error_that_names_the_row(method, steps, times):
+@pytest.mark.parametrize(
+    ("method", "gradient"),
+    [
+        *((method, "adjoint") for method in ("rk4", "euler", "dopri5", "scipy_solver")),
+        *((method, "checkpoint") for method in ("rk4", "euler", "dopri5")),
+    ],
+)
+def test_nan_that_only_the_backward_pass_meets_is_an_error_that_names_the_row(
+    method, gradient, steps, times
+):
     def rhs(t, state):
         return (state[0].square().sum(-1, keepdim=True).sqrt() + 0 * state[0],)  # no slope at 0
 
     x = torch.ones(3, 2)
     x[1] = 0
-    solver = solver_for(method, steps=steps)
+    solver = solver_for(method, steps=steps, gradient=gradient)
     (states,) = solver.solve(rhs, (x.requires_grad_(),), torch.tensor(times))
     what = rf"the backward solve with {method} reached .*the gradient of the field .* in row 1: "
     with pytest.raises(ODEError, match=what):
         states[-1].sum().backward()
 
 
-def test_exchanged_parameters_are_an_error_not_a_wrong_gradient():
+@ANEW
+def test_exchanged_parameters_are_an_error_not_a_wrong_gradient(gradient):
     field = LinearField(2)
     x = torch.randn(3, 2)
     weight = torch.eye(2, requires_grad=True)
 
-    def gradient(solver):
+    def gradient_by(solver):
         transform = ContinuousTransform(field, solver=solver)
         call = torch.func.functional_call
         z = call(_ToBase(transform), {"transform.vector_field.weight": weight}, (x,))
         return torch.autograd.grad(z.sum(), weight)[0]
 
     with pytest.raises(RuntimeError, match=r"were exchanged .* use gradient='backprop'"):
-        gradient(ODESolver(gradient="adjoint"))
+        gradient_by(ODESolver(gradient=gradient))
 
     expected = torch.autograd.grad((x @ torch.linalg.matrix_exp(-weight).T).sum(), weight)[0]
-    found = gradient(ODESolver(gradient="backprop"))
+    found = gradient_by(ODESolver(gradient="backprop"))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
@@ -605,25 +626,28 @@ class _Odd(torch.nn.Module):
         return torch.sin(x * self.plain) * self.scale
 
 
-def test_the_adjoint_gives_a_gradient_to_a_plain_attribute_of_a_network():
+def test_each_gradient_reaches_a_plain_attribute_of_a_network():
     network, x = _Odd(), torch.randn(3, 2)
     found = []
-    for gradient in ("adjoint", "backprop"):
+    for gradient in ("adjoint", "backprop", "checkpoint"):
         solver = ODESolver(rtol=1e-9, atol=1e-9, gradient=gradient)
         transform = ContinuousTransform(ModuleField(network, 2), solver=solver)
         found.append(torch.autograd.grad(transform.to_base(x).sum(), network.plain)[0])
-    torch.testing.assert_close(*found, rtol=0, atol=1e-7)
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=1e-7)
 
 
-def test_a_buffer_changed_before_the_backward_pass_is_an_error():
+@ANEW
+def test_a_buffer_changed_before_the_backward_pass_is_an_error(gradient):
     network = _Odd()
-    z = ContinuousTransform(ModuleField(network, 2)).to_base(torch.randn(3, 2))
+    solver = ODESolver(gradient=gradient)
+    z = ContinuousTransform(ModuleField(network, 2), solver=solver).to_base(torch.randn(3, 2))
     network.scale.mul_(3)
     with pytest.raises(RuntimeError, match="exchanged or changed between a solve and its backward"):
         z.sum().backward()
 
 
-@pytest.mark.parametrize("gradient", ["adjoint", "backprop"])
+@GRADIENT
 def test_a_solve_is_freed_without_the_garbage_collector(gradient):
     field = perturbed(LinearField(2, 3))
     transform = ContinuousTransform(field, solver=ODESolver(gradient=gradient))
@@ -681,13 +705,18 @@ POSITIVE = r"must be positive and finite; got"
         ({"method": ""}, VALUE, r"method must be one of .*; got ''\."),
         *(
             ({name: value}, VALUE, rf"^{name} {POSITIVE} {value}\.")
-            for name in ("rtol", "atol")
+            for name in ("rtol", "atol", "first_step")
             for value in (0.0, -1e-5, math.inf, math.nan)
         ),
         (
             {"gradient": "autograd"},
             VALUE,
-            r"gradient must be one of \('adjoint', 'backprop'\); got 'autograd'\.",
+            r"gradient must be one of \('adjoint', 'backprop', 'checkpoint'\); got 'autograd'\.",
+        ),
+        (
+            {"control": "ladj"},
+            VALUE,
+            r"control must be one of \('points_and_ladj', 'points'\); got 'ladj'\.",
         ),
         ({"max_evaluations": 0}, VALUE, r"max_evaluations must be at least 1; got 0\."),
         ({"max_evaluations": 1e4}, TYPE, r"max_evaluations must be an int; got 10000\.0\."),
@@ -713,6 +742,27 @@ POSITIVE = r"must be positive and finite; got"
             VALUE,
             r"'scipy_solver' leaves torch, which backprop cannot follow; use gradient='adjoint'\.",
         ),
+        (
+            {"method": "scipy_solver", "gradient": "checkpoint"},
+            VALUE,
+            r"'scipy_solver' leaves torch, which checkpoint cannot follow; use gradient=",
+        ),
+        *(
+            (
+                {"method": method, "steps": 9, "gradient": "checkpoint"},
+                VALUE,
+                rf"'{method}' remembers earlier steps, .* use gradient='adjoint' or 'backprop'",
+            )
+            for method in MULTISTEP
+        ),
+        *(
+            (
+                {"method": method, "first_step": 0.1, **settings},
+                VALUE,
+                rf"first_step is for adaptive methods .*'{method}' is none; got 0\.1\. Leave it",
+            )
+            for method, settings in (("rk4", {"steps": 9}), ("scipy_solver", {}))
+        ),
     ],
 )
 def test_a_bad_setting_is_refused(settings, error, expected, shapes_unchecked):
@@ -722,7 +772,11 @@ def test_a_bad_setting_is_refused(settings, error, expected, shapes_unchecked):
 
 @pytest.mark.parametrize(
     "solver",
-    [ODESolver(), *(solver_for(method, steps=7, max_evaluations=99) for method in KINDS)],
+    [
+        ODESolver(),
+        ODESolver(gradient="checkpoint", control="points", first_step=0.1),
+        *(solver_for(method, steps=7, max_evaluations=99) for method in KINDS),
+    ],
     ids=lambda solver: solver.method,
 )
 def test_settings_are_values(solver):
@@ -734,17 +788,20 @@ def test_settings_are_values(solver):
         solver.rtol = 1.0
 
 
-def test_the_adjoint_refuses_a_second_derivative():
+@ANEW
+def test_a_gradient_made_anew_refuses_a_second_derivative(gradient):
     field = perturbed(LinearField(2))
     x = torch.randn(3, 2, requires_grad=True)
-    transform = ContinuousTransform(field, solver=ODESolver(gradient="adjoint"))
+    transform = ContinuousTransform(field, solver=ODESolver(gradient=gradient))
     z = transform.to_base(x)
-    with pytest.raises(RuntimeError, match=r"first derivatives only.*gradient='backprop'"):
+    with pytest.raises(
+        RuntimeError, match=rf"gradient=.{gradient}. gives first derivatives only.*'backprop'"
+    ):
         torch.autograd.grad(z.square().sum(), x, create_graph=True)
 
     z = transform.using(solver=ODESolver(gradient="backprop")).to_base(x)
-    (gradient,) = torch.autograd.grad(z.square().sum(), x, create_graph=True)
-    second = torch.autograd.grad(gradient.sum(), field.weight)[0]
+    (slope,) = torch.autograd.grad(z.square().sum(), x, create_graph=True)
+    second = torch.autograd.grad(slope.sum(), field.weight)[0]
     assert second.abs().max() > 0.1
 
 

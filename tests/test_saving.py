@@ -50,6 +50,9 @@ OPTIONS = {
     "hutchinson": {"divergence": Hutchinson(noise="gaussian", probes=3)},
     "tolerances": {"solver": ODESolver(rtol=1e-4, atol=1e-3, max_evaluations=500)},
     "fixed steps": {"solver": ODESolver(method="rk4", steps=7, gradient="backprop")},
+    "checkpoint": {
+        "solver": ODESolver(gradient="checkpoint", control="points", first_step=0.1),
+    },
     "base": {"base": StandardNormal(2).double()},
     "context": {"context_features": 3},
     "transforms": {"transforms": [Standardize(2).double(), Affine(2).double()]},
@@ -155,6 +158,19 @@ def test_the_dtype_of_a_loaded_flow_is_the_saved_one_whatever_the_default(dtype,
     x = torch.ones(2, dtype=dtype)
     assert torch.equal(loaded.log_prob(x), flow.log_prob(x))
     assert loaded.sample(generator=torch.Generator().manual_seed(0)).dtype == dtype
+
+
+def test_a_file_from_before_a_setting_of_the_solver_loads_with_its_default(saved):
+    description = description_of(saved)
+    for name in ("control", "first_step"):
+        del description["flow"]["transforms"][-1]["solver"][name]
+    expected = load(saved).log_prob(torch.ones(2))
+    rewrite(saved, description=description)
+
+    loaded = load(saved)
+
+    assert loaded.chain[-1].solver == ODESolver()
+    assert torch.equal(loaded.log_prob(torch.ones(2)), expected)
 
 
 def test_a_loaded_flow_trains_on_as_the_saved_one_would(path):

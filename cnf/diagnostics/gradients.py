@@ -1,0 +1,208 @@
+"""The gradients of a flow by each way to make them, compared."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cnf._checks import check_type
+from cnf.flow import Flow
+from cnf.ode import Gradient, ODEError
+from cnf.transforms import ContinuousTransform
+from cnf.vector_fields import count_evaluations
+
+_REMEDIES: dict[Gradient, str] = {
+    "adjoint": "Tighten rtol and atol of the ODESolver (with fixed steps: raise steps), or choose "
+    "gradient='checkpoint'.",
+    "checkpoint": "The field does not give the same value twice: look for randomness in it.",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientCheck:
+    """How far the gradient made in one way is from that by backprop."""
+
+    gradient: Gradient
+    """The way, as in `ODESolver.gradient`."""
+    error: float = math.nan
+    """Norm of the difference from the gradient by backprop, relative to the norm of the latter; NaN
+    if there is no gradient by this way."""
+    tolerance: float
+    """The largest error that passes."""
+    nfe: int = 0
+    """Evaluations of the vector fields, in the solves and in the backward pass together."""
+    verdict: Literal["pass", "fail", "skip"] = "skip"
+    """Whether the error is within the tolerance; "skip" if the method has no such gradient."""
+    remedy: str = ""
+    """What to do if it fails, or why it was skipped."""
+
+    def __str__(self) -> str:
+        if self.verdict == "skip":
+            return f"{self.verdict:<5}{self.gradient:<12}{self.remedy}"
+        line = (
+            f"{self.verdict:<5}{self.gradient:<12}relative error {self.error:<9.2g}"
+            f"(tolerance {self.tolerance:g}), {self.nfe} evaluations"
+        )
+        return f"{line}\n     -> {self.remedy}" if self.verdict == "fail" else line
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientReport:
+    """What `check_gradients` found."""
+
+    rows: int
+    """Number of rows that it was measured on."""
+    parameters: int
+    """Number of entries of the gradient."""
+    checks: tuple[GradientCheck, ...]
+    """One check for each way to make gradients, backprop first."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether no check failed."""
+        return all(check.verdict != "fail" for check in self.checks)
+
+    def __getitem__(self, gradient: str) -> GradientCheck:
+        """The check of this way.
+
+        Raises:
+            KeyError: If there is none.
+        """
+        named: dict[str, GradientCheck] = {check.gradient: check for check in self.checks}
+        return named[gradient]
+
+    def __str__(self) -> str:
+        title = (
+            f"gradient of the mean log-likelihood of {self.rows} rows in {self.parameters} "
+            "parameters, against backprop"
+        )
+        return "\n".join([title, *map(str, self.checks)])
+
+
+def check_gradients(
+    flow: Flow,
+    x: Float[Tensor, "rows *event"],
+    context: Float[Tensor, "rows context_features"] | None = None,
+    *,
+    tolerance: float = 0.01,
+    generator: torch.Generator | None = None,
+) -> GradientReport:
+    """Compare the gradients of the mean log-likelihood by backprop, checkpoint and adjoint.
+
+    Each part of the flow is solved by its own solver; to check a solver, such as that of training,
+    ask about ``flow.using(solver=solver)``. Backprop is the reference, as it differentiates the
+    steps taken; checkpoint should agree to rounding errors, the adjoint to about the tolerance of
+    the solver, or to the errors of its steps.
+
+    Args:
+        flow: The flow; it, and the ``grad`` of its parameters, stay as they are.
+        x: Rows, best as many as a minibatch has.
+        context: One context for each row, if the flow is conditional.
+        tolerance: The largest relative error that passes.
+        generator: Source of the seed of all draws; None for a fixed seed.
+
+    Raises:
+        TypeError: If `flow` is not a `Flow`, or `x` not a tensor.
+        ValueError: If the flow follows no ODE, has nothing to train, or is solved by a method
+            without backprop; if `x` is empty or does not fit; if `tolerance` is not positive.
+        ODEError: If the solve fails by backprop too.
+
+    Example:
+        >>> from cnf import CNF, ODESolver
+        >>> solver = ODESolver(method="rk4", steps=8)
+        >>> report = check_gradients(CNF(2, solver=solver), torch.randn(20, 2))
+        >>> report.passed, report["checkpoint"].nfe
+        (True, 64)
+    """
+    _check_arguments(flow, x, tolerance)
+    seed = 0
+    if generator is not None:
+        seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
+    measure = partial(_gradient, x=x, context=context, seed=seed)
+    reference, nfe = measure(_by("backprop", flow))
+    first = GradientCheck(
+        gradient="backprop", error=0.0, tolerance=tolerance, nfe=nfe, verdict="pass"
+    )
+    others = (
+        _check(gradient, flow, measure, reference, tolerance)
+        for gradient in get_args(Gradient)
+        if gradient != "backprop"
+    )
+    return GradientReport(rows=len(x), parameters=len(reference), checks=(first, *others))
+
+
+def _check(
+    gradient: Gradient,
+    flow: Flow,
+    measure: Callable[[Flow], tuple[Tensor, int]],
+    reference: Tensor,
+    tolerance: float,
+) -> GradientCheck:
+    found = partial(GradientCheck, gradient=gradient, tolerance=tolerance)
+    try:
+        flow = _by(gradient, flow)
+    except ValueError as reason:
+        return found(remedy=str(reason))
+    try:
+        vector, nfe = measure(flow)
+    except ODEError as failure:
+        return found(error=math.inf, verdict="fail", remedy=str(failure))
+    # Where the gradient is zero, so must be the difference.
+    scale = reference.norm().clamp_min(torch.finfo(reference.dtype).tiny)
+    error = float((vector - reference).norm() / scale)
+    verdict: Literal["pass", "fail"] = "pass" if error <= tolerance else "fail"
+    return found(error=error, nfe=nfe, verdict=verdict, remedy=_REMEDIES[gradient])
+
+
+def _gradient(flow: Flow, *, x: Tensor, context: Tensor | None, seed: int) -> tuple[Tensor, int]:
+    """Gradient of the mean log-likelihood in all parameters, as one vector, and the evaluations."""
+    parameters = _trainable(flow)
+    with torch.inference_mode(False), torch.enable_grad(), count_evaluations(flow) as nfe:
+        x, context = x.detach().clone(), None if context is None else context.detach().clone()
+        generator = torch.Generator(x.device).manual_seed(seed)
+        loss = flow.log_prob(x, context, generator=generator).mean()
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    parts = [
+        torch.zeros_like(parameter) if part is None else part
+        for part, parameter in zip(found, parameters, strict=True)
+    ]
+    return torch.cat([part.flatten() for part in parts]), nfe.value
+
+
+def _by(gradient: Gradient, flow: Flow) -> Flow:
+    """The same flow with its gradients made in another way.
+
+    Raises:
+        ValueError: If a method of its solvers has no such gradient.
+    """
+
+    def change(part: ContinuousTransform) -> ContinuousTransform:
+        return part.using(solver=dataclasses.replace(part.solver, gradient=gradient))
+
+    return Flow([part.rebuilt(change) for part in flow.chain], flow.base)
+
+
+def _trainable(flow: Flow) -> list[Tensor]:
+    return [parameter for parameter in flow.parameters() if parameter.requires_grad]
+
+
+def _check_arguments(flow: Flow, x: Tensor, tolerance: float) -> None:
+    check_type("flow", flow, Flow, "wrap the transforms in Flow([...])")
+    check_type("x", x, Tensor, "use torch.as_tensor(x)")
+    if x.ndim != 1 + len(flow.event_shape) or len(x) < 1:
+        raise ValueError(
+            f"x must have at least 1 row, and shape (rows, {', '.join(map(str, flow.event_shape))}"
+            f"); got {tuple(x.shape)}."
+        )
+    if not 0 < tolerance < math.inf:
+        raise ValueError(f"tolerance must be positive and finite; got {tolerance}.")
+    if not any(isinstance(part, ContinuousTransform) for part in flow.modules()):
+        raise ValueError("flow must follow an ODE; its gradients are made in one way only.")
+    if not _trainable(flow):
+        raise ValueError("flow must have parameters that require a gradient; got none.")
