@@ -65,6 +65,11 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
         return made
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: the guard that torch would put around each operation imports its compiler first."""
+        return False
+
     def _freed(self, key: int, size: int, _: object) -> None:
         del self._alive[key]
         self.now -= size
