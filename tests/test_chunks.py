@@ -40,6 +40,15 @@ def test_chunks_change_no_density(make, chunk_size):
     assert not found.requires_grad
 
 
+def test_with_an_adaptive_solver_chunks_agree_up_to_its_tolerance():
+    x = torch.randn(20, 2)
+    for tolerance in (1e-3, 1e-7):
+        flow = cnf(solver=ODESolver(rtol=tolerance, atol=tolerance))
+        found = log_prob_in_chunks(flow, x, chunk_size=1)
+        torch.testing.assert_close(found, flow.log_prob(x).detach(), rtol=0, atol=30 * tolerance)
+        assert not torch.equal(found, flow.log_prob(x))
+
+
 @pytest.mark.parametrize("make", [BOUNDS["integer column"], BOUNDS["augmented with context"]])
 def test_what_is_drawn_is_what_the_chunks_draw_one_after_the_other(make):
     flow = make().using(solver=GRID)
