@@ -9,6 +9,7 @@ them stand toy densities with the truth (`cnf.data`), metrics (`cnf.metrics`) an
 (`cnf.plots`).
 """
 
+from cnf.chunks import log_prob_in_chunks, sample_in_chunks
 from cnf.cnf import CNF
 from cnf.diagnostics import (
     Check,
@@ -148,7 +149,9 @@ __all__ = [
     "fit",
     "glow",
     "load",
+    "log_prob_in_chunks",
     "recipe",
+    "sample_in_chunks",
     "save",
     "transforms_for",
 ]

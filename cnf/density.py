@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from operator import attrgetter, itemgetter
@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from cnf._checks import check_count, rows_inside
+from cnf.chunks import in_chunks, sample_in_chunks
 from cnf.cnf import CNF
 from cnf.flow import Flow
 from cnf.ode import ODESolver
@@ -103,7 +103,7 @@ class Rows(NamedTuple):
     weight: Float[Tensor, " rows"] | None = None
     """How often each row counts; not negative."""
 
-    def take(self, index: Tensor) -> "Rows":
+    def take(self, index: Tensor | slice) -> "Rows":
         """Some of the rows."""
         return self.map(itemgetter(index))
 
@@ -251,7 +251,8 @@ def log_prob(flow: Flow, rows: Rows, *, progress: bool = False) -> Float[Tensor,
     noiseless = Flow(transforms, flow.base)
     generator = torch.Generator().manual_seed(0)  # of other transforms that draw
 
-    def of_part(part: Rows) -> Tensor:
+    def of_part(index: slice) -> Tensor:
+        part = rows.take(index)
         found = [
             noiseless.log_prob(part.x + noise, part.context, generator=generator)
             for noise in noises
@@ -259,8 +260,8 @@ def log_prob(flow: Flow, rows: Rows, *, progress: bool = False) -> Float[Tensor,
         log_prob = torch.stack(found).logsumexp(0) - math.log(len(found))
         return log_prob.where(rows_inside(part.x, flow.support), -math.inf)
 
-    parts = (rows.take(index) for index in _chunks(len(rows.x), progress))
-    return torch.cat([of_part(part) for part in parts])
+    scores = rows.x.new_empty(len(rows.x))
+    return in_chunks(of_part, scores, chunk_size=_ROWS_AT_ONCE, progress=progress)
 
 
 def sample(
@@ -278,16 +279,6 @@ def sample(
         ODEError: If the solve fails.
     """
     generator = torch.Generator().manual_seed(seed)
-    chunks = [
-        flow.sample(len(index), context, generator=generator) for index in _chunks(count, progress)
-    ]
-    return torch.cat(chunks)
-
-
-def _chunks(rows: int, progress: bool) -> Iterator[Tensor]:
-    """Indices of all rows, some at once; one empty chunk if there are none."""
-    parts = torch.arange(rows).split(_ROWS_AT_ONCE)
-    with tqdm(total=rows, disable=not progress, unit="row") as bar:
-        for part in parts:
-            yield part
-            bar.update(len(part))
+    return sample_in_chunks(
+        flow, count, context, chunk_size=_ROWS_AT_ONCE, generator=generator, progress=progress
+    )

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from cnf import History, TrainingError, load
+from cnf import Flow, History, TrainingError, load
 from cnf.cli.entry import main
 from cnf.data.tabular import read_table, write_table
 
@@ -436,6 +436,27 @@ def test_control_c_ends_a_fit_without_a_trace(folder, tmp_path):
         finally:
             process.kill()
     assert (process.returncode, said) == (130, "cnf: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("method", "first"), [("log_prob", "score"), ("sample", "sample")])
+def test_control_c_between_chunks_leaves_no_file(
+    folder, tmp_path, capsys, monkeypatch, method, first
+):
+    monkeypatch.setattr("cnf.density._ROWS_AT_ONCE", 20)
+    of_chunk, done = getattr(Flow, method), []
+
+    def interrupted(*arguments, **options):
+        if done:
+            raise KeyboardInterrupt
+        done.append(of_chunk(*arguments, **options))
+        return done[-1]
+
+    monkeypatch.setattr(Flow, method, interrupted)
+    given = [folder / "data.csv"] if first == "score" else ["-n", 60]
+    arguments = [first, folder / "plain", *given, "--out", tmp_path / "x.csv"]
+    assert error_of(capsys, *arguments, code=130) == "cnf: interrupted\n"
+    assert len(done[0]) == 20
     assert list(tmp_path.iterdir()) == []
 
 

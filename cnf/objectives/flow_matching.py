@@ -91,7 +91,7 @@ class FlowMatching(nn.Module):
     ) -> None:
         super().__init__()
         self.flow = check_flow(flow)
-        _split(flow)
+        _check_one_ode(flow)
         self.path = LinearPath() if path is None else path
         check_type("path", self.path, ProbabilityPath, "use LinearPath()")
         self.pairing = IndependentPairing() if pairing is None else pairing
@@ -182,10 +182,17 @@ def _resampled(
 
 
 def _split(flow: Flow) -> tuple[list[Transform], ContinuousTransform, list[Transform]]:
-    """The transforms between data and ODE, the ODE, and the transforms between it and the base.
+    """The transforms between data and ODE, the ODE, and the transforms between it and the base."""
+    parts = flow.chain
+    place = next(i for i, part in enumerate(parts) if isinstance(part, ContinuousTransform))
+    return parts[:place], cast(ContinuousTransform, parts[place]), parts[place + 1 :]
+
+
+def _check_one_ode(flow: Flow) -> None:
+    """Refuse a flow that has not exactly one ODE, or has it as a part of another transform.
 
     Raises:
-        ValueError: If there is not exactly one ODE, or it is a part of another transform.
+        ValueError: If it is so.
     """
     parts = flow.chain
     number = sum(isinstance(part, ContinuousTransform) for part in parts)
@@ -200,5 +207,3 @@ def _split(flow: Flow) -> tuple[list[Transform], ContinuousTransform, list[Trans
             "flow must have exactly one ContinuousTransform among its transforms, to know between "
             f"which ends paths run; got {number}{inside}. Use MaximumLikelihood."
         )
-    place = next(i for i, part in enumerate(parts) if isinstance(part, ContinuousTransform))
-    return parts[:place], cast(ContinuousTransform, parts[place]), parts[place + 1 :]

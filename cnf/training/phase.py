@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from cnf._checks import reference_tensor
 from cnf.flow import Flow
 from cnf.training.average import Average
 from cnf.training.config import TrainingConfig
@@ -146,7 +145,7 @@ class Phase:
 
     def _gradients(self) -> tuple[float, float]:
         """Add up the gradients of the parts of this process; its share of the loss, and the nfe."""
-        device = reference_tensor(self.flow).device
+        device = self.processes.device
         coarse = self.config.precision == "bfloat16"
         total = 0.0
         with count_evaluations(self.flow) as nfe:

@@ -1,0 +1,105 @@
+"""The memory of tensors: how much an evaluation takes, and sizes in words."""
+
+import re
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_UNITS = {
+    prefix + suffix: base**power
+    for power, prefix in enumerate(("", "k", "m", "g", "t"))
+    for suffix, base in (("b", 1000), ("ib", 1024))
+    if prefix or suffix == "b"
+}
+_SIZE = re.compile(r"(\d+(?:\.\d*)?)\s*([a-z]+)")
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make within the context, while they live.
+
+    It watches the operations themselves, on every device: the number is exact and the same each
+    time. The memory of a process is not: allocators round, keep what was freed, and serve others.
+    What an operation needs in passing and gives back before it ends is not seen.
+
+    Example:
+        >>> import torch
+        >>> with LiveBytes() as live:
+        ...     x = torch.zeros(1000, dtype=torch.float64)
+        ...     y = (2 * x)[:500]  # a part keeps the whole
+        ...     z = x + 1
+        ...     del z
+        >>> live.now, live.peak
+        (16000, 24000)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = 0
+        """Bytes now."""
+        self.peak = 0
+        """Most bytes at any time."""
+        self._alive: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        del types
+        kwargs = kwargs or {}
+        # A view, or what is changed in place, brings no memory of its own.
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        made = func(*args, **kwargs)
+        for storage in _storages(made):
+            key, size = storage._cdata, storage.nbytes()
+            if key not in given and key not in self._alive:
+                self._alive[key] = weakref.ref(storage, partial(self._freed, key, size))
+                self.now += size
+        self.peak = max(self.peak, self.now)
+        return made
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: the guard that torch would put around each operation imports its compiler first."""
+        return False
+
+    def _freed(self, key: int, size: int, _: object) -> None:
+        del self._alive[key]
+        self.now -= size
+
+
+def bytes_in(text: str) -> int | None:
+    """The number of bytes of a size such as "1 GiB" or "500 MB"; None if it is no such size.
+
+    Example:
+        >>> bytes_in("1.5 KiB"), bytes_in("2 MB"), bytes_in("2")
+        (1536, 2000000, None)
+    """
+    found = _SIZE.fullmatch(text.strip().lower())
+    if found is None or found[2] not in _UNITS:
+        return None
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def in_words(size: int) -> str:
+    """A number of bytes with a unit.
+
+    Example:
+        >>> in_words(1536)
+        '1.5 KiB'
+    """
+    for power, unit in enumerate(("B", "KiB", "MiB", "GiB")):
+        if size < 1024 ** (power + 1):
+            return f"{size / 1024**power:.4g} {unit}"
+    return f"{size / 1024**4:.4g} TiB"
+
+
+def _storages(values: Any) -> list[Any]:
+    return [value.untyped_storage() for value in tree_leaves(values) if isinstance(value, Tensor)]
