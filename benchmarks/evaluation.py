@@ -23,6 +23,7 @@ import tyro
 
 from benchmarks.flows import (
     OverTheBasis,
+    as_ffjord,
     by_reverse_mode,
     compiled,
     density,
@@ -126,7 +127,7 @@ def measure_plane(settings: Settings) -> list[dict[str, Any]]:
     x = mixture.sample(settings.points)
     tolerance = settings.tolerance
     ways = {
-        SLOW: our_way(by_reverse_mode(field), x, tolerance),
+        SLOW: our_way(as_ffjord(field), x, tolerance),
         "ours": our_way(field, x, tolerance),
     }
     if settings.compile and (flow := compiled(exact_flow(field, tolerance))):

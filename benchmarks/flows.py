@@ -67,6 +67,30 @@ def by_reverse_mode(field: VectorField) -> ModuleField:
     return ModuleField(field, field.features)
 
 
+def as_ffjord(field: MLPField) -> ModuleField:
+    """The field of `ffjord_field` as FFJORD would have it, network and all."""
+    return ModuleField(AsFFJORD(field), field.features)
+
+
+class AsFFJORD(nn.Module):
+    """The network of `ffjord_field`, with its weights, as FFJORD's code writes it: layer by layer.
+
+    A gate and a shift are made of the time for each layer, and applied to rows.
+    """
+
+    def __init__(self, field: MLPField) -> None:
+        super().__init__()
+        self.layers = field.layers
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """Velocity at `x`."""
+        time = t.view(1, 1)
+        for i, layer in enumerate(self.layers):
+            x = layer.linear(x if i == 0 else x.tanh())
+            x = x * layer.gate(time).sigmoid() + layer.shift(time)
+        return x
+
+
 class OverTheBasis(VectorField):
     """The field without its closed form: the exact divergence over the basis, carried forward."""
 

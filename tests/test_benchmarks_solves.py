@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
-from zoo import mlp
+from zoo import mlp, perturbed
 
 from benchmarks import evaluation, flows, memory, scaling, solve_peers, solves, step, timing
 from cnf import Exact, Hutchinson, LinearField, ODESolver
@@ -113,10 +113,10 @@ def test_step(tmp_path, capsys):
     check_ways(content["wide"], wide, step.SLOW)
     assert [row[2] for row in plane_claims] == [claim.bound for claim in step.PLANE_CLAIMS]
     assert [row[2] for row in wide_claims] == [claim.bound for claim in step.WIDE_CLAIMS]
-    expected = [step.SLOW, *(f"ours, {gradient}" for gradient in flows.gradients())]
+    expected = [step.SLOW, step.REVERSE, *(f"ours, {gradient}" for gradient in flows.gradients())]
     assert [row[0] for row in plane][: len(expected)] == expected
     # Each gradient is that of the same number.
-    same = log_likelihoods(content["plane"], step.SLOW, "ours")
+    same = log_likelihoods(content["plane"], step.SLOW, step.REVERSE, "ours")
     assert same == pytest.approx([same[0]] * len(expected), abs=1e-4)
     exact = log_likelihoods(content["wide"], "closed form")
     assert exact == pytest.approx([exact[0]] * len(exact), abs=1e-4)
@@ -229,6 +229,16 @@ def test_evaluations_are_those_of_the_network_backward_pass_included():
             assert solves.evaluation(flows.density(flow), x).evaluations == 8
             seen = solves.likelihood_step(flows.density(flow), x).evaluations
             assert seen == 8 if gradient == "backprop" else seen >= least
+
+
+def test_the_network_as_ffjord_writes_it_has_the_same_velocity_and_divergence():
+    torch.set_default_dtype(torch.float64)
+    field, t, x = perturbed(flows.ffjord_field(2, (8, 8, 8))), torch.tensor(0.3), torch.randn(5, 2)
+    slow = flows.as_ffjord(field)
+    for found, expected in zip(
+        slow.velocity_and_divergence(t, x), field.velocity_and_divergence(t, x), strict=True
+    ):
+        torch.testing.assert_close(found, expected)
 
 
 def test_a_density_has_the_same_probes_in_every_call():
