@@ -5,6 +5,7 @@ So `save` and `load` keep them like any flow. ``pip install zuko`` brings the li
 
 import importlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,12 +16,16 @@ from torch.distributions import Transform as TorchTransform
 
 from cnf._checks import check_count
 from cnf.adapters import TorchBase
+from cnf.baselines.monotone import Gaussianization, MonotonicNetwork, start_near_identity
 from cnf.bases import Base
 from cnf.transforms.adapters import OfTorchTransforms
 
 
 class NamedTransform(OfTorchTransforms):
     """The transform of a named flow of zuko.
+
+    Of "naf" and "gf", the increasing functions are onto the line here, and "gf" starts near the
+    identity; see `cnf.baselines.monotone`.
 
     Args:
         name: One of `names`.
@@ -163,7 +168,12 @@ def _inverse_autoregressive(zuko: Any, features: int, context: int, size: int) -
 def _neural_autoregressive(zuko: Any, features: int, context: int, size: int) -> Any:
     widths = (size, size)
     network = {"hidden_features": widths}
-    return zuko.flows.NAF(features, context, hidden_features=widths, network=network).transform
+    flow = zuko.flows.NAF(features, context, hidden_features=widths, network=network)
+    # Without the soft clips between them.
+    layers = [part for part in flow.transform.transforms if hasattr(part, "univariate")]
+    for layer in layers:
+        layer.univariate = MonotonicNetwork(zuko, layer.univariate)
+    return zuko.lazy.LazyComposedTransform(*layers)
 
 
 def _spline(zuko: Any, features: int, context: int, size: int) -> Any:
@@ -188,7 +198,11 @@ def _coupling_spline(zuko: Any, features: int, context: int, size: int) -> Any:
 
 
 def _gaussianization(zuko: Any, features: int, context: int, size: int) -> Any:
-    return zuko.flows.GF(features, context, transforms=6, components=size).transform
+    transform = zuko.flows.GF(features, context, transforms=6, components=size).transform
+    for layer in transform.transforms[::2]:
+        layer.univariate = partial(Gaussianization, bisection=zuko.utils.bisection)
+        start_near_identity(layer, size)
+    return transform
 
 
 _MAKERS: dict[str, Callable[[Any, int, int, int], Any]] = {

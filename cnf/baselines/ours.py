@@ -58,10 +58,15 @@ def residual(features: int, context_features: int, size: int) -> Chain:
 
 
 def attentive(features: int, context_features: int, size: int) -> Chain:
-    """The same, with attention over the features before each perceptron."""
+    """The same, with attention before each perceptron.
+
+    The features are split evenly into tokens, about as many as are in each. Of a few features the
+    attention has few parameters, so that the flow is nearly `residual`.
+    """
+    tokens = next(n for n in range(1, features + 1) if n * n >= features and features % n == 0)
     networks: list[ContractiveNetwork] = []
     for network in _perceptrons(features, context_features, size):
-        networks += [LipschitzAttention(tokens=features, width=1), network]
+        networks += [LipschitzAttention(tokens=tokens, width=features // tokens), network]
     return _residual(features, networks, RussianRoulette())
 
 
