@@ -4,21 +4,26 @@ import math
 
 import pytest
 import torch
+from nflows.transforms import ActNorm
 from zoo import BOUNDS, EXACT_FLOWS, cnf, perturbed, rows_for
 
 from cnf import (
     Affine,
+    AffineCoupling,
     ContinuousTransform,
     Exact,
     Flow,
     Hutchinson,
     LinearField,
     ODESolver,
+    ResidualFlow,
     Standardize,
     certify,
     count_evaluations,
 )
 from cnf.transforms import Transform
+from cnf.transforms.adapters import FromNflows
+from cnf.transforms.contractive import ContractiveNetwork
 
 NAMES = [
     "hutchinson",
@@ -158,6 +163,50 @@ def test_an_exploding_inverse_is_found():
     assert certify(flow, torch.randn(10, 2, dtype=torch.float32)).passed
 
 
+class Steep(torch.nn.Module):
+    """A conditioner whose logarithm of the scale is so many times what it sees."""
+
+    def __init__(self, slope):
+        super().__init__()
+        self.slope = slope
+
+    def forward(self, x, context=None):
+        return torch.cat([torch.zeros_like(x), self.slope * x], -1)
+
+
+class NoContraction(ContractiveNetwork):
+    """Says that its slopes are below a half, and has one of -1.5."""
+
+    def given(self, context):
+        return lambda x: torch.where(x.abs() > 1, -1.5 * x, 0.3 * x)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("slope", [40.0, 1000.0])
+def test_a_coupling_that_explodes_fails_and_does_not_raise(slope, sign):
+    flow = Flow([AffineCoupling(2, conditioner=Steep(slope), bound=2000.0)])
+    report = certify(flow, sign * torch.tensor([[-1.5, 1.0], [0.3, 0.2], [1.2, 0.1]]))
+    assert report["inverse_lipschitz"].verdict == "fail"
+    assert not any(math.isnan(check.value) for check in report.checks if check.verdict != "skip")
+    if slope == 1000:
+        assert report["inverse_lipschitz"].value == report["round_trip"].value == math.inf
+        assert report["round_trip"].verdict == "fail"
+        assert "finite" in report["round_trip"].remedy
+
+
+def test_a_residual_step_that_is_no_contraction_fails_with_its_message():
+    flow = Flow([ResidualFlow(NoContraction(2, coefficient=0.5))])
+    found = certify(flow, 3 * torch.randn(10, 2))["round_trip"]
+    assert found.value == math.inf
+    assert found.verdict == "fail"
+    assert "did not converge" in found.remedy
+
+
+def test_a_flow_that_still_awaits_data_is_refused():
+    with pytest.raises(RuntimeError, match="initialize"):
+        certify(Flow([FromNflows(ActNorm(2), 2)]), torch.randn(10, 2))
+
+
 def test_a_failed_solve_fails_the_check_with_its_message():
     flow = cnf(solver=ODESolver(max_evaluations=9))
     report = certify(flow, torch.randn(10, 2))
@@ -224,3 +273,7 @@ def test_bad_input_is_refused():
         certify(cnf(), torch.tensor([[0.0, math.nan], [0.0, 0.0]]))
     with pytest.raises(ValueError, match="context must have shape"):
         certify(cnf(2, 3), torch.randn(4, 2))
+    with pytest.raises(ValueError, match=r"context must have shape \(4, 3\).*got \(3, 3\)"):
+        certify(cnf(2, 3), torch.randn(4, 2), torch.randn(3, 3))
+    with pytest.raises(ValueError, match="dtype"):
+        certify(cnf(), torch.randn(4, 2).half())

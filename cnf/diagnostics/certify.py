@@ -7,11 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cnf._checks import check_type
+from cnf._checks import check_context, check_events, check_support, check_type, reference_tensor
 from cnf.diagnostics.checks import CHECKS, Case, NotMeasuredError, Outcome
 from cnf.diagnostics.report import Check, LikelihoodReport
 from cnf.flow import Flow
-from cnf.ode import ODEError
 
 
 def certify(
@@ -38,6 +37,9 @@ def certify(
       data, against what the rounding errors of the dtype allow;
     - ``nfe``: evaluations of the vector fields for one `log_prob` of all rows.
 
+    A check in which the flow overflows, refuses its own numbers or does not converge fails with the
+    value inf; the remedy is then the flow's message.
+
     Args:
         flow: The flow.
         x: Rows to measure on, best held-out ones; a few hundred will do.
@@ -46,7 +48,8 @@ def certify(
 
     Raises:
         TypeError: If `flow` is not a `Flow`, or `x` not a tensor.
-        ValueError: If `x` has less than two rows, or does not fit the flow.
+        ValueError: If `x` has less than two rows, or it or `context` does not fit the flow.
+        NotImplementedError: If the flow goes one way only.
 
     References:
         Behrmann et al. (2021), Understanding and Mitigating Exploding Inverses in Invertible
@@ -65,6 +68,7 @@ def certify(
             f"x must have at least 2 rows, and shape (rows, {', '.join(map(str, flow.event_shape))}"
             f"); got {tuple(x.shape)}."
         )
+    _check_rows(flow, x, context)
     seed = 0
     if generator is not None:
         seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
@@ -75,12 +79,28 @@ def certify(
     return LikelihoodReport(likelihood=flow.likelihood, rows=len(x), checks=checks)
 
 
+def _check_rows(flow: Flow, x: Tensor, context: Tensor | None) -> None:
+    """Refuse what the user got wrong here, for what a check raises is the fault of the flow."""
+    check_events("x", x, flow.event_shape, like=reference_tensor(flow))
+    check_context(context, flow.context_features, like=reference_tensor(flow))
+    if context is not None and context.shape[:-1] != x.shape[:1]:
+        raise ValueError(
+            f"context must have shape ({len(x)}, {flow.context_features}), a row for each of x; "
+            f"got {tuple(context.shape)}."
+        )
+    check_support("x", x, flow.support)
+
+
 def _measured(name: str, measure: Callable[[Case], Outcome], case: Case) -> Check:
     try:
         outcome = measure(case)
     except NotMeasuredError as reason:
         return Check(name=name, meaning=str(reason))
-    except ODEError as error:
-        outcome = Outcome(math.inf, 0.0, "a solve failed", str(error))
+    except (NotImplementedError, torch.OutOfMemoryError):  # which are no word on the numbers
+        raise
+    except (ValueError, RuntimeError) as error:
+        outcome = Outcome(math.inf, 0.0, "the flow failed on numbers of its own", str(error))
+    if math.isnan(outcome.value):
+        outcome = outcome._replace(value=math.inf)
     passed = outcome.value <= outcome.limit
     return Check(name=name, verdict="pass" if passed else "fail", **outcome._asdict())

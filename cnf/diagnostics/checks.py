@@ -196,11 +196,11 @@ def _inverse_lipschitz(case: Case) -> Outcome:
             for i in range(z.shape[-1])
         ]
     jacobians = torch.stack(rows, 1) * case.scale.flatten()
-    values = torch.linalg.svdvals(jacobians.double())
+    smallest, largest = _extreme_stretches(jacobians.double())
     # A rounding error grows by both factors on the way there and back.
-    allowed = 1e-3 / (torch.finfo(x.dtype).eps * float(values.max()))
+    allowed = 1e-3 / (torch.finfo(x.dtype).eps * largest)
     return Outcome(
-        float(1 / values.min()),
+        1 / smallest if smallest else math.inf,
         allowed,
         "largest stretch of an error from base to data; the limit is what rounding allows",
         "Regularise (jacobian_frobenius), bound the scales, or use float64; samples and "
@@ -244,6 +244,14 @@ def _need_density(case: Case) -> None:
     kind = case.exact.likelihood
     if kind != "exact":
         raise NotMeasuredError(f"the likelihood is {kind!r}, whatever the divergence")
+
+
+def _extreme_stretches(jacobians: Tensor) -> tuple[float, float]:
+    """The least and the largest singular value; 0 and inf where an entry is not finite."""
+    if not jacobians.isfinite().all():
+        return 0.0, math.inf
+    values = torch.linalg.svdvals(jacobians)
+    return float(values.min()), float(values.max())
 
 
 def _finer(solver: ODESolver, resolution: float) -> ODESolver:
