@@ -54,7 +54,11 @@ def check_events(name: str, x: Tensor, event_shape: Sequence[int], *, like: Tens
         ValueError: If dtype, device, shape or a value is wrong.
     """
     if not isinstance(x, Tensor):
-        hint = f" Try torch.as_tensor({name})." if isinstance(x, Sequence | np.ndarray) else ""
+        hint = ""
+        if hasattr(x, "to_numpy"):  # of pandas, polars or the like
+            hint = f" Try torch.as_tensor({name}.to_numpy(), dtype={like.dtype})."
+        elif isinstance(x, Sequence | np.ndarray):
+            hint = f" Try torch.as_tensor({name}, dtype={like.dtype})."
         raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}.{hint}")
     if not x.is_floating_point():
         raise ValueError(

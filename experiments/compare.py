@@ -112,7 +112,7 @@ def main(settings: Settings) -> list[Result]:
                     continue
                 try:
                     flow, result = measure(name, task, settings)
-                except (RuntimeError, ValueError) as reason:
+                except (ImportError, RuntimeError, ValueError) as reason:
                     left_out.append(f"{name} is left out of {task.name}: {reason}")
                     continue
                 results.append(result)

@@ -575,5 +575,7 @@ def test_bad_settings_are_refused(tmp_path):
         Checkpoints(folder=tmp_path, every=0)
     with pytest.raises(ValueError, match="keep must be at least 1; got 0"):
         Checkpoints(folder=tmp_path, keep=0)
+    with pytest.raises(TypeError, match=r"checkpoints must be a Checkpoints; got str.*\(folder="):
+        fit(affine_flow(), X, config(), checkpoints=str(tmp_path))
     with pytest.raises(ValueError, match=r"resume=True needs checkpoints=Checkpoints\("):
         fit(affine_flow(), X, config(), resume=True)

@@ -116,6 +116,21 @@ def test_the_same_seed_fits_the_same_model(folder, tmp_path):
     assert files[0] == files[1] != files[2]
 
 
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_columns_of_whole_numbers_that_recur_are_pointed_out(folder, tmp_path, capsys):
+    rows = [[i + 0.5, i % 3, i] for i in range(40)]
+    write_table(tmp_path / "data.csv", rows, ["a", "b", "c"])
+    run("fit", tmp_path / "data.csv", "--out", tmp_path / "m", *SMALL)
+    said = capsys.readouterr().err
+    assert "cnf: warning: column 'b' holds 3 whole numbers alone" in said
+    assert "--support b=integer" in said
+    assert "column 'a'" not in said
+    assert "column 'c'" not in said
+    options = ["--support", "b=integer", "--force"]
+    run("fit", tmp_path / "data.csv", "--out", tmp_path / "m", *options, *SMALL)
+    assert "warning" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".npy"])
 def test_scores_are_written_in_any_form(folder, tmp_path, capsys, suffix):
     out = tmp_path / f"scores{suffix}"
@@ -146,10 +161,11 @@ def test_scores_that_are_lower_bounds_are_the_same_each_time(folder, capsys):
     assert said[0] == said[1]
 
 
-def test_columns_are_found_by_name(folder, tmp_path, capsys):
+@pytest.mark.parametrize("between", [",", ",remark,"])
+def test_columns_are_found_by_name(folder, tmp_path, capsys, between):
     table = read_table(folder / "data.csv", ["mass", "size"])
-    lines = [f"{mass!r},of text,{size!r}" for mass, size in table.values.tolist()]
-    (tmp_path / "other.csv").write_text("\n".join(["mass,remark,size", *lines]))
+    lines = [f"{mass!r}{between}{size!r}" for mass, size in table.values.tolist()]
+    (tmp_path / "other.csv").write_text("\n".join([f"mass{between}size", *lines]))
     run("score", folder / "plain", folder / "data.csv")
     expected = capsys.readouterr().out
     assert run("score", folder / "plain", tmp_path / "other.csv") == 0

@@ -22,8 +22,11 @@ NAMES = list(KINDS)
 EXACT = [name for name in NAMES if KINDS[name].likelihood == "exact"]
 INVERTIBLE = [name for name in NAMES if name != "gmm"]
 START_FROM_DATA = {"acf", "elf", "gmm", "iresnet", "residual"}
-UNMENDED = ("gf", "naf")  # not onto the plane as zuko makes them: they join when they are
+BY_BISECTION = ("gf", "naf")
+# A new one spreads over thousands with kinks at every scale: trained, `certify` integrates it.
+FINER_THAN_A_GRID = ("naf",)
 every_name = pytest.mark.parametrize("name", NAMES)
+every_exact_name = pytest.mark.parametrize("name", EXACT)
 
 
 def data(rows=512):
@@ -55,13 +58,13 @@ def mass(flow, context=None):
     return float(torch.trapezoid(torch.trapezoid(density, second), first))
 
 
-@pytest.mark.parametrize("name", [name for name in INVERTIBLE if name not in UNMENDED])
+@pytest.mark.parametrize("name", INVERTIBLE)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("spread", [1, 5])
 def test_both_round_trips_end_where_they_began(name, dtype, spread):
     flow = started(name).to(dtype)
     x = spread * torch.randn(30, 2, dtype=dtype)
-    atol = spread * (3e-5 if dtype == torch.float32 else 1e-6)
+    atol = spread * (1e-4 if name in BY_BISECTION else 3e-5 if dtype == torch.float32 else 1e-6)
     z = flow.to_base(x)
     torch.testing.assert_close(flow.to_data(z), x, rtol=0, atol=atol)
     torch.testing.assert_close(flow.to_base(flow.to_data(x)), x, rtol=0, atol=atol)
@@ -76,21 +79,21 @@ def test_ladj_is_slogdet_of_the_jacobian(name, context_features):
     ladj_is_slogdet_of_the_jacobian(flow, *rows_for(flow, 4), atol=1e-9)
 
 
-@pytest.mark.parametrize("name", [name for name in EXACT if name not in UNMENDED])
+@pytest.mark.parametrize("name", [name for name in EXACT if name not in FINER_THAN_A_GRID])
 def test_the_density_integrates_to_one(name):
     assert mass(started(name)) == pytest.approx(1, abs=1e-2)
 
 
 @pytest.mark.parametrize(
     "name",
-    [name for name in EXACT if KINDS[name].conditional and name not in UNMENDED],
+    [name for name in EXACT if KINDS[name].conditional and name not in FINER_THAN_A_GRID],
 )
 def test_the_density_given_a_context_integrates_to_one(name):
     flow = started(name, context_features=2)
     assert mass(flow, torch.tensor([1.0, -1.0])) == pytest.approx(1, abs=1e-2)
 
 
-@pytest.mark.parametrize("name", [name for name in EXACT if name not in UNMENDED])
+@every_exact_name
 def test_a_far_row_harms_no_other(name):
     flow = started(name)
     near = torch.zeros(1, 2)
@@ -134,7 +137,7 @@ def test_a_start_from_data_fits_them_better_and_comes_once(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in UNMENDED])
+@every_name
 def test_training_fits_it(name):
     """Better on new rows than at the start; then the law of the density and the checks hold."""
     flow, x = build(name, 2, size=8), data()

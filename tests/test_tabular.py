@@ -1,6 +1,7 @@
 """Tables: what is written is read, in any form, and each defect is named by line and column."""
 
 import csv
+import itertools
 import sys
 
 import numpy as np
@@ -68,6 +69,17 @@ def test_many_forms_of_text_are_the_same_table(tmp_path, content, columns):
     table = read_table(file_of(tmp_path, content))
     assert table.values.tolist() == EXPECTED
     assert table.columns == columns
+
+
+@pytest.mark.parametrize("names", list(itertools.permutations("abc")), ids="".join)
+def test_all_columns_come_in_the_order_asked_for(tmp_path, names):
+    table = read_table(file_of(tmp_path, "a,b,c\n1,2,3\n4,5,6\n"), names)
+    assert table.columns == names
+    row = {"a": 1, "b": 2, "c": 3}
+    assert table.values.tolist() == [
+        [row[name] for name in names],
+        [row[name] + 3 for name in names],
+    ]
 
 
 def test_columns_are_chosen_by_name_and_order_whatever_the_others_hold(tmp_path):

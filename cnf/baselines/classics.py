@@ -167,7 +167,7 @@ def _inverse_autoregressive(zuko: Any, features: int, context: int, size: int) -
 
 def _neural_autoregressive(zuko: Any, features: int, context: int, size: int) -> Any:
     widths = (size, size)
-    network = {"hidden_features": widths}
+    network = {"hidden_features": 2 * (max(size, 2),)}  # it splits its units in two
     flow = zuko.flows.NAF(features, context, hidden_features=widths, network=network)
     # Without the soft clips between them.
     layers = [part for part in flow.transform.transforms if hasattr(part, "univariate")]

@@ -110,7 +110,9 @@ class Neural(Increasing):
 
 
 class Gaussianization(Increasing):
-    r"""The map to a normal of a mixture of normals: :math:`\Phi^{-1}(\mean_k \Phi(e^{a_k} x + b_k))`.
+    r"""The map of a mixture of normals to a normal.
+
+    .. math:: x \mapsto \Phi^{-1} \Big( \frac1K {\textstyle\sum_k} \Phi(e^{a_k} x + b_k) \Big)
 
     Args:
         shift: b, of shape ``(*batch, components)``.
@@ -183,14 +185,15 @@ class _Quantile(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
         return gradient * _inverse_hazard(y)
 
 
 def _inverse_hazard(y: Tensor) -> Tensor:
     """The distribution function over the density, both of the normal."""
-    return (torch.special.log_ndtr(y) + y.square() / 2 + math.log(2 * math.pi) / 2).exp()
+    log_p: Tensor = torch.special.log_ndtr(y)
+    return (log_p + y.square() / 2 + math.log(2 * math.pi) / 2).exp()
 
 
 def _log_mean_exp(terms: Tensor) -> Tensor:

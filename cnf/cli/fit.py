@@ -1,6 +1,7 @@
 """``cnf fit``."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -101,7 +102,22 @@ class Fit(Command):
                 )
         found = [supports.get(column, "real") for column in columns.names]
         refuse_rows_outside(self.data, x, columns.names, found)
+        _warn_of_whole_numbers(x, columns.names, found)
         return found
+
+
+def _warn_of_whole_numbers(x: Tensor, names: Sequence[str], supports: Sequence[Support]) -> None:
+    """Point out columns of numbers that recur: spikes on them make any likelihood."""
+    for index, (name, support) in enumerate(zip(names, supports, strict=True)):
+        column = x[:, index]
+        different = len(column.unique())
+        if support == "real" and (column == column.round()).all() and different <= len(x) / 2:
+            warnings.warn(
+                f"column {name!r} holds {different} whole numbers alone. A density can have spikes "
+                "on them, and then its NLL says little: perhaps give "
+                f"--support {name}=integer.",
+                stacklevel=2,
+            )
 
 
 def _parsed(column: str, text: str) -> Support:

@@ -162,13 +162,14 @@ def _rows(file: TextIO, delimiter: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _parse(path: Path, layout: _Layout, chosen: tuple[int, ...]) -> NDArray[np.float64]:
+    whole = chosen == tuple(range(len(layout.names)))
     return np.loadtxt(
         str(path),
         delimiter=layout.delimiter,
         quotechar='"',
         comments=None,
         skiprows=layout.header_lines,
-        usecols=None if len(chosen) == len(layout.names) else chosen,
+        usecols=None if whole else chosen,
         ndmin=2,
         encoding=_ENCODING,
     )

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-from cnf._checks import reference_tensor
+from cnf._checks import check_type, reference_tensor
 from cnf.training.callbacks import Callback
 from cnf.training.checkpoint import Checkpoints
 from cnf.training.config import TrainingConfig
@@ -79,6 +79,8 @@ def fit(
     """
     if resume and checkpoints is None:
         raise ValueError("resume=True needs checkpoints=Checkpoints(folder=...); got None.")
+    if checkpoints is not None:
+        check_type("checkpoints", checkpoints, Checkpoints, "use Checkpoints(folder=...)")
     if callable(callbacks):
         raise TypeError("callbacks must be a sequence; put the single callback in brackets.")
     flow = flow_of(objective)
