@@ -34,5 +34,7 @@ def _beside(first: Tensor, second: Tensor | None) -> Tensor:
     """Both along the last axis; their batch axes broadcast."""
     if second is None:
         return first
+    if first.ndim == second.ndim == 1:  # the usual case, made short
+        return torch.cat([first, second])
     batch = torch.broadcast_shapes(first.shape[:-1], second.shape[:-1])
     return torch.cat([part.expand(*batch, part.shape[-1]) for part in (first, second)], -1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cnf._checks import check_count, check_image_shape
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.affine import AffineMap
+from cnf.vector_fields.gates import affine_maps
 from cnf.vector_fields.layered import Activated, LayeredField, Stage, Tangent
 from cnf.vector_fields.layers import LAYERS, TimeLinear
 from cnf.vector_fields.settings import check_activation, check_layer, check_widths
@@ -102,7 +103,7 @@ class ConvField(LayeredField):
         if context is not None and context.ndim > 1:
             context = context.expand(*batch, self.context_features).flatten(0, -2)
         *hidden, output = [
-            Convolution(layer(t, context), self.kernel_size) for layer in self.layers
+            Convolution(affine, self.kernel_size) for affine in affine_maps(self.layers, t, context)
         ]
         activation = ACTIVATIONS[self.activation]
         return [
@@ -125,7 +126,10 @@ class Convolution(NamedTuple):
         self, x: Float[Tensor, "rows channels height width"]
     ) -> Float[Tensor, "rows out height width"]:
         """The map of `x`."""
-        return self.tangent(x) + self.affine.at_zero[..., None, None]
+        affine = self.affine
+        if affine.is_shared and affine.bias.ndim == 1:
+            return nn.functional.conv2d(x, self._kernel, affine.bias, padding=self.kernel_size // 2)
+        return self.tangent(x) + affine.at_zero[..., None, None]
 
     def tangent(
         self, dx: Float[Tensor, "*probes rows channels height width"]
@@ -135,8 +139,7 @@ class Convolution(NamedTuple):
         size, padding = self.kernel_size, self.kernel_size // 2
         images = dx.flatten(0, -4)
         if weight.ndim == 2:
-            kernel = weight.unflatten(-1, (-1, size, size))
-            product: Tensor = nn.functional.conv2d(images, kernel, padding=padding)
+            product: Tensor = nn.functional.conv2d(images, self._kernel, padding=padding)
             product = product.unflatten(0, dx.shape[:-3])
         else:
             patches = nn.functional.unfold(images, size, padding=padding)
@@ -148,6 +151,11 @@ class Convolution(NamedTuple):
     ) -> tuple[Float[Tensor, "rows out height width"], Tangent]:
         """The map of `x`, and its derivative."""
         return self.value(x), self.tangent
+
+    @property
+    def _kernel(self) -> Tensor:
+        kernel: Tensor = self.affine.weight.unflatten(-1, (-1, self.kernel_size, self.kernel_size))
+        return kernel
 
 
 class Reshape(NamedTuple):

@@ -7,11 +7,13 @@ from typing import cast
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cnf.vector_fields import fused
 from cnf.vector_fields.activations import ACTIVATIONS
-from cnf.vector_fields.affine import AffineMap
 from cnf.vector_fields.conditions import waves_and_context
-from cnf.vector_fields.layered import Activated, LayeredField, Stage
+from cnf.vector_fields.gates import affine_maps
+from cnf.vector_fields.layered import LayeredField, Stage
 from cnf.vector_fields.layers import LAYERS, TimeLinear
+from cnf.vector_fields.perceptron import Perceptron
 from cnf.vector_fields.settings import (
     check_activations,
     check_frequency,
@@ -33,9 +35,9 @@ class MLPField(LayeredField):
     .. math:: \nabla \cdot v = s_2'(a_2)^\top \, (W_2 \odot (W_1 W_3)^\top) \, s_1'(a_1)
 
     with the pre-activations :math:`a_i`: one product more than the velocity takes, in any
-    dimension. With one hidden layer it is :math:`\sum_j s_1'(a_1)_j (W_1 W_2)_{jj}`. Deeper
-    networks carry tangents forward beside the values. Neither needs a second backward pass in
-    training.
+    dimension. With one hidden layer it is :math:`\sum_j s_1'(a_1)_j (W_1 W_2)_{jj}`. In deeper
+    networks, tangents from x meet cotangents from the velocity, one of each for each feature: see
+    `cnf.vector_fields.fused`. Neither needs a second backward pass in training.
 
     Where rows differ in t, so do the weights of some layers and the gate of an output layer; the
     divergence then falls back on one product for each feature.
@@ -123,8 +125,7 @@ class MLPField(LayeredField):
     ) -> list[Stage]:
         """The hidden layers with their activations, and the output layer."""
         del x
-        *hidden, output = self._affine_maps(t, context)
-        return [*map(Activated, hidden, self._activations), output]
+        return self._network(t, context).stages
 
     @property
     def shares_times(self) -> bool:
@@ -141,6 +142,17 @@ class MLPField(LayeredField):
         """True with one or two hidden layers."""
         return len(self.hidden_features) <= _CLOSED_FORM_DEPTH
 
+    def velocity_and_products(
+        self,
+        t: Float[Tensor, "*t_batch"],
+        x: Float[Tensor, "*batch features"],
+        probes: Float[Tensor, "probes *batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "probes *batch features"]]:
+        """Velocity and J p for each probe p, carried forward beside the values."""
+        self._announce_evaluation(t, x, context)
+        return fused.velocity_and_products(self._network(t, context), x, probes)
+
     def velocity_and_divergence(
         self,
         t: Float[Tensor, "*t_batch"],
@@ -148,31 +160,10 @@ class MLPField(LayeredField):
         context: Float[Tensor, "*c_batch context_features"] | None = None,
     ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
         """Velocity and its exact divergence, in closed form with one or two hidden layers."""
-        *hidden, output = self._affine_maps(t, context)
-        if not self._can_use_closed_form(hidden, output):
-            return super().velocity_and_divergence(t, x, context)
         self._announce_evaluation(t, x, context)
-        slopes = []
-        for affine, activation in zip(hidden, self._activations, strict=True):
-            x, slope = activation.value_and_slope(affine.value(x))
-            slopes.append(slope if affine.gate is None else slope * affine.gate)
-        return output.value(x), _divergence(hidden, output, slopes)
+        return fused.velocity_and_divergence(self._network(t, context), x)
 
-    def _can_use_closed_form(self, hidden: list[AffineMap], output: AffineMap) -> bool:
-        return (
-            self.has_closed_form_divergence
-            and output.is_shared
-            and all(affine.weight.ndim == 2 for affine in hidden)
-        )
-
-    def _affine_maps(self, t: Tensor, context: Tensor | None) -> list[AffineMap]:
+    def _network(self, t: Tensor, context: Tensor | None) -> Perceptron:
+        """The network at one time and context."""
         conditions = waves_and_context(t, context, self.time_features)
-        return [layer(t, conditions) for layer in self.layers]
-
-
-def _divergence(hidden: list[AffineMap], output: AffineMap, slopes: list[Tensor]) -> Tensor:
-    """The formula of `MLPField`; `slopes` are the derivatives of the activations times gates."""
-    if len(hidden) == 1:
-        return slopes[0] @ (output.weight.T * hidden[0].weight).sum(-1)
-    coupling = hidden[1].weight * (output.weight.T @ hidden[0].weight.T)
-    return (slopes[1] * (slopes[0] @ coupling.T)).sum(-1)
+        return Perceptron(affine_maps(self.layers, t, conditions), self._activations)

@@ -11,6 +11,7 @@ from cnf.vector_fields.activations import ACTIVATIONS, ANTIDERIVATIVES
 from cnf.vector_fields.affine import AffineMap
 from cnf.vector_fields.base import VectorField, derivative_along
 from cnf.vector_fields.conditions import time_and_context
+from cnf.vector_fields.gates import affine_maps
 from cnf.vector_fields.layers import LAYERS
 from cnf.vector_fields.settings import check_frequency, check_layer, check_name
 
@@ -104,7 +105,8 @@ class PotentialField(VectorField):
     ) -> Float[Tensor, "*batch features"]:
         """Velocity at `x`."""
         units, (w, u, g) = self._parts(t, context)
-        return -units.cotangent(w * self._activation.value(units.value(x))) - self._linear(x, u, g)
+        value = self._activation.value(units.value(x))
+        return -_pulled_back(units, w, value) - self._linear(x, u, g)
 
     def potential(
         self,
@@ -149,8 +151,8 @@ class PotentialField(VectorField):
         self._announce_evaluation(t, x, context)
         units, (w, u, g) = self._parts(t, context)
         value, slope = self._activation.value_and_slope(units.value(x))
-        bent = units.cotangent(w * slope * units.tangent(probes))
-        velocity = -units.cotangent(w * value) - self._linear(x, u, g)
+        bent = _pulled_back(units, w, slope * units.tangent(probes))
+        velocity = -_pulled_back(units, w, value) - self._linear(x, u, g)
         return velocity, -bent - g * self._curvature(probes)
 
     def velocity_and_divergence(
@@ -166,8 +168,9 @@ class PotentialField(VectorField):
         norms = units.weight.square().sum(-1)
         if units.gate is not None:
             norms = norms * units.gate.square()
-        velocity = -units.cotangent(w * value) - self._linear(x, u, g)
-        return velocity, -(slope * (w * norms)).sum(-1) - g.squeeze(-1) * self.quadratic.trace()
+        velocity = -_pulled_back(units, w, value) - self._linear(x, u, g)
+        curvature = _weighted_sum(slope, w * norms) + g.squeeze(-1) * self.quadratic.trace()
+        return velocity, -curvature
 
     def _parts(
         self, t: Tensor, context: Tensor | None
@@ -176,11 +179,28 @@ class PotentialField(VectorField):
         outputs = self.conditioner(time_and_context(t, context))
         w, u, g = outputs.split([self.hidden_features, self.features, 1], -1)
         # The gradient of a wave grows with its frequency, and learning would start too fast.
-        return self.units(t, context), (w / (self.frequency or 1.0), u, 1 + g)
+        (units,) = affine_maps([self.units], t, context)
+        return units, (w / (self.frequency or 1.0), u, 1 + g)
 
     def _linear(self, x: Tensor, u: Tensor, g: Tensor) -> Tensor:
+        if g.ndim == u.ndim == 1:  # the same for each row: cheaper on A than on every row
+            return nn.functional.linear(x, g * self._symmetric(), u)
         return g * self._curvature(x) + u
 
     def _curvature(self, x: Tensor) -> Tensor:
         """A x, where A is the symmetric part of a matrix."""
-        return x @ (0.5 * (self.quadratic + self.quadratic.T))
+        return x @ self._symmetric()
+
+    def _symmetric(self) -> Tensor:
+        return 0.5 * (self.quadratic + self.quadratic.T)
+
+
+def _pulled_back(units: AffineMap, w: Tensor, y: Tensor) -> Tensor:
+    """``W^T (w * y)``; where rows share w, it scales the weight, which is cheaper."""
+    if w.ndim == 1 and units.is_shared:
+        return y @ (w.unsqueeze(-1) * units.weight)
+    return units.cotangent(w * y)
+
+
+def _weighted_sum(y: Tensor, weights: Tensor) -> Tensor:
+    return y @ weights if weights.ndim == 1 else (y * weights).sum(-1)
