@@ -356,14 +356,15 @@ def test_an_unknown_backend_is_refused_at_once():
 
 
 def test_inductor_gives_the_same_density_and_gradient():
-    flow = CNF(2, 1, hidden_features=(8, 8), solver=BACKPROP).double()
-    once = copy.deepcopy(perturbed(flow))
+    flow = perturbed(flow_along(mlp(2, 1, hidden_features=(8, 8))))
+    once = copy.deepcopy(flow)
     once.compile()
-    x, context = torch.randn(6, 2), torch.randn(6, 1)
+    # A fixed grid: an adaptive one itself varies with rounding.
+    objective = OBJECTIVES["likelihood by backprop"]
+    rows = torch.randn(6, 2), torch.randn(6, 1)
 
     assert_same(
-        loss_and_gradients(once, MaximumLikelihood, x, context),
-        loss_and_gradients(flow, MaximumLikelihood, x, context),
+        loss_and_gradients(once, objective, *rows), loss_and_gradients(flow, objective, *rows)
     )
 
 
@@ -375,7 +376,7 @@ def test_without_a_cpp_compiler_inductor_is_done_without():
     once.compile()
     x = torch.randn(3, 2)
     with (
-        inductor.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}),
+        inductor.patch({"cpp.cxx": ("no-such-compiler",), "fx_graph_cache": False}),
         pytest.warns(UserWarning, match=r"torch.compile failed .* install g\+\+"),
         torch.no_grad(),
     ):
