@@ -41,7 +41,6 @@ BACKPROP = ODESolver(method="rk4", steps=2, gradient="backprop")
 ADJOINT = ODESolver(method="rk4", steps=2)
 
 FIELDS = {
-    "mlp": mlp,
     "mlp with context": lambda: mlp(2, 3, layer="film", time_features=1),
     "deep mlp": lambda: mlp(3, hidden_features=(8, 2, 6), activation="tanh"),
     "residual": residual,
@@ -146,7 +145,7 @@ OBJECTIVES = {
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
-@pytest.mark.parametrize("name", ["mlp", "user with context"])
+@pytest.mark.parametrize("name", ["mlp with context", "user with context"])
 def test_every_objective_trains_a_compiled_flow_alike(objective, name):
     flow = flow_along(FIELDS[name]())
     once, programs = compiled(flow)
