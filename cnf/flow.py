@@ -1,9 +1,9 @@
 """A flow: a base distribution and a chain of transforms."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import methodcaller
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float
@@ -28,6 +28,8 @@ from cnf.trajectory import check_times, follow
 from cnf.transforms import Likelihood, Transform, chain
 from cnf.transforms.standard_error import to_base_with_error
 from cnf.transforms.supports import select, spread
+from cnf.vector_fields import VectorField
+from cnf.vector_fields.compiled import Compilation
 
 AnyFlow = TypeVar("AnyFlow", bound="Flow")
 
@@ -101,6 +103,36 @@ class Flow(nn.Module):
         """The same flow, sharing every parameter, with another solver or divergence."""
         change = methodcaller("using", solver=solver, divergence=divergence)
         return self._with_parts([part.rebuilt(change) for part in self.chain], self.base)
+
+    def compile(
+        self, *, backend: str | Callable[..., Any] = "inductor", mode: str | None = None
+    ) -> None:
+        """Compile the evaluations of the vector fields, in place: the same numbers, faster.
+
+        Each program is made when it is first needed, in seconds to a minute: for the velocity, for
+        the divergence and for Jacobian products, with and without gradients. Batches of every size
+        and all times share one; so do `using` and the objectives. What is saved, copied or pickled
+        is not compiled. Where torch.compile cannot work, a warning says what to install, and the
+        flow goes on without it. Within `torch.func` it runs uncompiled; gradients of gradients,
+        which torch.compile has none of, are an error.
+
+        Args:
+            backend: As `torch.compile` takes it.
+            mode: Likewise.
+
+        Raises:
+            ValueError: If the flow has no vector field.
+            RuntimeError: If torch knows no such backend or mode.
+        """
+        fields = [part for part in self.modules() if isinstance(part, VectorField)]
+        if not fields:
+            raise ValueError(
+                "flow must have a vector field to compile; got one of discrete transforms alone. "
+                "Try torch.compile(flow.log_prob)."
+            )
+        compilation = Compilation(backend=backend, mode=mode)
+        for field in fields:
+            compilation.put_into(field)
 
     @classmethod
     def _with_parts(cls: type[AnyFlow], transforms: Iterable[Transform], base: Base) -> AnyFlow:

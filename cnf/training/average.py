@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from cnf.flow import Flow
+from cnf.vector_fields.compiled import compile_alike
 
 
 class Average:
@@ -22,6 +23,7 @@ class Average:
 
     def __init__(self, flow: Flow, decay: float) -> None:
         self.flow = copy.deepcopy(flow)
+        compile_alike(self.flow, flow)
         self.decay = decay
         self.steps = 0
         # torch's AveragedModel looks the weights up anew each time, which a step of flow matching

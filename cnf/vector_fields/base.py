@@ -3,12 +3,21 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from cnf._checks import check_count
+from cnf.vector_fields.compiled import Compilation
+
+_EVALUATIONS = (
+    "forward",
+    "velocity_and_divergence",
+    "velocity_and_products",
+    "velocity_and_bottleneck_products",
+)
 
 
 class VectorField(nn.Module, ABC):
@@ -75,7 +84,9 @@ class VectorField(nn.Module, ABC):
             differentiable = torch.is_grad_enabled()
             with torch.enable_grad():
                 point = x if x.requires_grad else x.detach().requires_grad_()
-                velocity = self(t, point, context)
+                # Not a compiled forward, which cannot be differentiated twice.
+                self._announce_evaluation(t, point, context)
+                velocity = type(self).forward(self, t, point, context)
                 products = [
                     vector_jacobian_product(velocity, point, probe, differentiable)
                     for probe in probes
@@ -155,8 +166,37 @@ class VectorField(nn.Module, ABC):
             f"with a hidden layer narrower than its {self.features} features."
         )
 
+    def compile(
+        self, *, backend: str | Callable[..., Any] = "inductor", mode: str | None = None
+    ) -> None:
+        """Compile the evaluations of this field, in place, each when it is first asked for.
+
+        The velocity is; the divergence and Jacobian products are where the field makes them without
+        reverse mode. See `Flow.compile`.
+        """
+        Compilation(backend=backend, mode=mode).put_into(self)
+
+    @property
+    def _compilable(self) -> tuple[str, ...]:
+        """Names of the methods that can be compiled: reverse mode in a program cannot."""
+        by_reverse_mode = type(self).velocity_and_products is VectorField.velocity_and_products
+        return _EVALUATIONS[:1] if by_reverse_mode else _EVALUATIONS
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state without programs, which cannot be copied: a copy is not compiled."""
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        if state.pop("_compilation", None) is not None:
+            for name in _EVALUATIONS:
+                state.pop(name, None)
+        return state
+
     def _announce_evaluation(self, t: Tensor, x: Tensor, context: Tensor | None) -> None:
-        """Run the forward pre-hooks, in an override that does not go through ``__call__``."""
+        """Run the forward pre-hooks, in an override that does not go through ``__call__``.
+
+        Not within a compiled program: whoever calls it runs them.
+        """
+        if torch.compiler.is_compiling():
+            return
         for key, hook in list(self._forward_pre_hooks.items()):
             if key in self._forward_pre_hooks_with_kwargs:
                 hook(self, (t, x, context), {})

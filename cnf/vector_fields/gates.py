@@ -16,7 +16,7 @@ product here, and so are S q. With bars for cotangents, and sums over the entrie
     \bar q = G^\top \bar z + S^\top \bar b
 
 in one hand-written differentiable function: the numbers are few, and each operation costs more than
-its arithmetic.
+its arithmetic. `torch.compile` takes the formula, and makes its own.
 """
 
 from collections.abc import Iterable, Sequence
@@ -43,7 +43,7 @@ def affine_maps(modules: Iterable[nn.Module], t: Tensor, context: Tensor | None)
     gated = isinstance(layers[0], ConcatSquashLinear) or (
         isinstance(layers[0], SquashLinear) and context is None
     )
-    if not (shared and gated and only_autograd_looks_on(t)):
+    if not (shared and gated and (torch.compiler.is_compiling() or only_autograd_looks_on(t))):
         return [layer(t, context) for layer in layers]
     q = time_and_context(t, context)
     made = _evaluate(len(layers), q, _parameters(layers, len(q)))
@@ -71,7 +71,10 @@ def _widened(weight: Tensor, inputs: int) -> Tensor:
 
 def _evaluate(layers: int, q: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The weights of all layers, and then the biases."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, *parameters)):
+    differentiable = torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (q, *parameters)
+    )
+    if differentiable and not torch.compiler.is_compiling():
         made: tuple[Tensor, ...] = _Gated.apply(  # type: ignore[no-untyped-call]
             layers, q, *parameters
         )

@@ -55,7 +55,8 @@ class LinearField(VectorField):
         context: Float[Tensor, "*c_batch context_features"] | None = None,
     ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "probes *batch features"]]:
         """Velocity, and A p for each probe p."""
-        return self(t, x, context), probes @ self.weight.T
+        self._announce_evaluation(t, x, context)
+        return self.forward(t, x, context), probes @ self.weight.T
 
     def velocity_and_divergence(
         self,
@@ -64,7 +65,8 @@ class LinearField(VectorField):
         context: Float[Tensor, "*c_batch context_features"] | None = None,
     ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
         """Velocity, and the trace of A for each row."""
-        velocity = self(t, x, context)
+        self._announce_evaluation(t, x, context)
+        velocity = self.forward(t, x, context)
         return velocity, self.weight.trace().expand(velocity.shape[:-1])
 
     def solution(

@@ -1,0 +1,153 @@
+"""Vector fields whose evaluation is compiled by `torch.compile`.
+
+An evaluation is dozens of small operations, each of which takes a call of Python and a pass through
+memory. The compiler makes a few loops of them, and again of their gradient: the same numbers but
+for rounding. What is compiled is the evaluation and not the solve, so that every method of solving,
+every kind of gradient and every message of a failed solve stay what they are.
+
+A compiled field has, beside its state, bound methods that stand in front of those of its class.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable
+from types import FunctionType, MethodType
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    import cnf.vector_fields.base
+
+_WITH_PROBES = ("velocity_and_products", "velocity_and_bottleneck_products")
+_REMEDY = (
+    "On a CPU, torch.compile needs a C++ compiler: install g++ (Debian: apt install g++), clang "
+    "(macOS: xcode-select --install) or the build tools of Visual Studio, or name one in the "
+    "environment variable CXX. On a GPU it needs Triton (pip install triton) and a C compiler."
+)
+
+
+class Compilation:
+    """How fields are compiled, and the programs made: one for each class of fields and method.
+
+    Args:
+        backend: As `torch.compile` takes it.
+        mode: Likewise.
+    """
+
+    def __init__(self, *, backend: str | Callable[..., Any], mode: str | None) -> None:
+        self.options: dict[str, Any] = {"backend": backend, "mode": mode}
+        self.evaluations: dict[tuple[type, str], Callable[..., Any]] = {}
+        self.failed = False
+
+    def put_into(self, field: "cnf.vector_fields.base.VectorField") -> None:
+        """Put compiled evaluations in front of those of the class of the field."""
+        for name in field._compilable:
+            key = type(field), name
+            if key not in self.evaluations:
+                self.evaluations[key] = self._compiled(*key)
+            vars(field)[name] = MethodType(self.evaluations[key], field)
+        vars(field)["_compilation"] = self
+
+    def _compiled(self, cls: type, name: str) -> Callable[..., Any]:
+        method = getattr(cls, name)
+        # Dynamic: one program for batches of every size.
+        program = torch.compile(_with_its_own_code(method), dynamic=True, **self.options)
+
+        def run(field: "cnf.vector_fields.base.VectorField", *inputs: Tensor | None) -> Any:
+            if torch.compiler.is_compiling() or self.failed or _in_functional_transform():
+                return method(field, *inputs)
+            try:
+                result = program(field, *_uniform(field, inputs, is_velocity=name == "forward"))
+            except Exception as error:
+                return self._without_compiler(error, method, field, *inputs)
+            if name != "forward":  # whose hooks have run
+                t, x, *_, context = inputs
+                assert t is not None and x is not None  # noqa: S101, PT018 - for mypy
+                field._announce_evaluation(t, x, context)
+            return result
+
+        if name in _WITH_PROBES:
+
+            def evaluate(field, t, x, probes, context=None):  # type: ignore[no-untyped-def]
+                return run(field, t, x, probes, context)
+        else:
+
+            def evaluate(field, t, x, context=None):  # type: ignore[no-untyped-def, misc]
+                return run(field, t, x, context)
+
+        return functools.wraps(method)(evaluate)
+
+    def _without_compiler(
+        self, error: Exception, method: Callable[..., Any], *inputs: object
+    ) -> Any:
+        result = method(*inputs)  # which raises if the inputs are at fault
+        self.failed = True
+        reason = " ".join(str(error).strip().splitlines()[:2])  # the second is the backend's own
+        warnings.warn(
+            f"torch.compile failed ({type(error).__name__}: {reason}). The flow goes on without "
+            f"it: the same numbers, more slowly. {_REMEDY}",
+            stacklevel=3,
+        )
+        return result
+
+
+def compile_alike(copy: nn.Module, original: nn.Module) -> None:
+    """Let a copy of a module run the programs of its compiled fields, which no copy has itself."""
+    for part, model in zip(copy.modules(), original.modules(), strict=True):
+        compilation = getattr(model, "_compilation", None)
+        if isinstance(compilation, Compilation):
+            compilation.put_into(cast("cnf.vector_fields.base.VectorField", part))
+
+
+def _with_its_own_code(method: Callable[..., Any]) -> FunctionType:
+    """A function that calls `method`.
+
+    torch keeps the programs made of a function with its code, eight of them at most (for gradients
+    on and off, other dtypes, numbers of axes, …), and runs without one beyond that. All fields of a
+    class, in whatever flow, share the code of its methods.
+    """
+
+    def evaluate(field, *inputs):  # type: ignore[no-untyped-def]
+        return method(field, *inputs)
+
+    code = evaluate.__code__.replace()
+    return FunctionType(code, evaluate.__globals__, method.__name__, None, evaluate.__closure__)
+
+
+def _uniform(
+    field: "cnf.vector_fields.base.VectorField",
+    inputs: tuple[Tensor | None, ...],
+    *,
+    is_velocity: bool,
+) -> tuple[Tensor | None, ...]:
+    """The inputs, made as alike in all evaluations of a solve as can be: each kind is compiled.
+
+    Where a gradient is asked of the parameters, x needs one in all evaluations but the first.
+    """
+    if not torch.is_grad_enabled():
+        return tuple(None if tensor is None else tensor.detach() for tensor in inputs)
+    _let_graphs_be_kept()
+    t, x, *rest = inputs
+    assert x is not None  # noqa: S101 - for mypy
+    if not (is_velocity or x.requires_grad) and any(p.requires_grad for p in field.parameters()):
+        x = x.detach().requires_grad_()
+    return t, x, *rest
+
+
+def _let_graphs_be_kept() -> None:
+    """Allow backward passes with ``retain_graph=True``, such as torchdiffeq's adjoint takes.
+
+    A compiled backward pass may else overwrite what the forward pass saved, and then refuses them.
+    The setting holds for a thread, and is off in the one that runs backward passes on a GPU.
+    """
+    from torch._functorch import config  # noqa: PLC0415 - private: only where it is needed
+
+    if getattr(config, "donated_buffer", False):
+        config.donated_buffer = False
+
+
+def _in_functional_transform() -> bool:
+    """Whether this runs within `torch.func.grad`, `vmap` or the like, which take no program."""
+    return torch._C._functorch.peek_interpreter_stack() is not None

@@ -1,0 +1,21 @@
+"""Runs the laws of compiled flows, without what wraps the functions of the package in tests."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.slow
+def test_compiled_flows_obey_their_laws():
+    laws = Path(__file__).with_name("compiled_laws.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--override-ini=addopts=", str(laws)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=laws.parents[1],
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout
