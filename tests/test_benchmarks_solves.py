@@ -12,7 +12,17 @@ import torch
 import tyro
 from zoo import mlp, perturbed
 
-from benchmarks import evaluation, flows, memory, scaling, solve_peers, solves, step, timing
+from benchmarks import (
+    evaluation,
+    flows,
+    memory,
+    scaling,
+    solve_peers,
+    solvers,
+    solves,
+    step,
+    timing,
+)
 from cnf import Exact, Hutchinson, LinearField, ODESolver
 
 
@@ -309,3 +319,22 @@ def test_from_the_command_line(tmp_path):
     refused = subprocess.run([*command, "--rounds", "0"], check=False, timeout=120, **settings)
     assert refused.returncode != 0
     assert "rounds must be at least 1" in refused.stderr
+
+
+@pytest.mark.slow
+def test_solvers(tmp_path, capsys):
+    content, (ways, summary) = run_quickly(solvers, tmp_path, capsys)
+    records = content["records"]
+    assert len(ways) == len(records) == 2 * len(solvers.ADAPTIVE) + 2 * len(solvers.STAGES)
+    counts = [record["evaluations"] for record in records]
+    assert counts == sorted(counts)
+    by_name = {record["solver"]: record for record in records}
+    for what in ("gradient", "log_prob"):
+        assert by_name["rk4, 6 steps"][what] < by_name["rk4, 3 steps"][what]
+    bounds = [bound for each in solvers.PRECISIONS.values() for bound in each]
+    for bound, (_, solver, evaluations, error) in zip(bounds, summary, strict=True):
+        if solver != "-":
+            assert float(error) <= bound
+            assert int(evaluations) == by_name[solver]["evaluations"]
+    with pytest.raises(ValueError, match="evaluations must be multiples of 12; got 20"):
+        solvers.Settings(evaluations=(20,))
