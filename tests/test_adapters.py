@@ -588,6 +588,13 @@ def test_as_a_distribution_of_pyro():
     assert wide.rsample().shape == (5, 4, 2)
 
 
+def test_a_site_of_pyro_whose_draws_have_no_gradient():
+    pyro = pytest.importorskip("pyro")
+    flow = from_zuko(zuko.mixtures.GMM(2, components=3))
+    assert not to_pyro(flow).has_rsample
+    assert pyro.sample("x", to_pyro(flow).expand((4,))).shape == (4, 2)
+
+
 @pytest.mark.parametrize(
     ("call", "library", "package"),
     [(to_zuko, "zuko", "zuko"), (to_pyro, "pyro", "pyro-ppl")],

@@ -56,6 +56,11 @@ class TorchBase(Base):
         self.register_buffer("loc", torch.zeros_like(drawn), persistent=False)
         self.loc: Tensor
 
+    @property
+    def has_rsample(self) -> bool:
+        """What the distribution says."""
+        return self._distribution().has_rsample
+
     def _distribution(self) -> Distribution:
         found: Distribution = self.source() if isinstance(self.source, nn.Module) else self.source
         return found
