@@ -16,9 +16,11 @@ import zuko
 from torch import nn
 from torch.distributions import (
     AffineTransform,
+    Categorical,
     ExpTransform,
     Gamma,
     Independent,
+    MixtureSameFamily,
     Normal,
     StickBreakingTransform,
     TransformedDistribution,
@@ -45,6 +47,7 @@ from cnf.adapters import (
     to_pyro,
     to_zuko,
 )
+from cnf.baselines import build
 from cnf.bases import StandardNormal
 from cnf.transforms import FromNflows, FromNormflows, FromTorch, FromZuko
 
@@ -225,6 +228,30 @@ def test_a_torch_distribution_keeps_its_values_and_draws():
     torch.manual_seed(1)
     torch.testing.assert_close(ours.sample(5), drawn)
     assert ours.log_prob(torch.tensor([-1.0, 1.0])) == -math.inf
+
+
+MIXTURES = {
+    "torch": lambda: from_torch(
+        MixtureSameFamily(
+            Categorical(torch.ones(3)), Independent(Normal(torch.zeros(3, 2), torch.ones(3, 2)), 1)
+        )
+    ),
+    "zuko": lambda: from_zuko(zuko.mixtures.GMM(2, components=3)),
+    "normflows": lambda: from_normflows(
+        normflows.NormalizingFlow(normflows.distributions.GaussianMixture(3, 2), [])
+    ),
+    "named": lambda: build("gmm", 2, size=3),
+}
+
+
+@pytest.mark.parametrize("shape", [0, (2, 0), (0, 3)], ids=str)
+@pytest.mark.parametrize("make", MIXTURES.values(), ids=MIXTURES)
+def test_no_draws_from_a_mixture_are_an_empty_tensor(make, shape):
+    flow = make()
+    x, log_prob = flow.sample_and_log_prob(shape)
+    assert x.shape == (*torch.empty(shape).shape, 2)
+    assert log_prob.shape == x.shape[:-1]
+    assert x.dtype == flow.sample(1).dtype
 
 
 def test_a_torch_distribution_on_part_of_the_line_is_a_base():

@@ -84,15 +84,16 @@ class TorchBase(Base):
             NotImplementedError: If gradients are on, and the distribution has none of its draws.
         """
         distribution = self._distribution()
+        if torch.is_grad_enabled() and not distribution.has_rsample:
+            raise NotImplementedError(
+                f"{type(distribution).__name__} cannot be drawn from differentiably; use "
+                "flow.sample, or torch.no_grad()."
+            )
+        if 0 in shape:  # which some, such as mixtures, refuse
+            return self.loc.new_empty(*shape, self.features)
+        draw = distribution.rsample if distribution.has_rsample else distribution.sample
         with drawing_from(generator, self.loc.device):
-            if distribution.has_rsample:
-                return distribution.rsample(shape)
-            if torch.is_grad_enabled():
-                raise NotImplementedError(
-                    f"{type(distribution).__name__} cannot be drawn from differentiably; use "
-                    "flow.sample, or torch.no_grad()."
-                )
-            return distribution.sample(shape)
+            return draw(shape)
 
     def distribution(self, batch_shape: Sequence[int] = ()) -> Distribution:
         """The same as a `torch.distributions.Distribution`."""
@@ -137,6 +138,8 @@ class NormflowsBase(Base):
     ) -> Float[Tensor, "*batch features"]:
         """Draws of batch shape `shape`."""
         like = next(iter((*self.parameters(), *self.buffers())))
+        if 0 in shape:  # which some, such as mixtures, refuse
+            return like.new_empty(*shape, self.features)
         with drawing_from(generator, like.device):
             drawn: Tensor = self.wrapped(math.prod(shape))[0]
         return drawn.to(like).reshape(*shape, self.features)
