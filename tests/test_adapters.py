@@ -230,6 +230,20 @@ def test_a_torch_distribution_keeps_its_values_and_draws():
     assert ours.log_prob(torch.tensor([-1.0, 1.0])) == -math.inf
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("bounded", [False, True])
+def test_a_torch_distribution_follows_a_move_to_another_dtype(dtype, bounded):
+    """Though its own tensors, of float32, stay what they are."""
+    one = torch.ones(2, dtype=torch.float32)
+    theirs = Independent(Gamma(one, one) if bounded else Normal(0 * one, one), 1)
+    flow = from_torch(theirs).to(dtype)
+    x, log_prob = flow.sample_and_log_prob(3)
+    assert x.dtype == log_prob.dtype == dtype
+    mixed = torch.cat([x, -x.abs()])  # outside of the support where it is bounded
+    assert flow.log_prob(mixed).dtype == dtype
+    torch.testing.assert_close(flow.log_prob(x), theirs.log_prob(x.float()).to(dtype))
+
+
 MIXTURES = {
     "torch": lambda: from_torch(
         MixtureSameFamily(

@@ -18,8 +18,9 @@ from cnf.transforms.supports import spread
 class TorchBase(Base):
     """A `torch.distributions.Distribution` of vectors, or a module that returns one when called.
 
-    Tensors of a distribution are no parameters: they are not trained, and stay on their device.
-    Those of a module, such as a lazy distribution of zuko, are.
+    Tensors of a distribution are no parameters: they are not trained, and stay on their device and
+    as precise as they are. What comes out has the dtype that the base was moved to. Tensors of a
+    module, such as a lazy distribution of zuko, are parameters if the module says so.
 
     Args:
         source: The distribution, with one event axis and no batch; or the module.
@@ -72,8 +73,8 @@ class TorchBase(Base):
         if not inside.any():  # torch checks no empty batch
             return z.new_full(inside.shape, -math.inf)
         if inside.all():
-            return distribution.log_prob(z)
-        return spread(inside, distribution.log_prob(z[inside]), elsewhere=-math.inf)
+            return distribution.log_prob(z).to(z)
+        return spread(inside, distribution.log_prob(z[inside]).to(z), elsewhere=-math.inf)
 
     def rsample(
         self, shape: torch.Size, *, generator: torch.Generator | None = None
@@ -93,7 +94,7 @@ class TorchBase(Base):
             return self.loc.new_empty(*shape, self.features)
         draw = distribution.rsample if distribution.has_rsample else distribution.sample
         with drawing_from(generator, self.loc.device):
-            return draw(shape)
+            return draw(shape).to(self.loc)
 
     def distribution(self, batch_shape: Sequence[int] = ()) -> Distribution:
         """The same as a `torch.distributions.Distribution`."""
