@@ -9,6 +9,7 @@ import nflows.distributions
 import nflows.flows
 import nflows.transforms
 import normflows
+import normflows.distributions.base as nf_bases
 import numpy as np
 import pytest
 import torch
@@ -266,6 +267,49 @@ def test_no_draws_from_a_mixture_are_an_empty_tensor(make, shape):
     assert x.shape == (*torch.empty(shape).shape, 2)
     assert log_prob.shape == x.shape[:-1]
     assert x.dtype == flow.sample(1).dtype
+
+
+@pytest.mark.parametrize("make", MIXTURES.values(), ids=MIXTURES)
+def test_draws_from_a_mixture_have_no_gradient(make):
+    flow = make()
+    assert not flow.base.has_rsample
+    with pytest.raises(NotImplementedError, match=r"Mixture\w* cannot be drawn from"):
+        flow.rsample(3)
+
+
+CONDITIONAL_BASES = {
+    "context": lambda: nf_bases.ConditionalDiagGaussian(2, nn.Linear(3, 4)),
+    "class": lambda: nf_bases.ClassCondDiagGaussian(2, 3),
+    "class of glow": lambda: nf_bases.GlowBase((2, 2, 2), num_classes=3),
+    "class of an affine map": lambda: nf_bases.AffineGaussian((2, 2, 2), (2, 1, 1), 3),
+}
+
+
+@pytest.mark.parametrize("make", CONDITIONAL_BASES.values(), ids=CONDITIONAL_BASES)
+def test_a_conditional_base_of_normflows_is_refused(make):
+    with pytest.raises(TypeError, match=r"no context or class of its own; got .* of normflows"):
+        from_normflows(normflows.NormalizingFlow(make(), []))
+
+
+def test_a_base_of_normflows_whose_density_is_not_of_its_draws_is_refused():
+    theirs = nf_bases.GaussianPCA(1, 1, sigma=1.0)
+    x = torch.linspace(-20, 20, 4001).unsqueeze(1)
+    assert theirs.log_prob(x).exp().sum() * 0.01 > 2  # of what is to be 1
+    with pytest.raises(TypeError, match="GaussianPCA of normflows is no base"):
+        from_normflows(normflows.NormalizingFlow(theirs, []))
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_base_of_normflows_without_tensors_has_draws_and_follows_a_move(dtype):
+    theirs = nf_bases.Uniform(2, low=-1.0, high=3.0)
+    flow = from_normflows(normflows.NormalizingFlow(theirs, [])).to(dtype)
+    x, log_prob = flow.sample_and_log_prob(100, generator=seeded())
+    assert x.dtype == log_prob.dtype == dtype
+    assert x.min() < 0
+    assert x.max() > 2
+    torch.testing.assert_close(log_prob, torch.full_like(log_prob, -2 * math.log(4)))
+    assert flow.log_prob(torch.tensor([4.0, 0.0], dtype=dtype)) == -math.inf
 
 
 def test_a_torch_distribution_on_part_of_the_line_is_a_base():
