@@ -27,7 +27,7 @@ from torch.distributions import (
     TransformedDistribution,
 )
 from torch.distributions.transforms import AbsTransform, SigmoidTransform
-from zoo import cnf, perturbed, seeded
+from zoo import BOUNDS, cnf, perturbed, seeded
 
 from cnf import (
     Flow,
@@ -652,6 +652,13 @@ def test_as_a_layer_of_normflows():
     torch.testing.assert_close(log_prob, flow.log_prob(drawn), rtol=0, atol=1e-6)
     with pytest.raises(NotImplementedError, match="DiagGaussian is no torch distribution"):
         _ = from_normflows(theirs)(None).base
+
+
+@pytest.mark.parametrize("adapt", [to_nflows_transform, to_normflows_flow])
+@pytest.mark.parametrize("make", BOUNDS.values(), ids=BOUNDS)
+def test_what_is_no_bijection_is_no_transform_of_other_libraries(adapt, make):
+    with pytest.raises(ValueError, match="flow must be a bijection; got one with"):
+        adapt(make())
 
 
 def test_as_a_distribution_of_pyro():
