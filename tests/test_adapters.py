@@ -113,11 +113,12 @@ def normflows_flow():
 
 
 def residual(features=3, **settings):
-    """A residual layer of normflows that contracts by about a half."""
-    network = normflows.nets.LipschitzMLP(
-        [features, 16, features], lipschitz_const=0.7, init_zeros=False
-    )
-    return normflows.flows.Residual(network, **settings).double()
+    """A residual layer of normflows that contracts by about a half in each direction."""
+    inner, outer = nn.Linear(features, 16), nn.Linear(16, features)
+    nn.init.orthogonal_(inner.weight, gain=0.8)
+    with torch.no_grad():
+        outer.weight.copy_(inner.weight.T)
+    return normflows.flows.Residual(nn.Sequential(inner, nn.Tanh(), outer), **settings).double()
 
 
 def gradients_agree(first, second, module):
@@ -384,21 +385,59 @@ def test_squeezed_images_of_normflows_keep_their_values():
     torch.testing.assert_close(ours.to_data(ours.to_base(x)), x)
 
 
-def test_the_value_of_a_residual_layer_in_training_mode_is_its_log_determinant():
-    """Within 4 standard errors over calls; normflows itself returns another number."""
-    layer = residual()
-    transform = FromNormflows(layer, 3).train()
-    x = torch.randn(3)
-    jacobian = torch.autograd.functional.jacobian(lambda y: y + layer.iresblock.nnet(y), x)
-    exact = torch.linalg.slogdet(jacobian).logabsdet
-    with torch.no_grad():
-        found = torch.stack(
-            [transform.to_base_and_ladj(x.expand(20, 3))[1].mean() for _ in range(300)]
-        )
-    assert abs(found.mean() - exact) < 4 * found.std() / len(found) ** 0.5
-    theirs = torch.stack([-layer.inverse(x.expand(20, 3))[1].mean() for _ in range(300)]).detach()
-    assert abs(theirs.mean() - exact) > 10 * theirs.std() / len(theirs) ** 0.5
+def determinant(layer, x):
+    """The log-determinant of a residual layer at rows `x`, by brute force."""
+    rows = [
+        torch.autograd.functional.jacobian(layer.iresblock.nnet, row, create_graph=True)
+        for row in x
+    ]
+    return torch.linalg.slogdet(torch.eye(x.shape[-1]) + torch.stack(rows)).logabsdet
+
+
+TERMS = {"unbiased": {}, "poisson": {"n_dist": "poisson"}, "truncated": {"n_power_series": 1}}
+every_number_of_terms = pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@every_number_of_terms
+def test_a_residual_layer_is_as_in_the_evaluation_mode_of_normflows(mode, terms):
+    layer = residual(**terms)
+    x = torch.randn(5, 3)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    expected = layer.eval().inverse(x)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    transform = FromNormflows(layer, 3).train(mode)
+    torch.testing.assert_close(transform.to_base_and_ladj(x), expected, rtol=0, atol=1e-12)
+
+
+@every_number_of_terms
+def test_a_residual_layer_estimates_its_log_determinant_and_gradient_without_bias(terms):
+    """Within 4 standard errors over calls."""
+    layer = residual(**terms)
+    transform = FromNormflows(layer, 3)
+    x = torch.randn(1, 3)
+    weight = layer.iresblock.nnet[0].weight
+    exact = determinant(layer, x)
+    exact = torch.cat([exact, torch.autograd.grad(exact.sum(), weight)[0].flatten()[:3]])
+    generator, draws = seeded(), []
+    for _ in range(60):
+        ladj = transform.to_base_and_ladj(x.expand(20, 3), generator=generator)[1].mean()
+        slope = torch.autograd.grad(ladj, weight)[0].flatten()[:3]
+        draws.append(torch.cat([ladj.detach().reshape(1), slope]))
+    draws = torch.stack(draws)
+    assert ((draws.mean(0) - exact).abs() < 4 * draws.std(0) / len(draws) ** 0.5).all()
     assert transform.likelihood == "estimate"
+
+
+def test_normflows_itself_returns_another_number_in_training_mode():
+    """By more than 4 standard errors over calls; the guard against it goes when this fails."""
+    layer, x = residual().train(), torch.randn(1, 3)
+    np.random.seed(0)
+    draws = torch.stack([layer.inverse(x.expand(20, 3))[1].mean() for _ in range(500)]).detach()
+    error = draws.std() / len(draws) ** 0.5
+    assert abs(draws.mean() - determinant(layer, x)) > 4 * error
 
 
 @pytest.mark.parametrize("mode", [True, False])
@@ -418,13 +457,24 @@ def test_a_residual_layer_has_a_gradient_and_follows_the_generator_in_either_mod
     assert layer.training == mode
 
 
-def test_a_residual_layer_that_computes_a_determinant_is_exact():
-    layer = residual(2, brute_force=True)
-    transform = FromNormflows(layer, 2)
+@pytest.mark.parametrize("mode", [True, False])
+@every_number_of_terms
+def test_a_residual_layer_of_the_plane_is_exact(mode, terms):
+    layer = residual(2, **terms)
+    transform = FromNormflows(layer, 2).train(mode)
     x = torch.randn(5, 2)
     assert transform.likelihood == "exact"
-    assert FromNormflows(residual(3, brute_force=True), 3).likelihood == "estimate"
-    assert torch.equal(transform.to_base_and_ladj(x)[1], transform.to_base_and_ladj(x)[1])
+    found, exact = transform.to_base_and_ladj(x)[1], determinant(layer, x)
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-12)
+    gradients_agree(found, exact, layer.iresblock.nnet)
+
+
+def test_the_settings_of_a_residual_layer_are_put_back():
+    layer = residual(n_power_series=3, n_exact_terms=1)
+    names = ("n_power_series", "n_exact_terms", "brute_force", "grad_in_forward", "training")
+    before = [getattr(layer.iresblock, name) for name in names]
+    FromNormflows(layer, 3).to_base(torch.randn(5, 3))
+    assert [getattr(layer.iresblock, name) for name in names] == before
 
 
 ACTNORMS = {
