@@ -28,6 +28,11 @@ class Base(nn.Module, ABC):
         self.features = check_count("features", features)
 
     @property
+    def has_rsample(self) -> bool:
+        """Whether `rsample` has the gradient of its draws; else gradients must be off there."""
+        return True
+
+    @property
     def awaits_data(self) -> bool:
         """Whether something is still to be set from data by `initialize`."""
         return False

@@ -32,7 +32,6 @@ class FlowDistribution(Distribution):
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 - torch's own form
-    has_rsample = True
 
     def __init__(
         self,
@@ -42,6 +41,8 @@ class FlowDistribution(Distribution):
     ) -> None:
         self.flow = flow
         self.context = context
+        # Draws from some bases have no gradient, and rounded ones none that could be followed.
+        self.has_rsample = flow.base.has_rsample and not flow.support.is_discrete
         super().__init__(
             torch.Size(batch_shape) if context is None else context.shape[:-1],
             flow.event_shape,

@@ -9,6 +9,7 @@ import nflows.distributions
 import nflows.flows
 import nflows.transforms
 import normflows
+import normflows.distributions.base as nf_bases
 import numpy as np
 import pytest
 import torch
@@ -16,15 +17,17 @@ import zuko
 from torch import nn
 from torch.distributions import (
     AffineTransform,
+    Categorical,
     ExpTransform,
     Gamma,
     Independent,
+    MixtureSameFamily,
     Normal,
     StickBreakingTransform,
     TransformedDistribution,
 )
 from torch.distributions.transforms import AbsTransform, SigmoidTransform
-from zoo import cnf, perturbed, seeded
+from zoo import BOUNDS, cnf, perturbed, seeded
 
 from cnf import (
     Flow,
@@ -45,6 +48,7 @@ from cnf.adapters import (
     to_pyro,
     to_zuko,
 )
+from cnf.baselines import build
 from cnf.bases import StandardNormal
 from cnf.transforms import FromNflows, FromNormflows, FromTorch, FromZuko
 
@@ -109,11 +113,12 @@ def normflows_flow():
 
 
 def residual(features=3, **settings):
-    """A residual layer of normflows that contracts by about a half."""
-    network = normflows.nets.LipschitzMLP(
-        [features, 16, features], lipschitz_const=0.7, init_zeros=False
-    )
-    return normflows.flows.Residual(network, **settings).double()
+    """A residual layer of normflows that contracts by about a half in each direction."""
+    inner, outer = nn.Linear(features, 16), nn.Linear(16, features)
+    nn.init.orthogonal_(inner.weight, gain=0.8)
+    with torch.no_grad():
+        outer.weight.copy_(inner.weight.T)
+    return normflows.flows.Residual(nn.Sequential(inner, nn.Tanh(), outer), **settings).double()
 
 
 def gradients_agree(first, second, module):
@@ -227,6 +232,87 @@ def test_a_torch_distribution_keeps_its_values_and_draws():
     assert ours.log_prob(torch.tensor([-1.0, 1.0])) == -math.inf
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("bounded", [False, True])
+def test_a_torch_distribution_follows_a_move_to_another_dtype(dtype, bounded):
+    """Though its own tensors, of float32, stay what they are."""
+    one = torch.ones(2, dtype=torch.float32)
+    theirs = Independent(Gamma(one, one) if bounded else Normal(0 * one, one), 1)
+    flow = from_torch(theirs).to(dtype)
+    x, log_prob = flow.sample_and_log_prob(3)
+    assert x.dtype == log_prob.dtype == dtype
+    mixed = torch.cat([x, -x.abs()])  # outside of the support where it is bounded
+    assert flow.log_prob(mixed).dtype == dtype
+    torch.testing.assert_close(flow.log_prob(x), theirs.log_prob(x.float()).to(dtype))
+
+
+MIXTURES = {
+    "torch": lambda: from_torch(
+        MixtureSameFamily(
+            Categorical(torch.ones(3)), Independent(Normal(torch.zeros(3, 2), torch.ones(3, 2)), 1)
+        )
+    ),
+    "zuko": lambda: from_zuko(zuko.mixtures.GMM(2, components=3)),
+    "normflows": lambda: from_normflows(
+        normflows.NormalizingFlow(normflows.distributions.GaussianMixture(3, 2), [])
+    ),
+    "named": lambda: build("gmm", 2, size=3),
+}
+
+
+@pytest.mark.parametrize("shape", [0, (2, 0), (0, 3)], ids=str)
+@pytest.mark.parametrize("make", MIXTURES.values(), ids=MIXTURES)
+def test_no_draws_from_a_mixture_are_an_empty_tensor(make, shape):
+    flow = make()
+    x, log_prob = flow.sample_and_log_prob(shape)
+    assert x.shape == (*torch.empty(shape).shape, 2)
+    assert log_prob.shape == x.shape[:-1]
+    assert x.dtype == flow.sample(1).dtype
+
+
+@pytest.mark.parametrize("make", MIXTURES.values(), ids=MIXTURES)
+def test_draws_from_a_mixture_have_no_gradient(make):
+    flow = make()
+    assert not flow.base.has_rsample
+    with pytest.raises(NotImplementedError, match=r"Mixture\w* cannot be drawn from"):
+        flow.rsample(3)
+
+
+CONDITIONAL_BASES = {
+    "context": lambda: nf_bases.ConditionalDiagGaussian(2, nn.Linear(3, 4)),
+    "class": lambda: nf_bases.ClassCondDiagGaussian(2, 3),
+    "class of glow": lambda: nf_bases.GlowBase((2, 2, 2), num_classes=3),
+    "class of an affine map": lambda: nf_bases.AffineGaussian((2, 2, 2), (2, 1, 1), 3),
+}
+
+
+@pytest.mark.parametrize("make", CONDITIONAL_BASES.values(), ids=CONDITIONAL_BASES)
+def test_a_conditional_base_of_normflows_is_refused(make):
+    with pytest.raises(TypeError, match=r"no context or class of its own; got .* of normflows"):
+        from_normflows(normflows.NormalizingFlow(make(), []))
+
+
+def test_a_base_of_normflows_whose_density_is_not_of_its_draws_is_refused():
+    theirs = nf_bases.GaussianPCA(1, 1, sigma=1.0)
+    x = torch.linspace(-20, 20, 4001).unsqueeze(1)
+    assert theirs.log_prob(x).exp().sum() * 0.01 > 2  # of what is to be 1
+    with pytest.raises(TypeError, match="GaussianPCA of normflows is no base"):
+        from_normflows(normflows.NormalizingFlow(theirs, []))
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_base_of_normflows_without_tensors_has_draws_and_follows_a_move(dtype):
+    theirs = nf_bases.Uniform(2, low=-1.0, high=3.0)
+    flow = from_normflows(normflows.NormalizingFlow(theirs, [])).to(dtype)
+    x, log_prob = flow.sample_and_log_prob(100, generator=seeded())
+    assert x.dtype == log_prob.dtype == dtype
+    assert x.min() < 0
+    assert x.max() > 2
+    torch.testing.assert_close(log_prob, torch.full_like(log_prob, -2 * math.log(4)))
+    assert flow.log_prob(torch.tensor([4.0, 0.0], dtype=dtype)) == -math.inf
+
+
 def test_a_torch_distribution_on_part_of_the_line_is_a_base():
     theirs = Independent(Gamma(torch.full((2,), 2.0), torch.ones(2)), 1)
     ours = from_torch(theirs)
@@ -299,21 +385,59 @@ def test_squeezed_images_of_normflows_keep_their_values():
     torch.testing.assert_close(ours.to_data(ours.to_base(x)), x)
 
 
-def test_the_value_of_a_residual_layer_in_training_mode_is_its_log_determinant():
-    """Within 4 standard errors over calls; normflows itself returns another number."""
-    layer = residual()
-    transform = FromNormflows(layer, 3).train()
-    x = torch.randn(3)
-    jacobian = torch.autograd.functional.jacobian(lambda y: y + layer.iresblock.nnet(y), x)
-    exact = torch.linalg.slogdet(jacobian).logabsdet
-    with torch.no_grad():
-        found = torch.stack(
-            [transform.to_base_and_ladj(x.expand(20, 3))[1].mean() for _ in range(300)]
-        )
-    assert abs(found.mean() - exact) < 4 * found.std() / len(found) ** 0.5
-    theirs = torch.stack([-layer.inverse(x.expand(20, 3))[1].mean() for _ in range(300)]).detach()
-    assert abs(theirs.mean() - exact) > 10 * theirs.std() / len(theirs) ** 0.5
+def determinant(layer, x):
+    """The log-determinant of a residual layer at rows `x`, by brute force."""
+    rows = [
+        torch.autograd.functional.jacobian(layer.iresblock.nnet, row, create_graph=True)
+        for row in x
+    ]
+    return torch.linalg.slogdet(torch.eye(x.shape[-1]) + torch.stack(rows)).logabsdet
+
+
+TERMS = {"unbiased": {}, "poisson": {"n_dist": "poisson"}, "truncated": {"n_power_series": 1}}
+every_number_of_terms = pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@every_number_of_terms
+def test_a_residual_layer_is_as_in_the_evaluation_mode_of_normflows(mode, terms):
+    layer = residual(**terms)
+    x = torch.randn(5, 3)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    expected = layer.eval().inverse(x)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    transform = FromNormflows(layer, 3).train(mode)
+    torch.testing.assert_close(transform.to_base_and_ladj(x), expected, rtol=0, atol=1e-12)
+
+
+@every_number_of_terms
+def test_a_residual_layer_estimates_its_log_determinant_and_gradient_without_bias(terms):
+    """Within 4 standard errors over calls."""
+    layer = residual(**terms)
+    transform = FromNormflows(layer, 3)
+    x = torch.randn(1, 3)
+    weight = layer.iresblock.nnet[0].weight
+    exact = determinant(layer, x)
+    exact = torch.cat([exact, torch.autograd.grad(exact.sum(), weight)[0].flatten()[:3]])
+    generator, draws = seeded(), []
+    for _ in range(60):
+        ladj = transform.to_base_and_ladj(x.expand(20, 3), generator=generator)[1].mean()
+        slope = torch.autograd.grad(ladj, weight)[0].flatten()[:3]
+        draws.append(torch.cat([ladj.detach().reshape(1), slope]))
+    draws = torch.stack(draws)
+    assert ((draws.mean(0) - exact).abs() < 4 * draws.std(0) / len(draws) ** 0.5).all()
     assert transform.likelihood == "estimate"
+
+
+def test_normflows_itself_returns_another_number_in_training_mode():
+    """By more than 4 standard errors over calls; the guard against it goes when this fails."""
+    layer, x = residual().train(), torch.randn(1, 3)
+    np.random.seed(0)
+    draws = torch.stack([layer.inverse(x.expand(20, 3))[1].mean() for _ in range(500)]).detach()
+    error = draws.std() / len(draws) ** 0.5
+    assert abs(draws.mean() - determinant(layer, x)) > 4 * error
 
 
 @pytest.mark.parametrize("mode", [True, False])
@@ -333,13 +457,24 @@ def test_a_residual_layer_has_a_gradient_and_follows_the_generator_in_either_mod
     assert layer.training == mode
 
 
-def test_a_residual_layer_that_computes_a_determinant_is_exact():
-    layer = residual(2, brute_force=True)
-    transform = FromNormflows(layer, 2)
+@pytest.mark.parametrize("mode", [True, False])
+@every_number_of_terms
+def test_a_residual_layer_of_the_plane_is_exact(mode, terms):
+    layer = residual(2, **terms)
+    transform = FromNormflows(layer, 2).train(mode)
     x = torch.randn(5, 2)
     assert transform.likelihood == "exact"
-    assert FromNormflows(residual(3, brute_force=True), 3).likelihood == "estimate"
-    assert torch.equal(transform.to_base_and_ladj(x)[1], transform.to_base_and_ladj(x)[1])
+    found, exact = transform.to_base_and_ladj(x)[1], determinant(layer, x)
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-12)
+    gradients_agree(found, exact, layer.iresblock.nnet)
+
+
+def test_the_settings_of_a_residual_layer_are_put_back():
+    layer = residual(n_power_series=3, n_exact_terms=1)
+    names = ("n_power_series", "n_exact_terms", "brute_force", "grad_in_forward", "training")
+    before = [getattr(layer.iresblock, name) for name in names]
+    FromNormflows(layer, 3).to_base(torch.randn(5, 3))
+    assert [getattr(layer.iresblock, name) for name in names] == before
 
 
 ACTNORMS = {
@@ -569,6 +704,13 @@ def test_as_a_layer_of_normflows():
         _ = from_normflows(theirs)(None).base
 
 
+@pytest.mark.parametrize("adapt", [to_nflows_transform, to_normflows_flow])
+@pytest.mark.parametrize("make", BOUNDS.values(), ids=BOUNDS)
+def test_what_is_no_bijection_is_no_transform_of_other_libraries(adapt, make):
+    with pytest.raises(ValueError, match="flow must be a bijection; got one with"):
+        adapt(make())
+
+
 def test_as_a_distribution_of_pyro():
     pyro = pytest.importorskip("pyro")
     flow = cnf(2, 3)
@@ -586,6 +728,13 @@ def test_as_a_distribution_of_pyro():
     torch.testing.assert_close(site["log_prob"], expected, rtol=0, atol=1e-9)
     wide = to_pyro(flow, context).expand((5, 4))
     assert wide.rsample().shape == (5, 4, 2)
+
+
+def test_a_site_of_pyro_whose_draws_have_no_gradient():
+    pyro = pytest.importorskip("pyro")
+    flow = from_zuko(zuko.mixtures.GMM(2, components=3))
+    assert not to_pyro(flow).has_rsample
+    assert pyro.sample("x", to_pyro(flow).expand((4,))).shape == (4, 2)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.distributions import Distribution, constraints, kl_divergence
 from torch.distributions.transforms import Transform
-from zoo import BOUNDS, EVERY_FLOW, EXACT_FLOWS, cnf, rows_for
+from zoo import BOUNDS, EVERY_FLOW, EXACT_FLOWS, cnf, perturbed, rows_for
 
-from cnf import CNF, count_evaluations
+from cnf import CNF, Affine, Flow, count_evaluations
+from cnf.baselines import NamedMixture
 
 every_flow = pytest.mark.parametrize("make", EVERY_FLOW.values(), ids=EVERY_FLOW)
 
@@ -95,6 +96,32 @@ def test_log_prob_refuses_what_the_flow_refuses():
         CNF(2)().log_prob(torch.full((1, 2), torch.nan))
     with pytest.raises(ValueError, match="conditional; got None"):
         CNF(2, 3)()
+
+
+@every_flow
+def test_it_tells_whether_its_draws_have_a_gradient(make):
+    """That is, whether each entry of x moves with the base point that it comes from."""
+    flow = make()
+    context = rows_for(flow, 2)[1]
+    z = torch.randn(2, flow.base.features, requires_grad=True)
+    entries = flow.to_data(z, context).flatten(1).sum(0)
+    slopes = [
+        torch.autograd.grad(entry, z, retain_graph=True, materialize_grads=True)[0]
+        for entry in entries
+    ]
+    distribution = flow(context)
+    assert distribution.has_rsample == all(slope.any() for slope in slopes)
+    assert distribution.has_rsample == distribution.expand((3, 2)).has_rsample
+
+
+def test_a_flow_from_a_base_without_differentiable_draws_has_none():
+    flow = Flow([perturbed(Affine(2))], NamedMixture(2, 3))
+    distribution = flow()
+    assert not distribution.has_rsample
+    assert not distribution.base.has_rsample
+    assert distribution.sample((4,)).shape == (4, 2)
+    with pytest.raises(NotImplementedError, match="cannot be drawn from differentiably"):
+        distribution.rsample()
 
 
 def test_what_torch_cannot_know_is_refused_as_torch_does():

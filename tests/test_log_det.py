@@ -1,12 +1,13 @@
 """Laws of log-determinants: right, bounded, and where estimated, right in the mean."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 from zoo import LinearContraction, lipschitz_attention, lipschitz_mlp, rows_for, seeded
 
-from cnf import ExactLogDet, RussianRoulette, TruncatedSeries
+from cnf import ExactLogDet, LipschitzMLP, RussianRoulette, TruncatedSeries
 from cnf.transforms.log_det import power_series
 from cnf.vector_fields.base import standard_basis
 
@@ -205,6 +206,33 @@ def test_the_gradient_of_roulette_is_unbiased(coefficient, log_det):
     draws = torch.stack(draws)
     error = draws.std(0) / len(draws) ** 0.5
     assert ((draws.mean(0) - directions @ exact).abs() < 4 * error).all()
+
+
+@dataclass(frozen=True)
+class FixedRoulette(RussianRoulette):
+    """With a number of further terms that is given, and the value that it then has."""
+
+    further: int = 1
+
+    def draw_terms(self, *, generator=None):
+        return self.further
+
+
+@pytest.mark.parametrize(("probability", "finite"), [(None, True), (0.2, False)])
+def test_the_variance_is_finite_under_the_default_coefficient_as_said(probability, finite):
+    """The second moment sums P(N = n) X(n)^2, which falls with large n, or grows for ever."""
+    coefficient = LipschitzMLP(1).coefficient
+    settings = {} if probability is None else {"probability": probability}
+    worst, x = LinearContraction(torch.tensor([[-coefficient]])).given(None), torch.zeros(1)
+    shares = []
+    for further in (150, 300, 600):
+        roulette = FixedRoulette(further=further, **settings)
+        stop = roulette.probability
+        value = roulette(worst, x)[1].item()
+        shares.append((1 - stop) ** (further - 1) * stop * value**2)
+    assert (shares[0] > shares[1] > shares[2]) == finite
+    assert (shares[0] < shares[1] < shares[2]) != finite
+    assert RussianRoulette(**settings).has_finite_variance(coefficient) == finite
 
 
 def test_the_number_of_terms_is_geometric():

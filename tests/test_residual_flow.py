@@ -316,6 +316,15 @@ def test_constructors_refuse(make, error, message):
         make()
 
 
+@pytest.mark.parametrize(("coefficient", "probability"), [(0.98, 0.05), (0.97, 0.06), (0.5, 0.75)])
+def test_a_roulette_that_may_have_infinite_variance_is_told_of(coefficient, probability):
+    network = LipschitzMLP(9, coefficient=coefficient)
+    with pytest.warns(UserWarning, match=f"probability less than .* in place of {probability}"):
+        ResidualFlow(network, log_det=RussianRoulette(probability=probability))
+    ResidualFlow(network, log_det=RussianRoulette(probability=0.9 * (1 - coefficient**2)))
+    ResidualFlow(network, log_det=TruncatedSeries())
+
+
 def test_perturbing_does_not_matter_for_the_way_back_far_from_the_data():
     transform = residual_flow(perturbed(lipschitz_mlp(), 10.0))
     x = 1e3 * torch.randn(20, 2)

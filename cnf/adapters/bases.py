@@ -18,8 +18,9 @@ from cnf.transforms.supports import spread
 class TorchBase(Base):
     """A `torch.distributions.Distribution` of vectors, or a module that returns one when called.
 
-    Tensors of a distribution are no parameters: they are not trained, and stay on their device.
-    Those of a module, such as a lazy distribution of zuko, are.
+    Tensors of a distribution are no parameters: they are not trained, and stay on their device and
+    as precise as they are. What comes out has the dtype that the base was moved to. Tensors of a
+    module, such as a lazy distribution of zuko, are parameters if the module says so.
 
     Args:
         source: The distribution, with one event axis and no batch; or the module.
@@ -56,6 +57,11 @@ class TorchBase(Base):
         self.register_buffer("loc", torch.zeros_like(drawn), persistent=False)
         self.loc: Tensor
 
+    @property
+    def has_rsample(self) -> bool:
+        """What the distribution says."""
+        return self._distribution().has_rsample
+
     def _distribution(self) -> Distribution:
         found: Distribution = self.source() if isinstance(self.source, nn.Module) else self.source
         return found
@@ -67,8 +73,8 @@ class TorchBase(Base):
         if not inside.any():  # torch checks no empty batch
             return z.new_full(inside.shape, -math.inf)
         if inside.all():
-            return distribution.log_prob(z)
-        return spread(inside, distribution.log_prob(z[inside]), elsewhere=-math.inf)
+            return distribution.log_prob(z).to(z)
+        return spread(inside, distribution.log_prob(z[inside]).to(z), elsewhere=-math.inf)
 
     def rsample(
         self, shape: torch.Size, *, generator: torch.Generator | None = None
@@ -79,15 +85,12 @@ class TorchBase(Base):
             NotImplementedError: If gradients are on, and the distribution has none of its draws.
         """
         distribution = self._distribution()
+        _check_gradient(distribution, distribution.has_rsample)
+        if 0 in shape:  # which some, such as mixtures, refuse
+            return self.loc.new_empty(*shape, self.features)
+        draw = distribution.rsample if distribution.has_rsample else distribution.sample
         with drawing_from(generator, self.loc.device):
-            if distribution.has_rsample:
-                return distribution.rsample(shape)
-            if torch.is_grad_enabled():
-                raise NotImplementedError(
-                    f"{type(distribution).__name__} cannot be drawn from differentiably; use "
-                    "flow.sample, or torch.no_grad()."
-                )
-            return distribution.sample(shape)
+            return draw(shape).to(self.loc)
 
     def distribution(self, batch_shape: Sequence[int] = ()) -> Distribution:
         """The same as a `torch.distributions.Distribution`."""
@@ -102,24 +105,44 @@ def _support(distribution: Distribution) -> constraints.Constraint:
         return constraints.real_vector
 
 
+def _check_gradient(distribution: object, has_rsample: bool) -> None:
+    """Refuse draws without gradient where gradients are on.
+
+    Raises:
+        NotImplementedError: If so.
+    """
+    if torch.is_grad_enabled() and not has_rsample:
+        raise NotImplementedError(
+            f"{type(distribution).__name__} cannot be drawn from differentiably; use "
+            "flow.sample, or torch.no_grad()."
+        )
+
+
 class NormflowsBase(Base):
     """A base distribution of normflows, without context.
 
     Args:
-        wrapped: The distribution.
-        shape: Shape of its events, each a vector here.
+        wrapped: The distribution. `shape` is that of its events, each a vector here.
 
     Raises:
-        TypeError: If it needs a context or a class.
+        TypeError: If it needs a context or a class, or has no density of what it draws.
     """
 
-    def __init__(self, wrapped: nn.Module, shape: Sequence[int]) -> None:
-        for name in ("ConditionalDiagGaussian", "ClassCondDiagGaussian"):
-            if is_a(wrapped, "normflows", name):
-                raise TypeError(f"a base must have no context of its own; got {name} of normflows.")
-        super().__init__(math.prod(shape))
+    def __init__(self, wrapped: nn.Module) -> None:
+        _refuse_what_is_no_base(wrapped)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            drawn: Tensor = wrapped(1)[0]
+        self.shape = tuple(drawn.shape[1:])
+        super().__init__(math.prod(self.shape))
         self.wrapped = wrapped
-        self.shape = tuple(shape)
+        # The dtype and device of a distribution that has no tensors of its own.
+        self.register_buffer("loc", drawn.new_zeros(self.features), persistent=False)
+        self.loc: Tensor
+
+    @property
+    def has_rsample(self) -> bool:
+        """Not for a mixture: which component a draw is of has no gradient."""
+        return not is_a(self.wrapped, "normflows", "GaussianMixture")
 
     def log_prob(self, z: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch"]:
         """Log-density of `z`, in nats."""
@@ -130,11 +153,17 @@ class NormflowsBase(Base):
     def rsample(
         self, shape: torch.Size, *, generator: torch.Generator | None = None
     ) -> Float[Tensor, "*batch features"]:
-        """Draws of batch shape `shape`."""
-        like = next(iter((*self.parameters(), *self.buffers())))
-        with drawing_from(generator, like.device):
+        """Draws of batch shape `shape`.
+
+        Raises:
+            NotImplementedError: If gradients are on, and the distribution has none of its draws.
+        """
+        _check_gradient(self.wrapped, self.has_rsample)
+        if 0 in shape:  # which some, such as mixtures, refuse
+            return self.loc.new_empty(*shape, self.features)
+        with drawing_from(generator, self.loc.device):
             drawn: Tensor = self.wrapped(math.prod(shape))[0]
-        return drawn.to(like).reshape(*shape, self.features)
+        return drawn.to(self.loc).reshape(*shape, self.features)
 
     def distribution(self, batch_shape: Sequence[int] = ()) -> Distribution:
         """Not to be had.
@@ -143,3 +172,20 @@ class NormflowsBase(Base):
             NotImplementedError: Always.
         """
         raise NotImplementedError(f"{type(self.wrapped).__name__} is no torch distribution.")
+
+
+def _refuse_what_is_no_base(wrapped: nn.Module) -> None:
+    """Refuse what depends on a context or a class, or has a wrong density.
+
+    Raises:
+        TypeError: If it does.
+    """
+    conditional = ("ConditionalDiagGaussian", "ClassCondDiagGaussian")
+    of_a_class = getattr(wrapped, "class_cond", False)
+    if of_a_class or any(is_a(wrapped, "normflows", name) for name in conditional):
+        raise TypeError(
+            "a base must have no context or class of its own; "
+            f"got {type(wrapped).__name__} of normflows."
+        )
+    if is_a(wrapped, "normflows", "GaussianPCA"):
+        raise TypeError("GaussianPCA of normflows is no base: its log_prob is not of its draws.")

@@ -65,10 +65,11 @@ def to_nflows_transform(flow: Flow) -> nn.Module:
     """The map of a flow as a transform of nflows, from data to noise, with a batch of rows.
 
     Args:
-        flow: The flow; its base plays no part.
+        flow: The flow, a bijection; its base plays no part.
 
     Raises:
         TypeError: If `flow` is no `Flow`.
+        ValueError: If a part of it is no bijection.
 
     Example:
         >>> import torch
@@ -77,7 +78,7 @@ def to_nflows_transform(flow: Flow) -> nn.Module:
         >>> outputs.shape, logabsdet.shape
         (torch.Size([5, 2]), torch.Size([5]))
     """
-    check_type("flow", flow, Flow, _REMEDY)
+    _check_bijection(flow)
     return _NflowsTransform(flow)
 
 
@@ -85,10 +86,11 @@ def to_normflows_flow(flow: Flow) -> nn.Module:
     """The map of a flow as a layer of normflows, from latent to data, with a batch of rows.
 
     Args:
-        flow: The flow; its base plays no part.
+        flow: The flow, a bijection; its base plays no part.
 
     Raises:
         TypeError: If `flow` is no `Flow`.
+        ValueError: If a part of it is no bijection.
 
     Example:
         >>> import torch
@@ -97,8 +99,24 @@ def to_normflows_flow(flow: Flow) -> nn.Module:
         >>> x.shape, log_det.shape
         (torch.Size([5, 2]), torch.Size([5]))
     """
-    check_type("flow", flow, Flow, _REMEDY)
+    _check_bijection(flow)
     return _NormflowsFlow(flow)
+
+
+def _check_bijection(flow: Flow) -> None:
+    """Refuse what the other library would take for the log-determinant of a Jacobian.
+
+    Raises:
+        TypeError: If `flow` is no `Flow`.
+        ValueError: If a part of it is no bijection.
+    """
+    check_type("flow", flow, Flow, _REMEDY)
+    for part in flow.chain:
+        if not part.is_bijective:
+            raise ValueError(
+                f"flow must be a bijection; got one with {type(part).__name__}. Leave that out "
+                "and apply it to the data yourself, or use flow.log_prob, which is a lower bound."
+            )
 
 
 class _NflowsTransform(nn.Module):

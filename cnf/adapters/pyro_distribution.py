@@ -18,10 +18,10 @@ class PyroDistribution(TorchDistribution):
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 - torch's own form
-    has_rsample = True
 
     def __init__(self, distribution: FlowDistribution) -> None:
         self.distribution = distribution
+        self.has_rsample = distribution.has_rsample
         super().__init__(distribution.batch_shape, distribution.event_shape, validate_args=False)
 
     @property

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from torch.distributions import ComposeTransform, Distribution, TransformedDistribution
 
@@ -26,6 +25,7 @@ def from_torch(distribution: Distribution) -> Flow:
         ValueError: If its shape is another, or a transform does not map vectors of this size.
 
     Example:
+        >>> import torch
         >>> from torch.distributions import Independent, LogNormal
         >>> flow = from_torch(Independent(LogNormal(torch.zeros(2), torch.ones(2)), 1))
         >>> flow.log_prob(torch.ones(2))
@@ -50,6 +50,7 @@ def from_zuko(flow: nn.Module, context_features: int = 0) -> Flow:
         ValueError: If it is of images or the like.
 
     Example:
+        >>> import torch
         >>> import zuko
         >>> theirs = zuko.flows.MAF(2, context=3)
         >>> flow = from_zuko(theirs, context_features=3)
@@ -120,10 +121,12 @@ def from_normflows(
         shape: Shape of an event, if it is not that of the base, as where layers squeeze.
 
     Raises:
-        TypeError: If `flow` is no such flow, or a part is no bijection of each row by itself.
+        TypeError: If `flow` is no such flow, a part is no bijection of each row by itself, or the
+            base depends on a context or a class.
         ValueError: If parts have more than one dtype.
 
     Example:
+        >>> import torch
         >>> import normflows
         >>> theirs = normflows.NormalizingFlow(
         ...     normflows.distributions.DiagGaussian(2), [normflows.flows.LULinearPermute(2)]
@@ -137,14 +140,11 @@ def from_normflows(
             f"flow must be a NormalizingFlow of normflows; got {type(flow).__name__}. Wrap its "
             "layers in FromNormflows."
         )
-    source = flow.get_submodule("q0")
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        drawn, _ = source(1)
-    latent = tuple(drawn.shape[1:])
-    sizes = latent if shape is None else tuple(shape)
+    base = NormflowsBase(flow.get_submodule("q0"))
+    sizes = base.shape if shape is None else tuple(shape)
     layers = list(flow.get_submodule("flows").children())
-    transform = FromNormflows(layers, sizes, context_features, latent_shape=latent)
-    return Flow(_of_events(transform, sizes), NormflowsBase(source, latent))
+    transform = FromNormflows(layers, sizes, context_features, latent_shape=base.shape)
+    return Flow(_of_events(transform, sizes), base)
 
 
 def _of_events(transform: Transform, shape: Sequence[int]) -> list[Transform]:

@@ -92,6 +92,11 @@ class NamedMixture(Base):
         self.is_initialized: Tensor
 
     @property
+    def has_rsample(self) -> bool:
+        """False, for which component a draw is of has no gradient."""
+        return False
+
+    @property
     def awaits_data(self) -> bool:
         """Whether the components are still to be put on data by `initialize`."""
         return not self.is_initialized

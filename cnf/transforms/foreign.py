@@ -25,9 +25,14 @@ _SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     ("zuko", "FFJTransform"): {"training": True},
     ("zuko", "MNN"): {"training": True},
     ("zuko", "UMNN"): {"training": True},
-    # In training mode and with less memory, only the gradient of what it returns is that of a ladj.
+    # The value of evaluation mode: a determinant in the plane, else an unbiased estimate with these
+    # terms, whatever it is to truncate in training. But only training mode keeps the gradient of
+    # an estimate; and with less memory, only that gradient is of a ladj, and the value is not.
     ("normflows", "iResBlock"): {
         "training": True,
+        "brute_force": True,
+        "n_power_series": None,
+        "n_exact_terms": 20,
         "neumann_grad": False,
         "grad_in_forward": False,
     },
@@ -66,7 +71,7 @@ def is_estimate(module: nn.Module, shape: tuple[int, ...]) -> bool:
     """Whether a part estimates its ladj at random, given rows of this shape."""
     return any(
         (is_a(part, "zuko", "FFJTransform") and not part.exact)
-        or (is_a(part, "normflows", "iResBlock") and not (part.brute_force and shape == (2,)))
+        or (is_a(part, "normflows", "iResBlock") and shape != (2,))
         for part in module.modules()
     )
 

@@ -133,8 +133,8 @@ class RussianRoulette(LogDet):
     the traces once for each row. Costs as `TruncatedSeries` with 1 / p further terms on average.
 
     Where powers of the Jacobian fall as slowly as :math:`\lambda^k`, the variance is finite if
-    :math:`\lambda^2 < 1 - p`, as by default for every contraction with a `coefficient` of 0.97;
-    many exact terms make it small. Where a contraction is stronger, a larger p costs less.
+    :math:`\lambda^2 < 1 - p`; many exact terms make it small. With the defaults it is finite up to
+    :math:`\lambda = 0.974`, and so for every contraction of the default coefficient, 0.97.
 
     Raises:
         TypeError: If a number is not an int.
@@ -180,6 +180,15 @@ class RussianRoulette(LogDet):
         weights = [(1 - self.probability) ** -m for m in range(further)]
         probes = Hutchinson(probes=self.probes).draw_probes(x, generator=generator)
         return power_series(contraction, x, probes, [1.0] * self.exact_terms + weights)
+
+    def has_finite_variance(self, coefficient: float) -> bool:
+        """Whether the variance is finite for any contraction with this Lipschitz constant.
+
+        Example:
+            >>> RussianRoulette().has_finite_variance(0.97)
+            True
+        """
+        return coefficient**2 < 1 - self.probability
 
     def draw_terms(self, *, generator: torch.Generator | None = None) -> int:
         """The random number N of further terms, at least 1."""

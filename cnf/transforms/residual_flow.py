@@ -1,5 +1,6 @@
 """Residual flows: the identity plus a contraction."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -47,6 +48,10 @@ class ResidualFlow(Transform):
         RuntimeError: On the way to the data, if the network is no contraction or values are not
             finite.
 
+    Warns:
+        UserWarning: If `log_det` is a roulette that stops too soon for the coefficient of the
+            network, so that its variance may be infinite.
+
     References:
         Behrmann et al. (2019), Invertible Residual Networks. https://arxiv.org/abs/1811.00995
         Chen et al. (2019), Residual Flows for Invertible Generative Modeling.
@@ -76,6 +81,7 @@ class ResidualFlow(Transform):
         self.network = network
         few = self.features <= _FEW_FEATURES
         self.log_det = log_det or (ExactLogDet() if few else RussianRoulette())
+        _warn_of_infinite_variance(self.log_det, network.coefficient)
         if not 0 < tolerance < 1:
             raise ValueError(f"tolerance must be between 0 and 1; got {tolerance}.")
         self.tolerance = float(tolerance)
@@ -167,6 +173,17 @@ class ResidualFlow(Transform):
         if solution.requires_grad:
             solution.register_hook(solved)
         return solution
+
+
+def _warn_of_infinite_variance(log_det: LogDet, coefficient: float) -> None:
+    if isinstance(log_det, RussianRoulette) and not log_det.has_finite_variance(coefficient):
+        warnings.warn(
+            f"the log-determinant has infinite variance where the network comes near to its "
+            f"coefficient, {coefficient}: give a RussianRoulette with a probability less than "
+            f"{1 - coefficient**2:.3g}, in place of {log_det.probability}, or a network with a "
+            f"coefficient less than {(1 - log_det.probability) ** 0.5:.3g}.",
+            stacklevel=3,
+        )
 
 
 @contextmanager
