@@ -8,8 +8,6 @@ recipe, with an average of the weights, in as many steps as the seconds allow. F
 is a number of components or layers (gf, gmm, planar, radial) keep their default, as it would take
 thousands.
 
-Claim: on the toy sets, no discrete flow comes nearer to the truth than the CNF on average.
-
 What the likelihood of each is in training (exact, an estimate or a bound) stands beside it;
 residual flows are measured with exact log-determinants all the same. Times are CPU-seconds on one
 thread. The round trip is the largest error of x -> z -> x in single precision, in standard

@@ -35,8 +35,8 @@ from cnf._checks import check_count
 from cnf._files import write_atomically
 from cnf.data.toy import TOY_NAMES, toy_density
 
-NO_SMALL_BOUND = 50.0
-"""Of the logarithm of a coupling's scale: far more than float32 has digits for."""
+BOUND = 10.0
+"""Of the logarithm of a coupling's scale: two of them exceed the digits of float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ def trained(x: Tensor, settings: Settings) -> dict[str, Flow]:
         [
             Standardize.from_data(x),
             *(
-                AffineCoupling(2, kept="first" if i % 2 else "last", bound=NO_SMALL_BOUND)
+                AffineCoupling(2, kept="first" if i % 2 else "last", bound=BOUND)
                 for i in range(settings.layers)
             ),
         ]
