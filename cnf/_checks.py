@@ -56,9 +56,9 @@ def check_events(name: str, x: Tensor, event_shape: Sequence[int], *, like: Tens
     if not isinstance(x, Tensor):
         hint = ""
         if hasattr(x, "to_numpy"):  # of pandas, polars or the like
-            hint = f" Try torch.as_tensor({name}.to_numpy(), dtype={like.dtype})."
+            hint = f" Try torch.as_tensor({name}.to_numpy())."
         elif isinstance(x, Sequence | np.ndarray):
-            hint = f" Try torch.as_tensor({name}, dtype={like.dtype})."
+            hint = f" Try torch.as_tensor({name})."
         raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}.{hint}")
     if not x.is_floating_point():
         raise ValueError(

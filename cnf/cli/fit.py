@@ -1,6 +1,5 @@
 """``cnf fit``."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -67,6 +66,7 @@ class Fit(Command):
         training, held_out = hold_out(rows, self.settings)
         given = f" given {', '.join(columns.context_names)}" if columns.context_names else ""
         print(f"{len(rows.x)} rows of {', '.join(columns.names)}{given}", flush=True)
+        _point_out_whole_numbers(rows.x, columns.names, supports)
         flow, history = fit_density(
             transforms_for(rows.x, supports),
             training,
@@ -102,21 +102,19 @@ class Fit(Command):
                 )
         found = [supports.get(column, "real") for column in columns.names]
         refuse_rows_outside(self.data, x, columns.names, found)
-        _warn_of_whole_numbers(x, columns.names, found)
         return found
 
 
-def _warn_of_whole_numbers(x: Tensor, names: Sequence[str], supports: Sequence[Support]) -> None:
+def _point_out_whole_numbers(x: Tensor, names: Sequence[str], supports: Sequence[Support]) -> None:
     """Point out columns of numbers that recur: spikes on them make any likelihood."""
     for index, (name, support) in enumerate(zip(names, supports, strict=True)):
         column = x[:, index]
         different = len(column.unique())
         if support == "real" and (column == column.round()).all() and different <= len(x) / 2:
-            warnings.warn(
-                f"column {name!r} holds {different} whole numbers alone. A density can have spikes "
-                "on them, and then its NLL says little: perhaps give "
-                f"--support {name}=integer.",
-                stacklevel=2,
+            print(
+                f"note: column {name!r} holds {different} whole numbers alone. A density can have "
+                "spikes on them, and then its NLL says little: perhaps give "
+                f"--support {name}=integer."
             )
 
 
