@@ -1,5 +1,6 @@
 """Runs the laws of compiled flows, without what wraps the functions of the package in tests."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +11,15 @@ import pytest
 @pytest.mark.slow
 def test_compiled_flows_obey_their_laws():
     laws = Path(__file__).with_name("compiled_laws.py")
+    # Coverage and the workers of the outer run are not asked of the inner one.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "COV_"))}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--override-ini=addopts=", str(laws)],
         capture_output=True,
         text=True,
         check=False,
         cwd=laws.parents[1],
+        env=environment,
         timeout=900,
     )
     assert done.returncode == 0, done.stdout

@@ -144,8 +144,7 @@ def test_training_fits_it(name):
     flow.initialize(x, generator=seeded())
     new = data(1512)[512:]
     before = nll(flow, new)
-    steps = 200 if name in EXACT else 100  # residual flows are slow to train
-    plan = TrainingConfig(steps=steps, batch_size=64, learning_rate=3e-3, progress=False)
+    plan = TrainingConfig(steps=200, batch_size=64, learning_rate=3e-3, progress=False)
     fit(flow, x, plan)
     assert nll(flow, new) < before - 0.05
     assert nll(flow, new) > 1.9  # less than the entropy would be no density
