@@ -3,7 +3,8 @@
 An evaluation is dozens of small operations, each of which takes a call of Python and a pass through
 memory. The compiler makes a few loops of them, and again of their gradient: the same numbers but
 for rounding. What is compiled is the evaluation and not the solve, so that every method of solving,
-every kind of gradient and every message of a failed solve stay what they are.
+every kind of gradient and every message of a failed solve stay what they are. Only steps of fixed
+size may be programs as a whole: see `cnf.vector_fields.compiled_steps`.
 
 A compiled field has, beside its state, bound methods that stand in front of those of its class.
 """
