@@ -110,11 +110,11 @@ class Flow(nn.Module):
         """Compile the evaluations of the vector fields, in place: the same numbers, faster.
 
         Each program is made when it is first needed, in seconds to a minute: for the velocity, for
-        the divergence and for Jacobian products, with and without gradients. Batches of every size
-        and all times share one; so do `using` and the objectives. What is saved, copied or pickled
-        is not compiled. Where torch.compile cannot work, a warning says what to install, and the
-        flow goes on without it. Within `torch.func` it runs uncompiled; gradients of gradients,
-        which torch.compile has none of, are an error.
+        the divergence, for Jacobian products and for whole steps of fixed size, with and without
+        gradients. Batches of every size and all times share one; so do `using` and the objectives.
+        What is saved, copied or pickled is not compiled. Where torch.compile cannot work, a warning
+        says what to install, and the flow goes on without it. Within `torch.func` it runs
+        uncompiled; gradients of gradients, which torch.compile has none of, are an error.
 
         Args:
             backend: As `torch.compile` takes it.

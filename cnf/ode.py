@@ -14,6 +14,7 @@ from cnf._checks import check_count
 from cnf._methods import is_multistep, methods, one_step
 from cnf._steps import RecordingWatch, solve_by_steps
 from cnf._watch import ODEError, RightHandSide, State, SteppingWatch, Watch
+from cnf.vector_fields.compiled_steps import FieldSteps
 
 __all__ = ["Control", "Gradient", "ODEError", "ODESolver", "RightHandSide", "State", "methods"]
 
@@ -113,6 +114,7 @@ class ODESolver:
         *,
         dependencies: Callable[[], Sequence[Tensor]] = tuple,
         controlled: int | None = None,
+        programs: FieldSteps | None = None,
     ) -> State:
         """Follow dstate/dt = rhs(t, state) through the given times.
 
@@ -124,6 +126,7 @@ class ODESolver:
                 checkpoint give no gradient to a tensor not named here.
             controlled: How many tensors of the state, from the first, the error control of an
                 adaptive method looks at; None for all. With ``control="points"`` it is one.
+            programs: What makes steps of the same right-hand side into programs where it serves.
 
         Returns:
             The state at each time, in tensors with a first axis of ``len(times)`` more. For a
@@ -160,7 +163,7 @@ class ODESolver:
             # Where nothing needs a gradient, a field in reverse mode would leave a graph all the
             # same, because it differentiates with respect to x.
             with torch.set_grad_enabled(needs_gradient):
-                solution = _odeint(watch, state, times, arguments)
+                solution = self._by_rule(watch, state, times, arguments, programs)
         watch.check_end(solution, times)
         return tuple(solution)
 
@@ -202,6 +205,23 @@ class ODESolver:
 
         step = one_step(self.method, watch, like=state[0])
         return solve_by_steps(watch, solve, step, state, times, parameters)
+
+    def _by_rule(
+        self,
+        watch: Watch,
+        state: State,
+        times: Tensor,
+        arguments: dict[str, Any],
+        programs: FieldSteps | None,
+    ) -> State:
+        def solve() -> State:
+            return _odeint(watch, state, times, arguments)
+
+        if programs is None or not programs.serve(self.method):
+            return solve()
+        grid = self._grid(times, (times[-1] - times[0]).abs().detach())
+        budget = self.max_evaluations
+        return programs.solve(self.method, state, grid, times, budget=budget, otherwise=solve)
 
     def _check_precision(self, kind: str, dtype: torch.dtype) -> None:
         resolution = torch.finfo(dtype).eps

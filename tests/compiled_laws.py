@@ -22,6 +22,7 @@ from cnf import (
     LinearField,
     MaximumLikelihood,
     ModuleField,
+    ODEError,
     ODESolver,
     VectorField,
     count_evaluations,
@@ -37,6 +38,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
 ]
 
+STEPPING = ("euler", "midpoint", "heun2", "heun3", "rk4")
 BACKPROP = ODESolver(method="rk4", steps=2, gradient="backprop")
 ADJOINT = ODESolver(method="rk4", steps=2)
 
@@ -279,6 +281,151 @@ def test_functional_transforms_run_uncompiled():
     point = x.clone().requires_grad_()
     assert_same([jacobian], torch.autograd.grad(flow.log_prob(point), point))
     assert acceleration.shape == (2,)
+
+
+@pytest.fixture
+def by_steps_alone(monkeypatch):
+    """A function after which every solve must run whole steps as programs."""
+
+    def refuse(*_):
+        raise AssertionError("a solve went evaluation by evaluation")
+
+    return lambda: monkeypatch.setattr("cnf.ode._odeint", refuse)
+
+
+def stepping(method="midpoint", steps=3, **settings):
+    return ODESolver(method=method, steps=steps, gradient="backprop", **settings)
+
+
+@pytest.mark.parametrize("method", STEPPING)
+def test_compiled_steps_give_the_same_density_and_gradient(method, by_steps_alone):
+    flow = flow_along(mlp(2, 1), stepping(method), learn_end_time=True)
+    once, programs = compiled(flow, backend="eager")
+    x, context = torch.randn(4, 2), torch.randn(4, 1)
+
+    def everything(flow):
+        point, condition = (part.clone().requires_grad_() for part in (x, context))
+        log_prob = flow.log_prob(point, condition)
+        inputs = [point, condition, *flow.parameters()]
+        return log_prob, *torch.autograd.grad(log_prob.square().sum(), inputs)
+
+    expected = everything(flow)
+    by_steps_alone()
+    assert_same(everything(once), expected)
+    assert programs.number == 1
+
+
+@pytest.mark.parametrize("bottleneck", [False, True])
+def test_compiled_steps_estimate_with_the_same_probes(bottleneck, by_steps_alone):
+    divergence = Hutchinson(probes=2, bottleneck=bottleneck)
+    flow = flow_along(mlp(3, hidden_features=(8, 2)), stepping(), divergence=divergence)
+    once, _ = compiled(flow)
+    objective = OBJECTIVES["likelihood by backprop"]
+    x = torch.randn(4, 3)
+    expected = loss_and_gradients(flow, objective, x)
+    by_steps_alone()
+    assert_same(loss_and_gradients(once, objective, x), expected)
+
+
+def test_compiled_steps_meet_the_times_of_a_trajectory(by_steps_alone):
+    flow = flow_along(mlp(), stepping())
+    once, _ = compiled(flow, backend="eager")
+    x, times = torch.randn(4, 2), torch.tensor([1.0, 0.9, 0.5, 0.45, 0.0])
+    expected = flow.transforms[0].trajectory(x, times)
+    by_steps_alone()
+    assert_same(once.transforms[0].trajectory(x, times), expected)
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["without gradient", "with gradient"])
+def test_one_program_serves_every_number_of_steps_batch_size_and_time(gradient, by_steps_alone):
+    by_steps_alone()
+    flow, programs = compiled(flow_along(mlp(), start_time=0.1), backend="eager")
+    with torch.set_grad_enabled(gradient):
+        for rows, steps in [(5, 4), (7, 30), (64, 1)]:
+            flow.using(solver=stepping(steps=steps)).log_prob(torch.randn(rows, 2))
+    assert programs.number == 1
+
+
+@pytest.mark.parametrize("method", STEPPING)
+def test_evaluations_in_compiled_steps_are_counted(method, by_steps_alone):
+    flow = flow_along(mlp(), stepping(method))
+    once, _ = compiled(flow, backend="eager")
+    x = torch.randn(3, 2)
+    counts = []
+    for each in (flow, once):
+        with count_evaluations(each) as nfe, torch.no_grad():
+            each.to_base(x)
+        counts.append(nfe.value)
+        by_steps_alone()
+    assert counts[0] == counts[1] > 0
+
+
+def test_a_hook_sees_the_points_of_every_evaluation():
+    flow = flow_along(mlp(), stepping())
+    once, _ = compiled(flow, backend="eager")
+    x = torch.randn(3, 2)
+    seen = []
+    for each in (flow, once):
+        points = []
+        field = each.transforms[0].vector_field
+        field.register_forward_pre_hook(lambda _, inputs, points=points: points.append(inputs[1]))
+        each.log_prob(x)
+        seen.append(points)
+    assert_same(*seen)
+
+
+FAILURES = {
+    "budget": (stepping(max_evaluations=5), 1.0),
+    "not a number": (stepping(), torch.nan),
+    "infinity": (stepping(), torch.inf),
+    "too many steps": (stepping(steps=10**5), 1.0),
+}
+
+
+@pytest.mark.parametrize(("solver", "weight"), FAILURES.values(), ids=FAILURES)
+def test_compiled_steps_fail_with_the_same_message_and_count(solver, weight):
+    flow = flow_along(mlp(), solver)
+    with torch.no_grad():
+        flow.transforms[0].vector_field.layers[-1].linear.bias.fill_(weight)
+    once, _ = compiled(flow, backend="eager")
+    dtype = torch.float16 if solver.steps > 10**4 else torch.float64
+    flow.to(dtype), once.to(dtype)
+    x = torch.randn(3, 2, dtype=dtype)
+    failures = []
+    for each in (flow, once):
+        with count_evaluations(each) as nfe, pytest.raises(ODEError) as raised, torch.no_grad():
+            each.log_prob(x)
+        failures.append((str(raised.value), nfe.value))
+    assert failures[0] == failures[1]
+
+
+def test_where_a_step_cannot_be_compiled_its_evaluations_are():
+    calls = []
+
+    def broken_at_first(graph, inputs):
+        calls.append(graph)
+        if len(calls) == 1:
+            raise RuntimeError("Too much at once.")
+        return graph
+
+    flow = flow_along(mlp())
+    once, _ = compiled(flow, backend=broken_at_first)
+    x = torch.randn(3, 2)
+    with pytest.warns(UserWarning, match=r"failed on a whole step") as warned:
+        assert_same([once.log_prob(x)], [flow.log_prob(x)])
+    assert "Too much at once" in str(warned[0].message)
+    assert_same([once.log_prob(x)], [flow.log_prob(x)])  # and warns no more
+    assert len(calls) == 2
+
+
+def test_a_step_with_wrong_inputs_is_not_blamed_on_the_compiler(by_steps_alone):
+    transform = ContinuousTransform(mlp(2, 3), solver=stepping())
+    transform.vector_field.compile(backend="eager")
+    x = torch.randn(4, 2)
+    with pytest.raises(RuntimeError, match=r"shape"):
+        transform.to_base(x, torch.randn(4, 5))
+    by_steps_alone()
+    transform.to_base(x, torch.randn(4, 3))
 
 
 def test_gradients_of_gradients_of_a_compiled_flow_are_refused():

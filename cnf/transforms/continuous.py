@@ -9,11 +9,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cnf._checks import check_type
-from cnf.divergence import Divergence, Exact
+from cnf.divergence import Divergence, Exact, Hutchinson
 from cnf.ode import ODESolver, RightHandSide, State
 from cnf.regularizers import CostRate, needs_products
 from cnf.transforms.base import Likelihood, Transform
 from cnf.vector_fields import VectorField
+from cnf.vector_fields.compiled_steps import FieldSteps
 
 _MANY_FEATURES = 64
 
@@ -180,7 +181,8 @@ class ContinuousTransform(Transform):
         def rhs(t: Tensor, state: State) -> State:
             return (self.vector_field(t, state[0], context),)
 
-        (states,) = self._solve(rhs, (x,), times, context)
+        programs = FieldSteps(self.vector_field, _velocity, (context,))
+        (states,) = self._solve(rhs, (x,), times, context, programs=programs)
         return states
 
     def to_base_with_costs(
@@ -228,7 +230,12 @@ class ContinuousTransform(Transform):
 
         state = (x, *(x.new_zeros(x.shape[:-1]) for _ in range(1 + len(regularizers))))
         times = x.new_tensor([start, end])
-        solved = self._solve(rhs, state, times, context, controlled=2 if regularizers else None)
+        programs = None
+        if not regularizers and isinstance(divergence, Exact | Hutchinson):
+            inputs = (divergence, probes, context)
+            programs = FieldSteps(self.vector_field, _velocity_and_divergence, inputs)
+        controlled = 2 if regularizers else None
+        solved = self._solve(rhs, state, times, context, controlled, programs)
         return tuple(part[-1] for part in solved)
 
     def _solve(
@@ -238,6 +245,7 @@ class ContinuousTransform(Transform):
         times: Tensor,
         context: Tensor | None,
         controlled: int | None = None,
+        programs: FieldSteps | None = None,
     ) -> State:
         return self.solver.solve(
             rhs,
@@ -245,6 +253,7 @@ class ContinuousTransform(Transform):
             self.field_times(times),
             dependencies=lambda: self.vector_field.dependencies(context),
             controlled=controlled,
+            programs=programs,
         )
 
     def _warn_if_unwise(self) -> None:
@@ -255,3 +264,20 @@ class ContinuousTransform(Transform):
                 "divergence=Exact() to keep it without this warning.",
                 stacklevel=2,
             )
+
+
+def _velocity(field: VectorField, t: Tensor, x: Tensor, context: Tensor | None) -> State:
+    # Not through ``__call__``, whose hooks are no part of a program.
+    return (field.forward(t, x, context),)
+
+
+def _velocity_and_divergence(
+    field: VectorField,
+    t: Tensor,
+    x: Tensor,
+    divergence: Divergence,
+    probes: Tensor | None,
+    context: Tensor | None,
+) -> State:
+    evaluation = divergence(field, t, x, probes, context)
+    return evaluation.velocity, evaluation.divergence

@@ -190,6 +190,15 @@ class VectorField(nn.Module, ABC):
                 state.pop(name, None)
         return state
 
+    @property
+    def _is_but_counted(self) -> bool:
+        """Whether no hook sees the points and velocities of evaluations."""
+        before = self._forward_pre_hooks.values()
+        others = (self._forward_hooks, self._backward_hooks, self._backward_pre_hooks)
+        return not any(others) and all(
+            isinstance(getattr(hook, "__self__", None), EvaluationCount) for hook in before
+        )
+
     def _announce_evaluation(self, t: Tensor, x: Tensor, context: Tensor | None) -> None:
         """Run the forward pre-hooks, in an override that does not go through ``__call__``.
 

@@ -3,7 +3,8 @@
 An evaluation is dozens of small operations, each of which takes a call of Python and a pass through
 memory. The compiler makes a few loops of them, and again of their gradient: the same numbers but
 for rounding. What is compiled is the evaluation and not the solve, so that every method of solving,
-every kind of gradient and every message of a failed solve stay what they are.
+every kind of gradient and every message of a failed solve stay what they are. Only steps of fixed
+size may be programs as a whole: see `cnf.vector_fields.compiled_steps`.
 
 A compiled field has, beside its state, bound methods that stand in front of those of its class.
 """
@@ -39,7 +40,9 @@ class Compilation:
     def __init__(self, *, backend: str | Callable[..., Any], mode: str | None) -> None:
         self.options: dict[str, Any] = {"backend": backend, "mode": mode}
         self.evaluations: dict[tuple[type, str], Callable[..., Any]] = {}
+        self.steps: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self.failed = False
+        self.steps_failed = False
 
     def put_into(self, field: "cnf.vector_fields.base.VectorField") -> None:
         """Put compiled evaluations in front of those of the class of the field."""
@@ -50,13 +53,30 @@ class Compilation:
             vars(field)[name] = MethodType(self.evaluations[key], field)
         vars(field)["_compilation"] = self
 
+    def serves(self) -> bool:
+        """Whether programs run here and now, rather than what they were made of."""
+        return not (torch.compiler.is_compiling() or self.failed or _in_functional_transform())
+
+    def step(
+        self, key: tuple[Any, ...], make: Callable[[], Callable[..., Any]]
+    ) -> Callable[..., Any]:
+        """The program of a step: see `cnf.vector_fields.compiled_steps`."""
+        if torch.is_grad_enabled():
+            _let_graphs_be_kept()
+        if key not in self.steps:
+            self.steps[key] = self._program(make())
+        return self.steps[key]
+
+    def _program(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        # Dynamic: one program for batches of every size.
+        return torch.compile(_with_its_own_code(function), dynamic=True, **self.options)
+
     def _compiled(self, cls: type, name: str) -> Callable[..., Any]:
         method = getattr(cls, name)
-        # Dynamic: one program for batches of every size.
-        program = torch.compile(_with_its_own_code(method), dynamic=True, **self.options)
+        program = self._program(method)
 
         def run(field: "cnf.vector_fields.base.VectorField", *inputs: Tensor | None) -> Any:
-            if torch.compiler.is_compiling() or self.failed or _in_functional_transform():
+            if not self.serves():
                 return method(field, *inputs)
             try:
                 result = program(field, *_uniform(field, inputs, is_velocity=name == "forward"))
@@ -84,13 +104,18 @@ class Compilation:
     ) -> Any:
         result = method(*inputs)  # which raises if the inputs are at fault
         self.failed = True
-        reason = " ".join(str(error).strip().splitlines()[:2])  # the second is the backend's own
         warnings.warn(
-            f"torch.compile failed ({type(error).__name__}: {reason}). The flow goes on without "
+            f"torch.compile failed ({reason(error)}). The flow goes on without "
             f"it: the same numbers, more slowly. {_REMEDY}",
             stacklevel=3,
         )
         return result
+
+
+def reason(error: Exception) -> str:
+    """Why a program could not be made, in a line."""
+    lines = str(error).strip().splitlines()[:2]  # the second is the backend's own
+    return f"{type(error).__name__}: {' '.join(lines)}"
 
 
 def compile_alike(copy: nn.Module, original: nn.Module) -> None:
