@@ -495,12 +495,14 @@ def test_an_unknown_backend_is_refused_at_once():
         flow_along(mlp()).compile(backend="nonsense")
 
 
-def test_inductor_gives_the_same_density_and_gradient():
-    flow = perturbed(flow_along(mlp(2, 1, hidden_features=(8, 8))))
+@pytest.mark.parametrize("gradient", ["backprop", "adjoint"])  # whole steps, evaluations
+def test_inductor_gives_the_same_density_and_gradient(gradient):
+    # A fixed grid: an adaptive one itself varies with rounding.
+    solver = ODESolver(method="midpoint", steps=2, gradient=gradient)
+    flow = perturbed(flow_along(mlp(2, 1, hidden_features=(8, 8)), solver))
     once = copy.deepcopy(flow)
     once.compile()
-    # A fixed grid: an adaptive one itself varies with rounding.
-    objective = OBJECTIVES["likelihood by backprop"]
+    objective = MaximumLikelihood
     rows = torch.randn(6, 2), torch.randn(6, 1)
 
     assert_same(
