@@ -21,10 +21,19 @@ def _reproducible() -> Iterator[None]:
 
 @pytest.fixture
 def shapes_unchecked() -> Iterator[None]:
-    """Switch off jaxtyping, which would refuse bad input before our own messages can."""
+    """Switch off jaxtyping, which would refuse bad input before our own messages can.
+
+    It also takes more than half the time of whole solves, whose parts have tests of their own.
+    """
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True)
+def _slow_without_shapes(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("slow"):
+        request.getfixturevalue("shapes_unchecked")
 
 
 @pytest.fixture(scope="module")

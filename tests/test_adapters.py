@@ -52,8 +52,9 @@ from cnf.baselines import build
 from cnf.bases import StandardNormal
 from cnf.transforms import FromNflows, FromNormflows, FromTorch, FromZuko
 
-# By normflows and by nflows.
 pytestmark = [
+    pytest.mark.usefixtures("shapes_unchecked"),  # whole solves
+    # By normflows and by nflows.
     pytest.mark.filterwarnings("ignore:torch.lu is deprecated"),
     pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated"),
 ]

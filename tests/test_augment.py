@@ -27,6 +27,8 @@ from cnf import (
     fit,
 )
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # whole solves
+
 ROWS = 4000
 FEATURES, AUGMENT = 2, 2
 

@@ -34,6 +34,8 @@ from cnf.regularizers import kinetic_energy
 from cnf.training import TrainingError
 from cnf.training.checkpoint import checkpoints_in, write_checkpoint
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # whole solves
+
 TESTS = Path(__file__).parent
 
 

@@ -28,6 +28,8 @@ from cnf import (
 )
 from cnf.bases import Base, StandardNormal
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # whole solves
+
 flow_of_the_plane = pytest.mark.parametrize("make", FLOWS.values(), ids=FLOWS)
 exact_flow = pytest.mark.parametrize("make", EXACT_FLOWS.values(), ids=EXACT_FLOWS)
 every_flow = pytest.mark.parametrize("make", EVERY_FLOW.values(), ids=EVERY_FLOW)

@@ -17,6 +17,8 @@ from cnf.transforms import (
     WoodburyConv,
 )
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # whole solves
+
 KINDS = {baseline.name: baseline for baseline in names() if not baseline.images_alone}
 NAMES = list(KINDS)
 EXACT = [name for name in NAMES if KINDS[name].likelihood == "exact"]

@@ -12,6 +12,8 @@ from cnf import LinearField, ModuleField, NeuralODE, ODESolver, count_evaluation
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.layers import LAYERS
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # whole solves
+
 every_ode = pytest.mark.parametrize("make", NEURAL_ODES.values(), ids=NEURAL_ODES)
 GRADIENT = pytest.mark.parametrize("gradient", ["adjoint", "backprop"])
 ENDS = torch.tensor([0.0, 1.0])

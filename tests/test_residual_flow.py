@@ -36,6 +36,8 @@ from cnf import (
 )
 from cnf.transforms.fixed_point import fixed_point
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # whole solves
+
 every_estimate = pytest.mark.parametrize("make", ESTIMATES.values(), ids=ESTIMATES)
 NETWORKS = {
     "perceptron": lambda: lipschitz_mlp(2, 3),

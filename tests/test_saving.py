@@ -38,6 +38,8 @@ from cnf.transforms.wrapped import WrappedTransform
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.layers import LAYERS
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # whole solves
+
 OPTIONS = {
     "defaults": {},
     **{f"layer {layer}": {"layer": layer} for layer in LAYERS},

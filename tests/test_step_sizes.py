@@ -9,6 +9,8 @@ from zoo import cnf, perturbed
 from cnf import CNF, ContinuousTransform, LinearField, ODESolver, count_evaluations
 from cnf.ode import methods
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # whole solves
+
 ADAPTIVE = [name for name, kind in methods().items() if kind == "adaptive"]
 STAGES = {"dopri5": 6, "dopri8": 13, "bosh3": 3, "adaptive_heun": 1, "fehlberg2": 2}
 DIRECTION = pytest.mark.parametrize("times", [(0.0, 1.0), (1.0, 0.0)], ids=str)

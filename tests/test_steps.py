@@ -7,6 +7,8 @@ from zoo import UserNetwork, mlp, perturbed
 from cnf import CNF, ContinuousTransform, ModuleField, ODESolver
 from cnf._methods import is_multistep, methods
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # whole solves
+
 ADAPTIVE = [name for name, kind in methods().items() if kind == "adaptive"]
 FIXED = [name for name, kind in methods().items() if kind == "fixed" and not is_multistep(name)]
 TIMES = {

@@ -53,6 +53,8 @@ from cnf.training.rows import as_rows
 from cnf.training.scale import warn_if_far_from_standard
 from cnf.training.validation import negative_log_likelihood
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # whole solves
+
 
 class Watched(nn.Module):
     """Maximum likelihood that keeps the batches and the weights that each step began with."""

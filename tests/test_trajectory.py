@@ -6,6 +6,8 @@ from zoo import EVERY_FLOW, FLOWS, PRECISE, cnf, perturbed, rows_for, seeded
 
 from cnf import Affine, ContinuousTransform, Flow, LinearField, Standardize
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # whole solves
+
 FOLLOWED = {
     name: make for name, make in FLOWS.items() if isinstance(make().chain[-1], ContinuousTransform)
 }
