@@ -36,6 +36,7 @@ from cnf.training.average import Average
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning"),
 ]
 
 STEPPING = ("euler", "midpoint", "heun2", "heun3", "rk4")
