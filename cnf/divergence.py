@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cnf._checks import check_count
 from cnf.vector_fields import VectorField
-from cnf.vector_fields.base import standard_basis
+from cnf.vector_fields.derivatives import standard_basis
 
 _NOISES = ("rademacher", "gaussian")
 

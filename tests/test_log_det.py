@@ -9,7 +9,7 @@ from zoo import LinearContraction, lipschitz_attention, lipschitz_mlp, rows_for,
 
 from cnf import ExactLogDet, LipschitzMLP, RussianRoulette, TruncatedSeries
 from cnf.transforms.log_det import power_series
-from cnf.vector_fields.base import standard_basis
+from cnf.vector_fields.derivatives import standard_basis
 
 
 def strong(coefficient, context_features=0):

@@ -13,7 +13,7 @@ from cnf._checks import check_count
 from cnf.divergence import Hutchinson
 from cnf.transforms.base import Likelihood
 from cnf.transforms.bounded_layers import Map
-from cnf.vector_fields.base import standard_basis, vector_jacobian_product
+from cnf.vector_fields.derivatives import standard_basis, vector_jacobian_product
 
 
 class LogDet(ABC):

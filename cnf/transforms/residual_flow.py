@@ -14,7 +14,7 @@ from cnf.transforms.bounded_layers import Map
 from cnf.transforms.contractive import ContractiveNetwork
 from cnf.transforms.fixed_point import fixed_point
 from cnf.transforms.log_det import ExactLogDet, LogDet, RussianRoulette
-from cnf.vector_fields.base import (
+from cnf.vector_fields.derivatives import (
     outside_inference_mode,
     usable_by_autograd,
     vector_jacobian_product,

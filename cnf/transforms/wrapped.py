@@ -17,7 +17,7 @@ from cnf.transforms.foreign import (
     is_estimate,
     right_values_and_gradients,
 )
-from cnf.vector_fields.base import outside_inference_mode
+from cnf.vector_fields.derivatives import outside_inference_mode
 
 _Map = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """From rows ``(rows, *shape)`` and contexts ``(rows, context_features)`` to values and ladj."""

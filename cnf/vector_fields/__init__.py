@@ -1,9 +1,10 @@
 """Vector fields v(t, x | context)."""
 
-from cnf.vector_fields.base import ModuleField, VectorField, count_evaluations
+from cnf.vector_fields.base import VectorField, count_evaluations
 from cnf.vector_fields.conv import ConvField
 from cnf.vector_fields.linear import LinearField
 from cnf.vector_fields.mlp import MLPField
+from cnf.vector_fields.module_field import ModuleField
 from cnf.vector_fields.potential import PotentialField
 from cnf.vector_fields.residual import ResidualField
 

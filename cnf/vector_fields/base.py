@@ -11,6 +11,13 @@ from torch import Tensor, nn
 
 from cnf._checks import check_count
 from cnf.vector_fields.compiled import Compilation
+from cnf.vector_fields.derivatives import (
+    derivative_along,
+    outside_inference_mode,
+    standard_basis,
+    usable_by_autograd,
+    vector_jacobian_product,
+)
 
 _EVALUATIONS = (
     "forward",
@@ -213,49 +220,6 @@ class VectorField(nn.Module, ABC):
                 hook(self, (t, x, context))
 
 
-class ModuleField(VectorField):
-    """Any network as a vector field.
-
-    Args:
-        network: Module called as ``network(t, x)``, or as ``network(t, x, context)`` if
-            `context_features` is not 0, that returns the velocity, of the shape of x. To
-            concatenate, give t the shape of x: ``t[..., None].expand(*x.shape[:-1], 1)``.
-        features: Size of x.
-        context_features: Size of the context; 0 for none.
-
-    Raises:
-        TypeError: If `network` is not a module.
-        ValueError: If a size is out of range or, when called, the velocity has the wrong shape.
-
-    Example:
-        >>> class Spiral(torch.nn.Module):
-        ...     def forward(self, t, x):
-        ...         return torch.stack([-x[..., 1], x[..., 0]], -1) - 0.5 * x
-        >>> field = ModuleField(Spiral(), features=2)
-        >>> field.velocity_and_divergence(torch.tensor(0.0), torch.ones(1, 2))[1]
-        tensor([-1.])
-    """
-
-    def __init__(self, network: nn.Module, features: int, context_features: int = 0) -> None:
-        super().__init__(features, context_features)
-        if not isinstance(network, nn.Module):
-            raise TypeError(f"network must be a torch.nn.Module; got {type(network).__name__}.")
-        self.network = network
-
-    def forward(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-    ) -> Float[Tensor, "*batch features"]:
-        """Velocity at `x`, as the network gives it."""
-        velocity = self.network(t, x) if context is None else self.network(t, x, context)
-        if not isinstance(velocity, Tensor) or velocity.shape != x.shape:
-            got = tuple(velocity.shape) if isinstance(velocity, Tensor) else type(velocity).__name__
-            raise ValueError(f"network must return the shape of x, {tuple(x.shape)}; got {got}.")
-        return velocity
-
-
 class EvaluationCount:
     """Number of vector-field evaluations (nfe) seen so far, in `value`."""
 
@@ -291,49 +255,3 @@ def count_evaluations(module: nn.Module) -> Iterator[EvaluationCount]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def standard_basis(
-    x: Float[Tensor, "*batch features"],
-) -> Float[Tensor, "features *batch features"]:
-    """The unit vectors as probes: one for each feature, the same for each row."""
-    features = x.shape[-1]
-    basis = torch.eye(features, dtype=x.dtype, device=x.device)
-    return basis.view(features, *(1,) * (x.ndim - 1), features).expand(features, *x.shape)
-
-
-def derivative_along(
-    function: Callable[..., Tensor], inputs: tuple[Tensor, ...], direction: tuple[Tensor, ...]
-) -> Tensor:
-    """Derivative of `function` in a direction of its inputs.
-
-    Forward mode: reverse mode twice would go through the whole graph of the path behind `inputs`
-    at each evaluation.
-    """
-    derivative: Tensor = torch.func.jvp(function, inputs, direction)[1]
-    return derivative
-
-
-def vector_jacobian_product(
-    value: Tensor, x: Tensor, probe: Tensor, differentiable: bool
-) -> Tensor:
-    """Product of `probe` with the Jacobian of `value` in x; zero where `value` ignores x."""
-    if not value.requires_grad:
-        return torch.zeros_like(x)
-    (product,) = torch.autograd.grad(
-        value, x, probe, create_graph=differentiable, retain_graph=True, allow_unused=True
-    )
-    return torch.zeros_like(x) if product is None else product
-
-
-@contextmanager
-def outside_inference_mode() -> Iterator[None]:
-    """Let autograd work in inference mode too, where gradients then are off."""
-    grad_enabled = torch.is_grad_enabled()
-    with torch.inference_mode(False), torch.set_grad_enabled(grad_enabled):
-        yield
-
-
-def usable_by_autograd(x: Tensor) -> Tensor:
-    """A copy of a tensor that was made in inference mode: autograd cannot save those."""
-    return x.clone() if x.is_inference() else x

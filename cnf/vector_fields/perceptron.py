@@ -8,8 +8,8 @@ from torch import Tensor
 
 from cnf.vector_fields.activations import Activation
 from cnf.vector_fields.affine import AffineMap
-from cnf.vector_fields.base import standard_basis
 from cnf.vector_fields.chains import trace_chain
+from cnf.vector_fields.derivatives import standard_basis
 from cnf.vector_fields.layered import Activated, Stage, applied, linearised
 
 

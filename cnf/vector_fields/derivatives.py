@@ -1,0 +1,54 @@
+"""Derivatives by autograd: products with a Jacobian, in either mode, and what they need."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def standard_basis(
+    x: Float[Tensor, "*batch features"],
+) -> Float[Tensor, "features *batch features"]:
+    """The unit vectors as probes: one for each feature, the same for each row."""
+    features = x.shape[-1]
+    basis = torch.eye(features, dtype=x.dtype, device=x.device)
+    return basis.view(features, *(1,) * (x.ndim - 1), features).expand(features, *x.shape)
+
+
+def derivative_along(
+    function: Callable[..., Tensor], inputs: tuple[Tensor, ...], direction: tuple[Tensor, ...]
+) -> Tensor:
+    """Derivative of `function` in a direction of its inputs.
+
+    Forward mode: reverse mode twice would go through the whole graph of the path behind `inputs`
+    at each evaluation.
+    """
+    derivative: Tensor = torch.func.jvp(function, inputs, direction)[1]
+    return derivative
+
+
+def vector_jacobian_product(
+    value: Tensor, x: Tensor, probe: Tensor, differentiable: bool
+) -> Tensor:
+    """Product of `probe` with the Jacobian of `value` in x; zero where `value` ignores x."""
+    if not value.requires_grad:
+        return torch.zeros_like(x)
+    (product,) = torch.autograd.grad(
+        value, x, probe, create_graph=differentiable, retain_graph=True, allow_unused=True
+    )
+    return torch.zeros_like(x) if product is None else product
+
+
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Let autograd work in inference mode too, where gradients then are off."""
+    grad_enabled = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(grad_enabled):
+        yield
+
+
+def usable_by_autograd(x: Tensor) -> Tensor:
+    """A copy of a tensor that was made in inference mode: autograd cannot save those."""
+    return x.clone() if x.is_inference() else x
