@@ -1,11 +1,12 @@
 """The methods of the installed torchdiffeq, and one step of those that need no earlier ones.
 
-This and `cnf.ode` are the only modules that talk to torchdiffeq.
+This, `cnf.ode` and `cnf._runge_kutta` are the only modules that talk to torchdiffeq.
 """
 
 import torch
 from torch import Tensor
 
+from cnf._runge_kutta import LeanSteps, tableau, take_step
 from cnf._steps import Step
 from cnf._watch import RightHandSide, State
 
@@ -26,7 +27,19 @@ def methods() -> dict[str, str]:
             return "adaptive"
         return "fixed" if issubclass(solver, FixedGridODESolver) else "external"
 
-    return {name: kind(solver) for name, solver in SOLVERS.items()}
+    return {
+        name: kind(solver) for name, solver in SOLVERS.items() if not issubclass(solver, LeanSteps)
+    }
+
+
+def lean(method: str) -> str:
+    """The name under which torchdiffeq runs an adaptive method with our `LeanSteps`."""
+    from torchdiffeq._impl.odeint import SOLVERS
+
+    name = f"cnf_{method}"
+    if name not in SOLVERS:  # it solves by names only
+        SOLVERS[name] = type(name, (LeanSteps, SOLVERS[method]), {})
+    return name
 
 
 def is_multistep(method: str) -> bool:
@@ -62,24 +75,17 @@ def _fixed_step(method: str, rhs: RightHandSide) -> Step:
 
 def _embedded_step(method: str, rhs: RightHandSide, like: Tensor) -> Step:
     """Carries over its last stage, which is the first of the next step."""
-    from torchdiffeq._impl.misc import Perturb
     from torchdiffeq._impl.odeint import SOLVERS
-    from torchdiffeq._impl.rk_common import _runge_kutta_step
 
-    tableau = SOLVERS[method](func=rhs, y0=like, rtol=0.0, atol=0.0, norm=None).tableau
+    coefficients = tableau(SOLVERS[method])
 
     def step(t0: Tensor, t1: Tensor, state: State, rates: State) -> tuple[State, State]:
-        def flat_rhs(t: Tensor, flat: Tensor, *, perturb: Perturb) -> Tensor:
-            if perturb is Perturb.PREV:  # just before the end, as in a solve
-                before = torch.nextafter(t.detach(), t0.detach().to(t))
-                t = t + (before - t.detach())
+        def flat_rhs(t: Tensor, flat: Tensor) -> Tensor:
             return _flattened(rhs(t, _unflattened(flat, state)))
 
-        first = rates or rhs(t0.to(like), state)
-        end, last, _, _ = _runge_kutta_step(
-            flat_rhs, _flattened(state), _flattened(first), t0, t1 - t0, t1, tableau=tableau
-        )
-        return _unflattened(end, state), _unflattened(last, state)
+        first = _flattened(rates or rhs(t0.to(like), state))
+        end, stages = take_step(flat_rhs, _flattened(state), first, t0, t1, coefficients)
+        return _unflattened(end, state), _unflattened(stages[-1], state)
 
     return step
 

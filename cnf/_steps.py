@@ -133,9 +133,6 @@ class _Steps:
 
         Args:
             gradients: Those in the state at each time, ``(times, *shape)``.
-
-        Raises:
-            RuntimeError: If no step ended at one of the times.
         """
         moves_times = self.times.requires_grad
         in_times = torch.zeros_like(self.times) if moves_times else None
@@ -156,11 +153,6 @@ class _Steps:
                 stop -= 1
                 here = (part[stop] for part in gradients)
                 in_state = tuple(map(torch.add, in_state, here))
-        if stop != 0:
-            raise RuntimeError(
-                f"a step went past the time {float(self.times[stop - 1]):.6g}, so that the "
-                "gradients of its state are unknown; use gradient='backprop'."
-            )
         return in_times, *in_state, *in_parameters
 
     def _redo(self, start: Start, end: Tensor, gradients: State) -> Sequence[Tensor | None]:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cnf._checks import check_count
-from cnf._methods import is_multistep, methods, one_step
+from cnf._methods import is_multistep, lean, methods, one_step
 from cnf._steps import RecordingWatch, solve_by_steps
 from cnf._watch import ODEError, RightHandSide, State, SteppingWatch, Watch
 from cnf.vector_fields.compiled_steps import FieldSteps
@@ -177,9 +177,7 @@ class ODESolver:
     ) -> State:
         from torchdiffeq import odeint_adjoint
 
-        # torchdiffeq negates decreasing times, but not the options of the adjoint.
-        sign = 1 if times[0] < times[-1] else -1
-        options = self._options(watch.kind, times, sign * times[:-1].flip(0), everywhere=True)
+        options = self._options(watch.kind, times, everywhere=True)
         solution = odeint_adjoint(
             watch,
             state,
@@ -234,23 +232,17 @@ class ODESolver:
     def _arguments(self, kind: str, times: Tensor, controlled: int | None) -> dict[str, Any]:
         """What torchdiffeq takes beside the right-hand side, state and times."""
         count = 1 if self.control == "points" else controlled
-        # Left alone, torchdiffeq steps past a time and interpolates between its steps, as
-        # accurately as the steps of dopri5 only; checkpoint redoes steps, and no more.
+        # Dense output is as accurate as the steps with dopri5 only; checkpoint redoes steps, and
+        # no more.
         everywhere = self.method != "dopri5" or self.gradient == "checkpoint"
-        options = self._options(kind, times, times[1:], everywhere=everywhere)
+        options = self._options(kind, times, everywhere=everywhere)
         options["norm"] = lambda parts: _largest_rms(parts[:count])
-        return {"method": self.method, "rtol": self.rtol, "atol": self.atol, "options": options}
+        method = lean(self.method) if kind == "adaptive" else self.method
+        return {"method": method, "rtol": self.rtol, "atol": self.atol, "options": options}
 
-    def _options(
-        self, kind: str, times: Tensor, stops: Tensor, *, everywhere: bool
-    ) -> dict[str, Any]:
+    def _options(self, kind: str, times: Tensor, *, everywhere: bool) -> dict[str, Any]:
         if kind == "adaptive":
-            # The end at least must be met: beyond it the field would be evaluated outside [0, 1].
-            options: dict[str, Any] = {"step_t": (stops if everywhere else stops[-1:]).detach()}
-            if self.first_step is not None:
-                # A step that met one of the times by chance would make torchdiffeq miss the next.
-                options["first_step"] = self.first_step * (1 + 1e-9)
-            return options
+            return {"everywhere": everywhere, "first_step": self.first_step}
         if kind == "fixed":
             span = (times[-1] - times[0]).abs().detach()
             return {"grid_constructor": lambda _f, _y, t: self._grid(t, span)}

@@ -48,6 +48,10 @@ class Chain(ABC):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The result, and what `pull` needs again. Differentiable; for any batch shape."""
 
+    def result(self, slopes: Sequence[Tensor], probes: Tensor | None) -> Tensor:
+        """The result alone, where nothing is to be differentiated."""
+        return self.carry(slopes, probes)[0]
+
     @abstractmethod
     def pull(
         self,
@@ -176,6 +180,24 @@ class ManyLayers(Chain):
         met = _inner_products(tangents[-1], cotangents)
         return (slopes[-2] * met).sum(-1), (*tangents, cotangents, met)
 
+    def result(self, slopes: Sequence[Tensor], probes: Tensor | None) -> Tensor:
+        """The trace, in a few arrays that serve one feature after another."""
+        del probes
+
+        def carried(entry: Tensor, leave: Tensor) -> tuple[Tensor, Tensor]:
+            tangent = slopes[0] @ entry
+            for slope, weight in zip(slopes[1:-2], self.between, strict=True):
+                tangent = tangent.mul_(slope) @ weight.T
+            return tangent, slopes[-1] @ leave
+
+        entries, leaves = map(self._of_each_feature, self.matrices[:2])
+        first, *others = zip(entries, leaves, strict=True)
+        tangent, cotangent = carried(*first)
+        met = tangent.mul_(cotangent)
+        for pair in others:
+            met.addcmul_(*carried(*pair))
+        return met.mul_(slopes[-2]).sum(-1)
+
     def pull(
         self,
         cotangent: Tensor,
@@ -213,6 +235,9 @@ class ManyLayers(Chain):
     def _for_each_feature(self, joined: Tensor) -> Tensor:
         apart: Tensor = joined.unflatten(-1, (self.features, -1))
         return apart
+
+    def _of_each_feature(self, matrix: Tensor) -> tuple[Tensor, ...]:
+        return self._for_each_feature(matrix).unbind(-2)
 
 
 class Products(Chain):

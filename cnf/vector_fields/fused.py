@@ -174,10 +174,13 @@ def _forward(
             slopes.append(jet[1])
             units += jet if order == 2 else ()
         velocities.append(torch.addmm(_of(biases[-1], rows), value, weights[-1].T))
-        result, made = chain.carry(slopes, None if probes is None else probes[:, rows])
-        results.append(result)
+        own_probes = None if probes is None else probes[:, rows]
         if order == 2:
+            result, made = chain.carry(slopes, own_probes)
             kept.append((*units, *made))
+        else:
+            result = chain.result(slopes, own_probes)
+        results.append(result)
     return _joined(velocities), _joined(results, chain.row_axis), kept
 
 

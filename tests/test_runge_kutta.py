@@ -1,0 +1,116 @@
+"""Laws of the lean arithmetic of adaptive methods: torchdiffeq's own is the oracle."""
+
+import pytest
+import torch
+from torchdiffeq import odeint  # noqa: TID251 - the oracle
+from torchdiffeq._impl.odeint import SOLVERS  # noqa: TID251 - the oracle's tableaus
+
+from cnf import ODESolver
+from cnf._runge_kutta import constant, moved, tableau, take_step
+from cnf.ode import methods
+
+ADAPTIVE = [name for name, kind in methods().items() if kind == "adaptive"]
+METHOD = pytest.mark.parametrize("method", ADAPTIVE)
+TIMES = pytest.mark.parametrize("times", [(0.0, 1.0), (1.0, 0.0), (0.1, 0.2, 0.7, 0.9)], ids=str)
+TOLERANCE = 1e-4
+
+
+class System:
+    """A state of two tensors whose rates depend on both and on t."""
+
+    def __init__(self):
+        self.weight = torch.randn(3, 3, requires_grad=True)
+        self.evaluations = 0
+
+    def __call__(self, t, state):
+        self.evaluations += 1
+        x, ladj = state
+        return torch.cos(7 * t) * (x @ self.weight).tanh() - ladj[..., None], x.sum(-1) * t
+
+
+def start():
+    x = torch.randn(5, 3, requires_grad=True)
+    return x, x.new_zeros(5)
+
+
+def largest_rms(parts):
+    return torch.stack([part.detach().square().mean().sqrt() for part in parts]).max()
+
+
+def as_torchdiffeq(system, state, times, method, stops):
+    options = {"step_t": stops.detach(), "norm": largest_rms}
+    tolerances = {"rtol": TOLERANCE, "atol": TOLERANCE}
+    return odeint(system, state, times, method=method, options=options, **tolerances)
+
+
+def ours(system, state, times, method, gradient="backprop", tolerance=TOLERANCE):
+    solver = ODESolver(method=method, rtol=tolerance, atol=tolerance, gradient=gradient)
+    return solver.solve(system, state, times, dependencies=lambda: [system.weight])
+
+
+@METHOD
+@TIMES
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_steps_states_and_gradients_are_those_of_torchdiffeq(method, times, with_gradient):
+    system, state = System(), start()
+    times = torch.tensor(times)
+    # Between its steps only dopri5 is asked, which is as precise there as at their ends.
+    stops = times[-1:] if method == "dopri5" else times[1:]
+    found = []
+    with torch.set_grad_enabled(with_gradient):
+        for solve, rest in ((ours, ()), (as_torchdiffeq, (stops,))):
+            system.evaluations = 0
+            solution = solve(system, state, times, method, *rest)
+            found.append([system.evaluations, *solution])
+            if with_gradient:
+                mean = sum((part[1:] ** 2).sum() for part in solution)
+                found[-1] += torch.autograd.grad(mean, [state[0], system.weight])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+@METHOD
+@pytest.mark.parametrize("gradient", ["backprop", "checkpoint"])
+def test_the_gradient_in_the_times_is_the_rate_there(method, gradient):
+    system, state = System(), start()
+    times = torch.tensor([0.0, 0.4, 1.0], requires_grad=True)
+    states, _ = ours(system, state, times, method, gradient, tolerance=1e-6)
+    (found,) = torch.autograd.grad(states[-1].sum(), times)
+    with torch.no_grad():
+        ends = ours(system, state, torch.tensor([0.0, 1.0]), method)
+        at_end = system(torch.tensor(1.0), [part[-1] for part in ends])[0].sum()
+    torch.testing.assert_close(found[-1], at_end, rtol=1e-2, atol=1e-2)
+
+
+@METHOD
+def test_a_step_is_differentiable_in_its_times_state_and_rate(method):
+    system = System()
+
+    def end(y0, f0, t0, t1):
+        def rhs(t, y):
+            return torch.cos(7 * t) * (y @ system.weight.detach()).tanh()
+
+        y1, stages = take_step(rhs, y0, f0, t0, t1, tableau(SOLVERS[method]))
+        return y1, stages[-1]
+
+    y0, f0 = (torch.randn(2, 3, requires_grad=True) for _ in range(2))
+    t0, t1 = (torch.tensor(t, requires_grad=True) for t in (0.2, 0.7))
+    assert torch.autograd.gradcheck(end, (y0, f0, t0, t1))
+    assert torch.autograd.gradgradcheck(end, (y0, f0, t0, t1))
+
+
+def test_forward_mode_sees_the_size_of_a_step():
+    def end(size):
+        return moved(torch.ones(3), constant(size), [0.25, 0.0, 0.5], [torch.ones(3)] * 3)
+
+    value, slope = torch.func.jvp(end, (torch.tensor(0.4),), (torch.ones(()),))
+    torch.testing.assert_close(value, torch.full((3,), 1.3))
+    torch.testing.assert_close(slope, torch.full((3,), 0.75))
+
+
+def test_torchdiffeq_keeps_its_own_methods():
+    before = dict(SOLVERS)
+    ours(System(), start(), torch.tensor([0.0, 1.0]), "bosh3")
+    assert {name: SOLVERS[name] for name in before} == before
+    assert set(methods()) <= set(before)
+    assert not any(name.startswith("cnf") for name in methods())
