@@ -6,11 +6,10 @@ A step from :math:`(t_0, y_0)` of size h has the stages
     y_1 = y_0 + h \sum_i c_i k_i
 
 and an estimate :math:`h \sum_i e_i k_i` of its error. torchdiffeq keeps the stages of each number
-side by side, so that every sum goes over a short last axis and every stage is written with gaps:
-with a fast field, that takes as long as the field. Here each stage is a tensor to itself. Order,
-tableau, error ratio, first and next step sizes are torchdiffeq's; the numbers are the same but for
-rounding. A step that must end at a time is cut there, and its end is its result: dense output is
-made only for a time within a step.
+side by side, so that every sum goes over a short last axis and every stage is written with gaps,
+and makes dense output of every step. Here each stage is a tensor to itself, and dense output is
+made only where a time lies within a step. Order, tableau, error ratio, first and next step sizes
+are torchdiffeq's; the numbers are the same but for rounding.
 
 Reference: Dormand and Prince (1980), A family of embedded Runge-Kutta formulae.
 """

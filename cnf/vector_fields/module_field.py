@@ -21,6 +21,7 @@ class ModuleField(VectorField):
         ValueError: If a size is out of range or, when called, the velocity has the wrong shape.
 
     Example:
+        >>> import torch
         >>> class Spiral(torch.nn.Module):
         ...     def forward(self, t, x):
         ...         return torch.stack([-x[..., 1], x[..., 0]], -1) - 0.5 * x
