@@ -131,6 +131,7 @@ class LeanSteps:
 
     def _before_integrate(self, t: Tensor) -> None:
         super()._before_integrate(t)  # type: ignore[misc]
+        self.rk_state = self.rk_state._replace(dt=_without_derivatives(self.rk_state.dt))
         self.stops = t[1:] if self.everywhere else t[-1:]
 
     def _advance(self, next_t: Tensor) -> Tensor:
@@ -163,13 +164,19 @@ class LeanSteps:
             t1, size = stop, stop - t0
         # `func` itself adds nothing but a pass over the state, to see its dtype.
         y1, stages = take_step(self.func.base_func, y0, f0, t0, t1, self.method)
-        with torch.no_grad():  # what decides the size of steps is constant
+        with torch.no_grad():
             error = moved(torch.zeros_like(y0), constant(size.detach()), self.method.error, stages)
             ratio = _compute_error_ratio(error, self.rtol, self.atol, y0, y1, self.norm)
             limits = (self.safety, self.ifactor, self.dfactor)
             next_size = _optimal_step_size(size.detach(), ratio, *limits, self.order)
+            next_size = _without_derivatives(next_size)
         if not ratio <= 1:
             self.func.callback_reject_step(t0, y0, size)
             return state._replace(dt=next_size)
         self.func.callback_accept_step(t0, y0, size)
         return type(state)(y1, stages[-1], t0, t1, next_size, (y0, stages))
+
+
+def _without_derivatives(size: Tensor) -> Tensor:
+    """A size chosen for a step: a constant, to forward-mode differentiation too."""
+    return torch.full((), float(size), dtype=size.dtype, device=size.device)

@@ -99,6 +99,24 @@ def test_a_step_is_differentiable_in_its_times_state_and_rate(method):
     assert torch.autograd.gradgradcheck(end, (y0, f0, t0, t1))
 
 
+@METHOD
+@pytest.mark.parametrize("first_step", [None, 0.1])
+def test_forward_mode_is_reverse_mode_for_steps_of_these_sizes(method, first_step):
+    system = System()
+    solver = ODESolver(
+        method=method, rtol=1e-3, atol=1e-3, gradient="backprop", first_step=first_step
+    )
+
+    def end(x):
+        states, ladj = solver.solve(system, (x, x.new_zeros(5)), torch.tensor([0.0, 1.0]))
+        return states[-1].square().sum(-1) + ladj[-1]
+
+    x, direction = start()[0], torch.randn(5, 3)
+    _, forward = torch.func.jvp(end, (x.detach(),), (direction,))
+    (reverse,) = torch.autograd.grad(end(x).sum(), x)
+    torch.testing.assert_close(forward, (reverse * direction).sum(-1), rtol=1e-9, atol=1e-9)
+
+
 def test_forward_mode_sees_the_size_of_a_step():
     def end(size):
         return moved(torch.ones(3), constant(size), [0.25, 0.0, 0.5], [torch.ones(3)] * 3)
