@@ -82,6 +82,25 @@ def test_the_gradient_in_the_times_is_the_rate_there(method, gradient):
     torch.testing.assert_close(found[-1], at_end, rtol=1e-2, atol=1e-2)
 
 
+def test_a_first_step_that_is_the_whole_way_moves_with_the_end():
+    times = torch.tensor([0.0, 1.0], requires_grad=True)
+    solver = ODESolver(first_step=1.0, gradient="backprop")
+    (states,) = solver.solve(lambda t, state: (2 * torch.ones_like(state[0]),), start()[:1], times)
+    (found,) = torch.autograd.grad(states[-1].mean(), times)
+    torch.testing.assert_close(found, torch.tensor([-2.0, 2.0]))
+
+
+@METHOD
+@pytest.mark.parametrize("times", [(0.0, 1.0), (1.0, 0.0)], ids=str)
+def test_a_jump_at_the_end_is_not_seen(method, times):
+    def rhs(t, state):
+        return (torch.where(t == times[-1], 1e6, 1.0) * torch.ones_like(state[0]),)
+
+    x = torch.zeros(2, 3)
+    (states,) = ODESolver(method=method).solve(rhs, (x,), torch.tensor(times))
+    torch.testing.assert_close(states[-1], x + times[-1] - times[0])
+
+
 @METHOD
 def test_a_step_is_differentiable_in_its_times_state_and_rate(method):
     system = System()
