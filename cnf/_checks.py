@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.distributions.constraints import Constraint
 
 _ROWS_NAMED = 5
+_STEPS_OF_A_SPREAD = 32
+"""Rounding steps that a standard deviation must span, so that rounding is not what is learnt."""
 
 
 def name_rows(bad: Tensor) -> str:
@@ -70,9 +72,12 @@ def check_events(name: str, x: Tensor, event_shape: Sequence[int], *, like: Tens
         expected = ", ".join(map(str, ("*batch", *event_shape)))
         raise ValueError(f"{name} must have shape ({expected}); got {tuple(x.shape)}.")
     if x.dtype != like.dtype:
+        convert = f"Convert it with {name}.to({like.dtype}), or the model with "
+        if _loses_digits(x.detach(), like.dtype):
+            convert = f"{like.dtype} would round most of its digits away: convert the model with "
         raise ValueError(
             f"{name} must have the model's dtype {like.dtype}; got {x.dtype}. "
-            f"Convert it with {name}.to({like.dtype}), or the model with model.to({x.dtype})."
+            f"{convert}model.to({x.dtype})."
         )
     if x.device != like.device:
         raise ValueError(
@@ -84,6 +89,19 @@ def check_events(name: str, x: Tensor, event_shape: Sequence[int], *, like: Tens
         raise ValueError(
             f"{name} must be finite; got NaN or inf in {name_rows(bad)}. Drop or mend these rows."
         )
+
+
+def is_rounded_away(std: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """Which columns, with this standard deviation and largest size, `dtype` cannot tell apart."""
+    return (std > 0) & (std < _STEPS_OF_A_SPREAD * torch.finfo(dtype).eps * largest)
+
+
+def _loses_digits(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a column of x varies by less than `dtype` can tell beside its size."""
+    rows = x.reshape(-1, x.shape[-1]) if x.ndim else x.reshape(1, 1)
+    if len(rows) < 2:
+        return False
+    return bool(is_rounded_away(rows.std(0), rows.abs().amax(0), dtype).any())
 
 
 def check_support(name: str, x: Tensor, support: Constraint) -> None:

@@ -7,16 +7,21 @@ from cnf.bases import Base
 from cnf.divergence import Divergence
 from cnf.flow import Flow
 from cnf.ode import ODESolver
-from cnf.transforms import Augment, ContinuousTransform, Transform
+from cnf.transforms import Augment, ContinuousTransform, Standardize, Transform
 from cnf.transforms.chain import as_chain
 from cnf.vector_fields import MLPField
+from cnf.vector_fields.conditions import ContextScaling
 
 
 class CNF(Flow):
     """Continuous normalizing flow: a `Flow` whose transforms follow an ODE.
 
-    Names a composition and adds nothing to `Flow`: `transforms`, then an `Augment` if asked for,
-    then `blocks` times a `ContinuousTransform` along an `MLPField`, then `base`.
+    Names a composition and adds nothing to `Flow`: `transforms`, a `Standardize`, then an `Augment`
+    if asked for, then `blocks` times a `ContinuousTransform` along an `MLPField`, then `base`.
+
+    Data and contexts come as they are. The `Standardize`, and the scaling of the context in each
+    field, are set from the training rows by `fit`, once, and saved with the flow; in a training
+    loop of your own call `initialize` first. Until then they are the identity.
 
     Args:
         features: Number of entries of x.
@@ -32,8 +37,9 @@ class CNF(Flow):
         solver: How the ODE is solved; None for `ODESolver()`.
         blocks: Number of vector fields in a row.
         base: Distribution at t = 0; None for a standard normal.
-        transforms: Applied before the ODE on the way from data to base; almost always
-            ``[Standardize.from_data(x)]``.
+        transforms: Applied before the ODE on the way from data to base, such as ``[Logit(2)]``.
+        standardize: Whether data and context are scaled as above. The `Standardize` is left out
+            where `transforms` end with one.
         augment: Number of standard normal features that the ODE has beside x; `Augment` says what
             they are for. The likelihood is a lower bound if there are any.
 
@@ -69,6 +75,7 @@ class CNF(Flow):
         blocks: int = 1,
         base: Base | None = None,
         transforms: Iterable[Transform] = (),
+        standardize: bool = True,
         augment: int = 0,
     ) -> None:
         check_count("blocks", blocks)
@@ -78,6 +85,8 @@ class CNF(Flow):
                 f"features must be the {chain[0].features} that the first of the transforms "
                 f"takes; got {features}."
             )
+        if standardize and not (chain and isinstance(chain[-1], Standardize)):
+            chain.append(Standardize(chain[-1].base_features if chain else features))
         if check_count("augment", augment, least=0):
             chain.append(Augment(chain[-1].base_features if chain else features, augment))
         size = chain[-1].base_features if chain else features
@@ -98,3 +107,7 @@ class CNF(Flow):
             for _ in range(blocks)
         ]
         super().__init__([*chain, *continuous], base)
+        if not standardize:
+            for part in self.modules():
+                if isinstance(part, ContextScaling):
+                    part.keep_identity()

@@ -21,6 +21,7 @@ from cnf.ode import ODESolver
 from cnf.training import History, TrainingConfig, fit, recipe
 from cnf.transforms import Standardize, Transform, Unconstrain
 from cnf.transforms.whole_numbers import centred, fixed_noise
+from cnf.vector_fields.conditions import ContextScaling
 
 GRID_STEPS = 100
 """Equal steps of "rk4" in which a fitted density is evaluated. An adaptive method takes the steps
@@ -99,7 +100,7 @@ class Rows(NamedTuple):
     x: Float[Tensor, "rows features"]
     """What the density is of."""
     context: Float[Tensor, "rows context_features"] | None = None
-    """What each row is conditioned on, about standardised."""
+    """What each row is conditioned on, as it is: the flow scales it."""
     weight: Float[Tensor, " rows"] | None = None
     """How often each row counts; not negative."""
 
@@ -168,7 +169,10 @@ def fit_density(
             hidden_features=tuple(settings.hidden_features),
             solver=ODESolver(method="rk4", steps=GRID_STEPS),
         )
-    flow = Flow([*transforms, *network.double().chain])
+    _, *continuous = network.double().chain  # the transforms given do its work
+    flow = Flow([*transforms, *continuous])
+    for scaling in _context_scalings(flow):
+        scaling.initialize(rows.context, rows.weight)
     return flow, _train(flow, rows, validation, settings.phases(len(rows.x), progress=progress))
 
 
@@ -207,18 +211,34 @@ def _train(
     # A copy: single precision would round the numbers that the transforms hold.
     learnt = Flow([*deepcopy(noisy), *flow.chain[len(given) :]]).using(solver=ODESolver())
 
+    scalings = _context_scalings(flow)
+
     @torch.no_grad()
     def data(rows: Rows) -> dict[str, Tensor]:
         x = (Flow(exact).double().to_base(rows.x) if exact else rows.x).float()
-        parts = {"x": x, "context": rows.context, "weight": rows.weight}
-        return {name: part.float() for name, part in parts.items() if part is not None}
+        parts = {"x": x, "weight": rows.weight}
+        if rows.context is not None:
+            parts["context"] = (scalings[0](rows.context) if scalings else rows.context).float()
+        return {name: part for name, part in parts.items() if part is not None}
 
     held_out = None if validation is None else data(validation)
+    training = data(rows)
+    moments = [(scaling.mean.clone(), scaling.log_std.clone()) for scaling in scalings]
+    for scaling in scalings:  # done above, before contexts were rounded
+        scaling.set(torch.zeros_like(scaling.mean), torch.ones_like(scaling.mean))
     learnt.float()  # and with it the network of `flow`, whose parameters these are
     try:
-        return fit(learnt, data(rows), phases, validation=held_out)
+        return fit(learnt, training, phases, validation=held_out)
     finally:
         learnt.double()
+        for scaling, (mean, log_std) in zip(scalings, moments, strict=True):
+            scaling.set(mean, log_std.exp())
+
+
+def _context_scalings(flow: Flow) -> list[ContextScaling]:
+    """Those of the fields, which are all set alike."""
+    parts = [part for part in flow.modules() if isinstance(part, ContextScaling)]
+    return [part for part in parts if part.context_features]
 
 
 def _is_given(transform: Transform) -> bool:

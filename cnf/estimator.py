@@ -108,7 +108,7 @@ class CNFDensity(DensityMixin, BaseEstimator):
         names = getattr(self, "feature_names_in_", range(self.n_features_in_))
         check_for_training(Table(rows.x.numpy(), tuple(map(str, names))), "X")
         settings = self._settings()
-        standardize = Standardize.from_data(rows.x)
+        standardize = Standardize.from_data(rows.x, weight=rows.weight)
         self.flow_, self.history_ = fit_density(
             [standardize], *hold_out(rows, settings), settings=settings, progress=self.verbose
         )

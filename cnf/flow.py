@@ -87,9 +87,14 @@ class Flow(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> None:
-        """Set what starts from data, such as `ActNorm`, from these rows; `fit` does it by itself.
+        """Set what starts from data from these rows, as `fit` does by itself.
 
-        What has been set, or was loaded, is left as it is.
+        This is `Standardize`, `ActNorm`, the scaling of contexts and the like. What has been set,
+        or was loaded, is left as it is.
+
+        Raises:
+            ValueError: If the rows do not fit, are constant in a column, or vary in one by less
+                than their dtype can tell.
         """
         x = self._admit("x", x, context)
         chain.initialize(self.chain, x, context, generator=generator)

@@ -17,8 +17,9 @@ from cnf.data.tabular import Table, read_table
 from cnf.density import Rows
 from cnf.flow import Flow
 from cnf.training import History
+from cnf.vector_fields.conditions import ContextScaling
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _FLOW, _DESCRIPTION, _HISTORY = _FILES = ("model.safetensors", "model.json", "history.csv")
 
@@ -34,19 +35,13 @@ class Columns:
     names: tuple[str, ...]
     """Columns that the density is of."""
     context_names: tuple[str, ...] = ()
-    """Columns that it is conditioned on, which the flow sees standardised."""
-    context_mean: tuple[float, ...] = ()
-    """Mean of each of them."""
-    context_std: tuple[float, ...] = ()
-    """Standard deviation of each of them."""
+    """Columns that it is conditioned on."""
 
     def __post_init__(self) -> None:
         if not self.names:
             raise ValueError("the density must be of at least one column; all are contexts.")
         if len(set(self.all)) < len(self.all):
             raise ValueError(f"columns must differ; got {_listed(self.all)}.")
-        if not len(self.context_names) == len(self.context_mean) == len(self.context_std):
-            raise ValueError("each context column must have a mean and a standard deviation.")
 
     @classmethod
     def of(cls, table: Table, context_names: Sequence[str] = ()) -> "Columns":
@@ -55,16 +50,10 @@ class Columns:
         Raises:
             ValueError: If it lacks one of `context_names`.
         """
+        for name in context_names:
+            _refuse_missing(table, name)
         names = tuple(name for name in table.columns if name not in context_names)
-        if not context_names:
-            return cls(names=names)
-        std, mean = torch.std_mean(_select(table, context_names), dim=0)
-        return cls(
-            names=names,
-            context_names=tuple(context_names),
-            context_mean=tuple(mean.tolist()),
-            context_std=tuple(std.tolist()),
-        )
+        return cls(names=names, context_names=tuple(context_names))
 
     @property
     def all(self) -> tuple[str, ...]:
@@ -87,9 +76,7 @@ class Columns:
             ValueError: If it lacks a column.
         """
         context = _select(table, self.context_names) if self.context_names else None
-        return Rows(
-            _select(table, self.names), None if context is None else self._standardized(context)
-        )
+        return Rows(_select(table, self.names), context)
 
     def context(self, values: Mapping[str, float]) -> Tensor | None:
         """One context, made of a number for each context column; None if there are none.
@@ -103,11 +90,7 @@ class Columns:
                 f"got {_listed(values)}."
             )
         numbers = [values[name] for name in self.context_names]
-        return self._standardized(torch.tensor(numbers, dtype=torch.float64)) if numbers else None
-
-    def _standardized(self, context: Tensor) -> Tensor:
-        mean, std = context.new_tensor(self.context_mean), context.new_tensor(self.context_std)
-        return (context - mean) / std
+        return torch.tensor(numbers, dtype=torch.float64) if numbers else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +170,13 @@ class TableModel:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             newer = found["format"] > FORMAT_VERSION
-            columns = Columns(**{key: tuple(value) for key, value in found["columns"].items()})
+            stated = {key: tuple(value) for key, value in found["columns"].items()}
+            # Format 1 scaled contexts outside of the flow.
+            scales = [stated.pop(f"context_{name}", None) for name in ("mean", "std")]
+            columns = Columns(**stated)
+            count = len(columns.context_names)
+            if any(scales) and any(len(part or ()) != count for part in scales):
+                raise ValueError("each context column must have a mean and a standard deviation")
             notes = dict(found["notes"])
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(
@@ -198,7 +187,12 @@ class TableModel:
                 f"{str(path)!r} has format {found['format']}, newer than the {FORMAT_VERSION} that "
                 "this version of cnf reads. Upgrade cnf-flows."
             )
-        return cls(flow=saving.load(folder / _FLOW), columns=columns, notes=notes)
+        flow = saving.load(folder / _FLOW)
+        if any(scales):
+            for part in flow.modules():
+                if isinstance(part, ContextScaling):
+                    part.set(*map(part.mean.new_tensor, scales))
+        return cls(flow=flow, columns=columns, notes=notes)
 
 
 def check_destination(folder: str | os.PathLike[str], *, replace: bool) -> None:
@@ -237,10 +231,14 @@ def _check_replaceable(folder: Path, name: str, *, replace: bool) -> None:
 
 def _select(table: Table, names: Sequence[str]) -> Tensor:
     for name in names:
-        if name not in table.columns:
-            raise ValueError(f"the table has no column {name!r}; it has {_listed(table.columns)}.")
+        _refuse_missing(table, name)
     chosen = [table.columns.index(name) for name in names]
     return torch.tensor(table.values[:, chosen], dtype=torch.float64)
+
+
+def _refuse_missing(table: Table, name: str) -> None:
+    if name not in table.columns:
+        raise ValueError(f"the table has no column {name!r}; it has {_listed(table.columns)}.")
 
 
 def _listed(names: Sequence[str] | Mapping[str, Any]) -> str:

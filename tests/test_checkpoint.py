@@ -161,7 +161,7 @@ def test_a_finished_run_is_given_back_at_once(whole, monkeypatch):
     assert [file.read_bytes() for file in checkpoints_in(folder)] == before
 
 
-X = torch.linspace(-2, 2, 40, dtype=torch.float64).reshape(20, 2)
+X = torch.linspace(-2, 2, 20, dtype=torch.float64)[:, None] ** torch.tensor([1, 2])
 
 
 def short(folder, *, flow=None, resume=False, every=2, keep=2, data=X, validation=X, **settings):
@@ -431,7 +431,7 @@ OTHER_OBJECTIVES = {
 def test_a_run_with_another_objective_or_field_is_told_apart(make, other, message, tmp_path):
     def run(objective):
         checkpoints = Checkpoints(folder=tmp_path)
-        return fit(objective, X, config(1), checkpoints=checkpoints, resume=True)
+        return fit(objective, X, config(1), checkpoints=checkpoints, resume=True, validation=None)
 
     first = run(make())
     assert str(run(make()).columns) == str(first.columns)
@@ -505,7 +505,9 @@ def test_settings_without_a_stable_name_do_not_keep_a_run_from_resuming(tmp_path
             return killable.MaximumLikelihood(flow)
 
         settings, checkpoints = config(3, objective=objective), Checkpoints(folder=tmp_path)
-        return fit(affine_flow(), X, settings, checkpoints=checkpoints, resume=True)
+        return fit(
+            affine_flow(), X, settings, checkpoints=checkpoints, resume=True, validation=None
+        )
 
     first, again = run(), run()
     assert str(again.columns) == str(first.columns)
@@ -538,7 +540,15 @@ def test_parameters_of_the_objective_itself_are_kept(tmp_path):
         objective = Scaled(affine_flow())
         checkpoints = Checkpoints(folder=folder, every=4)
         settings = config(steps, learning_rate=0.1)
-        fit(objective, X, settings, checkpoints=checkpoints, resume=True, callbacks=callbacks)
+        fit(
+            objective,
+            X,
+            settings,
+            checkpoints=checkpoints,
+            resume=True,
+            callbacks=callbacks,
+            validation=None,
+        )
         return weights(objective)
 
     def interrupt(report):
@@ -561,8 +571,17 @@ def test_tensorboard_shows_each_step_once_after_a_resumption(tmp_path):
 
     checkpoints = Checkpoints(folder=tmp_path, every=2)
     with pytest.raises(KeyboardInterrupt):
-        fit(affine_flow(), X, config(6), checkpoints=checkpoints, callbacks=[interrupt])
-    history = fit(affine_flow(), X, config(6), checkpoints=checkpoints, resume=True)
+        fit(
+            affine_flow(),
+            X,
+            config(6),
+            checkpoints=checkpoints,
+            callbacks=[interrupt],
+            validation=None,
+        )
+    history = fit(
+        affine_flow(), X, config(6), checkpoints=checkpoints, resume=True, validation=None
+    )
 
     events = accumulator.EventAccumulator(str(tmp_path)).Reload()
     shown = {event.step: event.value for event in events.Scalars("loss")}
@@ -578,6 +597,6 @@ def test_bad_settings_are_refused(tmp_path):
     with pytest.raises(ValueError, match="keep must be at least 1; got 0"):
         Checkpoints(folder=tmp_path, keep=0)
     with pytest.raises(TypeError, match=r"checkpoints must be a Checkpoints; got str.*\(folder="):
-        fit(affine_flow(), X, config(), checkpoints=str(tmp_path))
+        fit(affine_flow(), X, config(), checkpoints=str(tmp_path), validation=None)
     with pytest.raises(ValueError, match=r"resume=True needs checkpoints=Checkpoints\("):
-        fit(affine_flow(), X, config(), resume=True)
+        fit(affine_flow(), X, config(), resume=True, validation=None)

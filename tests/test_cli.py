@@ -529,7 +529,7 @@ DAMAGES = {
     "no columns": (lambda model: (model / "model.json").write_text('{"format": 1}'), "is damaged"),
     "newer": (
         lambda model: edit(model, lambda kept: kept.update(format=9)),
-        "has format 9, newer than the 1",
+        "has format 9, newer than the 2",
     ),
     "other columns": (
         lambda model: edit(model, lambda kept: kept["columns"].update(names=["size"])),

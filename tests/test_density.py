@@ -115,7 +115,8 @@ def test_a_probability_of_whole_numbers_is_nearly_the_integral_over_their_cells(
 def test_the_flow_is_double_and_on_the_grid_and_can_be_saved(tmp_path):
     flow = fitted(torch.randn(50, 2))
     assert flow.chain[-1].solver == ODESolver(method="rk4", steps=GRID_STEPS)
-    assert {p.dtype for p in flow.state_dict().values()} == {torch.float64}
+    tensors = flow.state_dict().values()
+    assert {t.dtype for t in tensors if t.is_floating_point()} == {torch.float64}
     save(flow, tmp_path / "flow.safetensors")
     x = torch.randn(5, 2)
     assert torch.equal(load(tmp_path / "flow.safetensors").log_prob(x), flow.log_prob(x))

@@ -48,6 +48,7 @@ def frame(values, names):
     return pa.table(dict(zip(names, values.T, strict=True)))
 
 
+@pytest.mark.filterwarnings("ignore::cnf.data.degeneracy.DegenerateDataWarning")
 @parametrize_with_checks([CNFDensity(matching_steps=2, likelihood_steps=1, hidden_features=(8, 8))])
 def test_scikit_learn_finds_no_fault(estimator, check, shapes_unchecked):
     check(estimator)

@@ -282,7 +282,7 @@ def test_using_keeps_the_class_and_shares_the_parameters():
     other = flow.using(solver=BACKPROP)
     assert type(other) is CNF
     assert [id(p) for p in other.parameters()] == [id(p) for p in flow.parameters()]
-    assert (flow.chain[0].solver, other.chain[0].solver) == (PRECISE, BACKPROP)
+    assert (flow.chain[-1].solver, other.chain[-1].solver) == (PRECISE, BACKPROP)
 
 
 def test_a_flow_on_another_dtype_says_how_to_convert():

@@ -346,9 +346,17 @@ def cnf(features: int = 2, context_features: int = 0, **settings: object) -> CNF
         "time_features": 0,
         "frequency": 1.0,
         "solver": PRECISE,
+        "standardize": False,
         **settings,
     }
     return perturbed(CNF(features, context_features, **settings))
+
+
+def scaled(flow: CNF) -> CNF:
+    """The flow, its scalings set from data and contexts of other scales."""
+    x, context = torch.randn(50, flow.features), torch.randn(50, flow.context_features)
+    flow.initialize(3 + 0.8 * x, 0.5 * context - 2)
+    return flow
 
 
 def multi_scale() -> Flow:
@@ -387,6 +395,7 @@ FLOWS: dict[str, Callable[[], Flow]] = {
     "cnf with context": lambda: cnf(2, 3),
     "two blocks": lambda: cnf(blocks=2),
     "standardized": lambda: cnf(transforms=[Standardize.from_data(3 + 2 * torch.randn(50, 2))]),
+    "scaled with context": lambda: scaled(cnf(2, 3, standardize=True)),
     "partly with context": lambda: Flow(
         [ContinuousTransform(part, solver=PRECISE) for part in (mlp(2, 3), mlp())]
     ),

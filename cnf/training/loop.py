@@ -1,12 +1,12 @@
 """Training, from the outside."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
 
 from cnf._checks import check_type, reference_tensor
+from cnf.flow import Flow
 from cnf.training.callbacks import Callback
 from cnf.training.checkpoint import Checkpoints
 from cnf.training.config import TrainingConfig
@@ -15,7 +15,7 @@ from cnf.training.plan import check_plan, flow_of, make_plan, rows_for, usual_ph
 from cnf.training.processes import Processes
 from cnf.training.rows import Data, Rows, as_rows, held_out_of
 from cnf.training.run import Run
-from cnf.training.scale import initialize, standardised_first, warn_if_far_from_standard
+from cnf.training.scale import check_sample, initialize, sample_of, warn_if_far_from_standard
 
 
 def fit(
@@ -23,7 +23,7 @@ def fit(
     data: Data | None,
     config: TrainingConfig | Sequence[TrainingConfig] | None = None,
     *,
-    validation: Data | None = None,
+    validation: Data | float | None = 0.1,
     checkpoints: Checkpoints | None = None,
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
@@ -40,20 +40,19 @@ def fit(
             attribute `takes_data` is False is not given rows, but data, if any, as contexts; if it
             is given none and has an attribute `draws`, each part of a step is called with its
             share, `draws`.
-        data: What to train on; `Data` lists the forms. Weights are scaled to a mean of 1, but for
-            those of a `Dataset`. A `Dataset` is read as needed, so that it may be larger than
-            memory. None for an objective that takes no data.
+        data: What to train on, at any scale; `Data` lists the forms. What a flow sets from data,
+            such as a `Standardize`, is set from 10 000 of these rows at most. Weights are scaled
+            to a mean of 1, but for those of a `Dataset`, which is read as needed and so may be
+            larger than memory. None for an objective that takes no data.
         config: Settings; for a flow perhaps several, phase by phase. A phase starts from the
             weights, averaged if they were, that the one before ended with, or from the best so far
             if that one ran out of `patience`. None is for the phases of `recipe` for a flow that
-            `FlowMatching` can train, and for one of ``TrainingConfig()`` otherwise, and of three
-            validations without a new best. The data of a flow are then standardised first, if it is
-            one of vectors that begins with an ODE (by a `Standardize` of 100 000 rows at most, put
-            into the flow), and without `validation` a tenth of them is held out for it, 1000 rows
-            at most.
-        validation: Held-out data of the same form. The flow ends with the weights whose
-            negative log-likelihood of them, as `log_prob` gives it, is lowest over all phases,
-            also when training is interrupted from the keyboard.
+            `FlowMatching` can train, and for one of ``TrainingConfig()`` otherwise, each ending
+            after three validations without a new best.
+        validation: Held-out data of the same form, or the share of the rows to hold out, at random
+            and 1000 rows at most; None trains on all of them and keeps the last weights. The flow
+            ends with the weights whose negative log-likelihood of these rows, as `log_prob` gives
+            it, is lowest over all phases, also when training is interrupted from the keyboard.
         checkpoints: Where the run is kept, if at all.
         resume: Whether to go on with the run kept there, if there is one: to the same weights and
             record as without the interruption, bit for bit on a CPU. A finished run is
@@ -85,26 +84,39 @@ def fit(
         raise TypeError("callbacks must be a sequence; put the single callback in brackets.")
     flow = flow_of(objective)
     with torch.inference_mode(False), torch.enable_grad():
-        held_out = None if validation is None else as_rows("validation", validation, flow)
-        scaled: AbstractContextManager[None] = nullcontext()
-        rows: Rows | None = None
-        if config is None and objective is flow:
-            rows = as_rows("data", data, flow)
-            scaled = standardised_first(flow, rows)
-            if held_out is None:
-                rows, held_out = held_out_of(rows)
-            config = usual_phases(flow, len(rows), validated=held_out is not None)
-        with scaled:
-            plan = make_plan(objective, TrainingConfig() if config is None else config)
-            rows = rows_for(plan, data, flow) if rows is None else rows
-            processes = Processes(reference_tensor(flow).device)
-            check_plan(plan, flow, rows, held_out, processes)
-            for each, _ in plan:
-                processes.agree_on(each)
-            run = Run(plan, flow, rows, held_out, processes, callbacks)
-            if checkpoints is not None:
-                run.keep_in(checkpoints, resume=resume)
-            initialize(flow, rows)
-            warn_if_far_from_standard(flow, rows)
+        plan = None if config is None and objective is flow else make_plan(objective, config)
+        all_rows = as_rows("data", data, flow) if plan is None else rows_for(plan, data, flow)
+        rows, held_out = _parted(all_rows, validation, flow)
+        if plan is None:
+            count = 0 if rows is None else len(rows)
+            plan = make_plan(flow, usual_phases(flow, count, validated=held_out is not None))
+        processes = Processes(reference_tensor(flow).device)
+        check_plan(plan, flow, rows, held_out, processes)
+        sample = sample_of(rows)
+        check_sample("data", flow, sample)
+        for each, _ in plan:
+            processes.agree_on(each)
+        run = Run(plan, flow, rows, held_out, processes, callbacks)
+        if checkpoints is not None:
+            run.keep_in(checkpoints, resume=resume)
+        initialize(flow, sample)
+        warn_if_far_from_standard(flow, sample)
         run.go()
     return run.history
+
+
+def _parted(
+    rows: Rows | None, validation: Data | float | None, flow: Flow
+) -> tuple[Rows | None, Rows | None]:
+    """Rows to train on, and rows to validate on.
+
+    Raises:
+        ValueError: If `validation` is a share out of range, or does not fit the flow.
+    """
+    if not isinstance(validation, float):
+        return rows, None if validation is None else as_rows("validation", validation, flow)
+    if not 0 <= validation < 1:
+        raise ValueError(
+            f"validation must be data, or a share of the rows in [0, 1); got {validation}."
+        )
+    return (rows, None) if rows is None or rows.contexts else held_out_of(rows, validation)

@@ -45,13 +45,19 @@ def usual_phases(flow: Flow, rows: int, *, validated: bool) -> Sequence[Training
     return recipe(rows, patience=patience)
 
 
-def make_plan(objective: nn.Module, config: TrainingConfig | Sequence[TrainingConfig]) -> Plan:
+def make_plan(
+    objective: nn.Module, config: TrainingConfig | Sequence[TrainingConfig] | None
+) -> Plan:
     """The phases in order; for a flow, with the objectives that the settings name.
+
+    None stands for ``TrainingConfig()``.
 
     Raises:
         TypeError: If something has the wrong type.
         ValueError: If there is nothing to train, or there are several phases for one objective.
     """
+    if config is None:
+        config = TrainingConfig()
     if not isinstance(objective, Flow):
         if not isinstance(config, TrainingConfig):
             raise _wrong_config(config, "for an objective")

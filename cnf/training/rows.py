@@ -76,17 +76,21 @@ class Rows(ABC):
 
 
 class TensorRows(Rows):
-    """Rows in tensors, checked once; weights are scaled to a mean of 1."""
+    """Rows in tensors, checked once, without those of weight 0; weights have a mean of 1."""
 
     def __init__(self, name: str, data: Any, flow: Flow, *, contexts: bool = False) -> None:
         super().__init__(name, flow, contexts=contexts)
         columns = _by_name(name, data, contexts=contexts)
         self.columns = _checked(name, columns, flow, contexts=contexts)
         if "weight" in columns:
-            weight = columns["weight"]
-            if not weight.sum() > 0:
+            given = self.columns.pop("weight")
+            counted = given > 0
+            if not counted.any():
                 raise ValueError(f"the weights of {name} must not all be 0.")
-            self.columns["weight"] = weight / weight.mean()
+            self.columns = {key: column[counted] for key, column in self.columns.items()}
+            weight = given[counted].to("cpu", torch.float64)  # whose sum no dtype can overflow
+            weight = weight / weight.max()
+            self.columns["weight"] = (weight / weight.mean()).to(next(iter(self.columns.values())))
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
@@ -172,12 +176,12 @@ class PartOfRows(Rows):
         return self.rows.take(self.places[indices])
 
 
-def held_out_of(rows: Rows) -> tuple[Rows, Rows | None]:
-    """Rows to train on, and others to validate on: a tenth at random, `_MOST_HELD_OUT` at most.
+def held_out_of(rows: Rows, share: float) -> tuple[Rows, Rows | None]:
+    """Rows to train on, and others to validate on: a share at random, `_MOST_HELD_OUT` at most.
 
-    None of fewer than ten rows, or if those drawn weigh nothing.
+    None if the share is less than one row, or if those drawn weigh nothing.
     """
-    count = min(len(rows) // 10, _MOST_HELD_OUT)
+    count = min(int(share * len(rows)), _MOST_HELD_OUT)
     if count == 0:
         return rows, None
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
@@ -269,7 +273,9 @@ def _checked(
 
 def _check_weight(name: str, weight: Tensor, x: Tensor) -> None:
     what = f"the weights of {name}"
-    check_events(what, weight, (), like=x)
+    floating = isinstance(weight, Tensor) and weight.is_floating_point()
+    like = torch.empty(0, dtype=weight.dtype, device=x.device) if floating else x
+    check_events(what, weight, (), like=like)
     if weight.shape != x.shape[:1]:
         raise ValueError(f"{what} must have shape ({len(x)},); got {tuple(weight.shape)}.")
     refuse_rows(what, weight < 0, "at least 0")

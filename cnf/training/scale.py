@@ -1,66 +1,107 @@
 """What of a flow starts from the data, and the scale at which they reach the vector field."""
 
-import contextlib
 import itertools
 import warnings
-from collections.abc import Iterator
-from typing import cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 
+from cnf._moments import column_moments
+from cnf.data.degeneracy import check_columns
 from cnf.flow import Flow
 from cnf.training.rows import Rows
 from cnf.transforms import ContinuousTransform, Standardize, Transform, chain
+from cnf.vector_fields.conditions import ContextScaling
 
-_ROWS_TRIED = 10_000
-_ROWS_MEASURED = 100_000
+_ROWS = 10_000
 _FAR = 20.0
 
 
-@contextlib.contextmanager
-def standardised_first(flow: Flow, rows: Rows) -> Iterator[None]:
-    """Put a `Standardize` of the data in front if the flow is of vectors and begins with an ODE.
+class Sample(NamedTuple):
+    """Some of the training rows, of which each stands as often as it counts."""
 
-    It is taken out again if what follows in the context fails.
+    x: Tensor | None = None
+    """None for a flow that is trained without data."""
+    context: Tensor | None = None
+    rows: Tensor | None = None
+    """The same as `x`, with each row once."""
+
+
+def sample_of(rows: Rows | None) -> Sample:
+    """Training rows for statistics, evenly from first to last."""
+    if rows is None:
+        return Sample()
+    inputs, weight = rows.some(_ROWS)
+    if rows.contexts:
+        return Sample(context=inputs[0])
+    x, context = inputs
+    if weight is None or bool((weight == weight[0]).all()):
+        return Sample(x, context, rows=x)
+    passed = weight.to("cpu", torch.float64).cumsum(0)
+    places = passed[-1] * (torch.arange(_ROWS, dtype=torch.float64) + 0.5) / _ROWS
+    index = torch.searchsorted(passed, places).clamp(max=len(weight) - 1).to(weight.device)
+    return Sample(x[index], None if context is None else context[index], rows=x)
+
+
+def initialize(flow: Flow, sample: Sample) -> None:
+    """Set what starts from data, such as `Standardize`, from training rows.
+
+    A flow that is trained without data keeps its points at the scale that they have; contexts, if
+    it is trained on these, are scaled all the same.
     """
-    first = next(iter(flow.chain), None)
-    if not isinstance(first, ContinuousTransform):
-        yield
-        return
-    x = cast(Tensor, rows.some(_ROWS_MEASURED).inputs[0])
-    flow.transforms.insert(0, Standardize.from_data(x))
-    try:
-        yield
-    except BaseException:
-        del flow.transforms[0]
-        raise
+    x, context = sample.x, sample.context
+    if x is None:
+        for part in flow.modules():
+            if isinstance(part, ContextScaling):
+                part.initialize(context)
+            elif isinstance(part, Standardize):
+                part.keep_identity()
+    elif any(part.awaits_data for part in (*flow.chain, flow.base)):
+        flow.initialize(x, context, generator=torch.Generator(x.device).manual_seed(0))
 
 
-def initialize(flow: Flow, rows: Rows | None) -> None:
-    """Set what starts from data, such as `ActNorm`, unless the flow is trained without."""
-    if rows is None or rows.contexts:
+def check_sample(name: str, flow: Flow, sample: Sample) -> None:
+    """Refuse constant columns of real vectors, and warn where their density is not bounded.
+
+    Raises:
+        ValueError: If a column is constant, or one of data or context varies by less than its dtype
+            can tell.
+    """
+    if sample.context is not None and len(sample.context) > 1:
+        column_moments("context", sample.context)
+    if sample.rows is None or len(flow.event_shape) != 1 or len(sample.rows) < 2:
         return
-    if not any(part.awaits_data for part in (*flow.chain, flow.base)):
-        return
-    x, context = rows.some(_ROWS_TRIED).inputs
-    flow.initialize(x, context, generator=torch.Generator(x.device).manual_seed(0))
+    real = [i for i, kind in enumerate(_columns(flow)) if not kind.is_discrete]
+    if real:
+        check_columns(name, sample.rows[:, real], [f"column {i}" for i in real])
+
+
+def _columns(flow: Flow) -> list[constraints.Constraint]:
+    """What each entry of a vector may be."""
+    support = flow.support
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return list(getattr(support, "cseq", [support] * flow.event_shape[0]))
 
 
 @torch.no_grad()
-def warn_if_far_from_standard(flow: Flow, rows: Rows | None) -> None:
+def warn_if_far_from_standard(flow: Flow, sample: Sample) -> None:
     """Warn if the data reach the first vector field at another scale than it starts from."""
-    if rows is None or rows.contexts:
+    x, context = sample.x, sample.context
+    if x is None:
         return
-    x, context = rows.some(_ROWS_TRIED).inputs
-    discrete = itertools.takewhile(_is_discrete, flow.chain)
+    discrete = list(itertools.takewhile(_is_discrete, flow.chain))
     noise = torch.Generator(x.device).manual_seed(0)
-    size = chain.to_base(list(discrete), x, context, generator=noise).square().mean(0).sqrt()
-    if not (size < _FAR).all():
+    size = chain.to_base(discrete, x, context, generator=noise).square().mean(0).sqrt()
+    far = len(discrete) < len(flow.chain) and not (size > 1 / _FAR).all()
+    if far or not (size < _FAR).all():
         warnings.warn(
-            f"the data reach the vector field with a root mean square of up to {size.max():.3g}, "
-            "where training expects about 1; put Standardize.from_data(x) first among the "
-            "transforms, and look for outliers.",
+            "the data reach the vector field with a root mean square of "
+            f"{size.min():.3g} to {size.max():.3g}, where training expects about 1; put "
+            f"Standardize({flow.features}) first among the transforms, which fit then sets from "
+            "the data, and look for outliers.",
             stacklevel=3,
         )
 

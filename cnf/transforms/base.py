@@ -11,6 +11,7 @@ from torch.distributions import constraints
 
 from cnf._checks import check_count
 from cnf.regularizers import CostRate
+from cnf.vector_fields.conditions import ContextScaling
 
 if TYPE_CHECKING:
     from cnf.transforms.continuous import ContinuousTransform
@@ -69,7 +70,7 @@ class Transform(nn.Module, ABC):
     @property
     def awaits_data(self) -> bool:
         """Whether something is still to be set from data by `initialize`."""
-        return False
+        return any(scaling.awaits_data for scaling in self._context_scalings)
 
     def initialize(
         self,
@@ -78,8 +79,17 @@ class Transform(nn.Module, ABC):
         *,
         generator: torch.Generator | None = None,
     ) -> None:
-        """Set, once, what depends on the data, from the first rows that come; here nothing."""
-        del x, context, generator
+        """Set, once, what depends on the data, from the first rows that come.
+
+        Here the scaling of the context, in a part that has one.
+        """
+        del x, generator
+        for scaling in self._context_scalings:
+            scaling.initialize(context)
+
+    @property
+    def _context_scalings(self) -> list[ContextScaling]:
+        return [part for part in self.modules() if isinstance(part, ContextScaling)]
 
     def rebuilt(
         self, change: Callable[["ContinuousTransform"], "ContinuousTransform"]

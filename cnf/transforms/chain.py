@@ -141,11 +141,12 @@ def initialize(
     generator: torch.Generator | None,
 ) -> None:
     """Set what depends on data in each part from what the parts before it make of the rows."""
-    waiting = [i for i, part in enumerate(transforms) if part.awaits_data]
-    for part in transforms[: max(waiting, default=-1) + 1]:
+    last = max((i for i, part in enumerate(transforms) if part.awaits_data), default=-1)
+    for i, part in enumerate(transforms[: last + 1]):
         given = context_for(part, context)
         part.initialize(x, given, generator=generator)
-        x = part.to_base(x, given, generator=generator)
+        if i < last:
+            x = part.to_base(x, given, generator=generator)
 
 
 def to_base(

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cnf._checks import check_count, check_image_shape
+from cnf.vector_fields.conditions import ContextScaling
 
 
 class MLPConditioner(nn.Module):
@@ -51,6 +52,7 @@ class MLPConditioner(nn.Module):
         last = nn.Linear(widths[-1], self.outputs)
         _reset_to_zero(last)
         self.layers = nn.Sequential(*layers, last)
+        self.context_scaling = ContextScaling(self.context_features)
 
     def forward(
         self,
@@ -58,6 +60,7 @@ class MLPConditioner(nn.Module):
         context: Float[Tensor, "*batch context_features"] | None = None,
     ) -> Float[Tensor, "*batch outputs"]:
         """The numbers for each row."""
+        context = self.context_scaling(context)
         inputs = x if context is None else torch.cat([x, context], -1)
         outputs: Tensor = self.layers(inputs)
         return outputs
@@ -116,6 +119,7 @@ class ConvConditioner(nn.Module):
             self.context_layer = nn.Linear(self.context_features, widths[1], bias=False)
             if not self.hidden_channels:
                 _reset_to_zero(self.context_layer)
+        self.context_scaling = ContextScaling(self.context_features)
         _reset_to_zero(layers[-1])
 
     def forward(
@@ -126,6 +130,7 @@ class ConvConditioner(nn.Module):
         """The channels of numbers for each image, flattened."""
         first, *others = self.layers
         channels: Tensor = first(x.reshape(-1, *self.shape))
+        context = self.context_scaling(context)
         if context is not None:
             shifts = self.context_layer(context.reshape(-1, self.context_features))
             channels = channels + shifts[..., None, None]

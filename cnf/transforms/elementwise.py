@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from cnf._checks import check_count, check_vector_or_image_shape, check_vectors
+from cnf._moments import column_moments
 from cnf.transforms.base import Transform
 
 
@@ -127,7 +129,8 @@ class ConditionalAffine(Transform):
 class Standardize(Transform):
     """Fixed scaling that gives the data mean 0 and standard deviation 1: ``x = mean + std * z``.
 
-    Made by `from_data`; until then, or until a state is loaded, it is the identity.
+    `initialize` sets it, once, from the rows it is given, and `fit` does so with its training rows;
+    until then it is the identity. `from_data` makes one that is set.
 
     Args:
         features: Size of x.
@@ -146,41 +149,87 @@ class Standardize(Transform):
         super().__init__(features)
         self.register_buffer("mean", torch.zeros(features))
         self.register_buffer("log_std", torch.zeros(features))
+        self.register_buffer("is_initialized", torch.zeros((), dtype=torch.bool))
         self.mean: Tensor
         self.log_std: Tensor
+        self.is_initialized: Tensor
 
     def extra_repr(self) -> str:
         """Mean and standard deviation."""
         return f"mean={self.mean.tolist()}, std={self.log_std.exp().tolist()}"
 
     @classmethod
-    def from_data(cls, x: Float[Tensor, "rows features"]) -> "Standardize":
+    def from_data(
+        cls,
+        x: Float[Tensor, "rows features"],
+        *,
+        weight: Float[Tensor, " rows"] | None = None,
+    ) -> "Standardize":
         """The standardisation of the rows of `x`, in its dtype and on its device.
+
+        Args:
+            x: At least two rows.
+            weight: How much each row counts, on any scale; None for all alike.
 
         Raises:
             TypeError: If `x` is not a tensor.
             ValueError: If `x` is not a finite floating tensor of shape ``(rows, features)`` with
-                at least two rows, or a feature is constant or too large for its dtype.
+                at least two rows, or a feature is constant, too large for its dtype, or varies by
+                less than a few of its rounding steps.
         """
-        if isinstance(x, Tensor) and (x.ndim != 2 or len(x) < 2):
+        if isinstance(x, Tensor) and x.ndim != 2:
             raise ValueError(
                 f"x must have shape (rows, features) with at least 2 rows; got {tuple(x.shape)}."
             )
         check_vectors("x", x, x.shape[-1] if isinstance(x, Tensor) else 0, like=x)
-        std, mean = torch.std_mean(x.detach(), dim=0)
+        transform = cls(x.shape[-1]).to(x)
+        transform._set(x, weight)
+        return transform
+
+    @property
+    def awaits_data(self) -> bool:
+        """Whether mean and standard deviation are still to be set by `initialize`."""
+        return not self.is_initialized
+
+    @torch.no_grad()
+    def initialize(
+        self,
+        x: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Set mean and standard deviation from these rows. Once only: later calls change nothing.
+
+        Raises:
+            ValueError: As `from_data` raises it.
+        """
+        del context, generator
+        if self.awaits_data:
+            self._set(x.reshape(-1, self.features))
+
+    def keep_identity(self) -> None:
+        """Stay the identity where nothing has been set yet, as for a flow trained without data."""
+        if self.awaits_data:
+            self.is_initialized.fill_(True)
+
+    def _set(self, x: Tensor, weight: Tensor | None = None) -> None:
+        mean, std = column_moments("x", x, weight)
         if not (std > 0).all():
             constant = (std <= 0).nonzero().flatten().tolist()
-            raise ValueError(f"x must vary in every feature; it is constant in {constant}.")
-        if not std.isfinite().all():
-            huge = (~std.isfinite()).nonzero().flatten().tolist()
             raise ValueError(
-                f"x must have a standard deviation that {x.dtype} can hold; it is too large in "
-                f"{huge}. Rescale these features, or use float64."
+                f"x must vary in every feature; it is constant in {constant}. Drop these columns: "
+                "a constant has no density."
             )
-        transform = cls(x.shape[-1]).to(x)
-        transform.mean.copy_(mean)
-        transform.log_std.copy_(std.log())
-        return transform
+        self.mean.copy_(mean)
+        self.log_std.copy_(std.log())
+        self.is_initialized.fill_(True)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # What was saved before scalings could wait for data had been set.
+        if f"{prefix}mean" in state_dict:
+            state_dict.setdefault(f"{prefix}is_initialized", torch.ones((), dtype=torch.bool))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def to_base_and_ladj(
         self,

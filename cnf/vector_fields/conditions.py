@@ -1,10 +1,97 @@
 """What the layers of a field are conditioned on: time, waves of it, and the context."""
 
 import math
+import warnings
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+
+from cnf._moments import column_moments
+
+
+class ContextScaling(nn.Module):
+    """Gives each column of the context mean 0 and standard deviation 1 over the training rows.
+
+    The identity until `initialize` sets it, once. It has no tensors where there is no context.
+
+    Args:
+        context_features: Size of the context; 0 for none.
+    """
+
+    def __init__(self, context_features: int) -> None:
+        super().__init__()
+        self.context_features = context_features
+        if context_features:
+            self.register_buffer("mean", torch.zeros(context_features))
+            self.register_buffer("log_std", torch.zeros(context_features))
+            self.register_buffer("is_initialized", torch.zeros((), dtype=torch.bool))
+            self.mean: Tensor
+            self.log_std: Tensor
+            self.is_initialized: Tensor
+
+    def forward(
+        self, context: Float[Tensor, "*c_batch context_features"] | None
+    ) -> Float[Tensor, "*c_batch context_features"] | None:
+        """The context as the layers see it."""
+        if context is None or not self.context_features:
+            return context
+        return (context - self.mean) * (-self.log_std).exp()
+
+    @property
+    def awaits_data(self) -> bool:
+        """Whether mean and standard deviation are still to be set."""
+        return bool(self.context_features) and not self.is_initialized
+
+    @torch.no_grad()
+    def initialize(
+        self,
+        context: Float[Tensor, "*c_batch context_features"] | None,
+        weight: Float[Tensor, " rows"] | None = None,
+    ) -> None:
+        """Set mean and standard deviation from these rows, once; `weight` is of each row.
+
+        A column that is constant over them says nothing; it keeps the scale 1, with a warning.
+
+        Raises:
+            ValueError: If the dtype of the context cannot hold the spread of a column.
+        """
+        if context is None or not self.awaits_data:
+            return
+        rows = context.reshape(-1, self.context_features)
+        mean, std = (
+            column_moments("context", rows, weight) if len(rows) > 1 else (rows[0], 0 * rows[0])
+        )
+        constant = (std == 0).nonzero().flatten().tolist()
+        if constant:
+            warnings.warn(
+                f"context is constant over the training rows in column {constant}: the density "
+                "cannot be learnt to depend on it, and other values have no meaning there. "
+                "Drop the column.",
+                stacklevel=2,
+            )
+        self.set(mean, std.where(std > 0, 1.0))
+
+    @torch.no_grad()
+    def set(self, mean: Tensor, std: Tensor) -> None:
+        """Set mean and standard deviation to these numbers, ``(context_features,)``."""
+        self.mean.copy_(mean)
+        self.log_std.copy_(std.log())
+        self.is_initialized.fill_(True)
+
+    def keep_identity(self) -> None:
+        """Stay the identity where nothing has been set yet."""
+        if self.awaits_data:
+            self.is_initialized.fill_(True)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # What was saved before there was a scaling had none.
+        if self.context_features:
+            state_dict.setdefault(f"{prefix}mean", torch.zeros_like(self.mean))
+            state_dict.setdefault(f"{prefix}log_std", torch.zeros_like(self.log_std))
+            state_dict.setdefault(f"{prefix}is_initialized", torch.ones((), dtype=torch.bool))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def time_and_context(

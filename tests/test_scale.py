@@ -1,0 +1,318 @@
+"""Laws of scale: data and contexts come as they are, and the flow holds what standardises them."""
+
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Normal
+from training_runs import CHEAP, affine_flow, assert_same, config, weights
+from zoo import mlp, potential, residual, rows_for, seeded
+
+from cnf import (
+    CNF,
+    Affine,
+    ContinuousTransform,
+    Flow,
+    FlowMatching,
+    Logit,
+    MaximumLikelihood,
+    ODESolver,
+    ReverseKL,
+    Standardize,
+    fit,
+    load,
+    recipe,
+    save,
+)
+from cnf.data.degeneracy import DegenerateDataWarning
+from cnf.vector_fields.conditions import ContextScaling
+
+FAIR = ODESolver(method="rk4", steps=6, gradient="backprop")
+"""Fine enough that likelihood is not gained by what the steps miss."""
+
+
+def small(features=2, context_features=0, **settings):
+    torch.manual_seed(0)
+    return CNF(features, context_features, hidden_features=(16, 16), solver=FAIR, **settings)
+
+
+def pairs(rows=200):
+    """x = c + 0.1 e, whose entropy given c is -0.88 nats."""
+    context = torch.randn(rows, 1, generator=seeded())
+    return context + 0.1 * torch.randn(rows, 1, generator=seeded().manual_seed(1)), context
+
+
+def phases(**settings):
+    return recipe(learning_rate=2e-2, progress=False, **settings)
+
+
+PHASES = phases(matching_steps=100, likelihood_steps=1)
+WAYS = {
+    "settings": lambda flow: (flow, PHASES),
+    "likelihood": lambda flow: (MaximumLikelihood(flow, solver=FAIR), config(15)),
+    "matching": lambda flow: (FlowMatching(flow), config(30)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("a", "b", "k", "m"),
+    [(1e-3, 0.1, 1e3, 5e3), (1e3, -4e4, 1e-3, 2.0), (5.0, 10.0, 10.0, 2000.0)],
+    ids=str,
+)
+def test_the_units_of_data_and_context_change_the_density_by_their_factor_alone(way, a, b, k, m):
+    x, context = pairs()
+    nll = []
+    for data in ((x, context), (a * x + b, k * context + m)):
+        flow = small(1, 1)
+        objective, settings = WAYS[way](flow)
+        fit(objective, data, settings)
+        nll.append(-flow.log_prob(*data).mean().item())
+    assert nll[1] == pytest.approx(nll[0] + np.log(abs(a)), abs=0.02)
+
+
+def test_a_context_far_from_zero_is_learnt_as_well_as_one_near_it():
+    x, context = pairs(1000)
+    flow = small(1, 1)
+    fit(flow, (x, 2000 + 10 * context), phases(matching_steps=1000, likelihood_steps=0))
+    truth = -Normal(context, 0.1).log_prob(x).mean().item()
+    flow = flow.using(solver=ODESolver(method="rk4", steps=20))
+    assert -flow.log_prob(x, 2000 + 10 * context).mean().item() < truth + 0.1
+    marginal = -Normal(0, (1 + 0.01) ** 0.5).log_prob(x).mean().item()
+    assert truth < marginal - 2
+
+
+@pytest.mark.parametrize("settings", [None, PHASES, PHASES[:1], config(2)], ids=str)
+def test_scaling_and_holding_out_do_not_depend_on_the_settings(settings, monkeypatch):
+    monkeypatch.setattr("cnf.training.plan.recipe", lambda *rows, **options: PHASES[1:])
+    x = 500 + 100 * torch.randn(100, 2)
+    flow = small()
+    keys = list(flow.state_dict())
+    history = fit(flow, x, settings)
+    assert list(flow.state_dict()) == keys
+    assert not any(part.awaits_data for part in flow.chain)
+    torch.testing.assert_close(
+        flow.chain[0].log_std.exp(), torch.full((2,), 100.0), rtol=0.2, atol=0
+    )
+    assert np.isfinite(history.validation).any()
+
+
+def test_scalings_are_set_once_saved_and_loaded(tmp_path):
+    x, context = pairs(50)
+    flow = small(1, 1)
+    fit(flow, (7 * x + 3, 9 * context - 1), config(2))
+    before = {name: value for name, value in weights(flow).items() if "log_std" in name}
+    fit(flow, (x, context), config(2))
+    assert_same({name: flow.state_dict()[name] for name in before}, before)
+    save(flow, tmp_path / "flow.safetensors")
+    assert_same(weights(load(tmp_path / "flow.safetensors")), weights(flow))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: mlp(2, 3), lambda: potential(2, 3), lambda: residual(2, 3), lambda: small(2, 3)],
+    ids=["mlp", "potential", "residual", "cnf"],
+)
+def test_weights_of_before_there_were_scalings_are_loaded_as_those_of_the_identity(make):
+    new, old = make(), make()
+    kept = ("mean", "log_std", "is_initialized")
+    state = {
+        name: value
+        for name, value in old.state_dict().items()
+        if not (name.endswith(kept) and "context_scaling" in name)
+        and not name.endswith("is_initialized")
+    }
+    new.load_state_dict(state)
+    for part in new.modules():
+        if isinstance(part, ContextScaling | Standardize):
+            assert not part.awaits_data
+    if isinstance(new, Flow):
+        x, context = rows_for(new, 5)
+        torch.testing.assert_close(new.log_prob(x, context), old.log_prob(x, context))
+
+
+@pytest.mark.parametrize("field", [mlp, potential, residual], ids=lambda field: field.__name__)
+def test_every_field_of_ours_scales_its_context(field):
+    transform = ContinuousTransform(field(2, 3), solver=CHEAP)
+    scaled = copy.deepcopy(transform)
+    context = 100 + 7 * torch.randn(50, 3)
+    flow = Flow([scaled])
+    flow.initialize(torch.randn(50, 2), context)
+    std, mean = torch.std_mean(context, 0)
+    x = torch.randn(50, 2)
+    torch.testing.assert_close(
+        scaled.to_base(x, context), transform.to_base(x, (context - mean) / std)
+    )
+
+
+def test_without_standardize_nothing_is_scaled_ever():
+    x, context = pairs(50)
+    flow = small(1, 1, standardize=False)
+    assert len(flow.chain) == 1
+    fit(flow, (x, 3 * context + 2), config(2))
+    scaling = flow.chain[0].vector_field.context_scaling
+    assert (scaling.mean.item(), scaling.log_std.item()) == (0, 0)
+
+
+def test_a_flow_whose_transforms_standardise_gets_no_second_scaling():
+    x = torch.randn(20, 2)
+    assert len(small(transforms=[Standardize.from_data(x)]).chain) == 2
+    parts = small(transforms=[Logit(2)]).chain
+    assert [type(part) for part in parts] == [Logit, Standardize, ContinuousTransform]
+
+
+def test_a_flow_trained_without_data_keeps_the_scale_that_it_was_trained_at():
+    flow = small(2, 1)
+    contexts = 50 + 3 * torch.randn(64, 1)
+
+    def log_density(x, context):
+        return Normal((context - 50) / 3, 1.0).log_prob(x).sum(-1)
+
+    fit(ReverseKL(flow, log_density, draws=1), contexts, config(2))
+    before = weights(flow)
+    assert not any(part.awaits_data for part in flow.chain)
+    assert before["transforms.0.log_std"].tolist() == [0, 0]
+    assert abs(before["transforms.1.vector_field.context_scaling.mean"].item() - 50) < 2
+    fit(flow, (torch.randn(40, 2) - 2, contexts[:40]), config(1, learning_rate=1e-9))
+    assert_same({"m": flow.chain[0].mean}, {"m": before["transforms.0.mean"]})
+
+
+def test_a_constant_context_keeps_its_scale_and_is_pointed_out():
+    x, context = pairs(50)
+    context = torch.cat([context, torch.full_like(context, 4.0)], -1)
+    flow = small(1, 2)
+    with pytest.warns(UserWarning, match=r"context is constant .* in column \[1\]"):
+        fit(flow, (x, context), config(1))
+    scaling = flow.chain[-1].vector_field.context_scaling
+    assert (scaling.mean[1].item(), scaling.log_std[1].item()) == (4, 0)
+
+
+@pytest.mark.parametrize("what", ["x", "context"])
+def test_numbers_that_their_dtype_rounds_to_a_few_values_are_refused(what):
+    days = (2_461_373.25 + 0.5 * torch.randn(100, 1, dtype=torch.float64)).float()
+    x = torch.randn(100, 1).float()
+    data = (days, x) if what == "x" else (x, days)
+    flow = CNF(1, 1).float()
+    name = "data" if what == "x" else what
+    with pytest.raises(ValueError, match=rf"{name} loses its digits.*2461\d+.*use float64"):
+        fit(flow, data, config(1))
+    assert all(part.awaits_data for part in flow.chain)
+
+
+def test_days_in_double_precision_are_fitted():
+    generator = seeded()
+    days = 2_461_373.25 + 0.5 * torch.randn(400, 1, dtype=torch.float64, generator=generator)
+    flow = small(1)
+    fit(flow, days, phases(matching_steps=300, likelihood_steps=0))
+    truth = -Normal(2_461_373.25, 0.5).log_prob(days).mean().item()
+    assert -flow.log_prob(days).mean().item() == pytest.approx(truth, abs=0.1)
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+def test_no_rounding_is_advised_that_would_lose_what_the_data_say():
+    flow = CNF(1).float()
+    days = 2_461_373.25 + 0.5 * torch.randn(100, 1, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"float64.*model\.to\(torch\.float64\)") as caught:
+        fit(flow, days)
+    assert "data.to(torch.float32)" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"data\.to\(torch\.float32\)"):
+        fit(flow, days - 2_461_373)
+
+
+def with_column(make):
+    x = torch.randn(200, 2, generator=seeded())
+    return torch.cat([x, make(x)], -1)
+
+
+DEGENERATE = {
+    "linear": (lambda x: 3 * x[:, :1] - x[:, 1:] + 1, r"columns column 0, column 1, column 2"),
+    "rounded": (lambda x: x[:, :1].round(), r"share a value of column 2 \("),
+    "inflated": (lambda x: x[:, :1].clamp(min=0), r"column 2 \(0 in 5\d %\)"),
+}
+
+
+@pytest.mark.parametrize("name", DEGENERATE)
+@pytest.mark.parametrize("settings", [None, config(1)], ids=["none", "one"])
+def test_data_without_a_bounded_density_are_pointed_out(name, settings, monkeypatch):
+    monkeypatch.setattr("cnf.training.plan.recipe", lambda *rows, **options: (config(1),))
+    make, message = DEGENERATE[name]
+    with pytest.warns(DegenerateDataWarning, match=message):
+        fit(small(3), with_column(make), settings)
+
+
+@pytest.mark.parametrize("settings", [None, config(1)], ids=["none", "one"])
+@pytest.mark.parametrize("make", [affine_flow, small])
+def test_a_constant_column_is_refused_whatever_the_settings(make, settings):
+    x = with_column(lambda x: x[:, :1] * 0 + 7)[:, 1:]
+    with pytest.raises(ValueError, match="constant in column 1"):
+        fit(make(), x, settings)
+
+
+def test_clean_data_are_trained_without_a_word():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(small(3), with_column(lambda x: x[:, :1] + 1e-2 * x[:, 1:] ** 2), config(1))
+
+
+def test_a_hand_made_flow_is_left_without_a_scaling_of_its_data():
+    flow = Flow([ContinuousTransform(mlp(), solver=CHEAP)])
+    keys = list(flow.state_dict())
+    fit(flow, torch.randn(50, 2), config(1))
+    assert list(flow.state_dict()) == keys
+    with pytest.warns(UserWarning, match=r"put Standardize\(2\) first"):
+        fit(flow, 100 * torch.randn(50, 2), config(1))
+
+
+@pytest.mark.parametrize("factor", [3e-45, 1e-300, 1e38, 7.0])
+def test_weights_of_any_scale_give_the_same_fit(factor):
+    x = torch.randn(60, 2, generator=seeded())
+    weight = torch.rand(60, dtype=torch.float64, generator=seeded())
+    flows = []
+    for each in (weight, factor * weight):
+        flow = small(standardize=True)
+        fit(flow, {"x": x, "weight": each}, config(4, batch_size=20))
+        flows.append(weights(flow))
+    torch.testing.assert_close(flows[1], flows[0], rtol=1e-9, atol=1e-9)
+
+
+def test_rows_of_weight_zero_are_as_if_they_were_not_there():
+    x = torch.randn(60, 2, generator=seeded())
+    weight = torch.rand(60, generator=seeded())
+    far = torch.full((5, 2), 1e5) * torch.randn(5, 2, generator=seeded())
+    absent, zero = small(), small()
+    fit(absent, {"x": x, "weight": weight}, config(4, batch_size=20))
+    both = {"x": torch.cat([x, far]), "weight": torch.cat([weight, torch.zeros(5)])}
+    fit(zero, both, config(4, batch_size=20))
+    assert_same(weights(zero), weights(absent))
+
+
+def test_rows_that_hardly_count_do_not_set_the_scale():
+    x = torch.cat([torch.randn(500, 1, generator=seeded()), torch.full((5, 1), 1e5)])
+    weight = torch.cat([torch.ones(500), torch.full((5,), 1e-9)])
+    scale = Standardize.from_data(x, weight=weight)
+    assert scale.log_std.exp().item() == pytest.approx(1, abs=0.1)
+    flow = small(1)
+    fit(flow, {"x": x, "weight": weight}, config(1), validation=None)
+    assert flow.chain[0].log_std.exp().item() == pytest.approx(1, abs=0.1)
+
+
+def test_weighted_moments_are_those_of_repeated_rows():
+    x, counts = torch.randn(6, 2), torch.tensor([1, 2, 3, 1, 1, 4])
+    repeated = x.repeat_interleave(counts, 0)
+    weighted = Standardize.from_data(x, weight=counts.double())
+    torch.testing.assert_close(weighted.mean, repeated.mean(0))
+    expected = repeated.std(0, correction=0)
+    share = counts / counts.sum()
+    torch.testing.assert_close(
+        weighted.log_std.exp(), expected / (1 - share.square().sum()).sqrt().to(expected)
+    )
+
+
+def test_a_scaling_waits_until_it_is_told():
+    flow = Flow([Standardize(2), Affine(2)])
+    x = 3 + torch.randn(50, 2)
+    torch.testing.assert_close(flow.to_base(x), x)
+    flow.initialize(x)
+    torch.testing.assert_close(flow.to_base(x).mean(0), torch.zeros(2), rtol=0, atol=1e-12)
