@@ -53,7 +53,7 @@ def compiled(flow: Flow) -> Flow | None:
 
 def density(flow: Flow) -> Density:
     """The log-density of a flow along one field, with the same probes in every call."""
-    (transform,) = flow.chain
+    transform = flow.chain[-1]
     field = transform.vector_field
 
     def log_prob(x: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def ffjord(x: Tensor, seed: int, clock: Clock) -> None:
         seed=seed,
         progress=False,
     )
-    fit(objective, x, config, callbacks=[_showing(clock)])
+    fit(objective, x, config, validation=None, callbacks=[_showing(clock)])
 
 
 def zuko_cnf(x: Tensor, seed: int, clock: Clock) -> None:

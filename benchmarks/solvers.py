@@ -95,7 +95,7 @@ def trained(settings: Settings) -> tuple[Flow, Tensor]:
     x = density.sample(20_000, generator=generator).float()
     flow = CNF(2)
     matching = TrainingConfig(steps=settings.steps, seed=settings.seed, progress=False)
-    fit(FlowMatching(flow), x, matching)
+    fit(FlowMatching(flow), x, matching, validation=None)
     return flow.double(), density.sample(settings.batch, generator=generator).double()
 
 

@@ -242,7 +242,7 @@ def measure(run: Run) -> dict[str, float]:
         steps=run.steps, batch_size=run.batch_size, seed=run.seed, progress=False
     )
     started = time.process_time()
-    fit(objective, train, config)
+    fit(objective, train, config, validation=None)
     seconds = (time.process_time() - started) / run.steps
     with torch.no_grad():
         with count_evaluations(flow) as nfe:

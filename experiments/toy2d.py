@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 import tyro
 
-from cnf import CNF, Flow, History, Standardize, count_evaluations, fit, recipe, save
+from cnf import CNF, Flow, History, count_evaluations, fit, recipe, save
 from cnf._files import write_atomically
 from cnf.data.toy import TOY_NAMES, ToyDensity, toy_density
 from cnf.plots import (
@@ -87,7 +87,7 @@ def main(settings: Settings) -> Metrics:
     validation = truth.sample(settings.held_out // 10, generator=data)
 
     torch.manual_seed(settings.seed)
-    flow = CNF(2, transforms=[Standardize.from_data(x)])
+    flow = CNF(2)
     history = fit(
         flow,
         x,
