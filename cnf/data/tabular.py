@@ -16,14 +16,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cnf._files import write_atomically
-from cnf.data.csv_files import (
-    LARGEST,
-    find_columns,
-    numbered_names,
-    read_csv,
-    to_csv,
-    unacceptable,
-)
+from cnf.data.cells import LARGEST, cell_of_row, first_inexact, unacceptable
+from cnf.data.csv_files import read_csv, to_csv
+from cnf.data.names import find_columns, listed, numbered_names, shortened
+from cnf.data.parquet import read_parquet
 
 
 class Table(NamedTuple):
@@ -40,25 +36,29 @@ def read_table(
     columns: Sequence[str] | None = None,
     *,
     array: str | None = None,
+    header: bool | None = None,
 ) -> Table:
     r"""Read a table of finite numbers from a file.
 
     The suffix says what the file is: text (``.csv``, ``.tsv``, ``.txt``), ``.npy``, ``.npz`` or
     ``.parquet`` (which needs pyarrow). Text is UTF-8, with or without byte-order mark, its cells
-    parted by comma, semicolon or tab, perhaps quoted. Its first line is a header unless it holds a
-    number. Blank lines are skipped.
+    parted by comma, semicolon or tab, perhaps quoted. Each row is one line; blank lines are
+    skipped.
 
     Args:
         path: The file.
         columns: Names of those to read, in this order; None for all. The others may hold anything.
         array: Name of the array in an ``.npz`` file; None if it has one of two axes only. An array
             of text called ``columns`` beside it gives the names.
+        header: Whether the first line of text holds names. If None, it does unless it holds a
+            number; a warning says so where it was taken for a row.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is of another kind, damaged or empty, has no such column, lines of
-            different length, or holds anything but numbers that single precision can hold. The
-            message names line and column.
+            different length, or holds anything but numbers that single precision can hold, or
+            whole numbers with more digits than double precision holds, or a first line of which
+            nobody can tell whether it is a header. The message names line and column.
 
     Example:
         >>> import tempfile
@@ -83,6 +83,10 @@ def read_table(
     if array is not None and reader is not _read_npz:
         raise ValueError(f"array must be None unless the file is an .npz; got {array!r}.")
     wanted = None if columns is None else tuple(columns)
+    if reader is read_csv:
+        return Table(*read_csv(path, wanted, header))
+    if header is not None:
+        raise ValueError(f"header must be None unless the file is text; got {header} for {path}.")
     return Table(*(reader(path, wanted) if array is None else _read_npz(path, wanted, array)))
 
 
@@ -137,12 +141,12 @@ def check_for_training(table: Table, name: str = "the table") -> None:
         raise ValueError(f"{name} must have at least 2 rows to fit; got {len(table.values)}.")
     constant = np.flatnonzero((table.values == table.values[0]).all(0))
     if len(constant):
-        listed = ", ".join(
-            f"{table.columns[i]!r} (always {table.values[0, i]:g})" for i in constant
-        )
+        found = [
+            f"{shortened(table.columns[i])!r} (always {table.values[0, i]:g})" for i in constant
+        ]
         raise ValueError(
             f"{name} must vary in every column, for a constant has no density; it does not in "
-            f"{listed}. Leave such columns out."
+            f"{listed(found)}. Leave such columns out."
         )
 
 
@@ -161,12 +165,14 @@ def _read_npz(
         tables = [name for name, found in arrays.items() if found.ndim == 2]
         if len(tables) != 1:
             raise ValueError(
-                f"{path} must have one array of two axes, or array must name it; it has "
-                f"{', '.join(f'{name} {found.shape}' for name, found in arrays.items())}."
+                f"{path} must have one array of two axes; it has "
+                f"{listed([f'{name} {found.shape}' for name, found in arrays.items()])}. Save the "
+                "one that is meant in a file of its own: numpy.save(path, array). (In Python, "
+                "read_table(path, array=NAME) reads it here.)"
             )
         array = tables[0]
     if array not in arrays:
-        raise ValueError(f"{path} has no array {array!r}; it has {', '.join(arrays)}.")
+        raise ValueError(f"{path} has no array {array!r}; it has {listed(list(arrays))}.")
     values = _numbers(path, f"the array {array}", arrays[array])
     names = numbered_names(values.shape[1])
     stated = arrays.get("columns")
@@ -191,44 +197,10 @@ def _open_numpy(path: Path) -> Any:
 def _read_parquet(
     path: Path, columns: tuple[str, ...] | None
 ) -> tuple[NDArray[np.float64], tuple[str, ...]]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{path} needs pyarrow, which is not installed: pip install pyarrow, or convert it to "
-            "CSV."
-        ) from error
-    try:
-        table = parquet.ParquetFile(path).read()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(
-            f"{path} must be a Parquet file ({str(error).splitlines()[0].rstrip('.')})."
-        ) from error
-    names = tuple(table.column_names)
-    chosen = find_columns(str(path), names, columns)
-    values = [_parquet_column(path, table, index) for index in chosen]
-    matrix = np.column_stack(values) if values else np.empty((0, 0))
-    return _checked(path, matrix, tuple(names[index] for index in chosen))
+    return _checked(path, *read_parquet(path, columns))
 
 
-def _parquet_column(path: Path, table: Any, index: int) -> NDArray[np.float64]:
-    column, name = table.column(index), table.column_names[index]
-    if column.null_count:
-        row = column.is_null().to_pylist().index(True)
-        raise ValueError(
-            f"{_cell(path, row, name)}: must be a number; the cell is empty. Fill it or drop the "
-            "row."
-        )
-    values: NDArray[Any] = column.to_numpy()
-    if values.dtype.kind not in "fiub":
-        raise ValueError(
-            f"{path}, column {name!r}: must hold numbers; got {column.type}. Choose other columns."
-        )
-    return values.astype(np.float64)
-
-
-def _numbers(path: Path, what: str, values: Any) -> NDArray[np.float64]:
+def _numbers(path: Path, what: str, values: Any) -> NDArray[Any]:
     """An array as a table; a vector is one column."""
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiub":
         kind = getattr(values, "dtype", type(values).__name__)
@@ -237,20 +209,24 @@ def _numbers(path: Path, what: str, values: Any) -> NDArray[np.float64]:
         values = values[:, None]
     if values.ndim != 2:
         raise ValueError(f"{path} must have shape (rows, columns); {what} has {values.shape}.")
-    table: NDArray[np.float64] = values.astype(np.float64)
-    return table
+    return values
 
 
 def _selected(
     path: Path,
-    values: NDArray[np.float64],
+    values: NDArray[Any],
     names: tuple[str, ...],
     columns: tuple[str, ...] | None,
 ) -> tuple[NDArray[np.float64], tuple[str, ...]]:
     chosen = find_columns(str(path), names, columns)
     if columns is not None:
         values = values[:, chosen]
-    return _checked(path, values, tuple(names[index] for index in chosen))
+    names = tuple(names[index] for index in chosen)
+    inexact = first_inexact(values)
+    if inexact:
+        (row, column), defect = inexact
+        raise ValueError(f"{cell_of_row(path, row, names[column])}: {defect}")
+    return _checked(path, values.astype(np.float64), names)
 
 
 def _checked(
@@ -263,12 +239,8 @@ def _checked(
         row, column = map(int, np.argwhere(bad)[0])
         value = values[row, column]
         reason = unacceptable(str(value), value)
-        raise ValueError(f"{_cell(path, row, names[column])}: {reason}")
+        raise ValueError(f"{cell_of_row(path, row, names[column])}: {reason}")
     return values, names
-
-
-def _cell(path: Path, row: int, name: str) -> str:
-    return f"{path}, row {row + 1} (from 1), column {name!r}"
 
 
 _Reader = Callable[[Path, tuple[str, ...] | None], tuple[NDArray[np.float64], tuple[str, ...]]]
