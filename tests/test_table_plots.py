@@ -73,6 +73,20 @@ def test_pairs_of_samples_alone_and_of_one_column_can_be_drawn(tmp_path):
     plot_pairs(torch.ones(50, 1), ["a"]).savefig(tmp_path / "constant.png")
 
 
+@pytest.mark.parametrize("name", ["$^$", "$x_1^2$", "a_b", r"$\alpha$", "100 $"])
+def test_names_of_columns_are_no_formulas(tmp_path, name):
+    x = torch.randn(50, 2)
+    for figure in (
+        plot_column(lambda x: -x.square().sum(-1), name, samples=x[:, :1]),
+        plot_two_columns(lambda x: -x.square().sum(-1), [name, name], samples=x),
+        plot_pairs(x, [name, name]),
+    ):
+        save_figure(figure, tmp_path / "picture.png")
+        label = figure.axes[-1].xaxis.label
+        assert label.get_text() == name
+        assert not label.get_parse_math()
+
+
 def test_outliers_do_not_set_the_scale():
     samples = torch.randn(1000, 1)
     samples[0] = 1e6

@@ -209,7 +209,8 @@ def _numbers(path: Path, what: str, values: Any) -> NDArray[Any]:
         values = values[:, None]
     if values.ndim != 2:
         raise ValueError(f"{path} must have shape (rows, columns); {what} has {values.shape}.")
-    return values
+    table: NDArray[Any] = values
+    return table
 
 
 def _selected(

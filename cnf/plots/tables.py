@@ -167,6 +167,7 @@ def _few_ticks() -> "matplotlib.ticker.MaxNLocator":
 
 
 def _finish(ax: "matplotlib.axes.Axes", across: str, up: str) -> None:
-    ax.set_xlabel(across, fontsize=TEXT_SIZE)
-    ax.set_ylabel(up, fontsize=TEXT_SIZE)
+    # Names of columns are no formulas, whatever signs they hold.
+    ax.set_xlabel(across, fontsize=TEXT_SIZE, parse_math=False, usetex=False)
+    ax.set_ylabel(up, fontsize=TEXT_SIZE, parse_math=False, usetex=False)
     ax.tick_params(labelsize=TEXT_SIZE)
