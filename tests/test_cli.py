@@ -131,6 +131,18 @@ def test_columns_of_whole_numbers_that_recur_are_pointed_out(folder, tmp_path, c
     assert "note:" not in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("default")
+def test_values_that_stand_for_missing_ones_are_pointed_out(tmp_path, capsys):
+    table = np.random.default_rng(0).normal(size=(60, 2))
+    table[7, 1] = 1e20
+    write_table(tmp_path / "data.csv", table, ["a", "b"])
+    run("fit", tmp_path / "data.csv", "--out", tmp_path / "m", *SMALL)
+    said = capsys.readouterr().err
+    assert "cnf: warning: " in said
+    assert "data.csv has values far outside of all others" in said
+    assert "1e+20 in 1 of 60 rows of 'b'" in said
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".npy"])
 def test_scores_are_written_in_any_form(folder, tmp_path, capsys, suffix):
     out = tmp_path / f"scores{suffix}"

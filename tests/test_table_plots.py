@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cnf.plots import plot_column, plot_pairs, plot_two_columns
+from cnf.plots import plot_column, plot_pairs, plot_two_columns, save_figure
 
 
 def normal(x):

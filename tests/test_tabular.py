@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 from cnf.data.csv_files import to_csv
-from cnf.data.tabular import Table, check_for_training, read_table, write_table
+from cnf.data.tabular import (
+    Table,
+    check_for_training,
+    point_out_fill_values,
+    read_table,
+    write_table,
+)
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -435,9 +441,29 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path):
         write_table(tmp_path / "t.csv", np.eye(2), ["a"])
     with pytest.raises(ValueError, match=r"values must have shape \(rows, columns\); got \(2,\)"):
         write_table(tmp_path / "t.csv", [1.0, 2.0])
+    with pytest.raises(ValueError, match="values must have no masked values; got 1"):
+        write_table(tmp_path / "t.csv", np.ma.masked_equal([[1.0, -999.0]], -999))
+    with pytest.raises(ValueError, match="values must hold numbers; got text"):
+        write_table(tmp_path / "t.csv", [["1", "2"]])
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         write_table(tmp_path / "absent" / "t.csv", np.eye(2))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_data_without_fill_values_are_pointed_out():
+    rng = np.random.default_rng(0)
+    columns = {
+        "normal": rng.normal(size=500),
+        "exponential": rng.exponential(size=500),
+        "heavy": rng.standard_t(2, 500),
+        "lognormal": rng.lognormal(sigma=2, size=500),
+        "counts": rng.poisson(1, 500),
+        "mostly zero": rng.poisson(0.02, 500) * rng.exponential(size=500),
+        "two": rng.integers(0, 2, 500),
+        "percent": np.append(rng.integers(0, 99, 499), 99),
+        "clipped": rng.normal(size=500).clip(-1, 1),
+    }
+    point_out_fill_values(Table(np.column_stack(list(columns.values())), tuple(columns)))
 
 
 def test_what_cannot_be_trained_on_is_refused(tmp_path):

@@ -21,7 +21,7 @@ from cnf.cli.options import (
     refuse_rows_outside,
 )
 from cnf.data.names import listed, quoted, shortened
-from cnf.data.tabular import check_for_training, read_table
+from cnf.data.tabular import check_for_training, point_out_fill_values, read_table
 from cnf.density import DensitySettings, Rows, fit_density, hold_out
 from cnf.flow import Flow
 from cnf.metrics import gaussian_log_prob
@@ -69,6 +69,7 @@ class Fit(TableCommand):
         wanted = [*self.columns, *self.context_columns] if self.columns else None
         table = read_table(self.data, wanted, header=self.has_header)
         check_for_training(table, str(self.data))
+        point_out_fill_values(table, str(self.data))
         columns = Columns.of(table, self.context_columns)
         rows = columns.rows(table)
         supports = self._supports_of(columns, rows.x)

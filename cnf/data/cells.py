@@ -2,6 +2,7 @@
 
 import math
 import re
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,8 @@ def unacceptable(cell: str, value: float) -> str:
 
 def inexact(whole: int) -> str | None:
     """Says that a whole number has more digits than double precision holds, if it has."""
+    if abs(whole) > LARGEST:
+        return unacceptable(shortened(str(whole)), LARGEST)
     held = int(float(whole))
     if held == whole:
         return None
@@ -84,6 +87,58 @@ def inexact(whole: int) -> str | None:
         f"{held}. Subtract a constant from the column first, or leave it out if it only names "
         "the rows."
     )
+
+
+def refuse_unless_numbers(name: str, values: Any) -> None:
+    """Refuse an array that NumPy would turn into numbers that nobody meant.
+
+    Args:
+        name: Name of the argument, for the message.
+        values: Anything that `numpy.asarray` takes.
+
+    Raises:
+        ValueError: If values are masked, dates or texts, or whole numbers that double precision
+            does not hold.
+    """
+    masked = np.ma.getmaskarray(values).sum() if isinstance(values, np.ma.MaskedArray) else 0
+    if masked:
+        raise ValueError(
+            f"{name} must have no masked values; got {masked}. Leave these rows out, or fill them: "
+            f"{name}.filled(value)."
+        )
+    # As objects, for NumPy makes doubles of lists and frames of whole numbers and others.
+    array = values if isinstance(values, np.ndarray) else np.asarray(values, dtype=object)
+    _refuse_kind(name, array.dtype.kind)
+    for value in array.flat if array.dtype.kind == "O" else ():
+        _refuse_kind(name, _kind(value))
+        defect = inexact(int(value)) if isinstance(value, int | np.integer) else None
+        if defect:
+            raise ValueError(f"{name} {defect}")
+    found = first_inexact(array)
+    if found:
+        place, defect = found
+        raise ValueError(f"{name} {defect} It stands at {place}.")
+
+
+def _kind(value: object) -> str:
+    """What `numpy.dtype.kind` would be of a value in an array of objects."""
+    if isinstance(value, str | bytes):
+        return "U"
+    dates = date, timedelta, np.datetime64, np.timedelta64
+    return "M" if isinstance(value, dates) else "O"
+
+
+def _refuse_kind(name: str, kind: str) -> None:
+    if kind in "mM":
+        raise ValueError(
+            f"{name} must hold numbers; got dates or times. Make them numbers first, such as days: "
+            f'({name} - {name}.min()) / numpy.timedelta64(1, "D").'
+        )
+    if kind in "USTV":
+        raise ValueError(
+            f"{name} must hold numbers; got text. If it spells numbers, convert it first: "
+            f"{name}.astype(float)."
+        )
 
 
 def first_inexact(values: NDArray[Any]) -> tuple[tuple[int, ...], str] | None:

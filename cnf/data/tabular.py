@@ -6,6 +6,7 @@ column and what was found there.
 
 import io
 import os
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -16,10 +17,19 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cnf._files import write_atomically
-from cnf.data.cells import LARGEST, cell_of_row, first_inexact, unacceptable
+from cnf.data.cells import (
+    LARGEST,
+    cell_of_row,
+    first_inexact,
+    refuse_unless_numbers,
+    unacceptable,
+)
 from cnf.data.csv_files import read_csv, to_csv
 from cnf.data.names import find_columns, listed, numbered_names, shortened
 from cnf.data.parquet import read_parquet
+
+_RAW_FILL_VALUES = (-32768, 32767, 65535)
+"""Ends of whole numbers of 16 bits, which raw data use for missing values."""
 
 
 class Table(NamedTuple):
@@ -109,9 +119,11 @@ def write_table(
 
     Raises:
         OSError: If the file cannot be written, or is there and `replace` is False.
-        ValueError: If the suffix is another, or the names do not fit the values.
+        ValueError: If the suffix is another, the names do not fit the values, or these are no
+            numbers, or masked.
     """
     path = Path(path)
+    refuse_unless_numbers("values", values)
     table = np.asarray(values)
     if table.ndim != 2:
         raise ValueError(f"values must have shape (rows, columns); got {table.shape}.")
@@ -148,6 +160,47 @@ def check_for_training(table: Table, name: str = "the table") -> None:
             f"{name} must vary in every column, for a constant has no density; it does not in "
             f"{listed(found)}. Leave such columns out."
         )
+
+
+def point_out_fill_values(table: Table, name: str = "the table") -> None:
+    """Warn of values far outside of a column that may stand for missing ones, as 1e20 or -999.
+
+    A column's least or greatest value is one if it is further from the others than 30 times their
+    range; 3 times, if it comes twice or is one of those that mark missing values by custom.
+
+    Args:
+        table: The table.
+        name: What to call it in the message, such as the path.
+    """
+    found = [
+        f"{value:g} in {count} of {len(column)} rows of {shortened(label)!r}"
+        for label, column in zip(table.columns, table.values.T, strict=True)
+        for value, count in _fill_values(column)
+    ]
+    if found:
+        warnings.warn(
+            f"{name} has values far outside of all others in their column, which may stand for "
+            f"missing ones: {listed(found)}. Drop these rows or mend them, for a density follows "
+            "all its rows.",
+            stacklevel=3,
+        )
+
+
+def _fill_values(column: NDArray[np.float64]) -> list[tuple[float, int]]:
+    """Values of a column that may stand for missing ones, and how often they come."""
+    low, high = float(column.min()), float(column.max())
+    others = column[(column > low) & (column < high)]
+    if not len(others):
+        return []
+    least, greatest = float(others.min()), float(others.max())
+    found = []
+    for value, distance in ((low, least - low), (high, high - greatest)):
+        count = int((column == value).sum())
+        by_custom = value in _RAW_FILL_VALUES or set(f"{abs(value):g}") == {"9"}
+        ranges = 3 if count > 1 or by_custom else 30
+        if distance > ranges * (greatest - least) > 0:
+            found.append((value, count))
+    return found
 
 
 def _read_npy(
