@@ -90,11 +90,21 @@ def certifying(folder):
     return flow, torch.tensor(values, dtype=torch.float64)
 
 
+@pytest.fixture(
+    scope="module",
+    params=[estimator, density, training, loading, certifying],
+    ids=lambda f: f.__name__,
+)
+def call_and_values(request, coarse_grid, tmp_path_factory):
+    """A call, and its numbers in the usual surroundings."""
+    with default_dtype(torch.float32):
+        return request.param, request.param(tmp_path_factory.mktemp("usual"))[1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ambient", AMBIENTS)
-@pytest.mark.parametrize("call", [estimator, density, training, loading, certifying])
-def test_surroundings_change_no_number(tmp_path, call, ambient):
-    _, expected = call(tmp_path)
+def test_surroundings_change_no_number(tmp_path, call_and_values, ambient):
+    call, expected = call_and_values
     with AMBIENTS[ambient]():
         before = (
             torch.get_default_dtype(),

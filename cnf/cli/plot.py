@@ -89,7 +89,7 @@ class Plot(TableCommand):
 
         def log_prob(points: Tensor) -> Tensor:
             contexts = None if context is None else context.expand(len(points), -1)
-            return density.log_prob(model.flow, Rows(points.double(), contexts))
+            return density.log_prob(model.flow, Rows(points, contexts))
 
         title = " ".join(self.context).replace("$", r"\$") or None
         labels = [shortened(name) for name in names]
