@@ -24,10 +24,10 @@ _WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _DELIMITERS = "\t;,"
 """In this order, for numbers and names may hold commas."""
 _SAY_WHICH = (
-    "say header=True (--header on the command line) if it holds names, header=False (--no-header) "
+    "say header=True (--header of the command cnf) if it holds names, header=False (--no-header) "
     "if it is a row"
 )
-_MAYBE_HEADER = " If the line is a header, say so by header=True (--header on the command line)."
+_MAYBE_HEADER = " If the line is a header, say so by header=True (--header of the command cnf)."
 _UTF8 = "Save the file as UTF-8"
 
 
