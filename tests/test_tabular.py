@@ -174,6 +174,10 @@ DEFECTS = {
         r"line 1: must be names or a row of numbers; \?, NA may",
     ),
     "digits": ("a\n9007199254740993\n", r"line 2, column 'a': .*become 9007199254740992"),
+    "digits, a point": (
+        "a\n9007199254740993.00\n",
+        r"line 2, column 'a': .* got 9007199254740993,",
+    ),
     "more digits": ("a\n1\n-0123456789012345678901\n", r"line 3, column 'a': .* got -1234567890"),
 }
 
@@ -306,6 +310,13 @@ def test_whole_numbers_keep_their_digits_or_are_refused(tmp_path, values, messag
 def test_columns_that_are_not_there_are_refused(tmp_path, columns, message):
     with pytest.raises(ValueError, match=message):
         read_table(file_of(tmp_path, "a,b\n1,2\n"), columns)
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+@pytest.mark.parametrize("header", [0, 1, "infer", np.True_])
+def test_a_header_is_there_or_not(tmp_path, header):
+    with pytest.raises(TypeError, match="header must be True, False or None; got"):
+        read_table(file_of(tmp_path, "1,2\n3,4\n"), header=header)
 
 
 @pytest.mark.usefixtures("shapes_unchecked")

@@ -54,8 +54,8 @@ def cell_defect(cell: str) -> str | None:
         )
     if abs(value) > LARGEST:
         return unacceptable(shortened(cell.strip()), value)
-    if abs(value) > EXACT and re.fullmatch(r"\s*[+-]?\d+\s*", cell):
-        return inexact(int(re.sub(r"^\s*([+-]?)0*", r"\1", cell)))
+    if abs(value) > EXACT and re.fullmatch(r"\s*[+-]?\d+(\.0*)?\s*", cell):
+        return inexact(int(re.sub(r"^\s*([+-]?)0*(\d+).*", r"\1\2", cell)))
     return None
 
 

@@ -55,8 +55,8 @@ class NpyRows(Dataset[Tensor]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Tensor]:
         """The rows at these places, read at once."""
-        native = self.array.dtype.newbyteorder("=")
-        rows = torch.from_numpy(self.array[list(indices)].astype(native))
+        some = self.array[list(indices)]  # such an index makes a copy
+        rows = torch.from_numpy(some.astype(some.dtype.newbyteorder("="), copy=False))
         return list(rows if self.dtype is None else rows.to(self.dtype))
 
     def _open(self) -> None:

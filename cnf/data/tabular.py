@@ -82,6 +82,8 @@ def read_table(
         raise FileNotFoundError(f"there is no file {str(path)!r} to read a table from.")
     if isinstance(columns, str):
         raise TypeError(f"columns must be a list of names; got the text {columns!r}.")
+    if header is not None and not isinstance(header, bool):
+        raise TypeError(f"header must be True, False or None; got {header!r}.")
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise ValueError(
