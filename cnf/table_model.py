@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cnf import saving
 from cnf._files import left_over, new_folder, write_atomically
+from cnf.data.cells import refuse_unless_numbers
 from cnf.data.names import quoted
 from cnf.data.tabular import Table, read_table
 from cnf.density import Rows
@@ -245,6 +246,7 @@ def _select(table: Table, names: Sequence[str]) -> Tensor:
     for name in names:
         if name not in table.columns:
             raise ValueError(f"the table has no column {name!r}; it has {quoted(table.columns)}.")
+    refuse_unless_numbers("table.values", table.values)
     chosen = [table.columns.index(name) for name in names]
     values = np.array(table.values[:, chosen], dtype=np.float64, order="C")  # of any byte order
     return torch.from_numpy(values)

@@ -100,7 +100,8 @@ def refuse_unless_numbers(name: str, values: Any) -> None:
         ValueError: If values are masked, dates or texts, or whole numbers that double precision
             does not hold.
     """
-    masked = np.ma.getmaskarray(values).sum() if isinstance(values, np.ma.MaskedArray) else 0
+    parts = values if isinstance(values, list | tuple) else [values]
+    masked = sum(int(np.ma.getmaskarray(part).sum()) for part in parts if np.ma.isMA(part))
     if masked:
         raise ValueError(
             f"{name} must have no masked values; got {masked}. Leave these rows out, or fill them: "
@@ -134,7 +135,12 @@ def _refuse_kind(name: str, kind: str) -> None:
             f"{name} must hold numbers; got dates or times. Make them numbers first, such as days: "
             f'({name} - {name}.min()) / numpy.timedelta64(1, "D").'
         )
-    if kind in "USTV":
+    if kind == "V":
+        raise ValueError(
+            f"{name} must hold numbers; got records. Make them rows first: "
+            f"numpy.lib.recfunctions.structured_to_unstructured({name})."
+        )
+    if kind in "UST":
         raise ValueError(
             f"{name} must hold numbers; got text. If it spells numbers, convert it first: "
             f"{name}.astype(float)."
