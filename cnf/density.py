@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from operator import attrgetter, itemgetter
@@ -32,7 +33,7 @@ NOISES = 8
 
 _ROWS_AT_ONCE = 4096
 _GLOBAL_STATE = Lock()
-"""Held by who borrows torch's global random state, from which initial weights are drawn."""
+"""Held by who borrows torch's random state and default dtype, which initial weights hang on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +124,7 @@ def hold_out(rows: Rows, settings: DensitySettings) -> tuple[Rows, Rows | None]:
     return rows.take(order[count:]), rows.take(order[:count])
 
 
+@torch.inference_mode(False)  # whose tensors could not be trained
 def fit_density(
     transforms: Iterable[Transform],
     rows: Rows,
@@ -161,7 +163,7 @@ def fit_density(
         torch.Size([200])
     """
     # Not around the training, which draws nothing from it: others may train meanwhile.
-    with _GLOBAL_STATE, torch.random.fork_rng(devices=[]):
+    with _GLOBAL_STATE, torch.random.fork_rng(devices=[]), _single_precision():
         torch.default_generator.manual_seed(settings.seed)
         network = CNF(
             rows.x.shape[-1],
@@ -176,6 +178,7 @@ def fit_density(
     return flow, _train(flow, rows, validation, settings.phases(len(rows.x), progress=progress))
 
 
+@torch.inference_mode(False)
 def continue_density(
     flow: Flow,
     rows: Rows,
@@ -197,6 +200,17 @@ def continue_density(
     flow = deepcopy(flow)
     likelihood = settings.phases(len(rows.x), progress=progress)[-1:]
     return flow, _train(flow, rows, validation, likelihood)
+
+
+@contextmanager
+def _single_precision() -> Iterator[None]:
+    """Torch's usual default dtype: another draws other weights."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def _train(

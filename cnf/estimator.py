@@ -14,10 +14,12 @@ from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, DensityMixin
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor
 
 from cnf import density
 from cnf._checks import check_count
-from cnf.data.tabular import Table, check_for_training
+from cnf.data.cells import refuse_unless_numbers
+from cnf.data.tabular import Table, check_for_training, point_out_fill_values
 from cnf.density import DensitySettings, Rows, continue_density, fit_density, hold_out
 from cnf.training import History
 from cnf.transforms import Standardize
@@ -87,6 +89,7 @@ class CNFDensity(DensityMixin, BaseEstimator):
         self.random_state = random_state
         self.verbose = verbose
 
+    @torch.inference_mode(False)
     def fit(
         self, X: ArrayLike, y: Any = None, sample_weight: ArrayLike | None = None
     ) -> "CNFDensity":
@@ -99,14 +102,16 @@ class CNFDensity(DensityMixin, BaseEstimator):
 
         Raises:
             TypeError: If X is sparse, or a parameter of another type than expected.
-            ValueError: If X has NaN, infinity, a constant column or less than two rows, or a
-                parameter is out of range.
+            ValueError: If X has NaN, infinity, masked values, dates, text, a constant column or
+                less than two rows, or a parameter is out of range.
             TrainingError: If training cannot go on.
         """
         del y
         rows = self._rows(X, sample_weight, first=True)
         names = getattr(self, "feature_names_in_", range(self.n_features_in_))
-        check_for_training(Table(rows.x.numpy(), tuple(map(str, names))), "X")
+        table = Table(rows.x.numpy(), tuple(map(str, names)))
+        check_for_training(table, "X")
+        point_out_fill_values(table, "X")
         settings = self._settings()
         standardize = Standardize.from_data(rows.x, weight=rows.weight)
         self.flow_, self.history_ = fit_density(
@@ -179,11 +184,13 @@ class CNFDensity(DensityMixin, BaseEstimator):
     def _rows(self, X: ArrayLike, sample_weight: ArrayLike | None, *, first: bool) -> Rows:
         """Checked rows of positive weight."""
         least = 2 if first else 1
+        refuse_unless_numbers("X", X)
         values = validate_data(self, X, dtype=np.float64, reset=first, ensure_min_samples=least)
-        x = torch.tensor(values, dtype=torch.float64)  # a copy: X may be read-only
+        x = _as_tensor(values)
         if sample_weight is None:
             return Rows(x)
-        weight = torch.tensor(_checked_weights(sample_weight, values), dtype=torch.float64)
+        refuse_unless_numbers("sample_weight", sample_weight)
+        weight = _as_tensor(_checked_weights(sample_weight, values))
         counted = (weight > 0).nonzero().flatten()
         if len(counted) < least:
             raise ValueError(
@@ -191,6 +198,11 @@ class CNFDensity(DensityMixin, BaseEstimator):
                 "and zero for the others."
             )
         return Rows(x, weight=weight).take(counted)
+
+
+def _as_tensor(values: np.ndarray) -> Tensor:
+    """A copy in float64: the array may be read-only, and of any strides and byte order."""
+    return torch.from_numpy(np.array(values, dtype=np.float64, order="C"))
 
 
 def _checked_weights(

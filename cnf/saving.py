@@ -115,6 +115,7 @@ def save(flow: Flow, path: str | os.PathLike[str]) -> None:
     write_atomically(path, to_safetensors(tensors, metadata={"cnf": json.dumps(description)}))
 
 
+@torch.inference_mode(False)  # whose tensors could not be trained
 def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Flow:
     """Read a flow that `save` wrote.
 

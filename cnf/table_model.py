@@ -8,11 +8,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cnf import saving
 from cnf._files import left_over, new_folder, write_atomically
+from cnf.data.cells import refuse_unless_numbers
+from cnf.data.names import quoted
 from cnf.data.tabular import Table, read_table
 from cnf.density import Rows
 from cnf.flow import Flow
@@ -41,7 +44,7 @@ class Columns:
         if not self.names:
             raise ValueError("the density must be of at least one column; all are contexts.")
         if len(set(self.all)) < len(self.all):
-            raise ValueError(f"columns must differ; got {_listed(self.all)}.")
+            raise ValueError(f"columns must differ; got {quoted(self.all)}.")
 
     @classmethod
     def of(cls, table: Table, context_names: Sequence[str] = ()) -> "Columns":
@@ -60,14 +63,18 @@ class Columns:
         """Every column that a table must have."""
         return (*self.names, *self.context_names)
 
-    def read(self, path: str | os.PathLike[str]) -> Rows:
+    def read(self, path: str | os.PathLike[str], *, header: bool | None = None) -> Rows:
         """The rows of a file, whose columns are found by name and may have others between them.
+
+        Args:
+            path: The file.
+            header: Whether the first line of text holds names; see `read_table`.
 
         Raises:
             FileNotFoundError: If there is no such file.
             ValueError: If it lacks a column, or is no table of finite numbers.
         """
-        return self.rows(read_table(path, self.all))
+        return self.rows(read_table(path, self.all, header=header))
 
     def rows(self, table: Table) -> Rows:
         """The rows of a table.
@@ -86,8 +93,8 @@ class Columns:
         """
         if set(values) != set(self.context_names):
             raise ValueError(
-                f"context must have a number for each of {_listed(self.context_names)}; "
-                f"got {_listed(values)}."
+                f"context must have a number for each of {quoted(self.context_names)}; "
+                f"got {quoted(list(values))}."
             )
         numbers = [values[name] for name in self.context_names]
         return torch.tensor(numbers, dtype=torch.float64) if numbers else None
@@ -221,7 +228,7 @@ def _check_replaceable(folder: Path, name: str, *, replace: bool) -> None:
     if others:
         raise ValueError(
             f"{name!r} must be a new folder, or hold nothing but a model; it holds "
-            f"{_listed(others[:3])}. Choose another, or move them elsewhere."
+            f"{quoted(others[:3])}. Choose another, or move them elsewhere."
         )
     if any(folder.iterdir()) and not replace:
         raise ValueError(
@@ -232,14 +239,12 @@ def _check_replaceable(folder: Path, name: str, *, replace: bool) -> None:
 def _select(table: Table, names: Sequence[str]) -> Tensor:
     for name in names:
         _refuse_missing(table, name)
+    refuse_unless_numbers("table.values", table.values)
     chosen = [table.columns.index(name) for name in names]
-    return torch.tensor(table.values[:, chosen], dtype=torch.float64)
+    values = np.array(table.values[:, chosen], dtype=np.float64, order="C")  # of any byte order
+    return torch.from_numpy(values)
 
 
 def _refuse_missing(table: Table, name: str) -> None:
     if name not in table.columns:
-        raise ValueError(f"the table has no column {name!r}; it has {_listed(table.columns)}.")
-
-
-def _listed(names: Sequence[str] | Mapping[str, Any]) -> str:
-    return ", ".join(map(repr, names)) or "none"
+        raise ValueError(f"the table has no column {name!r}; it has {quoted(table.columns)}.")

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,6 +129,18 @@ def test_columns_of_whole_numbers_that_recur_are_pointed_out(folder, tmp_path, c
     options = ["--support", "b=integer", "--force"]
     run("fit", tmp_path / "data.csv", "--out", tmp_path / "m", *options, *SMALL)
     assert "note:" not in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("default")
+def test_values_that_stand_for_missing_ones_are_pointed_out(tmp_path, capsys):
+    table = np.random.default_rng(0).normal(size=(60, 2))
+    table[7, 1] = 1e20
+    write_table(tmp_path / "data.csv", table, ["a", "b"])
+    run("fit", tmp_path / "data.csv", "--out", tmp_path / "m", *SMALL)
+    said = capsys.readouterr().err
+    assert "cnf: warning: " in said
+    assert "data.csv has values far outside of all others" in said
+    assert "1e+20 in 1 of 60 rows of 'b'" in said
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".npy"])
@@ -307,13 +320,19 @@ MALFORMED = {
     "text": ("size,mass\n1,2\n3,red\n", "data.csv, line 3, column 'mass': must be a number"),
     "empty": ("", "data.csv, line 1: must hold a table; the file is empty"),
     "header only": ("size,mass\n", "data.csv, line 2: must hold numbers"),
-    "NaN": ("size,mass\n1,2\nnan,3\n", "data.csv, line 3, column 'size': must be a finite number"),
+    "NaN": (
+        "size,mass\n1,2\nnan,3\n",
+        "data.csv, line 3, column 'size': must be a number; got nan",
+    ),
     "huge": ("size,mass\n1,2\n1e300,3\n", "data.csv, line 3, column 'size': must be at most"),
     "UTF-16": (GOOD.encode("utf-16"), "data.csv, line 1, column 1: must be UTF-8 text"),
     "latin-1": ("size,mass\n1,2\n3,4µ\n".encode("latin-1"), "data.csv, line 3, column 2: must be"),
     "ragged": ("size,mass\n1,2\n3\n", "data.csv, line 3, column 1: must be the last of 2 cells"),
     "empty cell": ("size,mass\n1,2\n3,\n", "data.csv, line 3, column 'mass': must be a number"),
-    "same name": ("size,size\n1,2\n3,4\n", "data.csv, line 1, column 2: must have a name of its"),
+    "same name": (
+        "size,size,mass\n1,2,3\n4,5,6\n",
+        "data.csv, line 1, column 2: must have a name of its",
+    ),
 }
 UNFIT = {
     "constant column": ("size,mass\n1,2\n3,2\n", "must vary in every column", "'mass' (always 2)"),
@@ -395,6 +414,103 @@ def test_nothing_is_replaced_unasked(folder, tmp_path, capsys):
         assert content(tmp_path) == before
         assert run(command, *arguments, "--out", out, "--force") == 0
         assert content(tmp_path).keys() == before.keys()
+
+
+@pytest.mark.parametrize("other_name", ["itself", "spelling", "symlink", "hard link"])
+def test_what_is_read_is_never_written_over(folder, tmp_path, capsys, other_name):
+    model, data = tmp_path / "model", tmp_path / "data.csv"
+    shutil.copytree(folder / "plain", model)
+    data.write_bytes((folder / "data.csv").read_bytes())
+
+    def same(path, name):
+        out = tmp_path / name
+        if other_name == "itself":
+            return path
+        if other_name == "spelling":
+            return path.parent / ".." / path.parent.name / path.name
+        (out.symlink_to if other_name == "symlink" else out.hardlink_to)(path)
+        return out
+
+    out = same(data, "out.csv")
+    kept = [content(tmp_path), sorted(tmp_path.iterdir())]
+    for command, *arguments in (
+        ("score", model, data, "--out", out),
+        ("score", model, out, "--out", data),
+        ("score", model, data, "--out", model / "history.csv"),
+        ("sample", model, "--out", model / "history.csv"),
+        ("fit", model / "history.csv", "--columns", "loss", "--out", model),
+    ):
+        assert "must not be a file that is read" in error_of(capsys, command, *arguments, "--force")
+    assert [content(tmp_path), sorted(tmp_path.iterdir())] == kept
+    if "link" in other_name:
+        picture = same(data, "picture.png")
+        said = error_of(capsys, "plot", model, data, "--out", picture, "--force")
+        assert "must not be a file that is read" in said
+
+
+FORCE = {"score": ["--force"], "plot": ["--force"], "certify": []}
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_header_of_numbers_is_asked_about(folder, tmp_path, capsys):
+    data = tmp_path / "data.csv"
+    random = np.random.default_rng(0)
+    write_table(data, random.normal(size=(20, 3)), ["1100", "1102", "1104"])
+    arguments = ["fit", data, *SMALL]
+    said = error_of(capsys, *arguments, "--out", tmp_path / "m")
+    assert "data.csv, line 1: must be names or a row of numbers" in said
+    assert run(*arguments, "--header", "--out", tmp_path / "a") == 0
+    assert "20 rows of 1100, 1102, 1104\n" in capsys.readouterr().out
+    assert run(*arguments, "--no-header", "--out", tmp_path / "b") == 0
+    assert "21 rows of x1, x2, x3\n" in capsys.readouterr().out
+    for command, *rest in (("score",), ("certify", "--rows", "2"), ("plot", "--rows", "9")):
+        out = [] if command == "certify" else ["--out", tmp_path / f"{command}.png"]
+        out = ["--out", tmp_path / "s.csv"] if command == "score" else out
+        # The names of the model stand in the first line, which is therefore a header.
+        assert run(command, tmp_path / "a", data, *rest, *out) in (0, 1)
+        assert capsys.readouterr().err == ""
+        assert run(command, tmp_path / "b", data, "--no-header", *rest, *out, *FORCE[command]) in (
+            0,
+            1,
+        )
+        assert capsys.readouterr().err == ""
+        assert "--no-header" in error_of(
+            capsys, command, tmp_path / "b", data, *out, *FORCE[command]
+        )
+    write_table(data, random.normal(size=(20, 3)))
+    assert run(*arguments, "--out", tmp_path / "c") == 0
+    warning = (
+        "data.csv, line 1 holds numbers and was read as a row, so the columns are called x1, x2"
+    )
+    assert warning in capsys.readouterr().err
+
+
+def test_wide_tables_do_not_flood_the_terminal(folder, tmp_path, capsys):
+    names = [f"{'sensor ' * 20}{i}" for i in range(200)]
+    rows = np.random.default_rng(0).integers(0, 3, (12, 200))
+    write_table(tmp_path / "data.csv", rows, names)
+    assert run("fit", tmp_path / "data.csv", "--out", tmp_path / "m", *SMALL) == 0
+    assert len(capsys.readouterr().out) < 3000
+    model = ["sample", tmp_path / "m", "--context", "a=1"]
+    assert "got 'a'" in error_of(capsys, *model)
+    wrong = ["fit", tmp_path / "data.csv", "--out", tmp_path / "n"]
+    for arguments in (
+        [*wrong, "--support", "depth=positive"],
+        [*wrong, "--columns", "depth"],
+        ["score", tmp_path / "m", folder / "data.csv"],
+        ["plot", tmp_path / "m", "--columns", "depth", "--out", tmp_path / "p.png"],
+    ):
+        said = error_of(capsys, *arguments)
+        assert len(said) < 1500
+
+
+def test_names_and_contexts_are_drawn_as_they_are(tmp_path, capsys):
+    names = ["$x_1^2$", "$^$", r"$\alpha", "$^$_$"]
+    write_table(tmp_path / "data.csv", np.random.default_rng(0).normal(size=(30, 4)), names)
+    given = ["--context-columns", "$^$_$"]
+    assert run("fit", tmp_path / "data.csv", "--out", tmp_path / "m", *given, *SMALL) == 0
+    context = ["--context", "$^$_$=1", "--rows", "50"]
+    assert run("plot", tmp_path / "m", *context, "--out", tmp_path / "p.png") == 0
 
 
 def test_a_folder_with_other_files_is_never_replaced(folder, tmp_path, capsys):
@@ -584,6 +700,7 @@ def test_a_wrong_command_is_answered_by_those_there_are(capsys, command):
         (["sample", "m", "-n", "0"], "n must be at least 1; got 0"),
         (["sample", "m", "-n", "many"], "-n"),
         (["sample", "m", "--context", "a=nan"], "context must be a finite number; got 'nan'"),
+        (["score", "m", "d.csv", "--header", "--no-header"], "one of --header and --no-header"),
         (["certify", "m", "d.csv", "--rows", "1"], "rows must be at least 2; got 1"),
         (["plot", "m", "--out", "p.jpg"], "out must end in .png"),
     ],

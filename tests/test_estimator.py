@@ -1,6 +1,7 @@
 """Laws of the estimator: scikit-learn's own, and those of a density."""
 
 import copy
+import datetime
 import io
 import pickle
 import re
@@ -240,6 +241,80 @@ def test_threads_do_not_disturb_each_other(rows):
         together = list(threads.map(lambda model: model.fit(rows).score(rows), models))
     assert torch.equal(torch.get_rng_state(), before)
     assert together == pytest.approx(alone, rel=1e-6)
+
+
+def awkward_forms(x):
+    """The same numbers in all the ways in which NumPy may keep them."""
+    read_only = x.copy()
+    read_only.flags.writeable = False
+    wide = np.zeros((2 * len(x), 2 * x.shape[1]))
+    wide[::2, ::2] = x
+    return {
+        "reversed": x[::-1].copy()[::-1],
+        "read-only": read_only,
+        "big-endian": x.astype(">f8"),
+        "Fortran": np.asfortranarray(x)[:, ::-1].copy("F")[:, ::-1],
+        "strided": wide[::2, ::2],
+        "objects": x.astype(object),
+        "list": x.tolist(),
+        "masked nowhere": np.ma.masked_invalid(x),
+        "tensor": torch.from_numpy(x),
+        "columns": frame(x, ["a", "b"]),
+    }
+
+
+@pytest.mark.parametrize("form", awkward_forms(np.zeros((2, 2))))
+@pytest.mark.filterwarnings("ignore:X (has|does not have valid) feature names")
+def test_any_form_of_array_is_the_same_data(model, rows, form):
+    x = awkward_forms(rows)[form]
+    np.testing.assert_array_equal(model.score_samples(x), model.score_samples(rows))
+    weight = np.arange(60.0)
+    weight = {"reversed": weight[::-1].copy()[::-1], "big-endian": weight.astype(">f8")}.get(form)
+    if weight is not None:
+        fitted = CNFDensity(**SMALL).fit(x, sample_weight=weight).partial_fit(x)
+        expected = CNFDensity(**SMALL).fit(rows, sample_weight=np.arange(60.0)).partial_fit(rows)
+        assert fitted.score(x) == expected.score(rows)
+
+
+NO_NUMBERS = {
+    "masked": (np.ma.masked_less(np.array([[-999.0, 1], [2, 3]]), 0), "no masked values; got 1"),
+    "masked rows": (list(np.ma.masked_less([[-999.0], [2.0]], 0)), "no masked values; got 1"),
+    "records": (np.zeros(2, [("a", float)]), "got records"),
+    "dates": (np.array([["2024-01-01"], ["2024-01-03"]], "datetime64[D]"), "got dates or times"),
+    "durations": (np.array([[1], [2]], "timedelta64[s]"), "got dates or times"),
+    "objects of dates": ([[datetime.date(2024, 1, 1)], [datetime.date(2024, 1, 2)]], "got dates"),
+    "text": (np.array([["1.5"], ["2.5"]]), "got text"),
+    "objects of text": (np.array([["1.5"], [2.5]], object), "got text"),
+    "list of text": ([["1.5"], ["2.5"]], "got text"),
+    "bytes": (np.array([[b"1.5"], [b"2.5"]]), "got text"),
+    "long whole numbers": (np.array([[1], [2**53 + 1]]), "would become 9007199254740992"),
+    "list of long numbers": ([[0.5], [2**53 + 1]], "would become 9007199254740992"),
+    "longer ones": ([[0.5], [10**400]], "must be at most 3.4e+38"),
+}
+
+
+@pytest.mark.parametrize("name", NO_NUMBERS)
+def test_what_is_no_array_of_numbers_is_refused(name):
+    values, message = NO_NUMBERS[name]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        CNFDensity(**SMALL).fit(values)
+    if "long" not in name and np.ndim(values) == 2:
+        x = np.random.RandomState(0).rand(len(values), 1)
+        weight = [row[0] for row in values] if isinstance(values, list) else values[:, 0]
+        with pytest.raises(
+            ValueError,
+            match="sample_weight must .*" + re.escape(message),
+        ):
+            CNFDensity(**SMALL).fit(x, sample_weight=weight)
+
+
+@pytest.mark.parametrize(("value", "count"), [(1e20, 1), (-999.0, 1), (-999.0, 12), (4000.0, 1)])
+def test_values_that_stand_for_missing_ones_are_pointed_out(value, count):
+    x = np.random.RandomState(0).normal(3, 2, size=(500, 2))
+    x[100 : 100 + count, 1] = value
+    message = f"X has values far outside .*: {value:g} in {count} of 500 rows of 'b'. Drop"
+    with pytest.warns(UserWarning, match=message.replace("+", r"\+")):
+        CNFDensity(**{**SMALL, "matching_steps": 0}).fit(frame(x, ["a", "b"]))
 
 
 def test_names_of_columns_are_kept_and_compared(rows):

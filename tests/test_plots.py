@@ -546,6 +546,21 @@ def test_bad_vector_field_is_refused(vector_field, match):
         plot_vector_field(vector_field, torch.zeros(1), EXTENT)
 
 
+def test_a_grid_that_the_dtype_rounds_away_is_refused():
+    extent = (1.7e9, 1.7e9 + 60, 0, 1)
+    times = torch.zeros(1, dtype=torch.float32)
+    with pytest.raises(
+        ValueError, match=r"extent must be wide enough for the dtype torch\.float32"
+    ):
+        plot_vector_field(lambda t, x: x, times, extent)
+    plot_density(gaussian, extent)
+    torch.set_default_dtype(torch.float32)
+    with pytest.raises(
+        ValueError, match=r"extent must be wide enough for the dtype torch\.float32"
+    ):
+        plot_density(gaussian, extent)
+
+
 @pytest.mark.parametrize("times", [torch.zeros(0), torch.tensor([0.0, math.nan])])
 def test_bad_times_are_refused(times):
     with pytest.raises(ValueError, match="times must be finite"):

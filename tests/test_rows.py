@@ -154,9 +154,15 @@ def test_a_copy_of_the_rows_of_a_file_reads_the_file_itself(tmp_path, monkeypatc
     assert torch.equal(keep(rows)[7], rows[7])
 
 
-@pytest.mark.parametrize("dtype", [">f8", "g"])
-def test_numbers_that_torch_has_not_are_refused_at_once(tmp_path, dtype):
-    path = npy(tmp_path, np.ones((3, 2), dtype))
+@pytest.mark.parametrize("dtype", [">f8", "<f4", ">i8"])
+def test_numbers_are_read_in_any_byte_order(tmp_path, dtype):
+    values = np.arange(6).reshape(3, 2)
+    rows = NpyRows(npy(tmp_path, values.astype(dtype)))
+    assert torch.stack([rows[0], rows[2]]).tolist() == [[0, 1], [4, 5]]
+
+
+def test_numbers_that_torch_has_not_are_refused_at_once(tmp_path):
+    path = npy(tmp_path, np.ones((3, 2), "g"))
     with pytest.raises(ValueError, match="dtype that torch has"):
         NpyRows(path)
 

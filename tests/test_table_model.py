@@ -35,6 +35,15 @@ def test_columns_are_found_in_any_order():
     assert torch.equal(found.context, expected.context)
 
 
+def test_any_form_of_array_is_the_same_table():
+    values = np.arange(6.0).reshape(3, 2)
+    expected = Columns(names=("b", "a")).rows(Table(values, ("a", "b"))).x
+    for form in (values[::-1].copy()[::-1], values.astype(">f8"), np.asfortranarray(values)):
+        assert torch.equal(Columns(names=("b", "a")).rows(Table(form, ("a", "b"))).x, expected)
+    with pytest.raises(ValueError, match=r"table\.values must have no masked values; got 1"):
+        Columns(names=("a",)).rows(Table(np.ma.masked_equal(values, 4), ("a", "b")))
+
+
 def test_a_kept_model_is_the_same(tmp_path):
     columns = Columns.of(TABLE, ["year"])
     model = TableModel(flow=cnf(2, 1), columns=columns, notes={"größe": [1, None]})

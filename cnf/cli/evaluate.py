@@ -17,9 +17,11 @@ from cnf.cli.options import (
     DataFile,
     MeanAndError,
     ModelFolder,
+    TableCommand,
     assigned_numbers,
     check_new_file,
     check_table_name,
+    files_of,
     refuse_rows_outside,
     write_rows,
 )
@@ -29,7 +31,7 @@ from cnf.transforms import Unconstrain
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score(Command):
+class Score(TableCommand):
     """Write the log-density of each row of a table, in nats.
 
     Columns are found by name, in whatever order; others are left alone.
@@ -45,13 +47,14 @@ class Score(Command):
     """Replace the file if there is one."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_table_name(self.out)
 
     def run(self) -> int:
         """Score and write."""
-        check_new_file(self.out, force=self.force)
+        check_new_file(self.out, force=self.force, reads=[self.data, *files_of(self.model)])
         model = TableModel.load(self.model)
-        rows = model.columns.read(self.data)
+        rows = model.columns.read(self.data, header=self.has_header)
         scores = density.log_prob(model.flow, rows, progress=self.progress)
         write_rows(self.out, scores.unsqueeze(-1), ["log_prob"], replace=self.force)
         inside = scores[scores > -torch.inf]
@@ -89,7 +92,7 @@ class Sample(Command):
 
     def run(self) -> int:
         """Draw and write; contexts stand beside what was drawn, so that it can be scored."""
-        check_new_file(self.out, force=self.force)
+        check_new_file(self.out, force=self.force, reads=files_of(self.model))
         model = TableModel.load(self.model)
         given = assigned_numbers("context", self.context)
         drawn = density.sample(
@@ -106,7 +109,7 @@ class Sample(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Certify(Command):
+class Certify(TableCommand):
     """Measure how far the numbers of a model can be trusted, on rows of a table.
 
     Prints what was measured, the limit of each and what to do if it fails; the exit code is 1 if
@@ -123,13 +126,14 @@ class Certify(Command):
     """Seed of the rows and of the measurements."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_count("rows", self.rows, least=2)
         check_count("seed", self.seed, least=0)
 
     def run(self) -> int:
         """Measure and print."""
         model = TableModel.load(self.model)
-        rows = model.columns.read(self.data)
+        rows = model.columns.read(self.data, header=self.has_header)
         first = model.flow.chain[0]
         if isinstance(first, Unconstrain):
             refuse_rows_outside(self.data, rows.x, model.columns.names, first.columns)

@@ -11,14 +11,17 @@ from tyro.conf import OmitArgPrefixes
 from cnf import density
 from cnf.cli.options import (
     Assignments,
-    Command,
     DataFile,
     MeanAndError,
+    TableCommand,
     assigned,
+    files_of,
     number,
+    refuse_overwriting,
     refuse_rows_outside,
 )
-from cnf.data.tabular import check_for_training, read_table
+from cnf.data.names import listed, quoted, shortened
+from cnf.data.tabular import check_for_training, point_out_fill_values, read_table
 from cnf.density import DensitySettings, Rows, fit_density, hold_out
 from cnf.flow import Flow
 from cnf.metrics import gaussian_log_prob
@@ -26,9 +29,12 @@ from cnf.table_model import Columns, TableModel, check_destination
 from cnf.transforms import Unconstrain, transforms_for
 from cnf.transforms.columns import Support
 
+_NOTES = 4
+"""Columns that notes are printed about."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class Fit(Command):
+class Fit(TableCommand):
     """Fit a density to the rows of a table, and write it into a folder.
 
     The table is a file of numbers: .csv, .tsv, .npy, .npz or .parquet. Some of the rows are held
@@ -52,20 +58,24 @@ class Fit(Command):
     """Replace the model in the folder if there is one."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._supports()
 
     def run(self) -> int:
         """Fit, save and report."""
         check_destination(self.out, replace=self.force)
+        for replaced in files_of(self.out):
+            refuse_overwriting(replaced, [self.data])
         wanted = [*self.columns, *self.context_columns] if self.columns else None
-        table = read_table(self.data, wanted)
+        table = read_table(self.data, wanted, header=self.has_header)
         check_for_training(table, str(self.data))
+        point_out_fill_values(table, str(self.data))
         columns = Columns.of(table, self.context_columns)
         rows = columns.rows(table)
         supports = self._supports_of(columns, rows.x)
         training, held_out = hold_out(rows, self.settings)
-        given = f" given {', '.join(columns.context_names)}" if columns.context_names else ""
-        print(f"{len(rows.x)} rows of {', '.join(columns.names)}{given}", flush=True)
+        given = f" given {listed(columns.context_names)}" if columns.context_names else ""
+        print(f"{len(rows.x)} rows of {listed(columns.names)}{given}", flush=True)
         _point_out_whole_numbers(rows.x, columns.names, supports)
         flow, history = fit_density(
             transforms_for(rows.x, supports),
@@ -98,7 +108,7 @@ class Fit(Command):
             if column not in columns.names:
                 raise ValueError(
                     f"support must be of a column of the density; got {column!r}, which is not "
-                    f"among {', '.join(columns.names)}."
+                    f"among {quoted(columns.names)}."
                 )
         found = [supports.get(column, "real") for column in columns.names]
         refuse_rows_outside(self.data, x, columns.names, found)
@@ -107,15 +117,20 @@ class Fit(Command):
 
 def _point_out_whole_numbers(x: Tensor, names: Sequence[str], supports: Sequence[Support]) -> None:
     """Point out columns of numbers that recur: spikes on them make any likelihood."""
+    found = []
     for index, (name, support) in enumerate(zip(names, supports, strict=True)):
         column = x[:, index]
         different = len(column.unique())
         if support == "real" and (column == column.round()).all() and different <= len(x) / 2:
-            print(
-                f"note: column {name!r} holds {different} whole numbers alone. A density can have "
-                "spikes on them, and then its NLL says little: perhaps give "
-                f"--support {name}=integer."
-            )
+            found.append((name, different))
+    for name, different in found[:_NOTES]:
+        print(
+            f"note: column {shortened(name)!r} holds {different} whole numbers alone. A density "
+            "can have spikes on them, and then its NLL says little: perhaps give "
+            f"--support {name}=integer."
+        )
+    if len(found) > _NOTES:
+        print(f"note: so do {len(found) - _NOTES} more columns.")
 
 
 def _parsed(column: str, text: str) -> Support:

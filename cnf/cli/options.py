@@ -3,7 +3,7 @@
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -12,6 +12,7 @@ from torch import Tensor
 from tyro.conf import Positional, arg
 
 from cnf.data.csv_files import to_csv
+from cnf.data.names import shortened
 from cnf.data.tabular import write_table
 from cnf.transforms import Unconstrain
 from cnf.transforms.columns import Support
@@ -41,6 +42,26 @@ class Command(ABC):
     @abstractmethod
     def run(self) -> int:
         """Do what is asked for; return the exit code."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableCommand(Command):
+    """What every command has that reads a table."""
+
+    header: bool = False
+    """The first line of a table of text holds names, even if they are numbers."""
+    no_header: bool = False
+    """The first line of a table of text is a row. (If nothing is said, it is one if it holds a
+    number, and a warning says so.)"""
+
+    def __post_init__(self) -> None:
+        if self.header and self.no_header:
+            raise ValueError("give one of --header and --no-header, not both.")
+
+    @property
+    def has_header(self) -> bool | None:
+        """Whether the first line holds names; None if nobody said so."""
+        return self.header if self.header or self.no_header else None
 
 
 def assigned(option: str, entries: Sequence[str]) -> dict[str, str]:
@@ -93,20 +114,46 @@ def check_table_name(path: Path) -> None:
         raise ValueError(f"out must end in {', '.join(_TABLES)}, or be -; got {str(path)!r}.")
 
 
-def check_new_file(path: Path, *, force: bool) -> None:
-    """Refuse to write over a file unasked, or into a folder that is not there.
+def check_new_file(path: Path, *, force: bool, reads: Iterable[Path] = ()) -> None:
+    """Refuse to write over a file unasked, over what is read, or into a folder that is not there.
+
+    Args:
+        path: The file to write.
+        force: Whether an old file may be replaced.
+        reads: Files that the command reads, which are never replaced.
 
     Raises:
         OSError: If the file exists and `force` is False, or its folder does not exist.
+        ValueError: If it is one of those that are read, by whatever name.
     """
     if path == STDOUT:
         return
+    refuse_overwriting(path, reads)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {str(path.parent)!r} to write {path} to.")
     if path.is_dir():
         raise IsADirectoryError(f"{str(path)!r} is a folder; give the name of a file.")
     if path.exists() and not force:
         raise FileExistsError(f"there is a file {str(path)!r}; replace it by --force.")
+
+
+def refuse_overwriting(path: Path, reads: Iterable[Path]) -> None:
+    """Refuse to replace a file that is read, be it by another spelling or link.
+
+    Raises:
+        ValueError: If `path` is one of `reads`.
+    """
+    for read in reads:
+        if path.exists() and read.exists() and path.samefile(read):
+            raise ValueError(
+                f"out must not be a file that is read; {str(path)!r} is {str(read)!r}. Choose "
+                "another name."
+            )
+
+
+def files_of(model: Path) -> Iterator[Path]:
+    """The files of the folder of a model."""
+    return model.glob("*")
 
 
 def write_rows(path: Path, values: Tensor, columns: Sequence[str], *, replace: bool) -> None:
@@ -150,9 +197,9 @@ def refuse_rows_outside(
         outside = (~allowed.check(x[:, index : index + 1])).nonzero().flatten().tolist()
         if outside:
             raise ValueError(
-                f"{data}, row {outside[0] + 1}, column {column!r}: must be {_stated(support)}, as "
-                f"support says; got {float(x[outside[0], index]):g}. {len(outside)} of {len(x)} "
-                "rows are not."
+                f"{data}, row {outside[0] + 1}, column {shortened(column)!r}: must be "
+                f"{_stated(support)}, as support says; got "
+                f"{float(x[outside[0], index]):g}. {len(outside)} of {len(x)} rows are not."
             )
 
 

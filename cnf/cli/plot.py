@@ -10,7 +10,15 @@ from tyro.conf import Positional, arg
 
 from cnf import density
 from cnf._checks import check_count
-from cnf.cli.options import Assignments, Command, ModelFolder, assigned_numbers, check_new_file
+from cnf.cli.options import (
+    Assignments,
+    ModelFolder,
+    TableCommand,
+    assigned_numbers,
+    check_new_file,
+    files_of,
+)
+from cnf.data.names import quoted, shortened
 from cnf.density import Rows
 from cnf.flow import Flow
 from cnf.plots import plot_column, plot_pairs, plot_two_columns, save_figure
@@ -23,7 +31,7 @@ _COLUMNS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plot(Command):
+class Plot(TableCommand):
     """Draw a model: its density and samples, beside the data if given.
 
     A density of one or two columns is drawn itself; of more, every pair of columns of samples and
@@ -49,6 +57,7 @@ class Plot(Command):
     """Replace the picture if there is one."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.out.suffix.lower() != ".png":
             raise ValueError(f"out must end in .png; got {str(self.out)!r}.")
         check_count("rows", self.rows, least=2)
@@ -57,13 +66,14 @@ class Plot(Command):
 
     def run(self) -> int:
         """Draw and write."""
-        check_new_file(self.out, force=self.force)
+        reads = [*files_of(self.model), *([] if self.data is None else [self.data])]
+        check_new_file(self.out, force=self.force, reads=reads)
         model = TableModel.load(self.model)
         save_figure(self._figure(model), self.out, replace=self.force)
         return 0
 
     def _figure(self, model: TableModel) -> "matplotlib.figure.Figure":
-        data = None if self.data is None else self._some(model.columns.read(self.data))
+        data = None if self.data is None else self._some(self._read(self.data, model))
         by_row = bool(model.columns.context_names) and data is not None
         if by_row and self.context:
             raise ValueError("draw either the data or one --context, not both.")
@@ -79,18 +89,24 @@ class Plot(Command):
 
         def log_prob(points: Tensor) -> Tensor:
             contexts = None if context is None else context.expand(len(points), -1)
-            return density.log_prob(model.flow, Rows(points.double(), contexts))
+            return density.log_prob(model.flow, Rows(points, contexts))
 
-        title = " ".join(self.context) or None
+        title = " ".join(self.context).replace("$", r"\$") or None
+        labels = [shortened(name) for name in names]
         if has_density and len(names) == 1:
-            return plot_column(log_prob, names[0], samples=samples, data=x, title=title)
+            return plot_column(log_prob, labels[0], samples=samples, data=x, title=title)
         if has_density and len(names) == 2:
-            return plot_two_columns(log_prob, names, samples=samples, data=x, title=title)
-        shown = self._shown(names)
-        chosen = [names.index(name) for name in shown]
+            return plot_two_columns(log_prob, labels, samples=samples, data=x, title=title)
+        chosen = [names.index(name) for name in self._shown(names)]
         return plot_pairs(
-            samples[:, chosen], shown, data=None if x is None else x[:, chosen], title=title
+            samples[:, chosen],
+            [labels[index] for index in chosen],
+            data=None if x is None else x[:, chosen],
+            title=title,
         )
+
+    def _read(self, data: Path, model: TableModel) -> Rows:
+        return model.columns.read(data, header=self.has_header)
 
     def _some(self, rows: Rows) -> Rows:
         order = torch.randperm(len(rows.x), generator=torch.Generator().manual_seed(self.seed))
@@ -102,7 +118,5 @@ class Plot(Command):
     def _shown(self, names: tuple[str, ...]) -> tuple[str, ...]:
         for name in self.columns:
             if name not in names:
-                raise ValueError(
-                    f"columns must be of the density, {', '.join(names)}; got {name!r}."
-                )
+                raise ValueError(f"columns must be of the density, {quoted(names)}; got {name!r}.")
         return self.columns or names[:_COLUMNS]

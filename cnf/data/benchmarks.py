@@ -123,7 +123,9 @@ def _hepmass_signal(path: Path) -> NDArray[np.float64]:
     _check_exists(path)
     try:
         columns = range(1 + _HEPMASS_FEATURES)
-        table = np.loadtxt(str(path), delimiter=",", skiprows=1, usecols=columns, ndmin=2)
+        table = np.loadtxt(
+            str(path), delimiter=",", skiprows=1, usecols=columns, ndmin=2, comments=None
+        )
     except ValueError as error:
         raise ValueError(
             f"{path} must have a label and {_HEPMASS_FEATURES} features in each line ({error})."

@@ -55,7 +55,8 @@ class NpyRows(Dataset[Tensor]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Tensor]:
         """The rows at these places, read at once."""
-        rows = torch.from_numpy(self.array[list(indices)])  # such an index makes a copy
+        some = self.array[list(indices)]  # such an index makes a copy
+        rows = torch.from_numpy(some.astype(some.dtype.newbyteorder("="), copy=False))
         return list(rows if self.dtype is None else rows.to(self.dtype))
 
     def _open(self) -> None:
@@ -73,10 +74,9 @@ class NpyRows(Dataset[Tensor]):
                 f"{self.array.shape} of {self.array.dtype}."
             )
         try:
-            torch.from_numpy(np.empty(0, self.array.dtype))
+            torch.from_numpy(np.empty(0, self.array.dtype.newbyteorder("=")))
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"{str(path)!r} must hold numbers of a dtype that torch has; it holds "
-                f"{self.array.dtype}, perhaps in the byte order of another machine. Convert it by "
-                'numpy.save(path, array.astype("float64")).'
+                f'{self.array.dtype}. Convert it by numpy.save(path, array.astype("float64")).'
             ) from error

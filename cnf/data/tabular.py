@@ -6,6 +6,7 @@ column and what was found there.
 
 import io
 import os
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -16,14 +17,19 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cnf._files import write_atomically
-from cnf.data.csv_files import (
+from cnf.data.cells import (
     LARGEST,
-    find_columns,
-    numbered_names,
-    read_csv,
-    to_csv,
+    cell_of_row,
+    first_inexact,
+    refuse_unless_numbers,
     unacceptable,
 )
+from cnf.data.csv_files import read_csv, to_csv
+from cnf.data.names import find_columns, listed, numbered_names, shortened
+from cnf.data.parquet import read_parquet
+
+_RAW_FILL_VALUES = (-32768, 32767, 65535)
+"""Ends of whole numbers of 16 bits, which raw data use for missing values."""
 
 
 class Table(NamedTuple):
@@ -40,25 +46,29 @@ def read_table(
     columns: Sequence[str] | None = None,
     *,
     array: str | None = None,
+    header: bool | None = None,
 ) -> Table:
     r"""Read a table of finite numbers from a file.
 
     The suffix says what the file is: text (``.csv``, ``.tsv``, ``.txt``), ``.npy``, ``.npz`` or
     ``.parquet`` (which needs pyarrow). Text is UTF-8, with or without byte-order mark, its cells
-    parted by comma, semicolon or tab, perhaps quoted. Its first line is a header unless it holds a
-    number. Blank lines are skipped.
+    parted by comma, semicolon or tab, perhaps quoted. Each row is one line; blank lines are
+    skipped.
 
     Args:
         path: The file.
         columns: Names of those to read, in this order; None for all. The others may hold anything.
         array: Name of the array in an ``.npz`` file; None if it has one of two axes only. An array
             of text called ``columns`` beside it gives the names.
+        header: Whether the first line of text holds names. If None, it does unless it holds a
+            number; a warning says so where it was taken for a row.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is of another kind, damaged or empty, has no such column, lines of
-            different length, or holds anything but numbers that single precision can hold. The
-            message names line and column.
+            different length, or holds anything but numbers that single precision can hold, or
+            whole numbers with more digits than double precision holds, or a first line of which
+            nobody can tell whether it is a header. The message names line and column.
 
     Example:
         >>> import tempfile
@@ -72,6 +82,8 @@ def read_table(
         raise FileNotFoundError(f"there is no file {str(path)!r} to read a table from.")
     if isinstance(columns, str):
         raise TypeError(f"columns must be a list of names; got the text {columns!r}.")
+    if header is not None and not isinstance(header, bool):
+        raise TypeError(f"header must be True, False or None; got {header!r}.")
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise ValueError(
@@ -83,6 +95,10 @@ def read_table(
     if array is not None and reader is not _read_npz:
         raise ValueError(f"array must be None unless the file is an .npz; got {array!r}.")
     wanted = None if columns is None else tuple(columns)
+    if reader is read_csv:
+        return Table(*read_csv(path, wanted, header))
+    if header is not None:
+        raise ValueError(f"header must be None unless the file is text; got {header} for {path}.")
     return Table(*(reader(path, wanted) if array is None else _read_npz(path, wanted, array)))
 
 
@@ -105,9 +121,11 @@ def write_table(
 
     Raises:
         OSError: If the file cannot be written, or is there and `replace` is False.
-        ValueError: If the suffix is another, or the names do not fit the values.
+        ValueError: If the suffix is another, the names do not fit the values, or these are no
+            numbers, or masked.
     """
     path = Path(path)
+    refuse_unless_numbers("values", values)
     table = np.asarray(values)
     if table.ndim != 2:
         raise ValueError(f"values must have shape (rows, columns); got {table.shape}.")
@@ -137,13 +155,54 @@ def check_for_training(table: Table, name: str = "the table") -> None:
         raise ValueError(f"{name} must have at least 2 rows to fit; got {len(table.values)}.")
     constant = np.flatnonzero((table.values == table.values[0]).all(0))
     if len(constant):
-        listed = ", ".join(
-            f"{table.columns[i]!r} (always {table.values[0, i]:g})" for i in constant
-        )
+        found = [
+            f"{shortened(table.columns[i])!r} (always {table.values[0, i]:g})" for i in constant
+        ]
         raise ValueError(
             f"{name} must vary in every column, for a constant has no density; it does not in "
-            f"{listed}. Leave such columns out."
+            f"{listed(found)}. Leave such columns out."
         )
+
+
+def point_out_fill_values(table: Table, name: str = "the table") -> None:
+    """Warn of values far outside of a column that may stand for missing ones, as 1e20 or -999.
+
+    A column's least or greatest value is one if it is further from the others than 30 times their
+    range; 3 times, if it comes twice or is one of those that mark missing values by custom.
+
+    Args:
+        table: The table.
+        name: What to call it in the message, such as the path.
+    """
+    found = [
+        f"{value:g} in {count} of {len(column)} rows of {shortened(label)!r}"
+        for label, column in zip(table.columns, table.values.T, strict=True)
+        for value, count in _fill_values(column)
+    ]
+    if found:
+        warnings.warn(
+            f"{name} has values far outside of all others in their column, which may stand for "
+            f"missing ones: {listed(found)}. Drop these rows or mend them, for a density follows "
+            "all its rows.",
+            stacklevel=3,
+        )
+
+
+def _fill_values(column: NDArray[np.float64]) -> list[tuple[float, int]]:
+    """Values of a column that may stand for missing ones, and how often they come."""
+    low, high = float(column.min()), float(column.max())
+    others = column[(column > low) & (column < high)]
+    if not len(others):
+        return []
+    least, greatest = float(others.min()), float(others.max())
+    found = []
+    for value, distance in ((low, least - low), (high, high - greatest)):
+        count = int((column == value).sum())
+        by_custom = value in _RAW_FILL_VALUES or set(f"{abs(value):g}") == {"9"}
+        ranges = 3 if count > 1 or by_custom else 30
+        if distance > ranges * (greatest - least) > 0:
+            found.append((value, count))
+    return found
 
 
 def _read_npy(
@@ -161,12 +220,14 @@ def _read_npz(
         tables = [name for name, found in arrays.items() if found.ndim == 2]
         if len(tables) != 1:
             raise ValueError(
-                f"{path} must have one array of two axes, or array must name it; it has "
-                f"{', '.join(f'{name} {found.shape}' for name, found in arrays.items())}."
+                f"{path} must have one array of two axes; it has "
+                f"{listed([f'{name} {found.shape}' for name, found in arrays.items()])}. Save the "
+                "one that is meant in a file of its own: numpy.save(path, array). (In Python, "
+                "read_table(path, array=NAME) reads it here.)"
             )
         array = tables[0]
     if array not in arrays:
-        raise ValueError(f"{path} has no array {array!r}; it has {', '.join(arrays)}.")
+        raise ValueError(f"{path} has no array {array!r}; it has {listed(list(arrays))}.")
     values = _numbers(path, f"the array {array}", arrays[array])
     names = numbered_names(values.shape[1])
     stated = arrays.get("columns")
@@ -191,44 +252,10 @@ def _open_numpy(path: Path) -> Any:
 def _read_parquet(
     path: Path, columns: tuple[str, ...] | None
 ) -> tuple[NDArray[np.float64], tuple[str, ...]]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{path} needs pyarrow, which is not installed: pip install pyarrow, or convert it to "
-            "CSV."
-        ) from error
-    try:
-        table = parquet.ParquetFile(path).read()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(
-            f"{path} must be a Parquet file ({str(error).splitlines()[0].rstrip('.')})."
-        ) from error
-    names = tuple(table.column_names)
-    chosen = find_columns(str(path), names, columns)
-    values = [_parquet_column(path, table, index) for index in chosen]
-    matrix = np.column_stack(values) if values else np.empty((0, 0))
-    return _checked(path, matrix, tuple(names[index] for index in chosen))
+    return _checked(path, *read_parquet(path, columns))
 
 
-def _parquet_column(path: Path, table: Any, index: int) -> NDArray[np.float64]:
-    column, name = table.column(index), table.column_names[index]
-    if column.null_count:
-        row = column.is_null().to_pylist().index(True)
-        raise ValueError(
-            f"{_cell(path, row, name)}: must be a number; the cell is empty. Fill it or drop the "
-            "row."
-        )
-    values: NDArray[Any] = column.to_numpy()
-    if values.dtype.kind not in "fiub":
-        raise ValueError(
-            f"{path}, column {name!r}: must hold numbers; got {column.type}. Choose other columns."
-        )
-    return values.astype(np.float64)
-
-
-def _numbers(path: Path, what: str, values: Any) -> NDArray[np.float64]:
+def _numbers(path: Path, what: str, values: Any) -> NDArray[Any]:
     """An array as a table; a vector is one column."""
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiub":
         kind = getattr(values, "dtype", type(values).__name__)
@@ -237,20 +264,25 @@ def _numbers(path: Path, what: str, values: Any) -> NDArray[np.float64]:
         values = values[:, None]
     if values.ndim != 2:
         raise ValueError(f"{path} must have shape (rows, columns); {what} has {values.shape}.")
-    table: NDArray[np.float64] = values.astype(np.float64)
+    table: NDArray[Any] = values
     return table
 
 
 def _selected(
     path: Path,
-    values: NDArray[np.float64],
+    values: NDArray[Any],
     names: tuple[str, ...],
     columns: tuple[str, ...] | None,
 ) -> tuple[NDArray[np.float64], tuple[str, ...]]:
     chosen = find_columns(str(path), names, columns)
     if columns is not None:
         values = values[:, chosen]
-    return _checked(path, values, tuple(names[index] for index in chosen))
+    names = tuple(names[index] for index in chosen)
+    inexact = first_inexact(values)
+    if inexact:
+        (row, column), defect = inexact
+        raise ValueError(f"{cell_of_row(path, row, names[column])}: {defect}")
+    return _checked(path, values.astype(np.float64), names)
 
 
 def _checked(
@@ -263,12 +295,8 @@ def _checked(
         row, column = map(int, np.argwhere(bad)[0])
         value = values[row, column]
         reason = unacceptable(str(value), value)
-        raise ValueError(f"{_cell(path, row, names[column])}: {reason}")
+        raise ValueError(f"{cell_of_row(path, row, names[column])}: {reason}")
     return values, names
-
-
-def _cell(path: Path, row: int, name: str) -> str:
-    return f"{path}, row {row + 1} (from 1), column {name!r}"
 
 
 _Reader = Callable[[Path, tuple[str, ...] | None], tuple[NDArray[np.float64], tuple[str, ...]]]

@@ -169,7 +169,7 @@ def _integral(case: Case) -> Outcome:
     samples = flow.sample(1000, context, generator=case.generator)
     low, high = samples.amin(0), samples.amax(0)
     margin = 0.5 * (high - low)
-    steps = torch.linspace(0, 1, _GRID).to(samples)
+    steps = torch.linspace(0, 1, _GRID, dtype=torch.float64).to(samples)
     axes = [(low - margin)[i] + steps * (high - low + 2 * margin)[i] for i in range(2)]
     log_prob = flow.log_prob(torch.cartesian_prod(*axes), context).view(_GRID, _GRID)
     total = torch.trapezoid(torch.trapezoid(log_prob.exp(), axes[1]), axes[0])

@@ -51,10 +51,25 @@ def plot_density(
         title: Text above the panel.
 
     Raises:
-        ValueError: If `extent` or `resolution` makes no grid, or `log_prob` returns a wrong shape,
-            NaN, values too large for a picture or, with `log`, -inf everywhere.
+        ValueError: If `extent` or `resolution` makes no grid that the dtype can tell apart, or
+            `log_prob` returns a wrong shape, NaN, values too large for a picture or, with `log`,
+            -inf everywhere.
     """
-    points = _grid_points(extent, resolution).to(torch.empty(()))
+    points = _rounded(grid_points(extent, resolution), torch.empty(()))
+    return draw_density(log_prob, points, extent, log=log, ax=ax, title=title)
+
+
+def draw_density(
+    log_prob: Callable[[Float[Tensor, "n 2"]], Float[Tensor, " n"]],
+    points: Float[Tensor, "n 2"],
+    extent: Extent,
+    *,
+    log: bool = False,
+    ax: "matplotlib.axes.Axes | None" = None,
+    title: str | None = None,
+) -> "matplotlib.figure.Figure":
+    """The image of `plot_density`, of the points that `grid_points` gives in any dtype."""
+    resolution = math.isqrt(len(points))
     chunks = torch.split(points, 16_384)
     values = torch.cat([_evaluate("log_prob", log_prob, (len(x),), x) for x in chunks])
     image = values.clamp(min=values.max().item() - 12) if log else values.exp()
@@ -152,7 +167,7 @@ def plot_vector_field(
     """
     if times.ndim != 1 or len(times) == 0 or not times.isfinite().all():
         raise ValueError(f"times must be finite and of shape (times,), not empty; got {times}.")
-    x = _grid_points(extent, resolution).to(times)
+    x = _rounded(grid_points(extent, resolution), times)
     arrows = torch.stack([_evaluate("vector_field", vector_field, x.shape, t, x) for t in times])
     if not arrows.isfinite().all():
         raise ValueError("vector_field must return finite velocities; got NaN or infinity.")
@@ -197,7 +212,20 @@ def _square_around(points: Tensor) -> Extent:
     return (x - half, x + half, y - half, y + half)
 
 
-def _grid_points(extent: Extent, resolution: int) -> Tensor:
+def _rounded(points: Tensor, like: Tensor) -> Tensor:
+    """Points of a grid in the dtype and on the device of a tensor."""
+    rounded = points.to(like)
+    for exact, kept in zip(points.T, rounded.T, strict=True):
+        if len(kept.unique()) < len(exact.unique()):
+            raise ValueError(
+                f"extent must be wide enough for the dtype {like.dtype}, in which points of the "
+                f"grid from {exact.min():g} to {exact.max():g} fall together. Shift the plane to "
+                "its middle, or take float64."
+            )
+    return rounded
+
+
+def grid_points(extent: Extent, resolution: int) -> Tensor:
     """Centres of the cells of `extent`, row by row from below, each row from the left."""
     left, right, bottom, top = _checked_extent(extent)
     if resolution < 1:

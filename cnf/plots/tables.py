@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cnf._checks import name_rows
 from cnf.plots.figures import BLUE, GREY, ORANGE, TEXT_SIZE, TITLE_SIZE, figure_grid, new_panel
-from cnf.plots.planes import plot_density, plot_samples
+from cnf.plots.planes import draw_density, grid_points, plot_samples
 
 if TYPE_CHECKING:
     import matplotlib.axes
@@ -38,12 +39,22 @@ def plot_column(
         samples: Samples of the density, which say where it is.
         data: Values of the column.
         title: Text above the panel.
+
+    Raises:
+        ValueError: If `samples` or `data` are not (n, 1), empty or not finite, or a density is
+            NaN or infinite.
     """
+    samples, data = _checked("samples", samples, 1), _checked_data(data, 1)
     values, label = (samples, "samples") if data is None else (data, "data")
     low, high = _range(torch.cat([samples, values])[:, 0])
     x = torch.linspace(low, high, 500, dtype=torch.float64)
     with torch.no_grad():
         density = log_prob(x.unsqueeze(-1)).exp()
+    if not density.isfinite().all():
+        raise ValueError(
+            "log_prob must return values that make a finite picture; got "
+            f"{(~density.isfinite()).sum()} others of {len(density)}."
+        )
     ax = new_panel(width=5.2)
     look: dict[str, Any] = {"bins": 60, "range": (low, high), "density": True}
     ax.hist(values[:, 0].numpy(), color=GREY, alpha=0.4, label=label, **look)
@@ -66,16 +77,21 @@ def plot_two_columns(
     """The density of two columns as an image, beside its samples and, if given, the data.
 
     Args:
-        log_prob: Log-densities (n,) in nats of points (n, 2), in torch's default dtype.
+        log_prob: Log-densities (n,) in nats of points (n, 2), in float64.
         names: Names of the columns.
         samples: Samples of the density.
         data: Rows of the table.
         title: Text above all panels.
+
+    Raises:
+        ValueError: If `samples` or `data` are not (n, 2), empty or not finite, or `log_prob`
+            returns no densities that can be drawn.
     """
+    samples, data = _checked("samples", samples, 2), _checked_data(data, 2)
     shown = samples if data is None else torch.cat([samples, data])
     extent = (*_range(shown[:, 0]), *_range(shown[:, 1]))
     figure, ((first, *others),) = figure_grid(1, 2 if data is None else 3)
-    plot_density(log_prob, extent, resolution=100, ax=first, title="density")
+    draw_density(log_prob, grid_points(extent, 100), extent, ax=first, title="density")
     points = {"samples": samples} if data is None else {"samples": samples, "data": data}
     for ax, (label, x) in zip(others, points.items(), strict=True):
         plot_samples(x, extent=extent, ax=ax, title=label)
@@ -105,9 +121,12 @@ def plot_pairs(
         title: Text above all panels.
 
     Raises:
-        ValueError: If there is not one name for each column.
+        ValueError: If there is not one name for each column, or `samples` or `data` are empty or
+            not finite.
     """
+    samples = _checked("samples", samples, samples.shape[-1])
     count = samples.shape[-1]
+    data = _checked_data(data, count)
     if len(names) != count:
         raise ValueError(f"names must be {count}, one for each column; got {len(names)}.")
     layers = [("samples", samples, ORANGE)]
@@ -133,6 +152,22 @@ def plot_pairs(
     return figure
 
 
+def _checked(name: str, x: Tensor, columns: int) -> Tensor:
+    """Rows to draw, in float64 and on the CPU."""
+    if x.ndim != 2 or x.shape[-1] != columns or x.numel() == 0:
+        raise ValueError(f"{name} must have shape (n, {columns}), not empty; got {tuple(x.shape)}.")
+    bad = ~x.detach().isfinite().all(-1)
+    if bad.any():
+        raise ValueError(
+            f"{name} must be finite; got NaN or infinity in {name_rows(bad)}. Drop these rows."
+        )
+    return x.detach().cpu().double()
+
+
+def _checked_data(data: Tensor | None, columns: int) -> Tensor | None:
+    return None if data is None else _checked("data", data, columns)
+
+
 def _draw_pair(
     ax: "matplotlib.axes.Axes",
     x: Tensor,
@@ -154,7 +189,7 @@ def _draw_pair(
 def _range(values: Tensor) -> tuple[float, float]:
     """Bounds around all values but a few at either end."""
     few = math.ceil(_LEFT_OUT * len(values))
-    ordered = values.double().sort().values
+    ordered = values.sort().values
     low, high = float(ordered[few - 1]), float(ordered[-few])
     margin = 0.06 * (high - low) or 0.5
     return low - margin, high + margin
@@ -167,6 +202,7 @@ def _few_ticks() -> "matplotlib.ticker.MaxNLocator":
 
 
 def _finish(ax: "matplotlib.axes.Axes", across: str, up: str) -> None:
-    ax.set_xlabel(across, fontsize=TEXT_SIZE)
-    ax.set_ylabel(up, fontsize=TEXT_SIZE)
+    # Names of columns are no formulas, whatever signs they hold.
+    ax.set_xlabel(across, fontsize=TEXT_SIZE, parse_math=False, usetex=False)
+    ax.set_ylabel(up, fontsize=TEXT_SIZE, parse_math=False, usetex=False)
     ax.tick_params(labelsize=TEXT_SIZE)

@@ -1,0 +1,158 @@
+"""Which cells of a table are numbers that a flow can take, and what to say of others."""
+
+import math
+import re
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cnf.data.names import shortened
+
+LARGEST = float(np.finfo(np.float32).max)
+"""Largest number that single precision holds, in which flows are trained."""
+EXACT = 2.0**53 - 1
+"""Up to this, double precision holds every whole number, and tells it from the next."""
+
+_MISSING = frozenset(
+    (
+        *("", "na", "n/a", "#n/a", "<na>", "nan", "null", "none", "nil", "missing", r"\n"),
+        *("?", "-", "--", ".", ".."),
+    )
+)
+"""Spellings of a missing value, in small letters."""
+
+
+def number(cell: str) -> float | None:
+    """The number that a cell holds, as NumPy reads it; None if it holds none."""
+    if not cell.isascii() or "_" in cell:  # which Python's own numbers may have
+        return None
+    try:
+        return float(cell)
+    except ValueError:
+        return None
+
+
+def is_missing(cell: str) -> bool:
+    """Whether a cell holds a spelling of a missing value."""
+    return cell.strip().lower() in _MISSING
+
+
+def cell_defect(cell: str) -> str | None:
+    """What is wrong with a cell of text, if anything."""
+    if is_missing(cell):
+        shown = f"got {cell.strip()}, which stands for a missing value"
+        found = shown if cell.strip() else "the cell is empty, a missing value"
+        return f"must be a number; {found}. Fill it or drop the line."
+    value = number(cell)
+    if value is None:
+        return (
+            f"must be a number; got {shortened(cell)!r}. Cells are parted by comma, semicolon or "
+            "tab, and decimals by a point; choose other columns if this one holds text."
+        )
+    if abs(value) > LARGEST:
+        return unacceptable(shortened(cell.strip()), value)
+    if abs(value) > EXACT and re.fullmatch(r"\s*[+-]?\d+(\.0*)?\s*", cell):
+        return inexact(int(re.sub(r"^\s*([+-]?)0*(\d+).*", r"\1\2", cell)))
+    return None
+
+
+def cell_of_row(path: Path, row: int, name: str) -> str:
+    """Names a cell of a file that has no lines, by its row and column."""
+    return f"{path}, row {row + 1} (from 1), column {shortened(name)!r}"
+
+
+def unacceptable(cell: str, value: float) -> str:
+    """Says why a cell that is a number is not one that a flow can take."""
+    if math.isfinite(value):
+        return (
+            f"must be at most {LARGEST:.2g} in size, as single precision holds; got {cell}. "
+            "Rescale the column."
+        )
+    kind = ", a missing value" if math.isnan(value) else ""
+    return f"must be a finite number; got {cell}{kind}. Mend the cell or drop the line."
+
+
+def inexact(whole: int) -> str | None:
+    """Says that a whole number has more digits than double precision holds, if it has."""
+    if abs(whole) > LARGEST:
+        return unacceptable(shortened(str(whole)), LARGEST)
+    held = int(float(whole))
+    if held == whole:
+        return None
+    return (
+        f"must be a whole number that double precision holds; got {whole}, which would become "
+        f"{held}. Subtract a constant from the column first, or leave it out if it only names "
+        "the rows."
+    )
+
+
+def refuse_unless_numbers(name: str, values: Any) -> None:
+    """Refuse an array that NumPy would turn into numbers that nobody meant.
+
+    Args:
+        name: Name of the argument, for the message.
+        values: Anything that `numpy.asarray` takes.
+
+    Raises:
+        ValueError: If values are masked, dates or texts, or whole numbers that double precision
+            does not hold.
+    """
+    parts = values if isinstance(values, list | tuple) else [values]
+    masked = sum(int(np.ma.getmaskarray(part).sum()) for part in parts if np.ma.isMA(part))
+    if masked:
+        raise ValueError(
+            f"{name} must have no masked values; got {masked}. Leave these rows out, or fill them: "
+            f"{name}.filled(value)."
+        )
+    # As objects, for NumPy makes doubles of lists and frames of whole numbers and others.
+    array = values if isinstance(values, np.ndarray) else np.asarray(values, dtype=object)
+    _refuse_kind(name, array.dtype.kind)
+    for value in array.flat if array.dtype.kind == "O" else ():
+        _refuse_kind(name, _kind(value))
+        defect = inexact(int(value)) if isinstance(value, int | np.integer) else None
+        if defect:
+            raise ValueError(f"{name} {defect}")
+    found = first_inexact(array)
+    if found:
+        place, defect = found
+        raise ValueError(f"{name} {defect} It stands at {place}.")
+
+
+def _kind(value: object) -> str:
+    """What `numpy.dtype.kind` would be of a value in an array of objects."""
+    if isinstance(value, str | bytes):
+        return "U"
+    dates = date, timedelta, np.datetime64, np.timedelta64
+    return "M" if isinstance(value, dates) else "O"
+
+
+def _refuse_kind(name: str, kind: str) -> None:
+    if kind in "mM":
+        raise ValueError(
+            f"{name} must hold numbers; got dates or times. Make them numbers first, such as days: "
+            f'({name} - {name}.min()) / numpy.timedelta64(1, "D").'
+        )
+    if kind == "V":
+        raise ValueError(
+            f"{name} must hold numbers; got records. Make them rows first: "
+            f"numpy.lib.recfunctions.structured_to_unstructured({name})."
+        )
+    if kind in "UST":
+        raise ValueError(
+            f"{name} must hold numbers; got text. If it spells numbers, convert it first: "
+            f"{name}.astype(float)."
+        )
+
+
+def first_inexact(values: NDArray[Any]) -> tuple[tuple[int, ...], str] | None:
+    """Where an array of numbers loses digits in double precision, and what to say of it."""
+    if values.dtype.kind not in "iu" or values.dtype.itemsize < 8:
+        return None
+    for place in np.argwhere((values > 2**53) | (values < -(2**53))):
+        defect = inexact(int(values[tuple(place)]))
+        if defect:
+            return tuple(map(int, place)), defect
+    return None

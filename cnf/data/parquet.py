@@ -1,0 +1,83 @@
+"""Tables of numbers in Parquet files; the only module that talks to pyarrow."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cnf.data.cells import cell_of_row, first_inexact
+from cnf.data.names import find_columns, shortened
+
+
+def read_parquet(
+    path: Path, columns: tuple[str, ...] | None
+) -> tuple[NDArray[np.float64], tuple[str, ...]]:
+    """Values and names of columns of a Parquet file; see `cnf.data.tabular.read_table`.
+
+    Raises:
+        ValueError: If it is damaged, or a column holds anything but numbers.
+    """
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{path} needs pyarrow, which is not installed: pip install pyarrow, or convert it to "
+            "CSV."
+        ) from error
+    try:
+        table = parquet.ParquetFile(path).read()
+        index = (table.schema.pandas_metadata or {}).get("index_columns", [])
+    except (OSError, ValueError, pyarrow.ArrowException) as error:  # ValueError: of damaged notes
+        raise ValueError(
+            f"{path} must be a Parquet file ({str(error).splitlines()[0].rstrip('.')})."
+        ) from error
+    names = tuple(table.column_names)
+    if columns is None:
+        _refuse_index(path, names, index)
+    chosen = find_columns(str(path), names, columns)
+    values = [_column(path, table, index) for index in chosen]
+    matrix = np.column_stack(values) if values else np.empty((0, 0))
+    return matrix, tuple(names[index] for index in chosen)
+
+
+def _refuse_index(path: Path, names: tuple[str, ...], index: Sequence[Any]) -> None:
+    """Refuse columns that only hold the index of a pandas frame, unless they are asked for.
+
+    Args:
+        path: The file, for the message.
+        names: Names of all columns.
+        index: What pandas noted about its index: names of columns, or a mapping for each index that
+            only counts and is no column.
+    """
+    for name in names:
+        if name in index or re.fullmatch(r"__index_level_\d+__", name):
+            raise ValueError(
+                f"{path}, column {shortened(name)!r}: must hold data; it is the index of a pandas "
+                "frame. Write the file without it (in pandas, index=False), or choose the columns, "
+                "with or without this one."
+            )
+
+
+def _column(path: Path, table: Any, index: int) -> NDArray[np.float64]:
+    column, name = table.column(index), table.column_names[index]
+    if column.null_count:
+        row = column.is_null().to_pylist().index(True)
+        raise ValueError(
+            f"{cell_of_row(path, row, name)}: must be a number; the cell is empty, a missing "
+            "value. Fill it or drop the row."
+        )
+    values: NDArray[Any] = column.to_numpy()
+    if values.dtype.kind not in "fiub":
+        raise ValueError(
+            f"{path}, column {shortened(name)!r}: must hold numbers; got {column.type}. Choose "
+            "other columns."
+        )
+    inexact = first_inexact(values)
+    if inexact:
+        (row,), defect = inexact
+        raise ValueError(f"{cell_of_row(path, row, name)}: {defect}")
+    return values.astype(np.float64)
