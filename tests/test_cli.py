@@ -735,6 +735,7 @@ def test_help_and_version_are_printed(capsys):
     assert capsys.readouterr().out[0].isdigit()
 
 
+@pytest.mark.filterwarnings("ignore::cnf.data.degeneracy.DegenerateDataWarning")
 def test_the_commands_of_the_docs_run(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     random = np.random.RandomState(0)

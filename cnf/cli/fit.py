@@ -1,5 +1,6 @@
 """``cnf fit``."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from cnf.cli.options import (
     refuse_overwriting,
     refuse_rows_outside,
 )
+from cnf.data.degeneracy import DegenerateDataWarning, check_columns
 from cnf.data.names import listed, quoted, shortened
 from cnf.data.tabular import check_for_training, point_out_fill_values, read_table
 from cnf.density import DensitySettings, Rows, fit_density, hold_out
@@ -77,13 +79,17 @@ class Fit(TableCommand):
         given = f" given {listed(columns.context_names)}" if columns.context_names else ""
         print(f"{len(rows.x)} rows of {listed(columns.names)}{given}", flush=True)
         _point_out_whole_numbers(rows.x, columns.names, supports)
-        flow, history = fit_density(
-            transforms_for(rows.x, supports),
-            training,
-            held_out,
-            self.settings,
-            progress=self.progress,
-        )
+        real = [i for i, support in enumerate(supports) if support != "integer"]
+        check_columns(str(self.data), rows.x[:, real], [columns.names[i] for i in real])
+        with warnings.catch_warnings():  # said above, by the names of the columns
+            warnings.simplefilter("ignore", DegenerateDataWarning)
+            flow, history = fit_density(
+                transforms_for(rows.x, supports),
+                training,
+                held_out,
+                self.settings,
+                progress=self.progress,
+            )
         notes = {
             "data": str(self.data),
             "rows": len(rows.x),

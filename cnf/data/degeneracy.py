@@ -8,13 +8,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cnf._moments import column_moments
+from cnf.data.names import listed
 
 _SHARE = 0.05
 _FEWEST = 10
 _DEPENDENT = 1e-10
 """Variance of a combination of standardised columns that rounding in float32 can leave of none."""
 _LOADING = 0.1
-_NAMED = 5
 
 
 class DegenerateDataWarning(UserWarning):
@@ -42,7 +42,7 @@ def check_columns(name: str, x: Float[Tensor, "rows columns"], names: Sequence[s
     if constant:
         raise ValueError(
             f"{name} must vary in every column, for a constant has no density; it is constant in "
-            f"{_listed([names[i] for i in constant])}. Leave these columns out."
+            f"{listed([names[i] for i in constant])}. Leave these columns out."
         )
     remarks = [*_of_repeated_values(rows, names), *_of_dependence(rows, names)]
     if remarks:
@@ -64,7 +64,7 @@ def _of_repeated_values(rows: Tensor, names: Sequence[str]) -> list[str]:
     if not shared:
         return []
     return [
-        f"more than 5 % of the rows share a value of {_listed(shared)}; treat whole numbers as "
+        f"more than 5 % of the rows share a value of {listed(shared)}; treat whole numbers as "
         "integers (Unconstrain, Dequantize), or add noise as wide as the rounding"
     ]
 
@@ -80,11 +80,6 @@ def _of_dependence(rows: Tensor, names: Sequence[str]) -> list[str]:
     if not involved:
         return []
     return [
-        f"a linear function of the columns {_listed([names[i] for i in involved])} is constant; "
+        f"a linear function of the columns {listed([names[i] for i in involved])} is constant; "
         "leave out what follows from the others"
     ]
-
-
-def _listed(names: Sequence[str]) -> str:
-    rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + rest
