@@ -96,6 +96,20 @@ def test_the_nll_is_that_of_the_rows(folder, tmp_path, capsys):
     assert f"Gaussian  {-gaussian - 1 / 60:.4f}" in said
 
 
+def test_the_flow_in_the_folder_takes_contexts_as_they_are_in_the_table(folder, tmp_path):
+    run("score", folder / "given", folder / "data.csv", "--out", tmp_path / "s.csv")
+    flow = load(folder / "given" / "model.safetensors")
+    x, context = (
+        torch.from_numpy(read_table(folder / "data.csv", names).values)
+        for names in (["mass", "size"], ["share", "count"])
+    )
+    with torch.no_grad():
+        found = flow.log_prob(x, context)
+    np.testing.assert_allclose(
+        found, read_table(tmp_path / "s.csv").values[:, 0], rtol=0, atol=1e-9
+    )
+
+
 def test_the_gaussian_beside_a_conditional_density_is_conditional(folder, capsys, tmp_path):
     options = ["--columns", "mass", "--context-columns", "share", "--validation-fraction", "0"]
     run("fit", folder / "data.csv", "--out", tmp_path / "m", *options, *SMALL)

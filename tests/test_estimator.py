@@ -97,6 +97,23 @@ def test_the_fitted_flow_is_what_scores(model, rows):
     assert model.n_features_in_ == 2
 
 
+@pytest.mark.parametrize("factor", [3e-45, 1e-46, 1e38])
+def test_weights_of_any_scale_give_the_same_density(rows, factor):
+    weight = np.random.RandomState(2).rand(60)
+    scores = [
+        CNFDensity(**SMALL).fit(rows, sample_weight=each * weight).score_samples(rows)
+        for each in (1.0, factor)
+    ]
+    np.testing.assert_allclose(scores[1], scores[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:X has values far outside")
+def test_rows_that_hardly_count_do_not_set_the_scale(rows):
+    far, weight = np.full((5, 2), 1e5), np.r_[np.ones(60), np.full(5, 1e-9)]
+    model = CNFDensity(**SMALL).fit(np.vstack([rows, far]), sample_weight=weight)
+    np.testing.assert_allclose(model.flow_.chain[0].log_std.exp(), rows.std(0), rtol=0.05)
+
+
 def test_the_random_state_decides(rows):
     scores = {}
     for name, state in {
