@@ -90,8 +90,8 @@ class VectorField(nn.Module, ABC):
             context = None if context is None else usable_by_autograd(context)
             differentiable = torch.is_grad_enabled()
             with torch.enable_grad():
-                # A view, since x may be one itself that was made without a graph (as torch hands
-                # it to the forward pass of an `autograd.Function`): no gradient finds the way there.
+                # A view: x may be one itself that was made without a graph, as torch hands it to
+                # the forward pass of an `autograd.Function`, and no gradient reaches such a one.
                 tracked = differentiable and x.requires_grad
                 point = x.view_as(x) if tracked else x.detach().requires_grad_()
                 # Not a compiled forward, which cannot be differentiated twice.
