@@ -106,9 +106,7 @@ class Columns:
         return self._standardized(torch.tensor(numbers, dtype=torch.float64)) if numbers else None
 
     def _standardized(self, context: Tensor) -> Tensor:
-        mean, std = torch.tensor([self.context_mean, self.context_std], dtype=torch.float64).to(
-            context
-        )
+        mean, std = context.new_tensor(self.context_mean), context.new_tensor(self.context_std)
         return (context - mean) / std
 
 

@@ -2,9 +2,11 @@
 
 import contextlib
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from torch import nn
+from training_runs import config
 from zoo import (
     ESTIMATES,
     EVERY_FLOW,
@@ -19,7 +21,27 @@ from zoo import (
     seeded,
 )
 
-from cnf import ContinuousTransform, Exact, Flow, Hutchinson, ModuleField, ODESolver
+from cnf import (
+    ActNorm,
+    ContinuousTransform,
+    Exact,
+    Flow,
+    FlowMatching,
+    Hutchinson,
+    MaximumLikelihood,
+    MLPField,
+    ModuleField,
+    ODESolver,
+    OptimalTransport,
+    Standardize,
+    certify,
+    check_gradients,
+    fit,
+    log_prob_in_chunks,
+)
+from cnf.data.densities import GaussianMixture
+from cnf.metrics import bits_per_dim, effective_sample_size, gaussian_log_prob, log_mean_exp
+from cnf.plots import plot_pairs, plot_samples, plot_trajectories
 from cnf.regularizers import (
     directional_derivative,
     hjb_residual,
@@ -235,3 +257,50 @@ def test_the_divergence_of_a_field_by_autograd_is_that_of_its_jacobian_in_the_fi
     flow = Flow([ContinuousTransform(ModuleField(Linear(), 2), solver=coarse("adjoint"))])
     _, ladj = flow.to_base_and_ladj(torch.randn(4, 2, requires_grad=True))
     torch.testing.assert_close(ladj, torch.full((4,), -0.7))
+
+
+TIMES = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
+DOORS = {
+    "fit": lambda flow, x, z: fit(flow, x, config(2, batch_size=3), validation=x).loss,
+    "initialize": lambda flow, x, z: flow.initialize(x) or [*flow.parameters()],
+    "standardize": lambda flow, x, z: Standardize.from_data(x).to_base(x),
+    "likelihood": lambda flow, x, z: MaximumLikelihood(flow)(x),
+    "flow matching": lambda flow, x, z: FlowMatching(
+        Flow(flow.chain[-1:]), pairing=OptimalTransport()
+    )(x, generator=seeded()),
+    "chunks": lambda flow, x, z: log_prob_in_chunks(flow, x, chunk_size=4),
+    "trajectory": lambda flow, x, z: flow.trajectory(x, with_the_negative_bit(TIMES)),
+    "standard error": lambda flow, x, z: flow.log_prob_and_error(x),
+    "certify": lambda flow, x, z: certify(flow, x)["round_trip"].value,
+    "gradients": lambda flow, x, z: check_gradients(flow, x).passed,
+    "base": lambda flow, x, z: flow.base.log_prob(x),
+    "a distribution": lambda flow, x, z: flow().log_prob(x),
+    "metrics": lambda flow, x, z: [
+        bits_per_dim(x[:, 0], 2),
+        effective_sample_size(x),
+        log_mean_exp(x),
+        gaussian_log_prob(x, x),
+    ],
+    "a target": lambda flow, x, z: GaussianMixture(
+        means=z, covariances=torch.eye(2).expand(6, 2, 2), weights=z[:, 0].softmax(0)
+    ).log_prob(x),
+    "plots": lambda flow, x, z: [plot_samples(x), plot_trajectories(x.expand(2, *x.shape))] and 0,
+    "pairs": lambda flow, x, z: (
+        [plot_pairs(x, ["a", "b"]), plot_pairs(x, ["a", "b"], data=z)] and 0
+    ),
+}
+"""What takes tensors of a user: a flow, points and other numbers."""
+
+
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+def test_every_door_takes_lazy_views(door):
+    def flow():
+        torch.manual_seed(0)
+        field = MLPField(2, hidden_features=(4, 4))
+        return Flow([ActNorm(2), ContinuousTransform(field, solver=coarse("backprop"))])
+
+    x, z = torch.randn(6, 2), torch.randn(6, 2)
+    expected = door(flow(), x, z)
+    found = door(flow(), with_the_negative_bit(x), with_the_negative_bit(z))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    plt.close("all")
