@@ -46,13 +46,8 @@ def plot_column(
         density = log_prob(x.unsqueeze(-1)).exp()
     ax = new_panel(width=5.2)
     look: dict[str, Any] = {"bins": 60, "range": (low, high), "density": True}
-    ax.hist(
-        values[:, 0].detach().cpu().resolve_neg().numpy(),
-        color=GREY,
-        alpha=0.4,
-        label=label,
-        **look,
-    )
+    numbers = values[:, 0].detach().cpu().resolve_neg().numpy()
+    ax.hist(numbers, color=GREY, alpha=0.4, label=label, **look)
     ax.plot(x.numpy(), density.numpy(), color=ORANGE, linewidth=1.6, label="density")
     _finish(ax, name, "density")
     ax.legend(fontsize=TEXT_SIZE, frameon=False)
