@@ -258,9 +258,9 @@ def test_the_divergence_of_a_field_by_autograd_is_that_of_its_jacobian_in_the_fi
     torch.testing.assert_close(ladj, torch.full((4,), -0.7))
 
 
-def points_in(*panels):
+def points_in(figure):
     """Where the points of a plot are."""
-    clouds = [cloud for panel in panels for cloud in panel.collections]
+    clouds = [cloud for panel in figure.axes for cloud in panel.collections]
     return [torch.from_numpy(cloud.get_offsets().data) for cloud in clouds]
 
 
@@ -291,7 +291,7 @@ DOORS = {
     ).log_prob(x),
     "plot of samples": lambda flow, x, z: points_in(plot_samples(x)),
     "plot of trajectories": lambda flow, x, z: points_in(plot_trajectories(x.expand(2, 6, 2))),
-    "plot of pairs": lambda flow, x, z: points_in(*plot_pairs(x, ["a", "b"], data=z).axes),
+    "plot of pairs": lambda flow, x, z: points_in(plot_pairs(x, ["a", "b"], data=z)),
 }
 """What takes tensors of a user: a flow, points and other numbers."""
 
