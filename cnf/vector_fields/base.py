@@ -13,6 +13,7 @@ from cnf._checks import check_count
 from cnf.vector_fields.compiled import Compilation
 from cnf.vector_fields.derivatives import (
     derivative_along,
+    functions_are_transformed,
     outside_inference_mode,
     standard_basis,
     usable_by_autograd,
@@ -85,6 +86,11 @@ class VectorField(nn.Module, ABC):
         carries tangents forward gives :math:`J p`. Either serves: :math:`p^\top J p` is the same
         number, and so is the sum of squares over a basis (or its mean over random probes).
         """
+        if functions_are_transformed():
+            self._announce_evaluation(t, x, context)
+            velocity, pull = torch.func.vjp(lambda x: type(self).forward(self, t, x, context), x)
+            products = [pull(probe)[0] for probe in probes]
+            return velocity, torch.stack(products) if products else torch.zeros_like(probes)
         with outside_inference_mode():
             t, x, probes = (usable_by_autograd(tensor) for tensor in (t, x, probes))
             context = None if context is None else usable_by_autograd(context)
