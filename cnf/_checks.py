@@ -2,7 +2,7 @@
 
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import SupportsIndex
 
 import numpy as np
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from torch.distributions.constraints import Constraint
 
 _ROWS_NAMED = 5
+
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+"""Whether `torch.export` looks on; earlier versions of torch than 2.7 cannot tell."""
 
 
 def name_rows(bad: Tensor) -> str:
@@ -28,7 +31,7 @@ def name_rows(bad: Tensor) -> str:
 
 def is_hidden(x: Tensor) -> bool:
     """Whether no branch may depend on the numbers in `x`: within `torch.vmap` or `torch.export`."""
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return True
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(x):

@@ -245,8 +245,8 @@ class ODESolver:
         remedy = "use ODESolver(method='rk4', steps=..., gradient='backprop')."
         if gradient != "backprop" and (hidden or functions_are_transformed()):
             raise ODEError(
-                f"gradient={gradient!r} works by backward passes of its own, which torch.func (grad, "
-                f"jacrev, jvp, vmap, ...) and torch.export do not go through; {remedy}"
+                f"gradient={gradient!r} works by backward passes of its own, which torch.func "
+                f"(grad, jacrev, jvp, vmap, ...) and torch.export do not go through; {remedy}"
             )
         if hidden and (kind != "fixed" or is_multistep(self.method)):
             raise ODEError(
@@ -254,7 +254,9 @@ class ODESolver:
                 f"torch.export hide; {remedy}"
             )
         if len(times) > 2 and is_hidden(times):
-            raise ODEError("a trajectory at times that torch.vmap or torch.export hide has no grid.")
+            raise ODEError(
+                "a trajectory at times that torch.vmap or torch.export hide has no grid."
+            )
 
     def _check_precision(self, kind: str, dtype: torch.dtype) -> None:
         resolution = torch.finfo(dtype).eps
@@ -288,8 +290,8 @@ class ODESolver:
         assert self.steps is not None  # noqa: S101 - for mypy: checked when self was made
         pieces = [times[:1]]
         for start, end in itertools.pairwise(times):
-            # The share of two times, which may be hidden, is 1.
-            share = 1.0 if len(times) == 2 else float((end - start).abs().detach() / span)
+            # Times that are hidden are two, which share nothing.
+            share = 1.0 if is_hidden(times) else float((end - start).abs().detach() / span)
             count = max(1, math.ceil(self.steps * share - 1e-4))
             fraction = torch.linspace(0, 1, count + 1, dtype=times.dtype, device=times.device)[1:]
             pieces.append(torch.cat([start + (end - start) * fraction[:-1], end[None]]))

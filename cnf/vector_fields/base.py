@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cnf._checks import check_count
+from cnf._checks import check_count, is_exporting
 from cnf.vector_fields.compiled import Compilation
 from cnf.vector_fields.derivatives import (
     derivative_along,
@@ -86,9 +86,16 @@ class VectorField(nn.Module, ABC):
         carries tangents forward gives :math:`J p`. Either serves: :math:`p^\top J p` is the same
         number, and so is the sum of squares over a basis (or its mean over random probes).
         """
+        if is_exporting():
+            raise RuntimeError(
+                f"torch.export cannot follow the divergence of a {type(self).__name__}, which is "
+                "made by backward passes; export to_data, or define velocity_and_products."
+            )
         if functions_are_transformed():
             self._announce_evaluation(t, x, context)
-            velocity, pull = torch.func.vjp(lambda x: type(self).forward(self, t, x, context), x)
+            velocity, pull, *_ = torch.func.vjp(
+                lambda x: type(self).forward(self, t, x, context), x
+            )
             products = [pull(probe)[0] for probe in probes]
             return velocity, torch.stack(products) if products else torch.zeros_like(probes)
         with outside_inference_mode():

@@ -23,6 +23,19 @@ def functions_are_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def refuse_transformed_functions(what: str) -> None:
+    """Refuse to go on within `torch.func` or forward-mode differentiation.
+
+    Raises:
+        RuntimeError: If either is at work.
+    """
+    if functions_are_transformed():
+        raise RuntimeError(
+            f"{what} cannot be computed within torch.func (vmap, jvp, ...) or forward-mode "
+            "differentiation; call the flow on a batch of rows, and use torch.autograd.grad."
+        )
+
+
 def derivative_along(
     function: Callable[..., Tensor], inputs: tuple[Tensor, ...], direction: tuple[Tensor, ...]
 ) -> Tensor:
