@@ -13,7 +13,7 @@ from torch.distributions.constraints import Constraint
 _ROWS_NAMED = 5
 
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
-"""Whether `torch.export` looks on; earlier versions of torch than 2.7 cannot tell."""
+"""Whether `torch.export` looks on; old versions of torch cannot tell."""
 
 
 def name_rows(bad: Tensor) -> str:
