@@ -2,7 +2,7 @@
 
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import SupportsIndex
 
 import numpy as np
@@ -13,6 +13,9 @@ from torch.distributions.constraints import Constraint
 _ROWS_NAMED = 5
 _STEPS_OF_A_SPREAD = 32
 """Rounding steps that a standard deviation must span, so that rounding is not what is learnt."""
+
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+"""Whether `torch.export` looks on; old versions of torch cannot tell."""
 
 
 def name_rows(bad: Tensor) -> str:
@@ -26,6 +29,23 @@ def name_rows(bad: Tensor) -> str:
     word = "row" if len(rows) == 1 else "rows"
     rest = f", … ({len(rows)} of {bad.numel()})" if len(rows) > _ROWS_NAMED else ""
     return f"{word} {listed}{rest}"
+
+
+def is_hidden(x: Tensor) -> bool:
+    """Whether no branch may depend on the numbers in `x`: within `torch.vmap` or `torch.export`."""
+    if is_exporting():
+        return True
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
+
+
+def holds(condition: Tensor) -> bool:
+    """Whether a condition on numbers is true; where they are hidden, it is taken as false."""
+    return not is_hidden(condition) and bool(condition)
 
 
 def non_finite_rows(x: Tensor, event_dim: int = 1) -> Tensor:
@@ -85,7 +105,7 @@ def check_events(name: str, x: Tensor, event_shape: Sequence[int], *, like: Tens
             f"Move it with {name}.to({str(like.device)!r})."
         )
     bad = non_finite_rows(x.detach(), event_dim)
-    if bad.any():
+    if holds(bad.any()):
         raise ValueError(
             f"{name} must be finite; got NaN or inf in {name_rows(bad)}. Drop or mend these rows."
         )
@@ -111,7 +131,7 @@ def check_support(name: str, x: Tensor, support: Constraint) -> None:
         ValueError: If there are any.
     """
     outside = ~rows_inside(x, support)
-    if outside.any():
+    if holds(outside.any()):
         refuse_rows(name, outside, _describe(support, x.detach()))
 
 
@@ -129,7 +149,7 @@ def refuse_rows(name: str, bad: Tensor, expected: str) -> None:
     Raises:
         ValueError: If there are any.
     """
-    if bad.any():
+    if holds(bad.any()):
         raise ValueError(
             f"{name} must be {expected}; got other values in {name_rows(bad)}. "
             "Rescale, mend or drop these rows."

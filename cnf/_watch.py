@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnf._checks import name_rows, non_finite_rows
+from cnf._checks import holds, is_hidden, name_rows, non_finite_rows
 
 State = tuple[Tensor, ...]
 RightHandSide = Callable[[Tensor, State], State]
@@ -145,7 +145,7 @@ class SteppingWatch(Watch):
     """A `Watch` with callbacks that torchdiffeq runs before each step, forward and backward."""
 
     def callback_step(self, t: Tensor, state: Any, dt: Tensor) -> None:
-        if not t.abs() + dt.abs() > t.abs():
+        if holds(~(t.abs() + dt.abs() > t.abs())):
             # torchdiffeq takes a step of 0 where the size that it computes is not finite.
             too_small = "needs steps too small for the time to advance"
             raise self.error(t, "reached NaN or inf" if dt == 0 else too_small)
@@ -190,9 +190,14 @@ class _WatchedGradient(torch.autograd.Function):
 
 @torch.no_grad()
 def _all_finite(parts: State) -> bool:
-    """Whether every entry is finite. A sum tells in one pass; one that overflows is looked into."""
-    total = float(sum(part.sum() for part in parts))
-    return math.isfinite(total) or all(bool(part.isfinite().all()) for part in parts)
+    """Whether every entry is finite, as far as it can be seen.
+
+    A sum tells in one pass; one that overflows is looked into.
+    """
+    total = sum(part.sum() for part in parts)
+    if isinstance(total, Tensor) and is_hidden(total):
+        return True
+    return math.isfinite(float(total)) or all(bool(part.isfinite().all()) for part in parts)
 
 
 def _bad_rows(evaluation: State) -> Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 
 from cnf._checks import check_sample_shape, joint_batch_shape
@@ -13,11 +13,51 @@ if TYPE_CHECKING:
     import cnf.flow
 
 
+class BoundFlow(nn.Module):
+    """A flow and the parameters and buffers that it has now, which calls keep to.
+
+    `torch.func.functional_call` exchanges those of a flow for the time of a call, and would be over
+    when a distribution made by it is asked. What changes in place, as in training, is followed.
+
+    Args:
+        flow: The flow.
+    """
+
+    def __init__(self, flow: "cnf.flow.Flow") -> None:
+        super().__init__()
+        self.flow = flow
+        self.tensors = _tensors_of(self)
+
+    def ask(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """What the method of the flow returns, with the parameters and buffers kept."""
+        now = _tensors_of(self)
+        if now.keys() != self.tensors.keys():  # the flow itself has been changed
+            return getattr(self.flow, method)(*args, **kwargs)
+        exchanged = {
+            name: kept
+            for name, kept in self.tensors.items()
+            if kept is not now[name]
+            and (kept.dtype, kept.device) == (now[name].dtype, now[name].device)
+        }
+        if not exchanged:
+            return getattr(self.flow, method)(*args, **kwargs)
+        return torch.func.functional_call(self, exchanged, (method, *args), kwargs)
+
+    def forward(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """The call with tensors exchanged."""
+        return getattr(self.flow, method)(*args, **kwargs)
+
+
+def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
 class FlowDistribution(Distribution):
     """A flow given a context: draws of shape ``sample_shape + batch_shape + event_shape``.
 
     Made by calling a flow, ``flow(context)``, as with zuko's flows. The batch shape is that of
-    the context, ``()`` without one; `expand` gives another.
+    the context, ``()`` without one; `expand` gives another. A distribution keeps to the parameters
+    that the flow has when it is called, also where `torch.func.functional_call` exchanges them.
 
     Args:
         flow: The flow.
@@ -41,6 +81,7 @@ class FlowDistribution(Distribution):
     ) -> None:
         self.flow = flow
         self.context = context
+        self._bound = BoundFlow(flow)
         # Draws from some bases have no gradient, and rounded ones none that could be followed.
         self.has_rsample = flow.base.has_rsample and not flow.support.is_discrete
         super().__init__(
@@ -59,8 +100,12 @@ class FlowDistribution(Distribution):
         shape = torch.Size(batch_shape)
         if self.context is None:
             torch.empty(self.batch_shape).expand(shape)  # torch's own check of the shape
-            return FlowDistribution(self.flow, batch_shape=shape)
-        return FlowDistribution(self.flow, self.context.expand(*shape, self.context.shape[-1]))
+            expanded = FlowDistribution(self.flow, batch_shape=shape)
+        else:
+            context = self.context.expand(*shape, self.context.shape[-1])
+            expanded = FlowDistribution(self.flow, context)
+        expanded._bound = self._bound
+        return expanded
 
     @property
     def support(self) -> constraints.Constraint:
@@ -75,7 +120,9 @@ class FlowDistribution(Distribution):
     @property
     def transform(self) -> "FlowTransform":
         """The map from data to base."""
-        return FlowTransform(self.flow, self.context)
+        transform = FlowTransform(self.flow, self.context)
+        transform._bound = self._bound
+        return transform
 
     def log_prob(
         self,
@@ -86,8 +133,12 @@ class FlowDistribution(Distribution):
     ) -> Tensor:
         """Log-density of `value` as `Flow.log_prob`, in nats; batch shapes broadcast."""
         shape = joint_batch_shape(value, torch.empty(*self.batch_shape, 0), len(self.event_shape))
-        log_prob = self.flow.log_prob(
-            value, self.context, importance_samples=importance_samples, generator=generator
+        log_prob: Tensor = self._bound.ask(
+            "log_prob",
+            value,
+            self.context,
+            importance_samples=importance_samples,
+            generator=generator,
         )
         return log_prob.expand(shape)
 
@@ -108,7 +159,9 @@ class FlowDistribution(Distribution):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Draw differentiably."""
-        return self.flow.rsample(self._shape(sample_shape), self.context, generator=generator)
+        shape = self._shape(sample_shape)
+        drawn: Tensor = self._bound.ask("rsample", shape, self.context, generator=generator)
+        return drawn
 
     def rsample_and_log_prob(
         self,
@@ -118,7 +171,10 @@ class FlowDistribution(Distribution):
     ) -> tuple[Tensor, Tensor]:
         """Draw differentiably, with the log-density in nats; see `Flow.rsample_and_log_prob`."""
         shape = self._shape(sample_shape)
-        return self.flow.rsample_and_log_prob(shape, self.context, generator=generator)
+        drawn: tuple[Tensor, Tensor] = self._bound.ask(
+            "rsample_and_log_prob", shape, self.context, generator=generator
+        )
+        return drawn
 
     def _shape(self, sample_shape: int | Sequence[int]) -> torch.Size:
         shape = check_sample_shape(sample_shape)
@@ -141,6 +197,7 @@ class FlowTransform(Transform):
         super().__init__()
         self.flow = flow
         self.context = context
+        self._bound = BoundFlow(flow)
         self.domain = flow.support
         self.bijective = all(part.is_bijective for part in flow.chain)
 
@@ -154,10 +211,12 @@ class FlowTransform(Transform):
         return torch.Size([*shape[:-1], *self.flow.event_shape])
 
     def _call(self, x: Tensor) -> Tensor:
-        return self.flow.to_base(x, self.context)
+        z: Tensor = self._bound.ask("to_base", x, self.context)
+        return z
 
     def _inverse(self, y: Tensor) -> Tensor:
-        return self.flow.to_data(y, self.context)
+        x: Tensor = self._bound.ask("to_data", y, self.context)
+        return x
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """log|det dz/dx| at `x`, in nats.
@@ -172,4 +231,5 @@ class FlowTransform(Transform):
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The map of `x` and its ladj, in one solve."""
-        return self.flow.to_base_and_ladj(x, self.context)
+        moved: tuple[Tensor, Tensor] = self._bound.ask("to_base_and_ladj", x, self.context)
+        return moved

@@ -15,6 +15,8 @@ from cnf._checks import (
     check_events,
     check_sample_shape,
     check_support,
+    holds,
+    is_hidden,
     joint_batch_shape,
     reference_tensor,
     rows_inside,
@@ -181,7 +183,7 @@ class Flow(nn.Module):
         chain.check_importance_samples(self.chain, importance_samples)
         x = self._admit("x", x, context, "anywhere")
         inside = rows_inside(x, self.support)
-        if not inside.all():
+        if holds(~inside.all()):
             log_prob = self.log_prob(
                 *select(inside, x, context),
                 importance_samples=importance_samples,
@@ -192,6 +194,8 @@ class Flow(nn.Module):
         x = x.expand(importance_samples, *x.shape) if many else x
         z, ladj = chain.to_base_and_ladj(self.chain, x, context, generator=generator)
         log_weight = self.base.log_prob(z) + ladj
+        if is_hidden(inside):
+            log_weight = torch.where(inside, log_weight, -math.inf)
         return log_weight.logsumexp(0) - math.log(importance_samples) if many else log_weight
 
     def log_prob_and_error(
@@ -209,7 +213,7 @@ class Flow(nn.Module):
         """
         x = self._admit("x", x, context, "anywhere")
         inside = rows_inside(x, self.support)
-        if not inside.all():
+        if holds(~inside.all()):
             rows = select(inside, x, context)
             log_prob, error = self.log_prob_and_error(*rows, generator=generator)
             error = spread(inside, error, elsewhere=0.0)

@@ -2,6 +2,7 @@
 
 from typing import NoReturn
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -86,7 +87,7 @@ class NeuralODE(nn.Module):
             ODEError: If the solve fails.
         """
         start = self._admit(x, context)
-        return self._follow(start, start.new_tensor([0.0, 1.0]), context)[-1]
+        return self._follow(start, torch.tensor([0.0, 1.0]).to(start), context)[-1]
 
     def trajectory(
         self,

@@ -10,11 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cnf._checks import check_count
+from cnf._checks import check_count, is_hidden
 from cnf._methods import is_multistep, lean, methods, one_step
 from cnf._steps import RecordingWatch, solve_by_steps
 from cnf._watch import ODEError, RightHandSide, State, SteppingWatch, Watch
 from cnf.vector_fields.compiled_steps import FieldSteps
+from cnf.vector_fields.derivatives import functions_are_transformed
 
 __all__ = ["Control", "Gradient", "ODEError", "ODESolver", "RightHandSide", "State", "methods"]
 
@@ -146,6 +147,8 @@ class ODESolver:
             tensor.requires_grad for tensor in (*state, times, *parameters)
         )
         gradient = self.gradient if needs_gradient else "backprop"
+        hidden = any(map(is_hidden, (*state, times, *dependencies())))
+        self._check_transformed(kind, gradient, times, hidden=hidden)
         watch = _watch_for(kind, gradient)(
             rhs,
             dependencies,
@@ -163,7 +166,10 @@ class ODESolver:
             # Where nothing needs a gradient, a field in reverse mode would leave a graph all the
             # same, because it differentiates with respect to x.
             with torch.set_grad_enabled(needs_gradient):
-                solution = self._by_rule(watch, state, times, arguments, programs)
+                if hidden:
+                    solution = self._in_sight_of_none(watch, state, times)
+                else:
+                    solution = self._by_rule(watch, state, times, arguments, programs)
         watch.check_end(solution, times)
         return tuple(solution)
 
@@ -221,6 +227,37 @@ class ODESolver:
         budget = self.max_evaluations
         return programs.solve(self.method, state, grid, times, budget=budget, otherwise=solve)
 
+    def _in_sight_of_none(self, watch: Watch, state: State, times: Tensor) -> State:
+        """On a fixed grid, without the branches on numbers, and the writes, of torchdiffeq."""
+        step = one_step(self.method, watch, like=state[0])
+        span = (times[-1] - times[0]).abs().detach()
+        seen = [state]
+        for start, end in itertools.pairwise(times):
+            for t0, t1 in itertools.pairwise(self._grid(torch.stack([start, end]), span)):
+                state, _ = step(t0, t1, state, ())
+            seen.append(state)
+        return tuple(map(torch.stack, zip(*seen, strict=True)))
+
+    def _check_transformed(
+        self, kind: str, gradient: Gradient, times: Tensor, *, hidden: bool
+    ) -> None:
+        """Refuse what functions of torch that transform functions cannot go through."""
+        remedy = "use ODESolver(method='rk4', steps=..., gradient='backprop')."
+        if gradient != "backprop" and (hidden or functions_are_transformed()):
+            raise ODEError(
+                f"gradient={gradient!r} works by backward passes of its own, which torch.func "
+                f"(grad, jacrev, jvp, vmap, ...) and torch.export do not go through; {remedy}"
+            )
+        if hidden and (kind != "fixed" or is_multistep(self.method)):
+            raise ODEError(
+                f"method {self.method!r} chooses what it does by numbers, which torch.vmap and "
+                f"torch.export hide; {remedy}"
+            )
+        if len(times) > 2 and is_hidden(times):
+            raise ODEError(
+                "a trajectory at times that torch.vmap or torch.export hide has no grid."
+            )
+
     def _check_precision(self, kind: str, dtype: torch.dtype) -> None:
         resolution = torch.finfo(dtype).eps
         if kind == "adaptive" and max(self.rtol, self.atol) < resolution:
@@ -253,7 +290,8 @@ class ODESolver:
         assert self.steps is not None  # noqa: S101 - for mypy: checked when self was made
         pieces = [times[:1]]
         for start, end in itertools.pairwise(times):
-            share = float((end - start).abs().detach() / span)
+            # Times that are hidden are two, which share nothing.
+            share = 1.0 if is_hidden(times) else float((end - start).abs().detach() / span)
             count = max(1, math.ceil(self.steps * share - 1e-4))
             fraction = torch.linspace(0, 1, count + 1, dtype=times.dtype, device=times.device)[1:]
             pieces.append(torch.cat([start + (end - start) * fraction[:-1], end[None]]))

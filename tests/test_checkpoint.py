@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import os
 import pickle
 import subprocess
 import sys
@@ -79,10 +80,7 @@ def whole(tmp_path_factory):
 
 def test_the_run_has_all_that_a_checkpoint_must_keep(whole):
     folder, _, history = whole
-    phases = [history.phase.count(number) for number in (1, 2, 3)]
-    assert phases[0] == 25
-    assert 3 <= phases[1] < 60  # out of patience
-    assert phases[2] == 14
+    assert [history.phase.count(number) for number in (1, 2, 3)] == [25, 6, 14]  # out of patience
     nlls = [nll for nll in history.validation if not math.isnan(nll)]
     assert min(nlls) not in (nlls[0], nlls[-1])
     newest, *_, oldest = (torch.load(file) for file in checkpoints_in(folder))
@@ -91,7 +89,7 @@ def test_the_run_has_all_that_a_checkpoint_must_keep(whole):
 
 
 KILLS = {
-    "between steps": ["step:3", "step:7", "step:30", "step:50"],
+    "between steps": ["step:3", "step:7", "step:30", "step:43"],
     "in a step": ["forward:5", "forward:31", "forward:60", "forward:9"],
     "while writing": [f"write:{n}" for n in (1, 2, 3, 4, 8, 6)],
     "at any moment": ["after:0.1", "after:0.35", "write:3", "after:0.25", "forward:23"],
@@ -104,7 +102,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_never_was(kills, 
     done = subprocess.run(
         [sys.executable, TESTS / "killable.py", tmp_path, *kills],
         cwd=TESTS.parent,
-        env={"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},  # with its kernels of torch
         capture_output=True,
         text=True,
         timeout=100,
@@ -135,7 +133,7 @@ def test_a_run_that_is_interrupted_anywhere_resumes_to_the_same_end(error, whole
             steps.remove(report.step)
             raise error
 
-    steps = {2, 7, 8, 25, 26, 42, 50}
+    steps = {2, 7, 8, 25, 26, 42, 43}
     for _ in range(7):
         with pytest.raises(error):
             killable.train(tmp_path, callbacks=[interrupt])

@@ -28,6 +28,7 @@ from cnf.transforms.contractive import ContractiveNetwork
 NAMES = [
     "hutchinson",
     "standard_error",
+    "gradient_modes",
     "tolerance",
     "round_trip",
     "sampled_log_prob",
@@ -128,6 +129,32 @@ def test_a_wrong_divergence_is_found():
         "hutchinson",
         "integral",
     }
+
+
+class AsksWhoAsks(LinearField):
+    """Its divergence is zero where x needs a gradient."""
+
+    def velocity_and_divergence(self, t, x, context=None):
+        velocity, divergence = super().velocity_and_divergence(t, x, context)
+        return velocity, divergence * (not x.requires_grad)
+
+
+class Forgetful(LinearField):
+    """Forgets some of x in training."""
+
+    def forward(self, t, x, context=None):
+        return super().forward(t, torch.nn.functional.dropout(x, 0.5, self.training), context)
+
+
+@pytest.mark.parametrize("wrong", [AsksWhoAsks, Forgetful])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_number_that_depends_on_who_asks_for_gradients_is_found(wrong, training):
+    solver = ODESolver(method="rk4", steps=4, gradient="backprop")
+    flow = Flow([ContinuousTransform(perturbed(wrong(2)), solver=solver)])
+    flow.chain[0].train(training)
+    modes = [part.training for part in flow.modules()]
+    assert certify(flow, torch.randn(20, 2))["gradient_modes"].verdict == "fail"
+    assert [part.training for part in flow.modules()] == modes
 
 
 def test_a_wrong_ladj_is_found():

@@ -66,7 +66,7 @@ def test_fields_make_their_gates_at_once(make, layer, waves, monkeypatch):
     expected = field(t, x)
     for kind in (SquashLinear, ConcatSquashLinear):
         monkeypatch.setattr(kind, "forward", None)
-    torch.testing.assert_close(field(t, x), expected, rtol=0, atol=0)
+    torch.testing.assert_close(field(t, x), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("gate_context", [False, True])

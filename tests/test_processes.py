@@ -1,5 +1,6 @@
 """Laws of training by several processes, as torchrun starts them."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ def torchrun(what, folder):
             *("--nproc-per-node", "2", TESTS / "together.py", what, folder),
         ],
         cwd=TESTS.parent,
-        env={"PYTHONPATH": ".", "OMP_NUM_THREADS": "1", "PATH": ""},
+        env={**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1", "PATH": ""},
         capture_output=True,
         text=True,
         timeout=100,

@@ -299,8 +299,9 @@ def test_shapes_and_dtypes(name):
     assert density.sample(3).dtype == torch.float32
     assert density.sample(0).shape == (0, 2)
     assert density.log_prob(x[:0]).shape == (0,)
-    assert torch.equal(density.log_prob(x.reshape(30, 20, 2)), expected.reshape(30, 20))
-    assert torch.equal(density.log_prob(x[0]), expected[0])
+    in_blocks = density.log_prob(x.reshape(30, 20, 2))
+    torch.testing.assert_close(in_blocks, expected.reshape(30, 20), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(density.log_prob(x[0]), expected[0], rtol=1e-12, atol=1e-12)
     assert density.log_prob(x.float()).dtype == torch.float32
     torch.testing.assert_close(density.log_prob(x.float()), expected.float(), rtol=0, atol=1e-4)
 

@@ -27,6 +27,8 @@ def certify(
     - ``hutchinson``: the exact mean log-density against the estimate with random probes, in
       standard errors of the latter;
     - ``standard_error``: of the flow's own log-density of one row, if that is an estimate;
+    - ``gradient_modes``: the largest change of a log-density when gradients are asked for, and when
+      the flow is put into training mode, or out of it;
     - ``tolerance``: the largest change of a log-density when the tolerance of the solver is cut
       tenfold (for a method of fixed steps: their number doubled);
     - ``round_trip``: the largest error of x -> z -> x, in standard deviations of each feature;

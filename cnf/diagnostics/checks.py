@@ -117,6 +117,22 @@ def _standard_error(case: Case) -> Outcome:
     )
 
 
+def _gradient_modes(case: Case) -> Outcome:
+    case = case.few()
+    expected = case.log_prob()
+    found = torch.stack([_asking_for_gradients(case, training) for training in (True, False)])
+    # A step whose error is near to the tolerance may be rejected in one mode only.
+    adaptive = [part.solver for part in case.continuous if part.solver.steps is None]
+    steps = max((10 * max(solver.rtol, solver.atol) for solver in adaptive), default=0.0)
+    rounding = 100 * torch.finfo(case.x.dtype).eps * (1 + float(expected.abs().max()))
+    return Outcome(
+        float((found - expected).abs().max()),
+        steps + rounding,
+        "largest change when gradients are asked for, in training and evaluation mode",
+        "Look for what depends on requires_grad, or on training (dropout, batch normalisation).",
+    )
+
+
 def _tolerance(case: Case) -> Outcome:
     _need_continuous(case)
     resolution = torch.finfo(case.x.dtype).eps
@@ -226,6 +242,7 @@ def _nfe(case: Case) -> Outcome:
 CHECKS: dict[str, Callable[[Case], Outcome]] = {
     "hutchinson": _hutchinson,
     "standard_error": _standard_error,
+    "gradient_modes": _gradient_modes,
     "tolerance": _tolerance,
     "round_trip": _round_trip,
     "sampled_log_prob": _sampled_log_prob,
@@ -244,6 +261,19 @@ def _need_density(case: Case) -> None:
     kind = case.exact.likelihood
     if kind != "exact":
         raise NotMeasuredError(f"the likelihood is {kind!r}, whatever the divergence")
+
+
+def _asking_for_gradients(case: Case, training: bool) -> Tensor:
+    """The log-density of rows that need gradients, with the whole flow in one mode."""
+    modes = [(part, part.training) for part in case.flow.modules()]
+    case = dataclasses.replace(case, x=case.x.clone().requires_grad_())
+    try:
+        case.flow.train(training)
+        with torch.enable_grad():
+            return case.log_prob().detach()
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def _extreme_stretches(jacobians: Tensor) -> tuple[float, float]:

@@ -136,7 +136,7 @@ class FlowMatching(nn.Module):
                 x0, x1 = (part.unflatten(0, (-1, rows)) for part in (x0, x1))
                 context = None if context is None else context.unflatten(0, (-1, rows))
             state, target = self.path.state_and_velocity(share, x0, x1, generator=generator)
-            start, end = transform.field_times(x1.new_tensor([0.0, 1.0]))
+            start, end = transform.field_times(torch.tensor([0.0, 1.0]).to(x1))
             t = torch.lerp(start, end, share)
         velocity = transform.vector_field(t, state, chain.context_for(transform, context))
         errors = (end - start) * velocity - target

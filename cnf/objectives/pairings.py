@@ -117,7 +117,7 @@ class OptimalTransport(Pairing):
 
 
 def _numbers(x: Tensor) -> npt.NDArray[np.float64]:
-    return np.asarray(x.detach().cpu(), dtype=np.float64)
+    return np.asarray(x.detach().cpu().resolve_neg(), dtype=np.float64)
 
 
 def _standardized(context: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

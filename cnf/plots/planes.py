@@ -202,7 +202,7 @@ def _checked_points(name: str, points: Tensor, ndim: int) -> Tensor:
         raise ValueError(f"{name} must have shape {shape}, not empty; got {tuple(points.shape)}.")
     if not points.isfinite().all():
         raise ValueError(f"{name} must be finite; got {(~points.isfinite()).sum()} other numbers.")
-    return points.detach().cpu().double()
+    return points.detach().cpu().double().resolve_neg()
 
 
 def _square_around(points: Tensor) -> Extent:

@@ -57,7 +57,8 @@ def plot_column(
         )
     ax = new_panel(width=5.2)
     look: dict[str, Any] = {"bins": 60, "range": (low, high), "density": True}
-    ax.hist(values[:, 0].numpy(), color=GREY, alpha=0.4, label=label, **look)
+    numbers = values[:, 0].detach().cpu().resolve_neg().numpy()
+    ax.hist(numbers, color=GREY, alpha=0.4, label=label, **look)
     ax.plot(x.numpy(), density.numpy(), color=ORANGE, linewidth=1.6, label="density")
     _finish(ax, name, "density")
     ax.legend(fontsize=TEXT_SIZE, frameon=False)
@@ -177,12 +178,12 @@ def _draw_pair(
     colour: str,
     label: str,
 ) -> None:
-    across = x[:, column].numpy()
+    across = x[:, column].detach().cpu().resolve_neg().numpy()
     if row == column:
         look: dict[str, Any] = {"bins": 40, "range": extent, "density": True, "histtype": "step"}
         ax.hist(across, color=colour, label=label, **look)
     else:
-        up = x[:_POINTS, row].numpy()
+        up = x[:_POINTS, row].detach().cpu().resolve_neg().numpy()
         ax.scatter(across[:_POINTS], up, s=3, color=colour, alpha=0.3, linewidths=0)
 
 

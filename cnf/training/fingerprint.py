@@ -76,5 +76,5 @@ def _describe(rows: Rows) -> str:
         return f"{len(rows)} rows of a Dataset"
     inputs, weight = rows.some(_ROWS_HASHED)
     tensors = [tensor for tensor in (*inputs, weight) if tensor is not None]
-    content = b"".join(tensor.cpu().numpy().tobytes() for tensor in tensors)
+    content = b"".join(tensor.cpu().resolve_neg().numpy().tobytes() for tensor in tensors)
     return f"{len(rows)} rows with the hash {hashlib.sha256(content).hexdigest()[:8]}"

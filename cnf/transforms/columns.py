@@ -87,7 +87,7 @@ class _Interval(ColumnMap):
 
     def from_reals(self, z: Tensor) -> tuple[Tensor, Tensor]:
         z = within_reach_of_logit(z)
-        low, high = z.new_tensor(self.low), z.new_tensor(self.high)
+        low, high = torch.tensor([self.low, self.high], dtype=z.dtype, device=z.device)
         x = low + (high - low) * z.sigmoid()
         x = x.clamp(torch.nextafter(low, high), torch.nextafter(high, low))
         return x, self._log_slope(z)

@@ -154,7 +154,7 @@ class ContinuousTransform(Transform):
     ) -> Float[Tensor, "*batch features"]:
         """Solve from the end to the start, without the ladj and its cost."""
         del generator
-        return self.trajectory(x, x.new_tensor([1.0, 0.0]), context)[-1]
+        return self.trajectory(x, torch.tensor([1.0, 0.0]).to(x), context)[-1]
 
     def to_data(
         self,
@@ -165,7 +165,7 @@ class ContinuousTransform(Transform):
     ) -> Float[Tensor, "*batch features"]:
         """Solve from the start to the end, without the ladj and its cost."""
         del generator
-        return self.trajectory(z, z.new_tensor([0.0, 1.0]), context)[-1]
+        return self.trajectory(z, torch.tensor([0.0, 1.0]).to(z), context)[-1]
 
     def trajectory(
         self,
@@ -229,7 +229,7 @@ class ContinuousTransform(Transform):
             return evaluation.velocity, evaluation.divergence, *costs
 
         state = (x, *(x.new_zeros(x.shape[:-1]) for _ in range(1 + len(regularizers))))
-        times = x.new_tensor([start, end])
+        times = torch.tensor([start, end]).to(x)
         programs = None
         if not regularizers and isinstance(divergence, Exact | Hutchinson):
             inputs = (divergence, probes, context)

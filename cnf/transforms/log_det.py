@@ -9,11 +9,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cnf._checks import check_count
+from cnf._checks import check_count, is_hidden
 from cnf.divergence import Hutchinson
 from cnf.transforms.base import Likelihood
 from cnf.transforms.bounded_layers import Map
-from cnf.vector_fields.derivatives import standard_basis, vector_jacobian_product
+from cnf.vector_fields.derivatives import (
+    refuse_transformed_functions,
+    standard_basis,
+    vector_jacobian_product,
+)
 
 
 class LogDet(ABC):
@@ -193,8 +197,10 @@ class RussianRoulette(LogDet):
     def draw_terms(self, *, generator: torch.Generator | None = None) -> int:
         """The random number N of further terms, at least 1."""
         device = "cpu" if generator is None else generator.device
-        draw = torch.rand((), generator=generator, dtype=torch.float64, device=device).item()
-        return 1 + int(math.log1p(-draw) / math.log1p(-self.probability))
+        draw = torch.rand((), generator=generator, dtype=torch.float64, device=device)
+        if is_hidden(draw):
+            refuse_transformed_functions("the number of terms of a RussianRoulette")
+        return 1 + int(math.log1p(-draw.item()) / math.log1p(-self.probability))
 
 
 def power_series(
@@ -241,6 +247,8 @@ def _at_copies(contraction: Map, x: Tensor, copies: int) -> tuple[Tensor, Tensor
     """Copies of `x` for as many products at once, and g of them, with a graph in any case."""
     with torch.enable_grad():
         point = x.expand(copies, *x.shape)
+        if not point.requires_grad:
+            refuse_transformed_functions("the ladj of a ResidualFlow")
         point = point if point.requires_grad else point.detach().requires_grad_()
         return point, contraction(point)
 

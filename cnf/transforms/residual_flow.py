@@ -16,6 +16,7 @@ from cnf.transforms.fixed_point import fixed_point
 from cnf.transforms.log_det import ExactLogDet, LogDet, RussianRoulette
 from cnf.vector_fields.derivatives import (
     outside_inference_mode,
+    refuse_transformed_functions,
     usable_by_autograd,
     vector_jacobian_product,
 )
@@ -137,6 +138,7 @@ class ResidualFlow(Transform):
     ) -> Float[Tensor, "*batch features"]:
         """Solve for x, without the ladj and its cost."""
         del generator
+        refuse_transformed_functions("the way of a ResidualFlow to the data")
         with _in_full_precision(z):
             z, contraction = self._given(z, context)
             with torch.no_grad():

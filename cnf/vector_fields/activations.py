@@ -157,8 +157,17 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 """Activations by name: all once continuously differentiable, as the divergence needs."""
 
+# Functions with names, for fields that hold them are pickled.
+def _sin_antiderivative(a: Tensor) -> Tensor:
+    return -a.cos()
+
+
+def _tanh_antiderivative(a: Tensor) -> Tensor:
+    return a + _softplus_value(-2 * a) - math.log(2)  # log cosh a, without overflow
+
+
 ANTIDERIVATIVES: dict[str, Callable[[Tensor], Tensor]] = {
-    "sin": lambda a: -a.cos(),
-    "tanh": lambda a: a + _softplus_value(-2 * a) - math.log(2),  # log cosh a, without overflow
+    "sin": _sin_antiderivative,
+    "tanh": _tanh_antiderivative,
 }
 """Antiderivatives of activations, by name."""

@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cnf._checks import check_count
+from cnf._checks import check_count, is_exporting
 from cnf.vector_fields.compiled import Compilation
 from cnf.vector_fields.derivatives import (
     derivative_along,
+    functions_are_transformed,
     outside_inference_mode,
     standard_basis,
     usable_by_autograd,
@@ -85,12 +86,27 @@ class VectorField(nn.Module, ABC):
         carries tangents forward gives :math:`J p`. Either serves: :math:`p^\top J p` is the same
         number, and so is the sum of squares over a basis (or its mean over random probes).
         """
+        if is_exporting():
+            raise RuntimeError(
+                f"torch.export cannot follow the divergence of a {type(self).__name__}, which is "
+                "made by backward passes; export to_data, or define velocity_and_products."
+            )
+        if functions_are_transformed():
+            self._announce_evaluation(t, x, context)
+            velocity, pull, *_ = torch.func.vjp(
+                lambda x: type(self).forward(self, t, x, context), x
+            )
+            products = [pull(probe)[0] for probe in probes]
+            return velocity, torch.stack(products) if products else torch.zeros_like(probes)
         with outside_inference_mode():
             t, x, probes = (usable_by_autograd(tensor) for tensor in (t, x, probes))
             context = None if context is None else usable_by_autograd(context)
             differentiable = torch.is_grad_enabled()
             with torch.enable_grad():
-                point = x if x.requires_grad else x.detach().requires_grad_()
+                # A view: x may be one itself that was made without a graph, as torch hands it to
+                # the forward pass of an `autograd.Function`, and no gradient reaches such a one.
+                tracked = differentiable and x.requires_grad
+                point = x.view_as(x) if tracked else x.detach().requires_grad_()
                 # Not a compiled forward, which cannot be differentiated twice.
                 self._announce_evaluation(t, point, context)
                 velocity = type(self).forward(self, t, point, context)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def standard_basis(
@@ -15,6 +16,24 @@ def standard_basis(
     features = x.shape[-1]
     basis = torch.eye(features, dtype=x.dtype, device=x.device)
     return basis.view(features, *(1,) * (x.ndim - 1), features).expand(features, *x.shape)
+
+
+def functions_are_transformed() -> bool:
+    """Whether `torch.func` or forward-mode differentiation is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def refuse_transformed_functions(what: str) -> None:
+    """Refuse to go on within `torch.func` or forward-mode differentiation.
+
+    Raises:
+        RuntimeError: If either is at work.
+    """
+    if functions_are_transformed():
+        raise RuntimeError(
+            f"{what} cannot be computed within torch.func (vmap, jvp, ...) or forward-mode "
+            "differentiation; call the flow on a batch of rows, and use torch.autograd.grad."
+        )
 
 
 def derivative_along(
