@@ -167,7 +167,7 @@ class ODESolver:
             # same, because it differentiates with respect to x.
             with torch.set_grad_enabled(needs_gradient):
                 if hidden:
-                    solution = self._in_sight_of_none(watch, state, times)
+                    solution = self._solve_hidden(watch, state, times)
                 else:
                     solution = self._by_rule(watch, state, times, arguments, programs)
         watch.check_end(solution, times)
@@ -227,8 +227,8 @@ class ODESolver:
         budget = self.max_evaluations
         return programs.solve(self.method, state, grid, times, budget=budget, otherwise=solve)
 
-    def _in_sight_of_none(self, watch: Watch, state: State, times: Tensor) -> State:
-        """On a fixed grid, without the branches on numbers, and the writes, of torchdiffeq."""
+    def _solve_hidden(self, watch: Watch, state: State, times: Tensor) -> State:
+        """On a fixed grid, without the branches on numbers and the writes in place of torchdiffeq."""
         step = one_step(self.method, watch, like=state[0])
         span = (times[-1] - times[0]).abs().detach()
         seen = [state]

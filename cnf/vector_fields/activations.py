@@ -157,6 +157,7 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 """Activations by name: all once continuously differentiable, as the divergence needs."""
 
+
 # Functions with names, for fields that hold them are pickled.
 def _sin_antiderivative(a: Tensor) -> Tensor:
     return -a.cos()
