@@ -174,7 +174,7 @@ def test_without_augmentation_it_is_the_plain_cnf():
     torch.manual_seed(1)
     flow = CNF(2, augment=0)
     assert flow.likelihood == "exact"
-    assert [type(part) for part in flow.chain] == [ContinuousTransform]
+    assert [type(part) for part in flow.chain] == [Standardize, ContinuousTransform]
     x = torch.randn(5, 2)
     assert torch.equal(flow.log_prob(x), plain.log_prob(x))
 
@@ -184,9 +184,9 @@ def test_the_ode_of_an_augmented_cnf_has_the_size_of_what_precedes_it():
     assert [part.features for part in flow.chain] == [2, 2, 5]
     assert (flow.features, flow.event_shape, flow.base.features) == (2, (2,), 5)
     flow = CNF(2, transforms=[Augment(2, 3, hidden_features=(4,))], blocks=2)
-    assert [part.features for part in flow.chain] == [2, 5, 5]
+    assert [part.features for part in flow.chain] == [2, 5, 5, 5]
     flow = CNF(2, transforms=[Augment(2, 3)], augment=1)
-    assert [part.features for part in flow.chain] == [2, 5, 6]
+    assert [part.features for part in flow.chain] == [2, 5, 5, 6]
 
 
 def test_gradients_reach_every_parameter_of_q():
