@@ -228,7 +228,7 @@ class ODESolver:
         return programs.solve(self.method, state, grid, times, budget=budget, otherwise=solve)
 
     def _solve_hidden(self, watch: Watch, state: State, times: Tensor) -> State:
-        """On a fixed grid, without the branches on numbers and the writes in place of torchdiffeq."""
+        """On a fixed grid, without the branches on numbers and writes in place of torchdiffeq."""
         step = one_step(self.method, watch, like=state[0])
         span = (times[-1] - times[0]).abs().detach()
         seen = [state]
