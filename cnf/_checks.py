@@ -1,9 +1,11 @@
 """Checks of what users pass in: one message format, used once at the public door."""
 
 import itertools
+import math
 import operator
-from collections.abc import Callable, Sequence
-from typing import SupportsIndex
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributions.constraints import Constraint
 
 _ROWS_NAMED = 5
+_LONGEST = 60
 _STEPS_OF_A_SPREAD = 32
 """Rounding steps that a standard deviation must span, so that rounding is not what is learnt."""
 
@@ -82,6 +85,7 @@ def check_events(name: str, x: Tensor, event_shape: Sequence[int], *, like: Tens
         elif isinstance(x, Sequence | np.ndarray):
             hint = f" Try torch.as_tensor({name})."
         raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}.{hint}")
+    _check_dense(name, x)
     if not x.is_floating_point():
         raise ValueError(
             f"{name} must have a floating dtype; got {x.dtype}. "
@@ -91,6 +95,27 @@ def check_events(name: str, x: Tensor, event_shape: Sequence[int], *, like: Tens
     if x.ndim < event_dim or x.shape[x.ndim - event_dim :] != torch.Size(event_shape):
         expected = ", ".join(map(str, ("*batch", *event_shape)))
         raise ValueError(f"{name} must have shape ({expected}); got {tuple(x.shape)}.")
+    _check_like(name, x, like)
+    bad = non_finite_rows(x.detach(), event_dim)
+    if holds(bad.any()):
+        raise ValueError(
+            f"{name} must be finite; got NaN or inf in {name_rows(bad)}. Drop or mend these rows."
+        )
+
+
+def _check_dense(name: str, x: Tensor) -> None:
+    if x.is_nested or x.layout != torch.strided or x.is_quantized:
+        kind = "nested" if x.is_nested else "quantized" if x.is_quantized else str(x.layout)
+        how = f"{name}.dequantize()" if x.is_quantized else f"{name}.to_dense()"
+        raise ValueError(f"{name} must be a dense tensor; got one that is {kind}. Try {how}.")
+
+
+def _check_like(name: str, x: Tensor, like: Tensor) -> None:
+    if x.device != like.device:
+        raise ValueError(
+            f"{name} must be on the model's device {like.device}; got {x.device}. "
+            f"Move it with {name}.to({str(like.device)!r})."
+        )
     if x.dtype != like.dtype:
         convert = f"Convert it with {name}.to({like.dtype}), or the model with "
         if _loses_digits(x.detach(), like.dtype):
@@ -98,16 +123,6 @@ def check_events(name: str, x: Tensor, event_shape: Sequence[int], *, like: Tens
         raise ValueError(
             f"{name} must have the model's dtype {like.dtype}; got {x.dtype}. "
             f"{convert}model.to({x.dtype})."
-        )
-    if x.device != like.device:
-        raise ValueError(
-            f"{name} must be on the model's device {like.device}; got {x.device}. "
-            f"Move it with {name}.to({str(like.device)!r})."
-        )
-    bad = non_finite_rows(x.detach(), event_dim)
-    if holds(bad.any()):
-        raise ValueError(
-            f"{name} must be finite; got NaN or inf in {name_rows(bad)}. Drop or mend these rows."
         )
 
 
@@ -260,10 +275,89 @@ def check_count(name: str, value: int, *, least: int = 1) -> int:
         ValueError: If it is too small.
     """
     if not _is_integer(value):
-        raise TypeError(f"{name} must be an int; got {value!r}.")
+        raise TypeError(f"{name} must be an int; got {_shown(value)}.")
     if value < least:
         raise ValueError(f"{name} must be at least {least}; got {value}.")
     return operator.index(value)
+
+
+def check_number(
+    name: str, value: Any, expected: str, is_valid: Callable[[float], bool], remedy: str = ""
+) -> float:
+    """Refuse what is not a real number within its bounds; return a Python float.
+
+    Numbers of NumPy and tensors without axes are numbers too.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: The value passed in.
+        expected: What it must be, for the message, such as "positive and finite".
+        is_valid: Whether it is so.
+        remedy: Sentence at the end of the message, if any.
+
+    Raises:
+        TypeError: If `value` is not a real number.
+        ValueError: If it is out of bounds.
+    """
+    number = value
+    if isinstance(value, Tensor | np.ndarray | np.generic) and value.ndim == 0:
+        number = value.item()
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise TypeError(f"{name} must be a number; got {_shown(value)}.")
+    if not is_valid(float(number)):
+        raise ValueError(f"{name} must be {expected}; got {value}. {remedy}".rstrip())
+    return float(number)
+
+
+def is_positive(number: float) -> bool:
+    """Whether the number is positive and finite."""
+    return 0 < number < math.inf
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Refuse what is neither True nor False; return a Python bool.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False; got {_shown(value)}.")
+    return bool(value)
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> str:
+    """Refuse what is not one of the names that there are.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    names = tuple(choices)
+    if not isinstance(value, str) or value not in names:
+        raise ValueError(f"{name} must be one of {', '.join(names)}; got {_shown(value)}.")
+    return value
+
+
+def check_generator(generator: Any, *, like: Tensor) -> None:
+    """Refuse what is not a generator of the device of `like`, or None.
+
+    Raises:
+        TypeError: If it is something else, such as a seed.
+        ValueError: If it is of another device.
+    """
+    if generator is None:
+        return
+    device = repr(like.device.type)
+    if not isinstance(generator, torch.Generator):
+        seed = generator if isinstance(generator, int) else 0
+        raise TypeError(
+            f"generator must be a torch.Generator or None; got {_shown(generator)}. "
+            f"Try torch.Generator({device}).manual_seed({seed})."
+        )
+    if generator.device.type != like.device.type:
+        raise ValueError(
+            f"generator must be on the model's device {like.device}; got one on "
+            f"{generator.device}. Try torch.Generator({device})."
+        )
 
 
 def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
@@ -303,6 +397,12 @@ def check_vector_or_image_shape(shape: int | Sequence[int]) -> tuple[int, int, i
     if isinstance(shape, Sequence):
         return check_image_shape(shape)
     return check_count("shape", shape), 1, 1
+
+
+def _shown(value: object) -> str:
+    """A value for a message, cut off if it is long."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({type(value).__name__})"
 
 
 def _is_integer(value: object) -> bool:

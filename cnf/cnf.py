@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from cnf._checks import check_count
+from cnf._checks import check_count, check_flag
 from cnf.bases import Base
 from cnf.divergence import Divergence
 from cnf.flow import Flow
@@ -85,7 +85,9 @@ class CNF(Flow):
                 f"features must be the {chain[0].features} that the first of the transforms "
                 f"takes; got {features}."
             )
-        if standardize and not (chain and isinstance(chain[-1], Standardize)):
+        if check_flag("standardize", standardize) and not (
+            chain and isinstance(chain[-1], Standardize)
+        ):
             chain.append(Standardize(chain[-1].base_features if chain else features))
         if check_count("augment", augment, least=0):
             chain.append(Augment(chain[-1].base_features if chain else features, augment))

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cnf._checks import check_count, rows_inside
+from cnf._checks import check_count, check_number, rows_inside
 from cnf.chunks import in_chunks, sample_in_chunks
 from cnf.cnf import CNF
 from cnf.flow import Flow
@@ -76,10 +76,9 @@ class DensitySettings:
             check_count("each of hidden_features", width)
         if not len(self.hidden_features):
             raise ValueError("hidden_features must have at least one width; got none.")
-        if not 0 <= self.validation_fraction < 1:
-            raise ValueError(
-                f"validation_fraction must be in [0, 1); got {self.validation_fraction}."
-            )
+        check_number(
+            "validation_fraction", self.validation_fraction, "in [0, 1)", lambda part: 0 <= part < 1
+        )
         self.phases(progress=False)
 
     def phases(self, rows: int | None = None, *, progress: bool) -> tuple[TrainingConfig, ...]:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cnf._checks import check_count
+from cnf._checks import check_choice, check_count, check_flag
 from cnf.vector_fields import VectorField
 from cnf.vector_fields.derivatives import standard_basis
 
@@ -155,9 +155,9 @@ class Hutchinson(Divergence):
     """Whether the probes are as wide as the bottleneck of the field, rather than as x."""
 
     def __post_init__(self) -> None:
-        if self.noise not in _NOISES:
-            raise ValueError(f"noise must be one of {', '.join(_NOISES)}; got {self.noise!r}.")
-        check_count("probes", self.probes)
+        check_choice("noise", self.noise, _NOISES)
+        object.__setattr__(self, "probes", check_count("probes", self.probes))
+        object.__setattr__(self, "bottleneck", check_flag("bottleneck", self.bottleneck))
 
     @property
     def is_exact(self) -> bool:

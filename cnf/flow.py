@@ -13,6 +13,7 @@ from torch.distributions.constraints import Constraint
 from cnf._checks import (
     check_context,
     check_events,
+    check_generator,
     check_sample_shape,
     check_support,
     holds,
@@ -98,7 +99,7 @@ class Flow(nn.Module):
             ValueError: If the rows do not fit, are constant in a column, or vary in one by less
                 than their dtype can tell.
         """
-        x = self._admit("x", x, context)
+        x = self._admit("x", x, context, generator)
         chain.initialize(self.chain, x, context, generator=generator)
         if self.base.awaits_data:
             z = chain.to_base(self.chain, x, context, generator=generator)
@@ -181,7 +182,7 @@ class Flow(nn.Module):
             ODEError: If a solve fails.
         """
         chain.check_importance_samples(self.chain, importance_samples)
-        x = self._admit("x", x, context, "anywhere")
+        x = self._admit("x", x, context, generator, "anywhere")
         inside = rows_inside(x, self.support)
         if holds(~inside.all()):
             log_prob = self.log_prob(
@@ -211,7 +212,7 @@ class Flow(nn.Module):
             ValueError: If the likelihood is a lower bound or biased, or an estimate by less than
                 two probes, or not by the divergence alone.
         """
-        x = self._admit("x", x, context, "anywhere")
+        x = self._admit("x", x, context, generator, "anywhere")
         inside = rows_inside(x, self.support)
         if holds(~inside.all()):
             rows = select(inside, x, context)
@@ -246,7 +247,7 @@ class Flow(nn.Module):
             context: What the density is conditioned on.
             generator: Source of the draws.
         """
-        z = self.base.rsample(self._shape(sample_shape, context), generator=generator)
+        z = self.base.rsample(self._shape(sample_shape, context, generator), generator=generator)
         return chain.to_data(self.chain, z, context, generator=generator)
 
     def sample_and_log_prob(
@@ -275,7 +276,7 @@ class Flow(nn.Module):
         if "lower_bound" in chain.likelihoods(self.chain):
             x = self.rsample(sample_shape, context, generator=generator)
             return x, self.log_prob(x, context, generator=generator)
-        z = self.base.rsample(self._shape(sample_shape, context), generator=generator)
+        z = self.base.rsample(self._shape(sample_shape, context, generator), generator=generator)
         x, ladj = chain.to_data_and_ladj(self.chain, z, context, generator=generator)
         return x, self.base.log_prob(z) - ladj
 
@@ -287,7 +288,7 @@ class Flow(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "*joint_batch base_features"]:
         """From data to base."""
-        x = self._admit("x", x, context)
+        x = self._admit("x", x, context, generator)
         return chain.to_base(self.chain, x, context, generator=generator)
 
     def to_data(
@@ -298,7 +299,7 @@ class Flow(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "*joint_batch_and_event"]:
         """From base to data."""
-        z = self._admit("z", z, context, "base")
+        z = self._admit("z", z, context, generator, "base")
         return chain.to_data(self.chain, z, context, generator=generator)
 
     def to_base_and_ladj(
@@ -309,7 +310,7 @@ class Flow(nn.Module):
         generator: torch.Generator | None = None,
     ) -> tuple[Float[Tensor, "*joint_batch base_features"], Float[Tensor, "*joint_batch"]]:
         """From data to base: z and log|det dz/dx|, in nats."""
-        x = self._admit("x", x, context)
+        x = self._admit("x", x, context, generator)
         return chain.to_base_and_ladj(self.chain, x, context, generator=generator)
 
     def to_base_with_costs(
@@ -325,7 +326,7 @@ class Flow(nn.Module):
         Float[Tensor, "costs *joint_batch"],
     ]:
         """From data to base: z, ladj in nats, and the cost of the path by each regularizer."""
-        x = self._admit("x", x, context)
+        x = self._admit("x", x, context, generator)
         return chain.to_base_with_costs(
             self.chain, x, context, regularizers=regularizers, generator=generator
         )
@@ -338,7 +339,7 @@ class Flow(nn.Module):
         generator: torch.Generator | None = None,
     ) -> tuple[Float[Tensor, "*joint_batch_and_event"], Float[Tensor, "*joint_batch"]]:
         """From base to data: x and log|det dx/dz|, in nats."""
-        z = self._admit("z", z, context, "base")
+        z = self._admit("z", z, context, generator, "base")
         return chain.to_data_and_ladj(self.chain, z, context, generator=generator)
 
     def trajectory(
@@ -363,23 +364,37 @@ class Flow(nn.Module):
             `Standardize`, is applied to every state, those at t = 0 included.
         """
         times = check_times(times, like=reference_tensor(self))
-        x_or_z = self._admit("x_or_z", x_or_z, context, "base" if times[0] == 0 else "")
+        x_or_z = self._admit("x_or_z", x_or_z, context, generator, "base" if times[0] == 0 else "")
         return follow(self.chain, x_or_z, times, context, generator=generator)
 
-    def _shape(self, sample_shape: int | Sequence[int], context: Tensor | None) -> torch.Size:
+    def _shape(
+        self,
+        sample_shape: int | Sequence[int],
+        context: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> torch.Size:
         """Shape of the draws for a context, without that of an event."""
         check_context(context, self.context_features, like=reference_tensor(self))
+        check_generator(generator, like=reference_tensor(self))
         batch = torch.Size() if context is None else context.shape[:-1]
         return check_sample_shape(sample_shape) + batch
 
-    def _admit(self, name: str, x: Tensor, context: Tensor | None, where: str = "") -> Tensor:
-        """The public door: check both tensors, and give `x` the joint batch shape.
+    def _admit(
+        self,
+        name: str,
+        x: Tensor,
+        context: Tensor | None,
+        generator: torch.Generator | None,
+        where: str = "",
+    ) -> Tensor:
+        """The public door: check what comes in, and give `x` the joint batch shape.
 
         Rows must be in the support, unless they are at the "base" or may be "anywhere".
         """
         shape = torch.Size([self.base.features]) if where == "base" else self.event_shape
         check_events(name, x, shape, like=reference_tensor(self))
         check_context(context, self.context_features, like=reference_tensor(self))
+        check_generator(generator, like=reference_tensor(self))
         if not where:
             check_support(name, x, self.support)
         return x.expand(joint_batch_shape(x, context, len(shape)) + shape)

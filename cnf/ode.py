@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cnf._checks import check_count, is_hidden
+from cnf._checks import check_choice, check_count, check_number, is_hidden, is_positive
 from cnf._methods import is_multistep, lean, methods, one_step
 from cnf._steps import RecordingWatch, solve_by_steps
 from cnf._watch import ODEError, RightHandSide, State, SteppingWatch, Watch
@@ -68,24 +68,23 @@ class ODESolver:
 
     def __post_init__(self) -> None:
         kinds = methods()
-        if self.method not in kinds:
-            raise ValueError(f"method must be one of {', '.join(kinds)}; got {self.method!r}.")
+        check_choice("method", self.method, kinds)
         for name in ("rtol", "atol", "first_step"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive and finite; got {value}.")
-        for name, choices in (("gradient", get_args(Gradient)), ("control", get_args(Control))):
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {choices}; got {value!r}.")
-        check_count("max_evaluations", self.max_evaluations)
+            if value is not None or name != "first_step":
+                number = check_number(name, value, "positive and finite", is_positive)
+                object.__setattr__(self, name, number)
+        check_choice("gradient", self.gradient, get_args(Gradient))
+        check_choice("control", self.control, get_args(Control))
+        budget = check_count("max_evaluations", self.max_evaluations)
+        object.__setattr__(self, "max_evaluations", budget)
         self._check_kind(kinds[self.method])
 
     def _check_kind(self, kind: str) -> None:
         if kind == "fixed":
             if self.steps is None:
                 raise ValueError(f"method {self.method!r} takes fixed steps; give steps=.")
-            check_count("steps", self.steps)
+            object.__setattr__(self, "steps", check_count("steps", self.steps))
         elif self.steps is not None:
             raise ValueError(
                 f"method {self.method!r} chooses its own steps; got steps={self.steps}. "

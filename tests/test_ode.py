@@ -712,12 +712,12 @@ POSITIVE = r"must be positive and finite; got"
         (
             {"gradient": "autograd"},
             VALUE,
-            r"gradient must be one of \('adjoint', 'backprop', 'checkpoint'\); got 'autograd'\.",
+            r"gradient must be one of adjoint, backprop, checkpoint; got 'autograd'\.",
         ),
         (
             {"control": "ladj"},
             VALUE,
-            r"control must be one of \('points_and_ladj', 'points'\); got 'ladj'\.",
+            r"control must be one of points_and_ladj, points; got 'ladj'\.",
         ),
         ({"max_evaluations": 0}, VALUE, r"max_evaluations must be at least 1; got 0\."),
         ({"max_evaluations": 1e4}, TYPE, r"max_evaluations must be an int; got 10000\.0\."),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cnf._checks import check_count, check_image_shape
+from cnf._checks import check_choice, check_count, check_image_shape
 from cnf.baselines.classics import NamedMixture, NamedTransform
 from cnf.baselines.ours import OURS, glow_of
 from cnf.flow import Flow
@@ -133,9 +133,7 @@ def _of_vectors(
 
 
 def _baseline(name: str) -> Baseline:
-    if name not in _BASELINES:
-        raise ValueError(f"name must be one of {', '.join(_BASELINES)}; got {name!r}.")
-    return _BASELINES[name]
+    return _BASELINES[check_choice("name", name, _BASELINES)]
 
 
 def _size_for(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.distributions import Transform as TorchTransform
 
-from cnf._checks import check_count
+from cnf._checks import check_choice, check_count
 from cnf.adapters import TorchBase
 from cnf.baselines.monotone import Gaussianization, MonotonicNetwork, start_near_identity
 from cnf.bases import Base
@@ -50,9 +50,7 @@ class NamedTransform(OfTorchTransforms):
 
     def __init__(self, name: str, features: int, context_features: int = 0, *, size: int) -> None:
         super().__init__(features, context_features)
-        if name not in _MAKERS:
-            raise ValueError(f"name must be one of {', '.join(_MAKERS)}; got {name!r}.")
-        self.name = name
+        self.name = check_choice("name", name, _MAKERS)
         self.size = check_count("size", size)
         self.transform: nn.Module = _MAKERS[name](
             _zuko(), self.features, self.context_features, self.size

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cnf._checks import check_number, is_positive
 from cnf.data.densities import RandomNumbers, ToyDensity, entropy_on_plane
 
 Curve = Callable[[Tensor], Tensor]
@@ -208,5 +209,4 @@ def gauss_legendre(nodes: int) -> tuple[Float[Tensor, "nodes"], Float[Tensor, "n
 
 
 def _check_noise(noise: float) -> None:
-    if not 0 < noise < math.inf:
-        raise ValueError(f"noise must be positive and finite; got {noise}.")
+    check_number("noise", noise, "positive and finite", is_positive)

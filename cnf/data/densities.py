@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cnf._checks import check_count, check_vectors
+from cnf._checks import check_count, check_generator, check_vectors
 
 ROWS_PER_CHUNK = 512
 """Points whose log-density is computed at once; bounds the memory of a call."""
@@ -63,6 +63,7 @@ class ToyDensity(ABC):
             ValueError: If `n` is negative.
         """
         check_count("n", n, least=0)
+        check_generator(generator, like=torch.empty(0))
         return self._draw(n, RandomNumbers(generator)).to(torch.get_default_dtype())
 
     @torch.no_grad()

@@ -7,7 +7,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cnf._checks import check_context, check_events, check_support, check_type, reference_tensor
+from cnf._checks import (
+    check_context,
+    check_events,
+    check_generator,
+    check_support,
+    check_type,
+    reference_tensor,
+)
 from cnf.diagnostics.checks import CHECKS, Case, NotMeasuredError, Outcome
 from cnf.diagnostics.report import Check, LikelihoodReport
 from cnf.flow import Flow
@@ -71,6 +78,7 @@ def certify(
             f"); got {tuple(x.shape)}."
         )
     _check_rows(flow, x, context)
+    check_generator(generator, like=x)
     seed = 0
     if generator is not None:
         seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cnf._checks import check_type
+from cnf._checks import check_number, check_type, is_positive
 from cnf.flow import Flow
 from cnf.ode import Gradient, ODEError
 from cnf.transforms import ContinuousTransform
@@ -200,8 +200,7 @@ def _check_arguments(flow: Flow, x: Tensor, tolerance: float) -> None:
             f"x must have at least 1 row, and shape (rows, {', '.join(map(str, flow.event_shape))}"
             f"); got {tuple(x.shape)}."
         )
-    if not 0 < tolerance < math.inf:
-        raise ValueError(f"tolerance must be positive and finite; got {tolerance}.")
+    check_number("tolerance", tolerance, "positive and finite", is_positive)
     if not any(isinstance(part, ContinuousTransform) for part in flow.modules()):
         raise ValueError("flow must follow an ODE; its gradients are made in one way only.")
     if not _trainable(flow):

@@ -9,8 +9,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cnf._checks import (
+    check_choice,
     check_context,
     check_events,
+    check_generator,
     check_support,
     check_type,
     joint_batch_shape,
@@ -96,9 +98,7 @@ class FlowMatching(nn.Module):
         check_type("path", self.path, ProbabilityPath, "use LinearPath()")
         self.pairing = IndependentPairing() if pairing is None else pairing
         check_type("pairing", self.pairing, Pairing, "use OptimalTransport()")
-        if times not in _TIMES:
-            raise ValueError(f"times must be one of {', '.join(_TIMES)}; got {times!r}.")
-        self.times = times
+        self.times = check_choice("times", times, _TIMES)
 
     def forward(
         self,
@@ -121,6 +121,7 @@ class FlowMatching(nn.Module):
             ValueError: If the minibatch is empty or does not fit the flow.
         """
         x, context = self._admit(x, context)
+        check_generator(generator, like=x)
         if weight is not None and not isinstance(self.pairing, IndependentPairing):
             x, context, weight = _resampled(x, context, weight, generator)
         before, transform, behind = _split(self.flow)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cnf._checks import check_generator, check_number
 from cnf.divergence import Divergence
 from cnf.flow import Flow
 from cnf.objectives.solving import check_flow, for_training, rebuilt, training_solver
@@ -78,15 +79,17 @@ class MaximumLikelihood(nn.Module):
         for regularizer, weight in self.regularizers.items():
             if not callable(regularizer):
                 raise TypeError(f"regularizers must be callable; got {regularizer!r}.")
-            if not 0 <= weight < math.inf:
-                raise ValueError(
-                    f"regularizers must have finite weights, at least 0; got {weight}."
-                )
+            self.regularizers[regularizer] = check_number(
+                "each weight of regularizers",
+                weight,
+                "finite and at least 0",
+                lambda number: 0 <= number < math.inf,
+            )
         self.solver = solver or training_solver()
         self.divergence = divergence
-        if not 0 <= random_end_time < 1:
-            raise ValueError(f"random_end_time must be in [0, 1); got {random_end_time}.")
-        self.random_end_time = random_end_time
+        self.random_end_time = check_number(
+            "random_end_time", random_end_time, "in [0, 1)", lambda share: 0 <= share < 1
+        )
 
     def forward(
         self,
@@ -110,6 +113,7 @@ class MaximumLikelihood(nn.Module):
         """
         if x.numel() == 0:
             raise ValueError(f"x must have at least one row; got shape {tuple(x.shape)}.")
+        check_generator(generator, like=x)
         flow = rebuilt(self.flow, partial(self._for_training, generator=generator))
         z, ladj, costs = flow.to_base_with_costs(
             x, context, regularizers=list(self.regularizers), generator=generator

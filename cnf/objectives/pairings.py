@@ -9,6 +9,8 @@ import numpy.typing as npt
 from jaxtyping import Float
 from torch import Tensor
 
+from cnf._checks import check_number, is_positive
+
 
 class Pairing(ABC):
     """Which rows of the base go with which rows of the data in a minibatch."""
@@ -89,11 +91,11 @@ class OptimalTransport(Pairing):
     """The weight w of the distance between contexts, where there are any."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.context_weight < math.inf:
-            raise ValueError(
-                f"context_weight must be positive and finite; got {self.context_weight}. "
-                "(Without it, the pairing of a conditional flow would be biased.)"
-            )
+        remedy = "Without it, the pairing of a conditional flow would be biased."
+        weight = check_number(
+            "context_weight", self.context_weight, "positive and finite", is_positive, remedy
+        )
+        object.__setattr__(self, "context_weight", weight)
 
     def __call__(
         self,

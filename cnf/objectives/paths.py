@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cnf._checks import check_number, is_positive
+
 
 class ProbabilityPath(ABC):
     """A random path from x0, a point of the base, at t = 0 to x1, one of the data, at t = 1.
@@ -133,11 +135,9 @@ class SmoothedPath(ProbabilityPath):
     """Standard deviation of the noise."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.sigma < math.inf:
-            raise ValueError(
-                f"sigma must be positive and finite; got {self.sigma}. Without noise, use "
-                "LinearPath()."
-            )
+        remedy = "Without noise, use LinearPath()."
+        sigma = check_number("sigma", self.sigma, "positive and finite", is_positive, remedy)
+        object.__setattr__(self, "sigma", sigma)
 
     def state_and_velocity(
         self,

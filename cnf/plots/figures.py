@@ -1,11 +1,11 @@
 """Figures, their panels and files, and the look that all pictures share."""
 
 import io
-import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from cnf._checks import check_number, is_positive
 from cnf._files import write_atomically
 
 if TYPE_CHECKING:
@@ -33,8 +33,7 @@ def figure_grid(
     """
     if rows < 1 or columns < 1:
         raise ValueError(f"rows and columns must be at least 1; got {rows} and {columns}.")
-    if not 0 < panel_size < math.inf:
-        raise ValueError(f"panel_size must be positive and finite; got {panel_size}.")
+    check_number("panel_size", panel_size, "positive and finite", is_positive)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(columns * panel_size, rows * panel_size), layout="constrained")

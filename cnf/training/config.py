@@ -1,13 +1,12 @@
 """Settings of a phase of training."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
 
-from cnf._checks import check_count
+from cnf._checks import check_choice, check_count, check_flag, check_number, is_positive
 from cnf.flow import Flow
 from cnf.objectives import MaximumLikelihood
 
@@ -72,12 +71,12 @@ class TrainingConfig:
         check_count("seed", self.seed, least=0)
         if self.patience is not None:
             check_count("patience", self.patience)
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be positive; got {self.learning_rate}.")
-        for name, choices in (("schedule", _SCHEDULES), ("precision", _PRECISIONS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}; got {getattr(self, name)!r}.")
-        if self.gradient_clip is not None and not self.gradient_clip > 0:
-            raise ValueError(f"gradient_clip must be positive or None; got {self.gradient_clip}.")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise ValueError(f"ema must be between 0 and 1, or None; got {self.ema}.")
+        check_number("learning_rate", self.learning_rate, "positive and finite", is_positive)
+        check_choice("schedule", self.schedule, _SCHEDULES)
+        check_choice("precision", self.precision, _PRECISIONS)
+        if self.gradient_clip is not None:
+            clip = self.gradient_clip
+            check_number("gradient_clip", clip, "positive or None", lambda norm: norm > 0)
+        if self.ema is not None:
+            check_number("ema", self.ema, "between 0 and 1, or None", lambda decay: 0 < decay < 1)
+        check_flag("progress", self.progress)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cnf._checks import check_type
+from cnf._checks import check_flag, check_number, check_type, is_positive
 from cnf.divergence import Divergence, Exact, Hutchinson
 from cnf.ode import ODESolver, RightHandSide, State
 from cnf.regularizers import CostRate, needs_products
@@ -69,16 +69,14 @@ class ContinuousTransform(Transform):
         self.vector_field = vector_field
         self.divergence = divergence
         self.solver = ODESolver() if solver is None else solver
-        if not 0 < end_time < math.inf:
-            raise ValueError(f"end_time must be positive and finite; got {end_time}.")
-        if not -math.inf < start_time < 1:
-            raise ValueError(
-                "start_time is a share of the end time and must be finite and less than 1; "
-                f"got {start_time}."
-            )
-        self.start_time = float(start_time)
-        self.end_time = float(end_time)
-        self.learn_end_time = learn_end_time
+        self.start_time = check_number(
+            "start_time",
+            start_time,
+            "finite and less than 1, for it is a share of the end time",
+            lambda share: -math.inf < share < 1,
+        )
+        self.end_time = check_number("end_time", end_time, "positive and finite", is_positive)
+        self.learn_end_time = check_flag("learn_end_time", learn_end_time)
         if learn_end_time:
             self.log_end_time = nn.Parameter(torch.tensor(math.log(end_time)))
 

@@ -8,7 +8,7 @@ from typing import cast
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cnf._checks import check_count, check_shape
+from cnf._checks import check_count, check_number, check_shape
 from cnf.transforms.bounded_layers import (
     BoundedConvolution,
     BoundedLayer,
@@ -50,9 +50,9 @@ class ContractiveNetwork(nn.Module, ABC):
         super().__init__()
         self.features = check_count("features", features)
         self.context_features = check_count("context_features", context_features, least=0)
-        if not 0 < coefficient < 1:
-            raise ValueError(f"coefficient must be between 0 and 1; got {coefficient}.")
-        self.coefficient = float(coefficient)
+        self.coefficient = check_number(
+            "coefficient", coefficient, "between 0 and 1", lambda number: 0 < number < 1
+        )
 
     @abstractmethod
     def given(self, context: Float[Tensor, "*c_batch context_features"] | None) -> Map:

@@ -1,6 +1,5 @@
 """Coupling layers: some features change, by numbers that a network reads off the others."""
 
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
@@ -9,7 +8,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cnf._checks import check_type, check_vector_or_image_shape
+from cnf._checks import (
+    check_choice,
+    check_number,
+    check_type,
+    check_vector_or_image_shape,
+    is_positive,
+)
 from cnf.transforms.base import Transform
 from cnf.transforms.conditioners import ConvConditioner, MLPConditioner
 
@@ -235,9 +240,7 @@ class AffineCoupling(Coupling):
         bound: float = 3.0,
     ) -> None:
         super().__init__(shape, context_features, conditioner=conditioner, kept=kept)
-        if not 0 < bound < math.inf:
-            raise ValueError(f"bound must be positive and finite; got {bound}.")
-        self.bound = bound
+        self.bound = check_number("bound", bound, "positive and finite", is_positive)
 
     def _changed_to_base(self, x: Tensor, numbers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         loc, raw = numbers
@@ -252,9 +255,7 @@ class AffineCoupling(Coupling):
 
 def _kept_features(shape: tuple[int, int, int], kept: str) -> Tensor:
     """Which features are kept: a mask of shape ``(features,)``."""
-    if kept not in _HALVES + _CHECKERBOARDS:
-        names = ", ".join(_HALVES + _CHECKERBOARDS)
-        raise ValueError(f"kept must be one of {names}; got {kept!r}.")
+    check_choice("kept", kept, _HALVES + _CHECKERBOARDS)
     channels, height, width = shape
     if kept in _HALVES:
         mask = (torch.arange(channels) < channels // 2)[:, None, None]

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 
-from cnf._checks import check_count, check_support
+from cnf._checks import check_count, check_number, check_support
 from cnf.transforms.base import Likelihood, Transform
 from cnf.transforms.supports import OpenInterval
 
@@ -127,9 +127,9 @@ class Logit(Transform):
 
     def __init__(self, features: int, *, alpha: float = 0.05) -> None:
         super().__init__(features)
-        if not 0 <= alpha < 0.5:
-            raise ValueError(f"alpha must be at least 0 and less than 0.5; got {alpha}.")
-        self.alpha = float(alpha)
+        self.alpha = check_number(
+            "alpha", alpha, "at least 0 and less than 0.5", lambda share: 0 <= share < 0.5
+        )
 
     def extra_repr(self) -> str:
         """Share of the unit interval kept free."""

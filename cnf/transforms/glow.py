@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 
-from cnf._checks import check_count, check_image_shape
+from cnf._checks import check_choice, check_count, check_image_shape
 from cnf.transforms.actnorm import ActNorm
 from cnf.transforms.base import Transform
 from cnf.transforms.conditioners import ConvConditioner
@@ -72,8 +72,7 @@ def glow(
     check_count("context_features", context_features, least=0)
     check_count("levels", levels)
     check_count("steps", steps)
-    if coupling not in _COUPLINGS:
-        raise ValueError(f"coupling must be one of {', '.join(_COUPLINGS)}; got {coupling!r}.")
+    check_choice("coupling", coupling, _COUPLINGS)
     if height % 2**levels or width % 2**levels:
         raise ValueError(
             f"shape must have height and width that are multiples of {2**levels} with "

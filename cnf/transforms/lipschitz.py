@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from cnf._checks import check_count
+from cnf._checks import check_count, check_number
 from cnf.transforms.autoregressive import AutoregressiveNetwork
 from cnf.transforms.base import Transform
 from cnf.transforms.roots import increasing_root
@@ -69,9 +69,9 @@ class ExactLipschitz(Transform):
     ) -> None:
         super().__init__(features, context_features)
         self.units = check_count("units", units)
-        if not 0 < lipschitz < 1:
-            raise ValueError(f"lipschitz must be between 0 and 1; got {lipschitz}.")
-        self.lipschitz = float(lipschitz)
+        self.lipschitz = check_number(
+            "lipschitz", lipschitz, "between 0 and 1", lambda number: 0 < number < 1
+        )
         self.network = AutoregressiveNetwork(
             features, context_features, outputs=2 + 3 * self.units, hidden_features=hidden_features
         )

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cnf._checks import check_count, is_hidden
+from cnf._checks import check_count, check_number, is_hidden
 from cnf.divergence import Hutchinson
 from cnf.transforms.base import Likelihood
 from cnf.transforms.bounded_layers import Map
@@ -164,8 +164,10 @@ class RussianRoulette(LogDet):
     def __post_init__(self) -> None:
         check_count("exact_terms", self.exact_terms, least=0)
         check_count("probes", self.probes)
-        if not 0 < self.probability < 1:
-            raise ValueError(f"probability must be between 0 and 1; got {self.probability}.")
+        probability = check_number(
+            "probability", self.probability, "between 0 and 1", lambda number: 0 < number < 1
+        )
+        object.__setattr__(self, "probability", probability)
 
     @property
     def likelihood(self) -> Likelihood:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cnf._checks import check_type
+from cnf._checks import check_number, check_type
 from cnf.transforms.base import Likelihood, Transform
 from cnf.transforms.bounded_layers import Map
 from cnf.transforms.contractive import ContractiveNetwork
@@ -83,9 +83,9 @@ class ResidualFlow(Transform):
         few = self.features <= _FEW_FEATURES
         self.log_det = log_det or (ExactLogDet() if few else RussianRoulette())
         _warn_of_infinite_variance(self.log_det, network.coefficient)
-        if not 0 < tolerance < 1:
-            raise ValueError(f"tolerance must be between 0 and 1; got {tolerance}.")
-        self.tolerance = float(tolerance)
+        self.tolerance = check_number(
+            "tolerance", tolerance, "between 0 and 1", lambda number: 0 < number < 1
+        )
 
     @property
     def likelihood(self) -> Likelihood:

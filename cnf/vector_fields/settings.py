@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from cnf._checks import check_count
+from cnf._checks import check_choice, check_count, check_number, is_positive
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.layers import LAYERS
 
@@ -77,9 +77,7 @@ def check_frequency(frequency: float | None, features: int, activation: str) -> 
         return None
     if frequency is None:
         return 4.0 / math.sqrt(max(1, features - 1))
-    if not 0 < frequency < math.inf:
-        raise ValueError(f"frequency must be positive and finite; got {frequency}.")
-    return float(frequency)
+    return check_number("frequency", frequency, "positive and finite", is_positive)
 
 
 def check_time_features(time_features: int, layer: str) -> int:
@@ -100,6 +98,4 @@ def check_time_features(time_features: int, layer: str) -> int:
 
 def check_name(argument: str, name: str, known: Mapping[str, object]) -> str:
     """Refuse a name that is not known."""
-    if name not in known:
-        raise ValueError(f"{argument} must be one of {', '.join(known)}; got {name!r}.")
-    return name
+    return check_choice(argument, name, known)
