@@ -79,12 +79,8 @@ def check_events(name: str, x: Tensor, event_shape: Sequence[int], *, like: Tens
         ValueError: If dtype, device, shape or a value is wrong.
     """
     if not isinstance(x, Tensor):
-        hint = ""
-        if hasattr(x, "to_numpy"):  # of pandas, polars or the like
-            hint = f" Try torch.as_tensor({name}.to_numpy())."
-        elif isinstance(x, Sequence | np.ndarray):
-            hint = f" Try torch.as_tensor({name})."
-        raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}.{hint}")
+        remedy = _how_to_convert(name, x, like)
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}.{remedy}")
     _check_dense(name, x)
     if not x.is_floating_point():
         raise ValueError(
@@ -101,6 +97,28 @@ def check_events(name: str, x: Tensor, event_shape: Sequence[int], *, like: Tens
         raise ValueError(
             f"{name} must be finite; got NaN or inf in {name_rows(bad)}. Drop or mend these rows."
         )
+
+
+def _how_to_convert(name: str, x: Any, like: Tensor) -> str:
+    """The line that makes a tensor of what is none, if there is one."""
+    given = name
+    if hasattr(x, "to_numpy"):  # of pandas, polars or the like
+        given, x = f"{name}.to_numpy()", x.to_numpy()
+    if isinstance(x, list | tuple) and x and all(isinstance(row, Tensor) for row in x):
+        return f" Try torch.stack(list({given}))."
+    if not isinstance(x, Sequence | np.ndarray) or isinstance(x, str):
+        return ""
+    try:
+        rows = torch.as_tensor(np.asarray(x, dtype=np.float64))
+    except (TypeError, ValueError):  # text, or rows of different lengths
+        return " Its rows must hold numbers, the same count in each."
+    dtype, also = like.dtype, ""
+    if _loses_digits(rows, dtype):
+        dtype, also = (
+            torch.float64,
+            f", with model.to({torch.float64}): {dtype} would round it away",
+        )
+    return f" Try torch.as_tensor({given}, dtype={dtype}){also}."
 
 
 def _check_dense(name: str, x: Tensor) -> None:

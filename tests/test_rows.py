@@ -9,7 +9,14 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset, IterableDataset, StackDataset, Subset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    StackDataset,
+    Subset,
+    TensorDataset,
+)
 from training_runs import CHEAP, affine_flow, assert_same, config, weights
 
 from cnf import CNF, Affine, Flow, Logit, Standardize, fit
@@ -349,6 +356,49 @@ BAD_DATA = {
         r"weights of data must be a torch\.T",
     ),
 }
+
+
+class Frame:
+    """As pandas and polars have them."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def to_numpy(self):
+        return self.values
+
+
+DAYS = 2_461_373.25 + np.arange(20.0)[:, None] / 10
+OTHER_FORMS = {
+    "loader": (DataLoader(TensorDataset(zeros(5, 2))), r"Try data\.dataset, and batch_size in Tr"),
+    "generator": (iter(zeros(5, 2)), r"Try torch\.stack\(list\(data\)\)"),
+    "array": (np.zeros((5, 2)), r"Try torch\.as_tensor\(data, dtype=torch\.float32\)\."),
+    "list": ([[0.0, 1.0]] * 3, r"Try torch\.as_tensor\(data, dtype=torch\.float32\)\."),
+    "tensors": (list(zeros(5, 2)), r"Try torch\.stack\(list\(data\)\)"),
+    "frame": (Frame(np.zeros((5, 2))), r"as_tensor\(data\.to_numpy\(\), dtype=torch\.float32\)\."),
+    "days": (DAYS, r"as_tensor\(data, dtype=torch\.float64\), with model\.to\(torch\.float64\)"),
+    "text": (np.array([["a", "b"]] * 3), "rows must hold numbers"),
+    "ragged": ([[1.0], [1.0, 2.0], [3.0]], "rows must hold numbers, the same count in each"),
+    "string": ("data.csv", r"data must be a torch\.Tensor; got str\."),
+}
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+@pytest.mark.parametrize(("data", "message"), OTHER_FORMS.values(), ids=OTHER_FORMS)
+def test_data_of_other_forms_are_refused_with_the_line_that_makes_them_fit(data, message):
+    with pytest.raises(TypeError, match=message):
+        fit(affine_flow().float(), data, config(1))
+
+
+def test_the_lines_advised_work():
+    x = np.random.RandomState(0).normal(size=(20, 2))
+    flow = affine_flow().float()
+    for data in (
+        torch.as_tensor(x, dtype=torch.float32),
+        torch.stack(list(torch.as_tensor(x).float())),
+        DataLoader(TensorDataset(torch.as_tensor(x).float())).dataset,
+    ):
+        fit(flow, data, config(1))
 
 
 @pytest.mark.usefixtures("shapes_unchecked")

@@ -73,9 +73,7 @@ def test_numbers_that_are_none_are_refused(name, value):
         NUMBERS[name](value)
 
 
-@pytest.mark.parametrize(
-    "kind", [np.float32, np.float64, torch.tensor, lambda value: np.array(value)], ids=repr
-)
+@pytest.mark.parametrize("kind", [np.float32, np.float64, torch.tensor, np.array], ids=repr)
 def test_numbers_of_other_libraries_are_kept_as_python_has_them(kind, tmp_path):
     solver = ODESolver(rtol=kind(0.25), atol=kind(0.5))
     assert (type(solver.rtol), solver.rtol, solver.atol) == (float, 0.25, 0.5)

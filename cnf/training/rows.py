@@ -1,12 +1,12 @@
 """The rows that a flow is trained on, in whatever form they come, and the checks of them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from cnf._checks import (
     check_context,
@@ -199,6 +199,16 @@ def as_rows(name: str, data: Any, flow: Flow, *, contexts: bool = False) -> Rows
         TypeError: If they have no form that `Data` names.
         ValueError: If they do not fit the flow.
     """
+    if isinstance(data, DataLoader):
+        raise TypeError(
+            f"{name} must be the rows themselves; got a DataLoader, which cuts them into "
+            f"minibatches. Try {name}.dataset, and batch_size in TrainingConfig."
+        )
+    if isinstance(data, Iterator):
+        raise TypeError(
+            f"{name} must be the rows themselves; got a {type(data).__name__}, which gives each "
+            f"once. Try torch.stack(list({name}))."
+        )
     kind = DatasetRows if isinstance(data, Dataset) else TensorRows
     return kind(name, data, flow, contexts=contexts)
 
