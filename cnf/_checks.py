@@ -112,13 +112,12 @@ def _how_to_convert(name: str, x: Any, like: Tensor) -> str:
         rows = torch.as_tensor(np.asarray(x, dtype=np.float64))
     except (TypeError, ValueError):  # text, or rows of different lengths
         return " Its rows must hold numbers, the same count in each."
-    dtype, also = like.dtype, ""
-    if _loses_digits(rows, dtype):
-        dtype, also = (
-            torch.float64,
-            f", with model.to({torch.float64}): {dtype} would round it away",
+    if _loses_digits(rows, like.dtype):
+        return (
+            f" Try torch.as_tensor({given}, dtype=torch.float64), with model.to(torch.float64): "
+            f"{like.dtype} would round most of its digits away."
         )
-    return f" Try torch.as_tensor({given}, dtype={dtype}){also}."
+    return f" Try torch.as_tensor({given}, dtype={like.dtype})."
 
 
 def _check_dense(name: str, x: Tensor) -> None:
