@@ -14,6 +14,8 @@ from torch.distributions.constraints import Constraint
 
 _ROWS_NAMED = 5
 _LONGEST = 60
+LARGEST_INDEX = 2**63 - 1
+"""Largest number of entries, and seed, that torch can take."""
 _STEPS_OF_A_SPREAD = 32
 """Rounding steps that a standard deviation must span, so that rounding is not what is learnt."""
 
@@ -81,7 +83,7 @@ def check_events(name: str, x: Tensor, event_shape: Sequence[int], *, like: Tens
     if not isinstance(x, Tensor):
         remedy = _how_to_convert(name, x, like)
         raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}.{remedy}")
-    _check_dense(name, x)
+    check_dense(name, x)
     if not x.is_floating_point():
         raise ValueError(
             f"{name} must have a floating dtype; got {x.dtype}. "
@@ -112,19 +114,27 @@ def _how_to_convert(name: str, x: Any, like: Tensor) -> str:
         rows = torch.as_tensor(np.asarray(x, dtype=np.float64))
     except (TypeError, ValueError):  # text, or rows of different lengths
         return " Its rows must hold numbers, the same count in each."
-    if _loses_digits(rows, like.dtype):
+    dtype = like.dtype if isinstance(like, Tensor) else torch.get_default_dtype()
+    if _loses_digits(rows, dtype):
         return (
             f" Try torch.as_tensor({given}, dtype=torch.float64), with model.to(torch.float64): "
-            f"{like.dtype} would round most of its digits away."
+            f"{dtype} would round most of its digits away."
         )
-    return f" Try torch.as_tensor({given}, dtype={like.dtype})."
+    return f" Try torch.as_tensor({given}, dtype={dtype})."
 
 
-def _check_dense(name: str, x: Tensor) -> None:
+def check_dense(name: str, x: Tensor) -> None:
+    """Refuse a tensor that is sparse, nested, quantized or without numbers.
+
+    Raises:
+        ValueError: If it is so.
+    """
     if x.is_nested or x.layout != torch.strided or x.is_quantized:
         kind = "nested" if x.is_nested else "quantized" if x.is_quantized else str(x.layout)
         how = f"{name}.dequantize()" if x.is_quantized else f"{name}.to_dense()"
         raise ValueError(f"{name} must be a dense tensor; got one that is {kind}. Try {how}.")
+    if x.is_meta:
+        raise ValueError(f"{name} must hold numbers; got a tensor on the device meta.")
 
 
 def _check_like(name: str, x: Tensor, like: Tensor) -> None:
@@ -150,8 +160,8 @@ def is_rounded_away(std: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _loses_digits(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether a column of x varies by less than `dtype` can tell beside its size."""
-    rows = x.reshape(-1, x.shape[-1]) if x.ndim else x.reshape(1, 1)
-    if len(rows) < 2:
+    rows = x.flatten(0, -2) if x.ndim > 1 else x.reshape(1, -1)
+    if len(rows) < 2 or rows.numel() == 0:
         return False
     return bool(is_rounded_away(rows.std(0), rows.abs().amax(0), dtype).any())
 
@@ -257,7 +267,7 @@ def joint_batch_shape(x: Tensor, context: Tensor | None, event_dim: int = 1) -> 
         ) from None
 
 
-def check_sample_shape(sample_shape: int | Sequence[int]) -> torch.Size:
+def check_sample_shape(sample_shape: int | Sequence[int], name: str = "sample_shape") -> torch.Size:
     """Turn a number or a shape into a shape.
 
     Raises:
@@ -266,10 +276,15 @@ def check_sample_shape(sample_shape: int | Sequence[int]) -> torch.Size:
     """
     sizes = tuple(sample_shape) if isinstance(sample_shape, Sequence) else (sample_shape,)
     if not all(_is_integer(size) for size in sizes):
-        raise TypeError(f"sample_shape must be an int or a shape of ints; got {sample_shape!r}.")
+        raise TypeError(f"{name} must be an int or a shape of ints; got {_shown(sample_shape)}.")
     if any(size < 0 for size in sizes):
-        raise ValueError(f"sample_shape must not be negative; got {sample_shape!r}.")
-    return torch.Size(map(operator.index, sizes))
+        raise ValueError(f"{name} must not be negative; got {_shown(sample_shape)}.")
+    sizes = tuple(map(operator.index, sizes))
+    if math.prod(sizes) > LARGEST_INDEX:
+        raise ValueError(
+            f"{name} must be of at most {LARGEST_INDEX} entries; got {_shown(sample_shape)}."
+        )
+    return torch.Size(sizes)
 
 
 def check_type(name: str, value: object, expected: type, remedy: str) -> None:
@@ -284,18 +299,30 @@ def check_type(name: str, value: object, expected: type, remedy: str) -> None:
         )
 
 
-def check_count(name: str, value: int, *, least: int = 1) -> int:
-    """Refuse what is not an integer, of whatever library, of at least `least`; return an int.
+def check_count(name: str, value: int, *, least: int = 1, most: int = 2**31 - 1) -> int:
+    """Refuse what is not an integer, of whatever library, within bounds; return an int.
 
     Raises:
         TypeError: If `value` is not an int.
-        ValueError: If it is too small.
+        ValueError: If it is too small or too large.
     """
     if not _is_integer(value):
         raise TypeError(f"{name} must be an int; got {_shown(value)}.")
     if value < least:
         raise ValueError(f"{name} must be at least {least}; got {value}.")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}; got {_shown(value)}.")
     return operator.index(value)
+
+
+def check_seed(name: str, value: int) -> int:
+    """Refuse what is no seed of a generator of torch; return an int.
+
+    Raises:
+        TypeError: If `value` is not an int.
+        ValueError: If it is negative or has more than 63 bits.
+    """
+    return check_count(name, value, least=0, most=LARGEST_INDEX)
 
 
 def check_number(
@@ -423,7 +450,8 @@ def _shown(value: object) -> str:
 
 
 def _is_integer(value: object) -> bool:
-    return isinstance(value, SupportsIndex) and not isinstance(value, bool | Tensor)
+    others = bool | Tensor | np.ndarray | type
+    return isinstance(value, SupportsIndex) and not isinstance(value, others)
 
 
 def _shape(value: object) -> object:

@@ -8,7 +8,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from tqdm import tqdm
 
-from cnf._checks import check_count, reference_tensor
+from cnf._checks import check_count, check_generator, check_type, reference_tensor
 from cnf._memory import LiveBytes, bytes_in, in_words
 from cnf.flow import Flow
 from cnf.ode import ODEError
@@ -77,6 +77,7 @@ def log_prob_in_chunks(
         >>> log_prob_in_chunks(CNF(2), x, chunk_size="2 MiB").shape
         torch.Size([1000])
     """
+    _check_flow(flow, generator)
     _check_x(flow, x)
     _check_context(flow, context, len(x))
     like = reference_tensor(flow)
@@ -133,6 +134,7 @@ def sample_in_chunks(
         >>> sample_in_chunks(CNF(2), 1000, chunk_size=256).shape
         torch.Size([1000, 2])
     """
+    _check_flow(flow, generator)
     count = check_count("count", count, least=0)
     _check_context(flow, context, count)
     like = reference_tensor(flow)
@@ -219,6 +221,11 @@ def _checked(chunk_size: int | str) -> tuple[int, int | None]:
             f"'1 GiB' or '500 MB'; got {chunk_size!r}."
         )
     return 1, memory
+
+
+def _check_flow(flow: Flow, generator: torch.Generator | None) -> None:
+    check_type("flow", flow, Flow, "wrap the transforms in Flow([...])")
+    check_generator(generator, like=reference_tensor(flow))
 
 
 def _check_array(name: str, values: object) -> None:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cnf._checks import check_count, check_number, rows_inside
+from cnf._checks import check_count, check_number, check_seed, rows_inside
 from cnf.chunks import in_chunks, sample_in_chunks
 from cnf.cnf import CNF
 from cnf.flow import Flow
@@ -67,8 +67,9 @@ class DensitySettings:
     """Seed of the rows held out, the initial weights and the training."""
 
     def __post_init__(self) -> None:
-        check_count("seed", self.seed, least=0)
-        if isinstance(self.hidden_features, str) or not isinstance(self.hidden_features, Iterable):
+        check_seed("seed", self.seed)
+        widths = self.hidden_features
+        if isinstance(widths, str | torch.Tensor) or not isinstance(widths, Iterable):
             raise TypeError(
                 f"hidden_features must be widths such as (128, 128); got {self.hidden_features!r}."
             )

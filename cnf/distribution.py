@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 
-from cnf._checks import check_sample_shape, joint_batch_shape
+from cnf._checks import check_sample_shape, check_type, joint_batch_shape
 
 if TYPE_CHECKING:
     import cnf.flow
@@ -97,9 +97,13 @@ class FlowDistribution(Distribution):
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "FlowDistribution":
         """The same distribution for a larger batch; the draws are independent."""
         del _instance
-        shape = torch.Size(batch_shape)
+        shape = check_sample_shape(batch_shape, "batch_shape")
+        if not _broadcasts(self.batch_shape, shape):
+            raise ValueError(
+                f"batch_shape must be one that {tuple(self.batch_shape)} expands to; "
+                f"got {tuple(shape)}."
+            )
         if self.context is None:
-            torch.empty(self.batch_shape).expand(shape)  # torch's own check of the shape
             expanded = FlowDistribution(self.flow, batch_shape=shape)
         else:
             context = self.context.expand(*shape, self.context.shape[-1])
@@ -132,6 +136,7 @@ class FlowDistribution(Distribution):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Log-density of `value` as `Flow.log_prob`, in nats; batch shapes broadcast."""
+        check_type("value", value, Tensor, "use torch.as_tensor(value)")
         shape = joint_batch_shape(value, torch.empty(*self.batch_shape, 0), len(self.event_shape))
         log_prob: Tensor = self._bound.ask(
             "log_prob",
@@ -179,6 +184,13 @@ class FlowDistribution(Distribution):
     def _shape(self, sample_shape: int | Sequence[int]) -> torch.Size:
         shape = check_sample_shape(sample_shape)
         return shape + self.batch_shape if self.context is None else shape
+
+
+def _broadcasts(smaller: torch.Size, larger: torch.Size) -> bool:
+    try:
+        return bool(torch.broadcast_shapes(smaller, larger) == larger)
+    except RuntimeError:
+        return False
 
 
 class FlowTransform(Transform):

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from cnf._checks import check_count
+from cnf._checks import check_count, check_dense, check_type, check_vectors
 
 
 def bits_per_dim(log_prob: Float[Tensor, "*batch"], dimensions: int) -> Float[Tensor, "*batch"]:
@@ -31,6 +31,7 @@ def bits_per_dim(log_prob: Float[Tensor, "*batch"], dimensions: int) -> Float[Te
         >>> bits_per_dim(uniform, 64)
         tensor(8.)
     """
+    _check_numbers("log_prob", log_prob)
     return -log_prob / (check_count("dimensions", dimensions) * math.log(2))
 
 
@@ -86,6 +87,7 @@ def log_mean_exp(log_weights: Float[Tensor, "draws *batch"]) -> Float[Tensor, "*
 
 def _largest(log_weights: Tensor) -> Tensor:
     """The largest along the first axis, which must be a finite number."""
+    _check_numbers("log_weights", log_weights)
     if log_weights.ndim == 0 or len(log_weights) == 0:
         raise ValueError(
             f"log_weights must have shape (draws, *batch); got {tuple(log_weights.shape)}."
@@ -97,6 +99,13 @@ def _largest(log_weights: Tensor) -> Tensor:
             f"got {int((~largest.isfinite()).sum())} columns with NaN, inf or no weight but zero."
         )
     return largest
+
+
+def _check_numbers(name: str, values: Tensor) -> None:
+    check_type(name, values, Tensor, f"use torch.as_tensor({name})")
+    check_dense(name, values)
+    if not values.is_floating_point():
+        raise ValueError(f"{name} must have a floating dtype; got {values.dtype}.")
 
 
 def gaussian_log_prob(
@@ -114,14 +123,26 @@ def gaussian_log_prob(
         One number for each row of `x`; None if the covariance is singular, as it is where columns
         are constant or depend on each other, or rows are too few.
 
+    Raises:
+        TypeError: If an argument is not a tensor.
+        ValueError: If it does not hold finite rows of the same size.
+
     Example:
         >>> import torch
         >>> corners = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
         >>> gaussian_log_prob(torch.zeros(1, 2), corners)
         tensor([-2.1256])
     """
+    check_type("training", training, Tensor, "use torch.as_tensor(training)")
+    features = training.shape[-1] if training.ndim else 0
+    for name, rows in (("x", x), ("training", training)):
+        check_vectors(name, rows, features, like=rows if isinstance(rows, Tensor) else training)
+        if rows.ndim != 2:
+            raise ValueError(f"{name} must have shape (rows, features); got {tuple(rows.shape)}.")
     if len(training) < 2:
         return None
+    training, dtype = training.double(), x.dtype
+    x = x.double()
     std, mean = torch.std_mean(training, 0)
     if not (std > 0).all():
         return None
@@ -129,5 +150,7 @@ def gaussian_log_prob(
     if torch.linalg.matrix_rank(covariance, hermitian=True) < len(mean):
         return None
     gaussian = MultivariateNormal(torch.zeros_like(mean), covariance)
+    if len(x) == 0:  # which torch cannot reshape
+        return x.new_zeros(0, dtype=dtype)
     log_prob: Tensor = gaussian.log_prob((x - mean) / std) - std.log().sum()
-    return log_prob
+    return log_prob.to(dtype)

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cnf._checks import check_dense
 from cnf.transforms import ContinuousTransform, Transform, chain
 
 
@@ -18,6 +19,7 @@ def check_times(times: Float[Tensor, " times"], *, like: Tensor) -> Float[Tensor
     """
     if not isinstance(times, Tensor):
         raise TypeError(f"times must be a torch.Tensor; got {type(times).__name__}.")
+    check_dense("times", times)
     times = times.to(like)
     if times.ndim != 1 or len(times) < 2:
         raise ValueError(f"times must be 1-D with at least 2 times; got {tuple(times.shape)}.")

@@ -49,7 +49,7 @@ def test_expanded_without_context():
     x = torch.randn(2)
     torch.testing.assert_close(distribution.log_prob(x), flow.log_prob(x).expand(4))
     assert distribution.expand((5, 4)).sample().shape == (5, 4, 2)
-    with pytest.raises(RuntimeError, match="expand"):
+    with pytest.raises(ValueError, match="batch_shape must be one that"):
         distribution.expand((3,))
 
 

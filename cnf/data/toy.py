@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from cnf._checks import check_choice
 from cnf.data.curves import NoisyCircles, NoisyCurves, TwoSpirals
 from cnf.data.densities import GaussianMixture, RandomNumbers, ToyDensity
 
@@ -43,9 +44,7 @@ def toy_density(name: str) -> ToyDensity:
         >>> truth.log_prob(torch.tensor([[0.5, 0.5], [0.5, 2.5]]))
         tensor([-3.4657,    -inf])
     """
-    if name not in _MAKERS:
-        raise ValueError(f"name must be one of {', '.join(TOY_NAMES)}; got {name!r}.")
-    return _MAKERS[name]()
+    return _MAKERS[check_choice("name", name, TOY_NAMES)]()
 
 
 class Pinwheel(ToyDensity):

@@ -11,7 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cnf._checks import check_number, check_type, is_positive
+from cnf._checks import (
+    check_context,
+    check_events,
+    check_number,
+    check_type,
+    is_positive,
+    reference_tensor,
+)
 from cnf.flow import Flow
 from cnf.ode import Gradient, ODEError
 from cnf.transforms import ContinuousTransform
@@ -120,7 +127,7 @@ def check_gradients(
         >>> report.passed, report["checkpoint"].nfe
         (True, 64)
     """
-    _check_arguments(flow, x, tolerance)
+    _check_arguments(flow, x, context, tolerance)
     seed = 0
     if generator is not None:
         seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
@@ -192,7 +199,7 @@ def _trainable(flow: Flow) -> list[Tensor]:
     return [parameter for parameter in flow.parameters() if parameter.requires_grad]
 
 
-def _check_arguments(flow: Flow, x: Tensor, tolerance: float) -> None:
+def _check_arguments(flow: Flow, x: Tensor, context: Tensor | None, tolerance: float) -> None:
     check_type("flow", flow, Flow, "wrap the transforms in Flow([...])")
     check_type("x", x, Tensor, "use torch.as_tensor(x)")
     if x.ndim != 1 + len(flow.event_shape) or len(x) < 1:
@@ -200,6 +207,8 @@ def _check_arguments(flow: Flow, x: Tensor, tolerance: float) -> None:
             f"x must have at least 1 row, and shape (rows, {', '.join(map(str, flow.event_shape))}"
             f"); got {tuple(x.shape)}."
         )
+    check_events("x", x, flow.event_shape, like=reference_tensor(flow))
+    check_context(context, flow.context_features, like=reference_tensor(flow))
     check_number("tolerance", tolerance, "positive and finite", is_positive)
     if not any(isinstance(part, ContinuousTransform) for part in flow.modules()):
         raise ValueError("flow must follow an ODE; its gradients are made in one way only.")

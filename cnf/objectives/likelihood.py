@@ -8,10 +8,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cnf._checks import check_generator, check_number
+from cnf._checks import check_generator, check_number, check_type
 from cnf.divergence import Divergence
 from cnf.flow import Flow
-from cnf.objectives.solving import check_flow, for_training, rebuilt, training_solver
+from cnf.objectives.solving import (
+    check_flow,
+    for_training,
+    rebuilt,
+    training_divergence,
+    training_solver,
+)
 from cnf.objectives.weights import weighted_mean
 from cnf.ode import ODESolver
 from cnf.regularizers import CostRate, needs_products
@@ -75,7 +81,7 @@ class MaximumLikelihood(nn.Module):
                 "regularizers must be weights by regularizer, such as {kinetic_energy: 0.01}; "
                 f"got {regularizers!r}."
             )
-        self.regularizers = dict(regularizers or {})
+        self.regularizers = {} if regularizers is None else dict(regularizers)
         for regularizer, weight in self.regularizers.items():
             if not callable(regularizer):
                 raise TypeError(f"regularizers must be callable; got {regularizer!r}.")
@@ -85,8 +91,8 @@ class MaximumLikelihood(nn.Module):
                 "finite and at least 0",
                 lambda number: 0 <= number < math.inf,
             )
-        self.solver = solver or training_solver()
-        self.divergence = divergence
+        self.solver = training_solver(solver)
+        self.divergence = training_divergence(divergence)
         self.random_end_time = check_number(
             "random_end_time", random_end_time, "in [0, 1)", lambda share: 0 <= share < 1
         )
@@ -111,6 +117,7 @@ class MaximumLikelihood(nn.Module):
             ValueError: If the minibatch is empty or does not fit the flow.
             ODEError: If the solve fails.
         """
+        check_type("x", x, Tensor, "use torch.as_tensor(x)")
         if x.numel() == 0:
             raise ValueError(f"x must have at least one row; got shape {tuple(x.shape)}.")
         check_generator(generator, like=x)

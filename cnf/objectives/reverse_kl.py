@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from cnf._checks import check_count, name_rows
 from cnf.divergence import Divergence
 from cnf.flow import Flow
-from cnf.objectives.solving import check_flow, for_training, rebuilt, training_solver
+from cnf.objectives.solving import (
+    check_flow,
+    for_training,
+    rebuilt,
+    training_divergence,
+    training_solver,
+)
 from cnf.ode import ODESolver
 from cnf.transforms import ContinuousTransform
 
@@ -87,8 +93,8 @@ class ReverseKL(nn.Module):
         if draws is None:
             draws = 1 if flow.context_features else _DRAWS
         self.draws = check_count("draws", draws)
-        self.solver = solver or training_solver()
-        self.divergence = divergence
+        self.solver = training_solver(solver)
+        self.divergence = training_divergence(divergence)
 
     def forward(
         self,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from cnf._checks import check_type
 from cnf.divergence import Divergence, Exact, Hutchinson
 from cnf.flow import Flow
 from cnf.ode import ODESolver
@@ -11,9 +12,27 @@ from cnf.vector_fields import VectorField
 _FEW_FEATURES = 8
 
 
-def training_solver() -> ODESolver:
-    """The solver of an objective that names none: dopri5, loose, differentiated by backprop."""
-    return ODESolver(rtol=1e-3, atol=1e-3, gradient="backprop")
+def training_solver(solver: ODESolver | None) -> ODESolver:
+    """The solver of an objective; None is for dopri5, loose, differentiated by backprop.
+
+    Raises:
+        TypeError: If `solver` is of another type.
+    """
+    if solver is None:
+        return ODESolver(rtol=1e-3, atol=1e-3, gradient="backprop")
+    check_type("solver", solver, ODESolver, "use ODESolver(method=...)")
+    return solver
+
+
+def training_divergence(divergence: Divergence | None) -> Divergence | None:
+    """The divergence of an objective, if it names one.
+
+    Raises:
+        TypeError: If it is of another type.
+    """
+    if divergence is not None:
+        check_type("divergence", divergence, Divergence, "use Exact() or Hutchinson()")
+    return divergence
 
 
 def check_flow(flow: Flow) -> Flow:

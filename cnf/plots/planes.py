@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cnf._checks import check_count, check_dense, check_type
 from cnf.plots.figures import (
     BLACK,
     BLUE,
@@ -24,6 +26,9 @@ from cnf.plots.figures import (
 if TYPE_CHECKING:
     import matplotlib.axes
     import matplotlib.figure
+
+_MOST_PIXELS = 10_000
+"""Cells along an axis; more are no picture."""
 
 Extent: TypeAlias = Sequence[Number]
 """The rectangle that a picture shows: xmin, xmax, ymin, ymax."""
@@ -187,6 +192,9 @@ def plot_vector_field(
 
 
 def _checked_extent(extent: Extent) -> Extent:
+    numbers = isinstance(extent, Sequence) and all(isinstance(bound, Real) for bound in extent)
+    if not numbers:
+        raise TypeError(f"extent must be (xmin, xmax, ymin, ymax); got {extent!r:.60}.")
     finite = len(extent) == 4 and all(math.isfinite(bound) for bound in extent)
     if not finite or extent[0] >= extent[1] or extent[2] >= extent[3]:
         raise ValueError(
@@ -197,6 +205,10 @@ def _checked_extent(extent: Extent) -> Extent:
 
 
 def _checked_points(name: str, points: Tensor, ndim: int) -> Tensor:
+    check_type(name, points, Tensor, f"use torch.as_tensor({name})")
+    check_dense(name, points)
+    if not points.is_floating_point():
+        raise ValueError(f"{name} must have a floating dtype; got {points.dtype}.")
     if points.ndim != ndim or points.shape[-1] != 2 or points.numel() == 0:
         shape = "(n, 2)" if ndim == 2 else "(times, n, 2)"
         raise ValueError(f"{name} must have shape {shape}, not empty; got {tuple(points.shape)}.")
@@ -228,8 +240,7 @@ def _rounded(points: Tensor, like: Tensor) -> Tensor:
 def grid_points(extent: Extent, resolution: int) -> Tensor:
     """Centres of the cells of `extent`, row by row from below, each row from the left."""
     left, right, bottom, top = _checked_extent(extent)
-    if resolution < 1:
-        raise ValueError(f"resolution must be at least 1; got {resolution}.")
+    check_count("resolution", resolution, most=_MOST_PIXELS)
     centres = (torch.arange(resolution, dtype=torch.float64, device="cpu") + 0.5) / resolution
     y, x = bottom + (top - bottom) * centres, left + (right - left) * centres
     return torch.cartesian_prod(y, x).flip(-1)
@@ -238,8 +249,12 @@ def grid_points(extent: Extent, resolution: int) -> Tensor:
 def _evaluate(
     name: str, function: Callable[..., Tensor], shape: Sequence[int], *arguments: Tensor
 ) -> Tensor:
+    if not callable(function):
+        raise TypeError(f"{name} must be callable; got {type(function).__name__}.")
     with torch.no_grad():
         value = function(*arguments)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must return a torch.Tensor; got {type(value).__name__}.")
     if value.shape != tuple(shape):
         raise ValueError(
             f"{name} must return shape {tuple(shape)} for points of shape "

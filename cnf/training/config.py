@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import nn
 
-from cnf._checks import check_choice, check_count, check_flag, check_number, is_positive
+from cnf._checks import check_choice, check_count, check_flag, check_number, check_seed, is_positive
 from cnf.flow import Flow
 from cnf.objectives import MaximumLikelihood
 
@@ -68,7 +68,7 @@ class TrainingConfig:
             )
         for name in ("steps", "batch_size", "validate_every", "accumulate"):
             check_count(name, getattr(self, name))
-        check_count("seed", self.seed, least=0)
+        check_seed("seed", self.seed)
         if self.patience is not None:
             check_count("patience", self.patience)
         check_number("learning_rate", self.learning_rate, "positive and finite", is_positive)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from cnf._checks import check_type, reference_tensor
+from cnf._checks import check_flag, check_type, reference_tensor
 from cnf.flow import Flow
 from cnf.training.callbacks import Callback
 from cnf.training.checkpoint import Checkpoints
@@ -76,12 +76,14 @@ def fit(
         >>> len(history.loss)
         3
     """
-    if resume and checkpoints is None:
+    if check_flag("resume", resume) and checkpoints is None:
         raise ValueError("resume=True needs checkpoints=Checkpoints(folder=...); got None.")
     if checkpoints is not None:
         check_type("checkpoints", checkpoints, Checkpoints, "use Checkpoints(folder=...)")
     if callable(callbacks):
         raise TypeError("callbacks must be a sequence; put the single callback in brackets.")
+    if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
+        raise TypeError(f"callbacks must be a list of callables; got {callbacks!r}.")
     flow = flow_of(objective)
     with torch.inference_mode(False), torch.enable_grad():
         plan = None if config is None and objective is flow else make_plan(objective, config)

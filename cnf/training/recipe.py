@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from cnf._checks import check_count
+from cnf._checks import check_count, check_number, is_positive
 from cnf.objectives import FlowMatching, MaximumLikelihood
 from cnf.training.config import TrainingConfig
 
@@ -63,6 +63,7 @@ def recipe(
         matching_steps = _following(rows, _MATCHING_STEPS)
     if likelihood_steps is None:
         likelihood_steps = _following(rows, _LIKELIHOOD_STEPS, _ROWS_OF_A_LIKELIHOOD_STEP)
+    check_number("learning_rate", learning_rate, "positive and finite", is_positive)
     check_count("matching_steps", matching_steps, least=0)
     check_count("likelihood_steps", likelihood_steps, least=0)
     if not (matching_steps or likelihood_steps):

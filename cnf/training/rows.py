@@ -218,7 +218,7 @@ def _by_name(name: str, data: Any, *, contexts: bool) -> dict[str, Any]:
     if isinstance(data, Mapping):
         first = "context" if contexts else "x"
         known = {"context"} if contexts else {"x", "context", "weight"}
-        if first not in data or not data.keys() <= known:
+        if data.get(first) is None or not data.keys() <= known:
             raise ValueError(
                 f"{name} must have the keys {', '.join(sorted(known))}, of which {first} is "
                 f"needed; got {', '.join(map(str, data))}."

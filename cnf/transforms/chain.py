@@ -26,7 +26,7 @@ def as_chain(transforms: Iterable[Transform]) -> list[Transform]:
     """
     if isinstance(transforms, Transform):
         raise TypeError("transforms must be a list; put the single transform in brackets.")
-    if not isinstance(transforms, Iterable):
+    if isinstance(transforms, str | Tensor) or not isinstance(transforms, Iterable):
         raise TypeError(f"transforms must be a list; got {type(transforms).__name__}.")
     chain = list(transforms)
     for part in chain:

@@ -120,6 +120,8 @@ def column_map(index: int, column: Support) -> ColumnMap:
     """
     found: ColumnMap | None = None
     entries = column if isinstance(column, list | tuple) else [column]
+    if not all(isinstance(entry, str | Real) for entry in entries):
+        entries = []
     match [float(entry) if isinstance(entry, Real) else entry for entry in entries]:
         case ["real"]:
             found = _Real()

@@ -8,7 +8,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cnf._checks import check_count, check_vector_or_image_shape, check_vectors
+from cnf._checks import (
+    check_count,
+    check_events,
+    check_vector_or_image_shape,
+    check_vectors,
+    refuse_rows,
+)
 from cnf._moments import column_moments
 from cnf.transforms.base import Transform
 
@@ -182,6 +188,11 @@ class Standardize(Transform):
                 f"x must have shape (rows, features) with at least 2 rows; got {tuple(x.shape)}."
             )
         check_vectors("x", x, x.shape[-1] if isinstance(x, Tensor) else 0, like=x)
+        if weight is not None:
+            check_events("weight", weight, (), like=weight if isinstance(weight, Tensor) else x)
+            if weight.shape != x.shape[:1]:
+                raise ValueError(f"weight must have shape ({len(x)},); got {tuple(weight.shape)}.")
+            refuse_rows("weight", weight < 0, "at least 0")
         transform = cls(x.shape[-1]).to(x)
         transform._set(x, weight)
         return transform

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cnf._checks import check_vector_or_image_shape
+from cnf._checks import check_flag, check_vector_or_image_shape
 from cnf.transforms.base import Transform
 
 
@@ -48,7 +48,7 @@ class Conv1x1(Transform):
         )
         self.channels = channels
         self.pixels = height * width
-        self.lu = lu
+        self.lu = check_flag("lu", lu)
         self.matrix: InvertibleMatrix = LUMatrix(channels) if lu else DenseMatrix(channels)
         self.reset_parameters()
 

@@ -111,6 +111,8 @@ class Permute(Rearrangement):
     """
 
     def __init__(self, order: Sequence[int]) -> None:
+        if not isinstance(order, Sequence):
+            raise TypeError(f"order must be places such as [1, 0]; got {type(order).__name__}.")
         places = tuple(check_count("each of order", place, least=0) for place in order)
         if not places or sorted(places) != list(range(len(places))):
             raise ValueError(

@@ -51,9 +51,11 @@ class Unconstrain(Transform):
     """
 
     def __init__(self, columns: Iterable[Support]) -> None:
-        if isinstance(columns, str) or not isinstance(columns, Iterable):
+        if isinstance(columns, str | Tensor) or not isinstance(columns, Iterable):
             raise TypeError(f"columns must be a list with one entry for each; got {columns!r}.")
         specifications = list(columns)
+        if not specifications:
+            raise ValueError("columns must have at least one entry; got none.")
         super().__init__(len(specifications))
         self._maps = [column_map(i, column) for i, column in enumerate(specifications)]
         self.columns = tuple(
@@ -141,7 +143,7 @@ def transforms_for(
         >>> transforms_for(hours, [("periodic", 0, 24), "positive"])
         [Unconstrain(columns=[('periodic', 0, 24, 13.0), 'positive']), Standardize(...)]
     """
-    check_vectors("x", x, x.shape[-1] if isinstance(x, Tensor) else 0, like=x)
+    check_vectors("x", x, x.shape[-1] if isinstance(x, Tensor) and x.ndim else 0, like=x)
     unconstrain = Unconstrain(support)
     if x.ndim != 2 or x.shape[-1] != unconstrain.features:
         raise ValueError(
