@@ -1,35 +1,87 @@
-"""Writing files and folders: whole, or not at all."""
+"""Writing files and folders, whole or not at all, with a digest that tells damage."""
 
 import glob
+import hashlib
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
+BLANK_DIGEST = "0" * 64
+"""Stands in a content for its digest, until `seal` puts that in its place."""
+
+_PIECE = 2**20
+
+
+def check_path(name: str, path: object) -> Path:
+    """Refuse what is no path of a file, there or not.
+
+    Raises:
+        TypeError: If it is neither a text nor a path.
+        ValueError: If it is empty, of a folder, or of what is no ordinary file.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(
+            f"{name} must be a str or a pathlib.Path; got {type(path).__name__}. Give the name of "
+            "a file, such as 'flow.safetensors'."
+        )
+    text = os.fspath(path)
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise ValueError(f"{name} must be the name of a file; got {text!r}.")
+    file = Path(text)
+    if file.is_dir():
+        raise ValueError(f"{name} must be a file; {text!r} is a folder. Name a file in it.")
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{name} must be an ordinary file; {text!r} is none.")
+    return file
+
+
 def write_atomically(path: str | os.PathLike[str], content: bytes, *, replace: bool = True) -> None:
     """Write a file so that a crash leaves the old one or the new one, never half.
 
+    A symbolic link stays: the file that it points at is written.
+
     Raises:
-        OSError: If the file cannot be written, or is there and `replace` is False.
+        OSError: If the file cannot be written, or is there and `replace` is False; it names the
+            file.
+        TypeError: If `path` is no path.
+        ValueError: If it is a folder, or no ordinary file.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(check_path("path", path)))
     _check_parent(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())  # mkstemp makes files private
-        if replace:
-            Path(temporary).replace(path)
-        else:
-            _link(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    with _naming(path):
+        try:
+            with temporary.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            if replace:
+                temporary.replace(path)
+            else:
+                _link(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def seal(content: bytes) -> bytes:
+    """The content with its SHA-256 in the place of the first `BLANK_DIGEST`."""
+    digest = hashlib.sha256(content).hexdigest()
+    return content.replace(BLANK_DIGEST.encode(), digest.encode(), 1)
+
+
+def is_intact(path: Path, digest: object) -> bool:
+    """Whether a file is as `seal` left it, with this digest in its first megabyte."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        head = file.read(_PIECE)
+        found.update(head.replace(str(digest).encode(), BLANK_DIGEST.encode(), 1))
+        while piece := file.read(_PIECE):
+            found.update(piece)
+    return found.hexdigest() == digest
 
 
 @contextmanager
@@ -46,27 +98,28 @@ def new_folder(
             is asked once where that stands, and once more when it is out of anybody's reach.
 
     Raises:
-        OSError: If the folder cannot be made.
+        OSError: If the folder cannot be made; it names the folder.
     """
     path = Path(path).resolve()
     _check_parent(path)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     new, old = temporary / "new", temporary / "old"
-    try:
-        new.mkdir()
-        new.chmod(0o777 & ~_umask())
-        yield new
-        if path.exists():
-            check_old(path)
-            path.rename(old)
-            check_old(old)
-        new.rename(path)
-    except BaseException:
-        if old.exists():
-            old.rename(path)
+    with _naming(path):
+        temporary.mkdir(mode=0o700)
+        try:
+            new.mkdir()
+            yield new
+            if path.exists():
+                check_old(path)
+                path.rename(old)
+                check_old(old)
+            new.rename(path)
+        except BaseException:
+            if old.exists():
+                old.rename(path)
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def left_over(path: str | os.PathLike[str]) -> Path | None:
@@ -75,7 +128,7 @@ def left_over(path: str | os.PathLike[str]) -> Path | None:
     return next(path.parent.glob(f".{glob.escape(path.name)}.*/old"), None)
 
 
-def _link(temporary: str, path: Path) -> None:
+def _link(temporary: Path, path: Path) -> None:
     """Give a file a second name, unless there is a file of that name."""
     try:
         os.link(temporary, path)
@@ -86,7 +139,7 @@ def _link(temporary: str, path: Path) -> None:
     except OSError:  # of a file system without links
         if path.exists():
             raise
-        Path(temporary).replace(path)
+        temporary.replace(path)
 
 
 def _check_parent(path: Path) -> None:
@@ -96,7 +149,13 @@ def _check_parent(path: Path) -> None:
         )
 
 
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Let errors of the system name what was to be written, not a temporary file or nothing."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        reason = f"{os.strerror(error.errno)}; nothing was written to"
+        raise OSError(error.errno, reason, str(path)) from error
