@@ -1,6 +1,5 @@
 """How parts are built whose weights come from elsewhere: privately, and within a budget."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ class Building(TorchDispatchMode):
         most_bytes: int | None = None,
         most_calls: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seed = seed
         self.most_bytes = most_bytes
         self.most_calls = most_calls
@@ -46,7 +45,7 @@ class Building(TorchDispatchMode):
     def __torch_dispatch__(
         self,
         func: Any,
-        types: Any,  # noqa: ARG002 - of torch's protocol
+        types: Any,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
@@ -89,7 +88,7 @@ def _bytes_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return sum(leaf.nbytes for leaf in tree_leaves(made) if isinstance(leaf, Tensor))
 
 
-def _with_generator(func: Any) -> Callable[..., Any]:
+def _with_generator(func: Any) -> Any:
     """The variant of an operation that takes a generator."""
     if any(argument.name == "generator" for argument in func._schema.arguments):
         return func

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-
 BLANK_DIGEST = "0" * 64
 """Stands in a content for its digest, until `seal` puts that in its place."""
 
@@ -75,13 +74,18 @@ def seal(content: bytes) -> bytes:
 
 def is_intact(path: Path, digest: object) -> bool:
     """Whether a file is as `seal` left it, with this digest in its first megabyte."""
+    return digest_of(path, blanked=str(digest)) == digest
+
+
+def digest_of(path: Path, *, blanked: str = BLANK_DIGEST) -> str:
+    """SHA-256 of a file, as if it had a `BLANK_DIGEST` where `blanked` comes first."""
     found = hashlib.sha256()
     with path.open("rb") as file:
         head = file.read(_PIECE)
-        found.update(head.replace(str(digest).encode(), BLANK_DIGEST.encode(), 1))
+        found.update(head.replace(blanked.encode(), BLANK_DIGEST.encode(), 1))
         while piece := file.read(_PIECE):
             found.update(piece)
-    return found.hexdigest() == digest
+    return found.hexdigest()
 
 
 @contextmanager

@@ -37,10 +37,10 @@ def save(flow: Flow, path: str | os.PathLike[str]) -> None:
 
     Values are kept, not which of them are frozen: each parameter of a loaded flow is trainable.
 
-    A part of your own, a subclass of `VectorField`, `Transform`, `Base` or `Divergence` or a network
-    in a `ModuleField`, is kept by its class's name and its constructor's arguments, each of which
-    must be an attribute of the same name: a number, a text, another part, or a list of these, which
-    `load` gives back as a list.
+    A part of your own, a subclass of `VectorField`, `Transform`, `Base` or `Divergence` or a
+    network in a `ModuleField`, is kept by its class's name and its constructor's arguments. Each of
+    these must be an attribute of the same name: a number, a text, another part, or a list of these,
+    which `load` gives back as a list.
 
     Args:
         flow: The flow.

@@ -278,7 +278,10 @@ def test_checkpoints_that_are_all_damaged_are_refused(tmp_path):
     for _ in range(2):
         with (
             pytest.warns(UserWarning, match="is damaged"),
-            pytest.raises(ValueError, match=r"every checkpoint in .* is damaged. Restore"),
+            pytest.raises(
+                ValueError,
+                match=r"every checkpoint in .* is damaged: checkpoint_000000006.pt, .*Restore",
+            ),
         ):
             short(tmp_path, resume=True)
 

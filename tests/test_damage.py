@@ -1,8 +1,9 @@
-"""Laws of damaged and hostile files: none gives other numbers, and none costs before it is checked."""
+"""Laws of damaged and hostile files: none gives other numbers, or costs before it is checked."""
 
 import json
 import math
 import threading
+import zipfile
 
 import numpy as np
 import pytest
@@ -11,21 +12,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from zoo import EVERY_FLOW, UserNetwork, cnf
 
-from cnf import (
-    CNF,
-    Affine,
-    ContinuousTransform,
-    Flow,
-    MLPField,
-    ODESolver,
-    Standardize,
-    load,
-    save,
-)
+from cnf import CNF, Affine, Checkpoints, Flow, History, ODESolver, fit, load, save
 from cnf._building import Building
 from cnf._files import BLANK_DIGEST, seal
 from cnf.baselines import build
 from cnf.description import describe, rebuild
+from cnf.table_model import Columns, TableModel
+from cnf.training import TrainingConfig
+from cnf.training.checkpoint import checkpoints_in, read_newest_checkpoint, write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")
 
@@ -280,3 +274,195 @@ def test_a_flow_loads_under_any_default_device_or_mode(path):
     with torch.device("meta"):
         loaded = load(path)
     assert torch.equal(loaded.log_prob(torch.ones(2)), flow.log_prob(torch.ones(2)))
+
+
+@pytest.fixture
+def model(tmp_path):
+    """The folder of a model of two columns, one of them of text beyond ASCII."""
+    columns = Columns(names=("größe",), context_names=("jahr",))
+    model = TableModel(flow=CNF(1, 1, **SMALL), columns=columns, notes={"rows": 12345.678})
+    model.save(tmp_path / "model", History())
+    return tmp_path / "model"
+
+
+def test_no_model_with_a_flipped_bit_in_its_description_loads(model):
+    file = model / "model.json"
+    content = file.read_bytes()
+    for damaged in flips(content, 300):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"model\.json' (is damaged|has format)"):
+            TableModel.load(model)
+    file.write_bytes(content)
+    TableModel.load(model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace("12345.678", "12345.679"),
+        lambda text: text.replace("größe", "groesse"),
+        lambda text: text.replace('"version": "', '"version": "9'),
+        lambda text: text + "\n",
+        lambda text: "[]",
+    ],
+    ids=["note", "name", "version", "longer", "list"],
+)
+def test_a_changed_description_of_a_model_is_damaged(change, model):
+    file = model / "model.json"
+    file.write_text(change(file.read_text()))
+    with pytest.raises(ValueError, match=r"model\.json' is damaged.*Restore it"):
+        TableModel.load(model)
+
+
+def test_the_flow_of_another_model_is_told_apart(model):
+    save(CNF(1, 1, **SMALL), model / "model.safetensors")
+    with pytest.raises(ValueError, match="or of another model than .* beside it"):
+        TableModel.load(model)
+
+
+def affine_run(folder, *, resume=False, data=None, flow=None, **settings):
+    """A run of six steps in two phases, and what the flow ends with."""
+    phases = [
+        TrainingConfig(steps=3, progress=False, batch_size=5, ema=0.9, seed=2),
+        TrainingConfig(steps=3, progress=False, batch_size=5),
+    ]
+    flow = Flow([Affine(2)]) if flow is None else flow
+    checkpoints = Checkpoints(**{"folder": folder, "every": 4, "keep": 2, **settings})
+    x = torch.linspace(-1, 2, 40).reshape(20, 2).square() if data is None else data
+    fit(flow, x, phases, validation=x, checkpoints=checkpoints, resume=resume)
+    return flow.state_dict()
+
+
+def same(first, second):
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def the_only_checkpoint(folder):
+    """The one in the midst of the second phase; the other is removed."""
+    newest, middle = checkpoints_in(folder)
+    newest.unlink()
+    return middle
+
+
+def test_no_checkpoint_with_a_flipped_bit_is_read(tmp_path, monkeypatch):
+    affine_run(tmp_path)
+    file = the_only_checkpoint(tmp_path)
+    content = file.read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "load", None)  # unpickles
+        for damaged in flips(content, 300):
+            file.write_bytes(damaged)
+            with (
+                pytest.warns(UserWarning, match=rf"{file.name}' is damaged"),
+                pytest.raises(ValueError, match=rf"every checkpoint .* is damaged: {file.name}"),
+            ):
+                read_newest_checkpoint(tmp_path)
+    file.write_bytes(content)
+    assert read_newest_checkpoint(tmp_path)[0] == file
+
+
+def test_a_checkpoint_from_before_there_was_a_digest_resumes(tmp_path):
+    final = affine_run(tmp_path)
+    file = the_only_checkpoint(tmp_path)
+    torch.save(torch.load(file), file)
+    assert same(affine_run(tmp_path, resume=True), final)
+
+
+def replaced(*path, by):
+    """A change of a state: another value at a path of keys, or none if it is `...`."""
+
+    def change(state):
+        *way, last = path
+        for key in way:
+            state = state[key]
+        if by is ...:
+            del state[last]
+        else:
+            state[last] = by
+
+    return change
+
+
+def expanded(state):
+    state["history"]["loss"] = torch.zeros(()).expand(10**12)
+
+
+CRAFTED = {
+    **{
+        f"no {name}": replaced(name, by=...)
+        for name in (
+            *("history", "finished_phases", "best", "best_nll"),
+            *("stopped", "objective", "phase"),
+        )
+    },
+    **{
+        f"no {name} of the phase": replaced("phase", name, by=...)
+        for name in ("step", "stale_validations", "good", "optimizer", "averaged")
+    },
+    "history of one column": replaced("history", by={"loss": torch.zeros(4)}),
+    "history of text": replaced("history", by="nothing"),
+    "unequal columns": replaced("history", "loss", by=torch.zeros(3)),
+    "column of another dtype": replaced("history", "step", by=torch.zeros(4)),
+    "endless column": expanded,
+    "phases of text": replaced("finished_phases", by="1"),
+    "phases beyond": replaced("finished_phases", by=7),
+    "phases below": replaced("finished_phases", by=-1),
+    "phase beyond": replaced("finished_phases", by=2),
+    "best of another shape": replaced("best", "transforms.0.loc", by=torch.zeros(3)),
+    "best of another dtype": replaced("best", "transforms.0.loc", by=torch.zeros(2).float()),
+    "best of numbers": replaced("best", by=[1.0]),
+    "best of NaN": replaced("best_nll", by=math.nan),
+    "stopped of text": replaced("stopped", by="no"),
+    "objective of another shape": replaced("objective", "flow.transforms.0.loc", by=torch.zeros(1)),
+    "objective with more": replaced("objective", "more", by=torch.zeros(1)),
+    "step of text": replaced("phase", "step", by="1"),
+    "step beyond": replaced("phase", "step", by=10**9),
+    "step below": replaced("phase", "step", by=-1),
+    "good of another shape": replaced("phase", "good", "flow.transforms.0.loc", by=torch.zeros(1)),
+    "no moments": replaced("phase", "optimizer", "state", by=...),
+    "moments of another shape": replaced(
+        "phase", "optimizer", "state", 0, "exp_avg", by=torch.zeros(5)
+    ),
+    "moment of no parameter": replaced("phase", "optimizer", "state", 9, by={}),
+    "no groups": replaced("phase", "optimizer", "param_groups", by=[]),
+    "group of text": replaced("phase", "optimizer", "param_groups", 0, "betas", by="no"),
+}
+
+
+@pytest.mark.parametrize("change", CRAFTED.values(), ids=CRAFTED)
+def test_a_crafted_checkpoint_is_refused_by_name_and_changes_nothing(change, tmp_path):
+    affine_run(tmp_path)
+    file = the_only_checkpoint(tmp_path)
+    state = torch.load(file)
+    change(state)
+    write_checkpoint(tmp_path, 4, {k: v for k, v in state.items() if k != "format"}, keep=1)
+
+    flow = Flow([Affine(2)])
+    with pytest.raises(ValueError, match=rf"{file.name}' holds no state of this run \(.*Restore"):
+        affine_run(tmp_path, resume=True, flow=flow)
+    assert same(flow.state_dict(), Flow([Affine(2)]).state_dict())
+
+
+@pytest.mark.parametrize("told", [None, 3, {"data": 3}, ["data"]], ids=str)
+def test_a_checkpoint_that_does_not_say_of_which_run_it_is_counts_as_damaged(told, tmp_path):
+    affine_run(tmp_path)
+    file = the_only_checkpoint(tmp_path)
+    state = {k: v for k, v in torch.load(file).items() if k not in ("format", "fingerprint")}
+    write_checkpoint(tmp_path, 4, state if told is None else {**state, "fingerprint": told}, keep=1)
+    with (
+        pytest.warns(UserWarning, match="is damaged .it does not say of which run it is"),
+        pytest.raises(ValueError, match=file.name),
+    ):
+        affine_run(tmp_path, resume=True)
+
+
+def test_a_checkpoint_that_would_be_unpacked_is_refused(tmp_path):
+    with zipfile.ZipFile(
+        tmp_path / "checkpoint_000000001.pt", "w", zipfile.ZIP_DEFLATED
+    ) as archive:
+        archive.writestr("archive/data.pkl", bytes(2**24))
+    with (
+        pytest.warns(UserWarning, match="it is compressed, which no checkpoint is"),
+        pytest.raises(ValueError, match="is damaged"),
+    ):
+        read_newest_checkpoint(tmp_path)

@@ -28,11 +28,11 @@ from cnf import (
     ContinuousTransform,
     Exact,
     Flow,
+    History,
     Hutchinson,
     LinearField,
     MLPField,
     ModuleField,
-    History,
     ODESolver,
     Standardize,
 )

@@ -39,8 +39,8 @@ class RunFolder:
         self._events: SummaryWriter | None = None
         self._rows_shown = 0
 
-    def open(self, *, resume: bool) -> dict[str, Any] | None:
-        """The state to resume from; None where the run is to begin.
+    def open(self, *, resume: bool) -> tuple[Path, dict[str, Any]] | None:
+        """The file and the state to resume from; None where the run is to begin.
 
         Raises:
             FileExistsError: If the folder holds a run, and `resume` is false.
@@ -51,16 +51,16 @@ class RunFolder:
             self._refuse_to_overwrite()
             return None
         self._remove_half_files()
-        state = read_newest_checkpoint(self.folder)
-        if state is None:
+        newest = read_newest_checkpoint(self.folder)
+        if newest is None:
             return None
-        other = differences(state["fingerprint"], self.fingerprint)
+        other = differences(newest[1]["fingerprint"], self.fingerprint)
         if other:
             raise ValueError(
                 f"the checkpoints in {str(self.folder)!r} are of another run ({other}). Resume "
                 "with its settings, data and flow, or choose another folder."
             )
-        return state
+        return newest
 
     def write(self, state: dict[str, Any], history: History, kept: Flow) -> None:
         """Write all up to now, the checkpoint last: what it says is done is not done again."""

@@ -14,7 +14,8 @@ from cnf.plots import plot_training
 if TYPE_CHECKING:
     import matplotlib.figure
 
-_KINDS: dict[str, type] = {"step": int, "phase": int, "nfe": int}
+WHOLE = ("step", "phase", "nfe")
+"""The columns of whole numbers."""
 
 
 @dataclass(repr=False)
@@ -100,7 +101,9 @@ class History:
                 )
             try:
                 for row in reader:
-                    history.append(**{name: _KINDS.get(name, float)(row[name]) for name in row})
+                    history.append(
+                        **{name: (int if name in WHOLE else float)(row[name]) for name in row}
+                    )
             except (TypeError, ValueError) as error:
                 raise ValueError(
                     f"{str(path)!r} is damaged in line {reader.line_num} ({error}). "
