@@ -13,6 +13,7 @@ BLANK_DIGEST = "0" * 64
 """Stands in a content for its digest, until `seal` puts that in its place."""
 
 _PIECE = 2**20
+_LEAST_UNPACKED, _UNPACKED_PER_BYTE = 2**28, 200
 
 
 def check_path(name: str, path: object) -> Path:
@@ -64,6 +65,28 @@ def write_atomically(path: str | os.PathLike[str], content: bytes, *, replace: b
                 _link(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+class TooLargeError(ValueError):
+    """A small file asks for much memory."""
+
+
+def check_unpacked(path: Path, size: int) -> None:
+    """Refuse a file whose content takes far more memory than its own size lets expect.
+
+    Args:
+        path: The file.
+        size: Bytes that its content takes, as it says itself.
+
+    Raises:
+        TooLargeError: If these are more than 256 MiB and more than 200 for each byte of the file.
+    """
+    packed = path.stat().st_size
+    if size > max(_LEAST_UNPACKED, _UNPACKED_PER_BYTE * packed):
+        raise TooLargeError(
+            f"{path} says that its {packed:,} bytes unpack to {size:,}, which no table does. If "
+            "you trust it, write it again without compression, in parts if need be."
+        )
 
 
 def seal(content: bytes) -> bytes:

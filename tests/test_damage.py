@@ -16,6 +16,8 @@ from cnf import CNF, Affine, Checkpoints, Flow, History, ODESolver, fit, load, s
 from cnf._building import Building
 from cnf._files import BLANK_DIGEST, seal
 from cnf.baselines import build
+from cnf.data.npy import NpyRows
+from cnf.data.tabular import read_table
 from cnf.description import describe, rebuild
 from cnf.table_model import Columns, TableModel
 from cnf.training import TrainingConfig
@@ -316,7 +318,7 @@ def test_a_changed_description_of_a_model_is_damaged(change, model):
 
 def test_the_flow_of_another_model_is_told_apart(model):
     save(CNF(1, 1, **SMALL), model / "model.safetensors")
-    with pytest.raises(ValueError, match="or of another model than .* beside it"):
+    with pytest.raises(ValueError, match=r"or of another model than .* beside it"):
         TableModel.load(model)
 
 
@@ -466,3 +468,58 @@ def test_a_checkpoint_that_would_be_unpacked_is_refused(tmp_path):
         pytest.raises(ValueError, match="is damaged"),
     ):
         read_newest_checkpoint(tmp_path)
+
+
+def npy(shape, numbers):
+    """An .npy file whose header states any shape, before so many numbers."""
+    text = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    size = len(text).to_bytes(2, "little")
+    return b"\x93NUMPY\x01\x00" + size + text.encode() + np.ones(numbers).tobytes()
+
+
+SHAPES = ["(10**9, 2)", "(100000000000, 2)", f"({10**30}, 2)", f"({2**63 - 1}, 2)", "(-1, 2)"]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_array_whose_header_lies_is_refused_before_memory_is_taken(shape, tmp_path):
+    content = npy(shape, 4)
+    (tmp_path / "x.npy").write_bytes(content)
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("x.npy", content)
+    for name in ("x.npy", "x.npz"):
+        with pytest.raises(ValueError, match=rf"{name} must be a NumPy file .*damaged"):
+            read_table(tmp_path / name)
+    with pytest.raises(
+        ValueError, match=r"x\.npy' is not a \.npy file of numbers, or is cut short"
+    ):
+        NpyRows(tmp_path / "x.npy")
+
+
+def test_an_array_of_no_rows_and_endless_columns_is_refused(tmp_path):
+    (tmp_path / "x.npy").write_bytes(npy("(0, 1000000000000)", 0))
+    with pytest.raises(ValueError, match=r"must have rows and columns; got the shape \(0, 1000"):
+        read_table(tmp_path / "x.npy")
+
+
+def test_an_archive_that_unpacks_to_far_more_than_its_size_is_refused_at_once(tmp_path):
+    file = tmp_path / "bomb.npz"
+    with (
+        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("x.npy", "w", force_zip64=True) as member,
+    ):
+        member.write(npy("(50000000, 1)", 0))
+        for _ in range(400):
+            member.write(bytes(10**6))
+    assert file.stat().st_size < 2e6
+    with pytest.raises(ValueError, match=r"bomb\.npz says that its .* bytes unpack to 400,0"):
+        read_table(file)
+    np.savez_compressed(file, **{f"x{i}": np.zeros((100, 1)) for i in range(5)}, y=np.ones((9, 2)))
+    assert read_table(file, array="y").values.shape == (9, 2)
+
+
+def test_a_table_of_parquet_that_unpacks_to_far_more_than_its_size_is_refused(tmp_path):
+    pyarrow, parquet = map(pytest.importorskip, ("pyarrow", "pyarrow.parquet"))
+    file = tmp_path / "bomb.parquet"
+    parquet.write_table(pyarrow.table({"x": pyarrow.nulls(40_000_000, pyarrow.int8())}), file)
+    with pytest.raises(ValueError, match=r"bomb\.parquet says that its .* bytes unpack to"):
+        read_table(file)

@@ -101,9 +101,8 @@ class History:
                 )
             try:
                 for row in reader:
-                    history.append(
-                        **{name: (int if name in WHOLE else float)(row[name]) for name in row}
-                    )
+                    for name, column in history.columns.items():
+                        column.append((int if name in WHOLE else float)(row[name]))
             except (TypeError, ValueError) as error:
                 raise ValueError(
                     f"{str(path)!r} is damaged in line {reader.line_num} ({error}). "
