@@ -1,5 +1,6 @@
 """Laws of damaged and hostile files: none gives other numbers, or costs before it is checked."""
 
+import hashlib
 import json
 import math
 import threading
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.utils.data import StackDataset, TensorDataset
 from zoo import EVERY_FLOW, UserNetwork, cnf
 
 from cnf import CNF, Affine, Checkpoints, Flow, History, ODESolver, fit, load, save
@@ -25,6 +27,7 @@ from cnf.training.checkpoint import checkpoints_in, read_newest_checkpoint, writ
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")
 
+X = torch.linspace(-1, 2, 40, dtype=torch.float64).reshape(20, 2).square()
 SMALL = {"hidden_features": (3,), "solver": ODESolver(method="rk4", steps=2)}
 
 
@@ -322,7 +325,7 @@ def test_the_flow_of_another_model_is_told_apart(model):
         TableModel.load(model)
 
 
-def affine_run(folder, *, resume=False, data=None, flow=None, **settings):
+def affine_run(folder, *, resume=False, data=None, validation=X, flow=None, **settings):
     """A run of six steps in two phases, and what the flow ends with."""
     phases = [
         TrainingConfig(steps=3, progress=False, batch_size=5, ema=0.9, seed=2),
@@ -330,8 +333,8 @@ def affine_run(folder, *, resume=False, data=None, flow=None, **settings):
     ]
     flow = Flow([Affine(2)]) if flow is None else flow
     checkpoints = Checkpoints(**{"folder": folder, "every": 4, "keep": 2, **settings})
-    x = torch.linspace(-1, 2, 40).reshape(20, 2).square() if data is None else data
-    fit(flow, x, phases, validation=x, checkpoints=checkpoints, resume=resume)
+    x = X if data is None else data
+    fit(flow, x, phases, validation=validation, checkpoints=checkpoints, resume=resume)
     return flow.state_dict()
 
 
@@ -523,3 +526,58 @@ def test_a_table_of_parquet_that_unpacks_to_far_more_than_its_size_is_refused(tm
     parquet.write_table(pyarrow.table({"x": pyarrow.nulls(40_000_000, pyarrow.int8())}), file)
     with pytest.raises(ValueError, match=r"bomb\.parquet says that its .* bytes unpack to"):
         read_table(file)
+
+
+def datasets(folder, rows):
+    """The same rows, and a change of one number far from every thousandth, in all forms."""
+    x = torch.linspace(-1, 2, 2 * rows).reshape(rows, 2).square()
+    weight = torch.linspace(1, 2, rows)
+    x_of_files, weight_of_files = folder / "x.npy", folder / "weight.npy"
+
+    def on_disk():
+        np.save(x_of_files, x.numpy())
+        np.save(weight_of_files, weight.numpy())
+        return StackDataset(x=NpyRows(x_of_files), weight=NpyRows(weight_of_files))
+
+    return {
+        "tensor": (x, lambda: x),
+        "weight": (weight, lambda: {"x": x, "weight": weight}),
+        "file": (x, lambda: (on_disk(), NpyRows(x_of_files))[1]),
+        "x of files": (x, on_disk),
+        "weight of files": (weight, on_disk),
+        "dataset": (x, lambda: TensorDataset(x)),
+    }
+
+
+@pytest.mark.parametrize("rows", [900, 2500])
+@pytest.mark.parametrize(
+    "form", ["tensor", "weight", "file", "x of files", "weight of files", "dataset"]
+)
+def test_data_that_differ_in_one_number_are_other_data(form, rows, tmp_path):
+    changed, make = datasets(tmp_path, rows)[form]
+    affine_run(tmp_path / "run", data=make(), validation=None)
+    final = affine_run(tmp_path / "run", data=make(), validation=None, resume=True)
+    assert same(affine_run(tmp_path / "other", data=make(), validation=None), final)
+    for place in (1, rows - 2, rows // 2 + 1):
+        before = changed[place].clone()
+        changed[place] += 1e-9
+        with pytest.raises(ValueError, match=rf"data: {rows} rows .*hash .* there, {rows} rows"):
+            affine_run(tmp_path / "run", data=make(), validation=None, resume=True)
+        changed[place] = before
+
+
+def test_validation_data_are_compared_whole(tmp_path):
+    held_out = torch.linspace(-1, 2, 5000).reshape(2500, 2)
+    affine_run(tmp_path, validation=held_out)
+    held_out[1777] += 1e-9
+    with pytest.raises(ValueError, match=r"validation: 2500 rows .* of all"):
+        affine_run(tmp_path, validation=held_out, resume=True)
+
+
+def test_a_run_of_few_rows_resumes_from_the_fingerprint_of_older_versions(tmp_path):
+    """They hashed a thousand rows, evenly from first to last."""
+    data = torch.linspace(-1, 2, 80).reshape(40, 2).square()
+    affine_run(tmp_path, data=data, validation=None)
+    old = f"40 rows with the hash {hashlib.sha256(data.numpy().tobytes()).hexdigest()[:8]}"
+    file = the_only_checkpoint(tmp_path)
+    assert torch.load(file)["fingerprint"]["data"] == old
