@@ -5,7 +5,8 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 
 from cnf.baselines import NamedMixture, NamedTransform
 from cnf.bases import StandardNormal
@@ -82,6 +83,8 @@ def describe(value: Any) -> Any:
     Raises:
         TypeError: If it has a part or setting that no file can describe.
     """
+    if isinstance(value, np.generic) or _is_number_in_an_array(value):
+        value = value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple | nn.ModuleList):
@@ -154,6 +157,12 @@ def by_name(classes: Iterable[type]) -> dict[str, type]:
         if named.setdefault(cls.__name__, cls) is not cls:
             raise ValueError(f"classes must differ in name; got {cls.__name__} twice.")
     return named
+
+
+def _is_number_in_an_array(value: object) -> bool:
+    if isinstance(value, nn.Parameter) or not isinstance(value, np.ndarray | Tensor):
+        return False
+    return value.ndim == 0
 
 
 class _NoDescriptionError(TypeError):

@@ -40,7 +40,7 @@ def save(flow: Flow, path: str | os.PathLike[str]) -> None:
     A part of your own, a subclass of `VectorField`, `Transform`, `Base` or `Divergence` or a
     network in a `ModuleField`, is kept by its class's name and its constructor's arguments. Each of
     these must be an attribute of the same name: a number, a text, another part, or a list of these,
-    which `load` gives back as a list.
+    which `load` gives back as Python's numbers and lists.
 
     Args:
         flow: The flow.

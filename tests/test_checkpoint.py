@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 import pickle
+import re
 import subprocess
 import sys
 import warnings
@@ -221,7 +222,13 @@ def test_a_flow_that_cannot_be_saved_is_kept_in_the_checkpoint_alone(tmp_path):
         part.extra = Foreign()
         return Flow([part, part])
 
-    final = weights(short(tmp_path, flow=foreign())[0])
+    with pytest.warns(UserWarning, match="was not written") as caught:
+        final = weights(short(tmp_path, flow=foreign(), every=1)[0])
+    (warning,) = caught
+    assert re.search(
+        r"best\.safetensors' was not written, because flow must not share tensors.*resume\.",
+        str(warning.message),
+    )
     assert not (tmp_path / "best.safetensors").exists()
     again, _ = short(tmp_path, flow=foreign(), resume=True)
     assert_same(weights(again), final)

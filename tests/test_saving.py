@@ -22,6 +22,7 @@ from torch import nn
 from torch.distributions import ExpTransform
 from zoo import EVERY_FLOW, perturbed, rows_for
 
+import cnf.description
 from cnf import (
     CNF,
     Affine,
@@ -39,6 +40,7 @@ from cnf import (
 from cnf._files import BLANK_DIGEST, seal
 from cnf.bases import StandardNormal
 from cnf.data.tabular import write_table
+from cnf.description import describe, rebuild
 from cnf.saving import FORMAT_VERSION, load, save
 from cnf.table_model import Columns, TableModel
 from cnf.training import TrainingConfig, fit
@@ -742,3 +744,62 @@ def test_a_flow_of_several_dtypes_is_refused(path):
     with pytest.raises(ValueError, match=r"must have one dtype; got .*float32.*float64"):
         save(mixed, path)
     assert not path.exists()
+
+
+NUMBERS = {
+    "numpy": lambda value: np.asarray(value)[()],
+    "single precision": lambda value: {float: np.float32, int: np.int32}.get(
+        type(value), lambda value: np.asarray(value)[()]
+    )(value),
+    "array": np.asarray,
+    "tensor": lambda value: value if isinstance(value, str) else torch.tensor(value),
+}
+
+
+def parts_in(description):
+    """Class and settings of all parts but flows."""
+    if isinstance(description, list):
+        for item in description:
+            yield from parts_in(item)
+    elif isinstance(description, dict):
+        settings = {key: value for key, value in description.items() if key != "class"}
+        yield from parts_in(list(settings.values()))
+        if description["class"] not in ("CNF", "Flow"):
+            yield description["class"], settings
+
+
+def every_setting():
+    """Each setting of each class that is saved, with values that it has in the zoo."""
+    found = {}
+    for make in SAVABLE.values():
+        for name, settings in parts_in(describe(make())):
+            for key, value in settings.items():
+                plain = value if isinstance(value, list) else [value]
+                if not any(item is None or isinstance(item, dict) for item in plain):
+                    found.setdefault((name, key), settings)
+    return found
+
+
+def with_numbers(value, change):
+    if isinstance(value, list):
+        return [with_numbers(item, change) for item in value]
+    return change(value)
+
+
+@pytest.mark.parametrize("change", NUMBERS.values(), ids=NUMBERS)
+def test_settings_are_saved_as_pythons_numbers_whatever_they_came_as(change):
+    """Or refused when the part is built."""
+    kept = 0
+    own = {"UserNetwork": zoo.UserNetwork}
+    for (name, key), settings in every_setting().items():
+        plain = {other: rebuild(value, own, int) for other, value in settings.items()}
+        cls = own.get(name) or getattr(cnf.description, name)
+        try:
+            part = cls(**{**plain, key: with_numbers(settings[key], change)})
+        except (TypeError, ValueError):
+            continue
+        kept += 1
+        again = json.loads(json.dumps(describe(part)[key]))
+        if change is not NUMBERS["single precision"]:
+            assert again == settings[key], (name, key)
+    assert kept > (60 if change is NUMBERS["numpy"] else 15)

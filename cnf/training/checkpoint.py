@@ -29,8 +29,8 @@ class Checkpoints:
     """Where and how often a run is kept, so that it can resume.
 
     The folder also gets ``history.csv``, ``best.safetensors``, which is the flow as it would be
-    kept now, for `cnf.load` (if it is made of parts of this package), and events for TensorBoard if
-    that is installed.
+    kept now, for `cnf.load` (a warning says why if it cannot be saved), and events for TensorBoard
+    if that is installed.
 
     Raises:
         TypeError: If a count is not an int.
