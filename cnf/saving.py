@@ -71,7 +71,9 @@ def save(flow: Flow, path: str | os.PathLike[str]) -> None:
     check_path("path", path)
     description = {"sha256": BLANK_DIGEST, "format": FORMAT_VERSION, "flow": describe(flow)}
     _refuse_what_a_file_cannot_keep(flow)
-    tensors = {name: value.detach().contiguous() for name, value in flow.state_dict().items()}
+    tensors = {
+        name: value.detach().resolve_neg().contiguous() for name, value in flow.state_dict().items()
+    }
     content = to_safetensors(tensors, metadata={"cnf": json.dumps(description)})
     write_atomically(path, seal(content))
 

@@ -216,6 +216,16 @@ def test_a_loaded_flow_shares_nothing_with_the_saved_one(saved):
     assert torch.equal(second.log_prob(torch.ones(2)), before)
 
 
+def test_tensors_of_any_strides_and_sign_bit_are_saved_as_they_read(path):
+    scaled = Standardize(3)
+    scaled.mean = torch.view_as_complex(torch.randn(3, 2)).conj().imag
+    scaled.log_std = torch.randn(6)[::2]
+    flow, x = Flow([scaled]), torch.randn(4, 3)
+    assert scaled.mean.is_neg()
+    save(flow, path)
+    assert torch.equal(load(path).log_prob(x), flow.log_prob(x))
+
+
 def test_saving_twice_gives_the_same_bytes(tmp_path):
     flow = small_cnf()
     save(flow, tmp_path / "a")

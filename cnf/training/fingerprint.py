@@ -117,6 +117,6 @@ def _arrays_of(dataset: object) -> list[Any] | None:
 
 
 def _bytes_of(rows: Any) -> bytes:
-    array: Any = rows.detach().cpu().numpy() if isinstance(rows, Tensor) else rows
+    array: Any = rows.numpy(force=True) if isinstance(rows, Tensor) else rows
     content: bytes = array.tobytes()
     return content
