@@ -16,6 +16,24 @@ _PIECE = 2**20
 _LEAST_UNPACKED, _UNPACKED_PER_BYTE = 2**28, 200
 
 
+def as_path(name: str, path: object) -> Path:
+    """Refuse what is no path, whatever may be there.
+
+    Raises:
+        TypeError: If it is neither a text nor a path.
+        ValueError: If no file can have such a name.
+    """
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else path
+    if not isinstance(text, str):
+        raise TypeError(
+            f"{name} must be a str or a pathlib.Path; got {type(path).__name__}. Give a name, such "
+            "as 'runs/first'."
+        )
+    if not text or "\0" in text:
+        raise ValueError(f"{name} must be a name that a file can have; got {text!r}.")
+    return Path(text)
+
+
 def check_path(name: str, path: object) -> Path:
     """Refuse what is no path of a file, there or not.
 
@@ -23,19 +41,11 @@ def check_path(name: str, path: object) -> Path:
         TypeError: If it is neither a text nor a path.
         ValueError: If it is empty, of a folder, or of what is no ordinary file.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(
-            f"{name} must be a str or a pathlib.Path; got {type(path).__name__}. Give the name of "
-            "a file, such as 'flow.safetensors'."
-        )
-    text = os.fspath(path)
-    if not isinstance(text, str) or not text or "\0" in text:
-        raise ValueError(f"{name} must be the name of a file; got {text!r}.")
-    file = Path(text)
+    file = as_path(name, path)
     if file.is_dir():
-        raise ValueError(f"{name} must be a file; {text!r} is a folder. Name a file in it.")
+        raise ValueError(f"{name} must be a file; {str(file)!r} is a folder. Name a file in it.")
     if file.exists() and not file.is_file():
-        raise ValueError(f"{name} must be an ordinary file; {text!r} is none.")
+        raise ValueError(f"{name} must be an ordinary file; {str(file)!r} is none.")
     return file
 
 

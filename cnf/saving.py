@@ -18,7 +18,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from cnf._building import Building
-from cnf._files import BLANK_DIGEST, check_path, is_intact, seal, write_atomically
+from cnf._files import BLANK_DIGEST, as_path, check_path, is_intact, seal, write_atomically
 from cnf.description import by_name, describe, rebuild
 from cnf.flow import Flow
 
@@ -106,8 +106,11 @@ def load(
     Warns:
         UserWarning: If the file is from before there was a digest.
     """
-    path, device = _check_there(path), _check_device(device)
-    own = by_name(classes)
+    path, device, own = as_path("path", path), _check_device(device), by_name(classes)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no file {str(path)!r} to load a flow from. Check the path, or save a flow."
+        )
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -125,14 +128,6 @@ def load(
     description = _read_description(path, metadata["cnf"])
     _refuse_damage(path, description, tensors)
     return _build(description["flow"], tensors, own, path).to(device)
-
-
-def _check_there(path: Any) -> Path:
-    if isinstance(path, str | os.PathLike) and not Path(path).is_file():
-        raise FileNotFoundError(
-            f"there is no file {str(path)!r} to load a flow from. Check the path, or save a flow."
-        )
-    return check_path("path", path)
 
 
 def _check_device(device: Any) -> torch.device:

@@ -16,6 +16,7 @@ from torch import Tensor
 from cnf import saving
 from cnf._files import (
     BLANK_DIGEST,
+    as_path,
     digest_of,
     is_intact,
     left_over,
@@ -179,7 +180,7 @@ class TableModel:
         Warns:
             UserWarning: If it is from before there was a digest.
         """
-        folder = Path(folder)
+        folder = as_path("folder", folder)
         for name in (_DESCRIPTION, _FLOW):
             if not (folder / name).is_file():
                 left = left_over(folder)
@@ -255,7 +256,7 @@ def check_destination(folder: str | os.PathLike[str], *, replace: bool) -> None:
         OSError: If the folder around it does not exist or cannot be written to.
         ValueError: If there is a model and `replace` is False, or there is something else.
     """
-    name, folder = str(folder), Path(folder).resolve()
+    name, folder = str(folder), as_path("folder", folder).resolve()
     if Path.cwd().is_relative_to(folder):
         raise ValueError(f"{name!r} must be a new folder, not the one that you are in.")
     if not folder.parent.is_dir():

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cnf._files import check_unpacked
+from cnf._files import as_path, check_unpacked
 from cnf.data.splits import Splits, split_rows
 from cnf.data.tabular import Table, read_table
 
@@ -50,7 +50,7 @@ def benchmark_table(name: str, folder: str | os.PathLike[str]) -> Splits:
     """
     if name.lower() not in _LOADERS:
         raise ValueError(f"name must be one of {', '.join(BENCHMARKS)}; got {name!r}.")
-    return _LOADERS[name.lower()](Path(folder))
+    return _LOADERS[name.lower()](as_path("folder", folder))
 
 
 def prepare_power(data: NDArray[np.float64]) -> Splits:

@@ -8,13 +8,14 @@ import tokenize
 import zipfile
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from cnf._files import as_path
 
 DAMAGES = (
     *(EOFError, OverflowError, RuntimeError, ValueError),
@@ -52,7 +53,7 @@ class NpyRows(Dataset[Tensor]):
     """
 
     def __init__(self, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
-        self.path = Path(path).resolve()
+        self.path = as_path("path", path).resolve()
         self.dtype = dtype
         self._open()
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cnf._files import TooLargeError, check_unpacked, write_atomically
+from cnf._files import TooLargeError, as_path, check_unpacked, write_atomically
 from cnf.data.cells import (
     LARGEST,
     cell_of_row,
@@ -77,7 +77,7 @@ def read_table(
         >>> read_table(path, ["width", "height"])
         Table(values=array([[2. , 1.5], [4.5, 3. ]]), columns=('width', 'height'))
     """
-    path = Path(path)
+    path = as_path("path", path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r} to read a table from.")
     if isinstance(columns, str):
@@ -124,7 +124,7 @@ def write_table(
         ValueError: If the suffix is another, the names do not fit the values, or these are no
             numbers, or masked.
     """
-    path = Path(path)
+    path = as_path("path", path)
     refuse_unless_numbers("values", values)
     table = np.asarray(values)
     if table.ndim != 2:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cnf._checks import check_count
-from cnf._files import write_atomically
+from cnf._files import as_path, write_atomically
 
 FORMAT_VERSION = 1
 
@@ -33,7 +33,7 @@ class Checkpoints:
     if that is installed.
 
     Raises:
-        TypeError: If a count is not an int.
+        TypeError: If the folder is no path, or a count not an int.
         ValueError: If it is less than 1.
 
     Example:
@@ -49,6 +49,7 @@ class Checkpoints:
     """Number of the newest checkpoints that are kept."""
 
     def __post_init__(self) -> None:
+        as_path("folder", self.folder)
         check_count("every", self.every)
         check_count("keep", self.keep)
 

@@ -5,10 +5,9 @@ import io
 import math
 import os
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cnf._files import write_atomically
+from cnf._files import as_path, write_atomically
 from cnf.plots import plot_training
 
 if TYPE_CHECKING:
@@ -92,7 +91,7 @@ class History:
             ValueError: If the file was not written by `save`, or is damaged.
         """
         history = cls()
-        with Path(path).open(newline="") as file:
+        with as_path("path", path).open(newline="") as file:
             reader = csv.DictReader(file)
             if reader.fieldnames != list(history.columns):
                 raise ValueError(
