@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cnf._building import Building
 from cnf._checks import check_count, check_number, check_seed, rows_inside
 from cnf.chunks import in_chunks, sample_in_chunks
 from cnf.cnf import CNF
@@ -33,7 +34,7 @@ NOISES = 8
 
 _ROWS_AT_ONCE = 4096
 _GLOBAL_STATE = Lock()
-"""Held by who borrows torch's random state and default dtype, which initial weights hang on."""
+"""Held by who borrows torch's default dtype, which initial weights hang on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,8 +164,7 @@ def fit_density(
         torch.Size([200])
     """
     # Not around the training, which draws nothing from it: others may train meanwhile.
-    with _GLOBAL_STATE, torch.random.fork_rng(devices=[]), _single_precision():
-        torch.default_generator.manual_seed(settings.seed)
+    with _GLOBAL_STATE, Building(seed=settings.seed), _single_precision():
         network = CNF(
             rows.x.shape[-1],
             0 if rows.context is None else rows.context.shape[-1],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -13,7 +14,16 @@ import torch
 from torch import Tensor
 
 from cnf import saving
-from cnf._files import left_over, new_folder, write_atomically
+from cnf._files import (
+    BLANK_DIGEST,
+    as_path,
+    digest_of,
+    is_intact,
+    left_over,
+    new_folder,
+    seal,
+    write_atomically,
+)
 from cnf.data.cells import refuse_unless_numbers
 from cnf.data.names import quoted
 from cnf.data.tabular import Table, read_table
@@ -136,21 +146,27 @@ class TableModel:
             ValueError: If `check_destination` refuses the place, or a note is NaN or infinite.
         """
         check_destination(folder, replace=replace)
-        description = {
-            "format": FORMAT_VERSION,
-            "version": version("cnf-flows"),
-            "columns": asdict(self.columns),
-            "notes": self.notes,
-        }
-        text = json.dumps(description, indent=2, ensure_ascii=False, allow_nan=False)
 
         def check_old(found: Path) -> None:
             _check_replaceable(found, str(folder), replace=replace)
 
         with new_folder(folder, check_old=check_old) as temporary:
             saving.save(self.flow, temporary / _FLOW)
-            write_atomically(temporary / _DESCRIPTION, (text + "\n").encode())
+            text = self._description(digest_of(temporary / _FLOW))
+            write_atomically(temporary / _DESCRIPTION, seal(text.encode()))
             history.save(temporary / _HISTORY)
+
+    def _description(self, digest_of_flow: str) -> str:
+        """The text of ``model.json``, whose own digest is blank."""
+        description = {
+            "sha256": BLANK_DIGEST,
+            "format": FORMAT_VERSION,
+            "version": version("cnf-flows"),
+            "flow_sha256": digest_of_flow,
+            "columns": asdict(self.columns),
+            "notes": self.notes,
+        }
+        return json.dumps(description, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "TableModel":
@@ -158,9 +174,13 @@ class TableModel:
 
         Raises:
             FileNotFoundError: If there is no such folder, or it lacks a file.
-            ValueError: If a file in it is damaged, or by a newer version.
+            ValueError: If a file in it is damaged, belongs to another model, or is by a newer
+                version.
+
+        Warns:
+            UserWarning: If it is from before there was a digest.
         """
-        folder = Path(folder)
+        folder = as_path("folder", folder)
         for name in (_DESCRIPTION, _FLOW):
             if not (folder / name).is_file():
                 left = left_over(folder)
@@ -194,12 +214,39 @@ class TableModel:
                 f"{str(path)!r} has format {found['format']}, newer than the {FORMAT_VERSION} that "
                 "this version of cnf reads. Upgrade cnf-flows."
             )
+        _refuse_damage(folder, found)
         flow = saving.load(folder / _FLOW)
         if any(scales):
             for part in flow.modules():
                 if isinstance(part, ContextScaling):
                     part.set(*map(part.mean.new_tensor, scales))
         return cls(flow=flow, columns=columns, notes=notes)
+
+
+def _refuse_damage(folder: Path, found: dict[str, Any]) -> None:
+    """Refuse a description with other bytes than were written, or of another flow.
+
+    A damaged name of a key could pass for a file from before there was a digest, so that all keys
+    must be known.
+    """
+    path = folder / _DESCRIPTION
+    others = found.keys() - {"format", "version", "columns", "notes"}
+    if not others:
+        warnings.warn(
+            f"{str(path)!r} is from a version of cnf that wrote no digest, so that damage cannot "
+            "be told. Save the model again, or fit again.",
+            stacklevel=3,
+        )
+    elif others != {"sha256", "flow_sha256"} or not is_intact(path, found["sha256"]):
+        raise ValueError(
+            f"{str(path)!r} is damaged: its bytes are not those that were written. Restore it from "
+            "a copy, or fit again."
+        )
+    elif digest_of(folder / _FLOW) != found["flow_sha256"]:
+        raise ValueError(
+            f"{str(folder / _FLOW)!r} is damaged, or of another model than {_DESCRIPTION} beside "
+            "it. Restore both from a copy, or fit again."
+        )
 
 
 def check_destination(folder: str | os.PathLike[str], *, replace: bool) -> None:
@@ -209,7 +256,7 @@ def check_destination(folder: str | os.PathLike[str], *, replace: bool) -> None:
         OSError: If the folder around it does not exist or cannot be written to.
         ValueError: If there is a model and `replace` is False, or there is something else.
     """
-    name, folder = str(folder), Path(folder).resolve()
+    name, folder = str(folder), as_path("folder", folder).resolve()
     if Path.cwd().is_relative_to(folder):
         raise ValueError(f"{name!r} must be a new folder, not the one that you are in.")
     if not folder.parent.is_dir():

@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
 import warnings
@@ -219,7 +220,13 @@ def test_a_flow_that_cannot_be_saved_is_kept_in_the_checkpoint_alone(tmp_path):
         part.extra = Foreign()
         return Flow([part, part])
 
-    final = weights(short(tmp_path, flow=foreign())[0])
+    with pytest.warns(UserWarning, match="was not written") as caught:
+        final = weights(short(tmp_path, flow=foreign(), every=1)[0])
+    (warning,) = caught
+    assert re.search(
+        r"best\.safetensors' was not written, because flow must not share tensors.*resume\.",
+        str(warning.message),
+    )
     assert not (tmp_path / "best.safetensors").exists()
     again, _ = short(tmp_path, flow=foreign(), resume=True)
     assert_same(weights(again), final)
@@ -276,7 +283,10 @@ def test_checkpoints_that_are_all_damaged_are_refused(tmp_path):
     for _ in range(2):
         with (
             pytest.warns(UserWarning, match="is damaged"),
-            pytest.raises(ValueError, match=r"every checkpoint in .* is damaged. Restore"),
+            pytest.raises(
+                ValueError,
+                match=r"every checkpoint in .* is damaged: checkpoint_000000006.pt, .*Restore",
+            ),
         ):
             short(tmp_path, resume=True)
 

@@ -234,7 +234,11 @@ def test_settings_reach_the_training():
         ({"hidden_features": ()}, ValueError, "hidden_features must have at least one width"),
         ({"hidden_features": (0,)}, ValueError, "each of hidden_features must be at least 1"),
         ({"validation_fraction": 1.0}, ValueError, "validation_fraction must be in [0, 1); got"),
-        ({"learning_rate": -1.0}, ValueError, "learning_rate must be positive and finite; got -1.0"),
+        (
+            {"learning_rate": -1.0},
+            ValueError,
+            "learning_rate must be positive and finite; got -1.0",
+        ),
         ({"seed": -1}, ValueError, "seed must be at least 0; got -1"),
     ],
 )

@@ -56,7 +56,7 @@ def failure() -> list[object]:
     flow = CNF(2, hidden_features=(4, 4))
     config = TrainingConfig(steps=5, batch_size=10, progress=False)
     try:
-        fit(FailsInOne(flow, solver=SOLVER), torch.ones(20, 2), config, validation=None)
+        fit(FailsInOne(flow, solver=SOLVER), torch.randn(20, 2), config, validation=None)
     except TrainingError as error:
         return [str(error), error.history.loss, flow.state_dict()]
     return ["no error", [], {}]

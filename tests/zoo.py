@@ -82,6 +82,8 @@ class UserNetwork(nn.Module):
 
     def __init__(self, features: int, context_features: int = 0) -> None:
         super().__init__()
+        self.features = features
+        self.context_features = context_features
         self.inner = nn.Linear(1 + features + context_features, 8)
         self.outer = nn.Linear(8, features)
 

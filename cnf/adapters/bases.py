@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
+from cnf._building import Building
 from cnf._checks import rows_inside
 from cnf.bases import Base
 from cnf.transforms.foreign import as_rows, drawing_from, is_a
@@ -51,7 +52,7 @@ class TorchBase(Base):
             )
         super().__init__(event[0])
         self.source = source
-        with torch.random.fork_rng(devices=[]):
+        with Building():
             drawn = distribution.sample()
         # The dtype and device of a distribution that is no module.
         self.register_buffer("loc", torch.zeros_like(drawn), persistent=False)
@@ -130,7 +131,7 @@ class NormflowsBase(Base):
 
     def __init__(self, wrapped: nn.Module) -> None:
         _refuse_what_is_no_base(wrapped)
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with Building(), torch.no_grad():
             drawn: Tensor = wrapped(1)[0]
         self.shape = tuple(drawn.shape[1:])
         super().__init__(math.prod(self.shape))

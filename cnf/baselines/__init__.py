@@ -4,8 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
+from cnf._building import Building
 from cnf._checks import check_choice, check_count, check_image_shape
 from cnf.baselines.classics import NamedMixture, NamedTransform
 from cnf.baselines.ours import OURS, glow_of
@@ -142,7 +141,7 @@ def _size_for(
     """The size whose number of parameters, which grows with it, is nearest."""
 
     def count(size: int) -> int:
-        with torch.random.fork_rng(devices=[]):
+        with Building():
             flow = build(name, features, context_features, size=size)
         return sum(parameter.numel() for parameter in flow.parameters())
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from cnf._files import as_path, check_unpacked
 from cnf.data.splits import Splits, split_rows
 from cnf.data.tabular import Table, read_table
 
@@ -49,7 +50,7 @@ def benchmark_table(name: str, folder: str | os.PathLike[str]) -> Splits:
     """
     if name.lower() not in _LOADERS:
         raise ValueError(f"name must be one of {', '.join(BENCHMARKS)}; got {name!r}.")
-    return _LOADERS[name.lower()](Path(folder))
+    return _LOADERS[name.lower()](as_path("folder", folder))
 
 
 def prepare_power(data: NDArray[np.float64]) -> Splits:
@@ -147,7 +148,9 @@ def _bsds300(folder: Path) -> Splits:
         raise ValueError(f"{path} needs h5py, which is not installed: pip install h5py.") from error
     try:
         with h5py.File(path, "r") as file:
-            splits = Splits(*(np.asarray(file[part]) for part in ("train", "validation", "test")))
+            parts = [file[part] for part in ("train", "validation", "test")]
+            check_unpacked(path, sum(part.nbytes for part in parts))
+            splits = Splits(*map(np.asarray, parts))
     except (KeyError, OSError) as error:
         raise ValueError(
             f"{path} must be an HDF5 file with train, validation and test ({error})."

@@ -1,14 +1,32 @@
 """Rows of a file that may be larger than memory."""
 
+import io
+import lzma
+import math
 import os
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from cnf._files import as_path
+
+DAMAGES = (
+    *(EOFError, OverflowError, RuntimeError, ValueError),
+    *(lzma.LZMAError, tokenize.TokenError, zipfile.BadZipFile, zlib.error),
+)
+"""What NumPy raises, or its libraries do, where a file is damaged."""
+
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 
 
 class NpyRows(Dataset[Tensor]):
@@ -35,7 +53,7 @@ class NpyRows(Dataset[Tensor]):
     """
 
     def __init__(self, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
-        self.path = Path(path).resolve()
+        self.path = as_path("path", path).resolve()
         self.dtype = dtype
         self._open()
 
@@ -62,8 +80,12 @@ class NpyRows(Dataset[Tensor]):
     def _open(self) -> None:
         path = self.path
         try:
+            with path.open("rb") as file:
+                check_header(file, path.stat().st_size)
             self.array = np.lib.format.open_memmap(self.path, mode="r")
-        except (EOFError, ValueError) as error:
+        except FileNotFoundError:
+            raise
+        except DAMAGES as error:
             raise ValueError(
                 f"{str(path)!r} is not a .npy file of numbers, or is cut short ({error}). Write "
                 "it with numpy.save."
@@ -80,3 +102,18 @@ class NpyRows(Dataset[Tensor]):
                 f"{str(path)!r} must hold numbers of a dtype that torch has; it holds "
                 f'{self.array.dtype}. Convert it by numpy.save(path, array.astype("float64")).'
             ) from error
+
+
+def check_header(file: IO[bytes] | io.BufferedIOBase, size: int) -> None:
+    """Refuse an array that states more numbers than follow; leave the file where it was.
+
+    Raises:
+        ValueError: If it does, or is no array of plain numbers.
+    """
+    version = np.lib.format.read_magic(file)
+    if version not in _HEADERS:
+        raise ValueError(f"its format has version {version}, which is not for plain numbers")
+    shape, _, dtype = _HEADERS[version](file)
+    if math.prod(shape) * dtype.itemsize > size - file.tell():
+        raise ValueError(f"it states the shape {shape}, for which it is too short")
+    file.seek(0)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cnf._files import check_unpacked
 from cnf.data.cells import cell_of_row, first_inexact
 from cnf.data.names import find_columns, shortened
 
@@ -29,7 +30,9 @@ def read_parquet(
             "CSV."
         ) from error
     try:
-        table = parquet.ParquetFile(path).read()
+        file = parquet.ParquetFile(path)
+        check_unpacked(path, 8 * file.metadata.num_rows * file.metadata.num_columns)
+        table = file.read()
         index = (table.schema.pandas_metadata or {}).get("index_columns", [])
     except (OSError, ValueError, pyarrow.ArrowException) as error:  # ValueError: of damaged notes
         raise ValueError(

@@ -8,7 +8,6 @@ import io
 import os
 import warnings
 import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cnf._files import write_atomically
+from cnf._files import TooLargeError, as_path, check_unpacked, write_atomically
 from cnf.data.cells import (
     LARGEST,
     cell_of_row,
@@ -26,6 +25,7 @@ from cnf.data.cells import (
 )
 from cnf.data.csv_files import read_csv, to_csv
 from cnf.data.names import find_columns, listed, numbered_names, shortened
+from cnf.data.npy import DAMAGES, check_header
 from cnf.data.parquet import read_parquet
 
 _RAW_FILL_VALUES = (-32768, 32767, 65535)
@@ -77,7 +77,7 @@ def read_table(
         >>> read_table(path, ["width", "height"])
         Table(values=array([[2. , 1.5], [4.5, 3. ]]), columns=('width', 'height'))
     """
-    path = Path(path)
+    path = as_path("path", path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r} to read a table from.")
     if isinstance(columns, str):
@@ -124,7 +124,7 @@ def write_table(
         ValueError: If the suffix is another, the names do not fit the values, or these are no
             numbers, or masked.
     """
-    path = Path(path)
+    path = as_path("path", path)
     refuse_unless_numbers("values", values)
     table = np.asarray(values)
     if table.ndim != 2:
@@ -240,13 +240,31 @@ def _open_numpy(path: Path) -> Any:
     """The array of an .npy file, or those of an .npz file by name."""
     try:
         with path.open("rb") as file:
+            packed = file.read(4).startswith(b"PK")
+            file.seek(0)
+            if packed:
+                _check_archive(path, file)
+            else:
+                check_header(file, path.stat().st_size)
             content = np.load(file, allow_pickle=False)
-            return content if isinstance(content, np.ndarray) else dict(content)
-    except (EOFError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            return dict(content) if packed else content
+    except TooLargeError:
+        raise
+    except DAMAGES as error:
         raise ValueError(
             f"{path} must be a NumPy file of plain numbers; it is damaged, or holds Python "
             f"objects ({str(error).splitlines()[0].rstrip('.')}). Save it again from NumPy."
         ) from error
+
+
+def _check_archive(path: Path, file: io.BufferedIOBase) -> None:
+    """Compare the sizes that an .npz file states before anything is unpacked."""
+    with zipfile.ZipFile(file) as archive:
+        check_unpacked(path, sum(entry.file_size for entry in archive.infolist()))
+        for entry in archive.infolist():
+            with archive.open(entry) as member:
+                check_header(member, entry.file_size)
+    file.seek(0)
 
 
 def _read_parquet(
@@ -264,6 +282,8 @@ def _numbers(path: Path, what: str, values: Any) -> NDArray[Any]:
         values = values[:, None]
     if values.ndim != 2:
         raise ValueError(f"{path} must have shape (rows, columns); {what} has {values.shape}.")
+    if values.size == 0:
+        raise ValueError(f"{path} must have rows and columns; got the shape {values.shape}.")
     table: NDArray[Any] = values
     return table
 

@@ -2,11 +2,10 @@
 
 import io
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from cnf._checks import check_number, is_positive
-from cnf._files import write_atomically
+from cnf._files import as_path, write_atomically
 
 if TYPE_CHECKING:
     import matplotlib.axes
@@ -49,7 +48,7 @@ def save_figure(
         ValueError: If `path` does not end in ".png".
         OSError: If the file cannot be written, or is there and `replace` is False.
     """
-    path = Path(path)
+    path = as_path("path", path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"path must end in .png; got {str(path)!r}.")
     content = io.BytesIO()

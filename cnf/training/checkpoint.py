@@ -1,8 +1,8 @@
 """Checkpoints: what a run resumes from, as data in files that are whole or not there at all."""
 
+import hashlib
 import io
 import os
-import pickle
 import warnings
 import zipfile
 from dataclasses import dataclass
@@ -10,13 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cnf._checks import check_count
-from cnf._files import write_atomically
+from cnf._files import as_path, write_atomically
 
 FORMAT_VERSION = 1
 
 CHECKPOINTS = "checkpoint_*.pt"
+
+_DIGEST = b"\ncnf sha256 "
+_DIGEST_SIZE = len(_DIGEST) + 64
+_END_OF_ZIP, _END_OF_ZIP_SIZE = b"PK\5\6", 22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +29,11 @@ class Checkpoints:
     """Where and how often a run is kept, so that it can resume.
 
     The folder also gets ``history.csv``, ``best.safetensors``, which is the flow as it would be
-    kept now, for `cnf.load` (if it is made of parts of this package), and events for TensorBoard if
-    that is installed.
+    kept now, for `cnf.load` (a warning says why if it cannot be saved), and events for TensorBoard
+    if that is installed.
 
     Raises:
-        TypeError: If a count is not an int.
+        TypeError: If the folder is no path, or a count not an int.
         ValueError: If it is less than 1.
 
     Example:
@@ -44,12 +49,13 @@ class Checkpoints:
     """Number of the newest checkpoints that are kept."""
 
     def __post_init__(self) -> None:
+        as_path("folder", self.folder)
         check_count("every", self.every)
         check_count("keep", self.keep)
 
 
 def write_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int) -> None:
-    """Write a state, then remove all checkpoints but the newest.
+    """Write a state with a digest after it, then remove all checkpoints but the newest.
 
     Raises:
         OSError: If the file cannot be written.
@@ -57,14 +63,15 @@ def write_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: in
     content = io.BytesIO()
     torch.save({"format": FORMAT_VERSION, **state}, content)
     file = folder / f"checkpoint_{step:09d}.pt"
-    write_atomically(file, content.getvalue())
+    state_and_digest = content.getvalue() + _DIGEST + _digest_of(content.getvalue())
+    write_atomically(file, state_and_digest)
     others = [other for other in checkpoints_in(folder) if other != file]
     for old in others[keep - 1 :]:
         old.unlink()
 
 
-def read_newest_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The newest state that can be read; None where there is no checkpoint.
+def read_newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest file that can be read, and its state; None where there is no checkpoint.
 
     Warns of each damaged file that it passes over; if one can be read, the damaged ones get the
     suffix ``.damaged``, so that they are not the newest for ever.
@@ -76,7 +83,7 @@ def read_newest_checkpoint(folder: Path) -> dict[str, Any] | None:
     for file in checkpoints_in(folder):
         try:
             state = _read(file)
-        except (EOFError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        except Exception as error:  # of torch.load, which a crafted file may make raise anything
             warnings.warn(f"{str(file)!r} is damaged ({error}).", stacklevel=2)
             damaged.append(file)
             continue
@@ -87,11 +94,12 @@ def read_newest_checkpoint(folder: Path) -> dict[str, Any] | None:
             )
         for each in damaged:
             each.replace(each.with_name(f"{each.name}.damaged"))
-        return state
+        return file, state
     if damaged:
         raise ValueError(
-            f"every checkpoint in {str(folder)!r} is damaged. Restore one from a copy, or start "
-            "again in another folder."
+            f"every checkpoint in {str(folder)!r} is damaged: "
+            f"{', '.join(file.name for file in damaged)}. Restore one from a copy, or start again "
+            "in another folder."
         )
     return None
 
@@ -101,15 +109,60 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(folder.glob(CHECKPOINTS), reverse=True)
 
 
+def check_form(name: str, found: object, expected: object) -> None:
+    """Refuse a part of a state of another form: other keys, lengths, types, shapes or dtypes.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    if _form_of(found) != _form_of(expected):
+        raise ValueError(f"{name} must be {_form_of(expected)}; got {_form_of(found)}")
+    if isinstance(expected, dict) and isinstance(found, dict):
+        for key, value in expected.items():
+            check_form(f"{name}[{key!r}]", found[key], value)
+    elif isinstance(expected, list | tuple) and isinstance(found, list | tuple):
+        for i, (one, value) in enumerate(zip(found, expected, strict=True)):
+            check_form(f"{name}[{i}]", one, value)
+
+
+def _form_of(value: object) -> str:
+    """What a part of a state is, for a message."""
+    if isinstance(value, Tensor):
+        return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
+    if isinstance(value, dict):
+        return f"a mapping of {', '.join(sorted(map(repr, value)))}"
+    size = f" of length {len(value)}" if isinstance(value, list | tuple) else ""
+    return f"{type(value).__name__}{size}"
+
+
+def _digest_of(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode()
+
+
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()  # torch.load itself does not look at the checksums
-    except zipfile.BadZipFile as error:
-        raise EOFError("it is cut short") from error
+    content = file.read_bytes()
+    if content[-_DIGEST_SIZE:].startswith(_DIGEST):
+        content, digest = content[:-_DIGEST_SIZE], content[-64:]
+        if _digest_of(content) != digest:
+            raise ValueError("its bytes are not those that were written")
+    elif not content[-_END_OF_ZIP_SIZE:].startswith(_END_OF_ZIP):  # as files without digest end
+        raise EOFError("it is cut short, or its digest is damaged")
+    _check_zip(content)
+    state: Any = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or type(state.get("format")) is not int:
+        raise ValueError("it holds no state of a run")
+    if state["format"] <= FORMAT_VERSION:
+        told = state.get("fingerprint")
+        if not isinstance(told, dict) or not all(isinstance(text, str) for text in told.values()):
+            raise ValueError("it does not say of which run it is")
+    return state
+
+
+def _check_zip(content: bytes) -> None:
+    """Refuse wrong checksums, at which torch.load does not look, and what would be unpacked."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("it is compressed, which no checkpoint is")
+        damaged = archive.testzip()
     if damaged is not None:
         raise ValueError(f"the checksum of {damaged} is wrong")
-    state: Any = torch.load(file, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict) or "format" not in state:
-        raise ValueError("it holds no state of a run")
-    return state

@@ -5,15 +5,20 @@ import hashlib
 import inspect
 import re
 from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.data import StackDataset, TensorDataset
 
+from cnf.data.npy import NpyRows
 from cnf.flow import Flow
 from cnf.training.plan import Plan
 from cnf.training.processes import Processes
-from cnf.training.rows import PartOfRows, Rows, TensorRows
+from cnf.training.rows import DatasetRows, PartOfRows, Rows
 
-_ROWS_HASHED = 1000
+_ROWS_AT_ONCE = 2**14
+_ONCE_HASHED = 1000
 _DIFFERENCES_NAMED = 5
 _FREE = ("progress", "accumulate")
 """Settings that may change when a run resumes; the parts of a minibatch are compared instead."""
@@ -71,10 +76,47 @@ def _stable(value: object) -> str:
 
 
 def _describe(rows: Rows) -> str:
+    """Number of rows, and the hash of all that they hold, where that can be read in pieces."""
     whole = rows.rows if isinstance(rows, PartOfRows) else rows
-    if not isinstance(whole, TensorRows):
-        return f"{len(rows)} rows of a Dataset"
-    inputs, weight = rows.some(_ROWS_HASHED)
-    tensors = [tensor for tensor in (*inputs, weight) if tensor is not None]
-    content = b"".join(tensor.cpu().resolve_neg().numpy().tobytes() for tensor in tensors)
-    return f"{len(rows)} rows with the hash {hashlib.sha256(content).hexdigest()[:8]}"
+    content = hashlib.sha256()
+    if isinstance(whole, DatasetRows):
+        arrays = _arrays_of(whole.dataset)
+        if arrays is None:
+            return f"{len(rows)} rows of a Dataset"
+        if isinstance(rows, PartOfRows):
+            content.update(rows.places.numpy().tobytes())
+        for array in arrays:
+            content.update(f"{array.dtype} {tuple(array.shape)}".encode())
+            for start in range(0, len(array), _ROWS_AT_ONCE):
+                content.update(_bytes_of(array[start : start + _ROWS_AT_ONCE]))
+        return f"{len(rows)} rows of a Dataset with the hash {content.hexdigest()[:16]}"
+    for number in range(3):  # x, context and weight, as they were hashed when there was one piece
+        for indices in torch.arange(len(rows)).split(_ROWS_AT_ONCE):
+            inputs, weight = rows.take(indices)
+            column = (*inputs, *[None] * (2 - len(inputs)), weight)[number]
+            content.update(b"" if column is None else _bytes_of(column))
+    of_all = f" of all (older versions: of {_ONCE_HASHED})" if len(rows) > _ONCE_HASHED else ""
+    return f"{len(rows)} rows with the hash {content.hexdigest()[:8]}{of_all}"
+
+
+def _arrays_of(dataset: object) -> list[Any] | None:
+    """The arrays that a dataset reads its rows from; None if nobody can tell."""
+    if isinstance(dataset, Tensor):
+        return [dataset]
+    if type(dataset) is NpyRows:
+        return [dataset.array]
+    if type(dataset) is TensorDataset:
+        return list(dataset.tensors)
+    if type(dataset) is StackDataset:
+        parts = dataset.datasets
+        found = [
+            _arrays_of(part) for part in (parts.values() if isinstance(parts, dict) else parts)
+        ]
+        return None if None in found else [array for arrays in found for array in arrays or ()]
+    return None
+
+
+def _bytes_of(rows: Any) -> bytes:
+    array: Any = rows.numpy(force=True) if isinstance(rows, Tensor) else rows
+    content: bytes = array.tobytes()
+    return content

@@ -1,7 +1,7 @@
 """The files of a run."""
 
-import contextlib
 import importlib.util
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,9 +38,10 @@ class RunFolder:
         self.fingerprint = fingerprint
         self._events: SummaryWriter | None = None
         self._rows_shown = 0
+        self._has_warned = False
 
-    def open(self, *, resume: bool) -> dict[str, Any] | None:
-        """The state to resume from; None where the run is to begin.
+    def open(self, *, resume: bool) -> tuple[Path, dict[str, Any]] | None:
+        """The file and the state to resume from; None where the run is to begin.
 
         Raises:
             FileExistsError: If the folder holds a run, and `resume` is false.
@@ -51,22 +52,21 @@ class RunFolder:
             self._refuse_to_overwrite()
             return None
         self._remove_half_files()
-        state = read_newest_checkpoint(self.folder)
-        if state is None:
+        newest = read_newest_checkpoint(self.folder)
+        if newest is None:
             return None
-        other = differences(state["fingerprint"], self.fingerprint)
+        other = differences(newest[1]["fingerprint"], self.fingerprint)
         if other:
             raise ValueError(
                 f"the checkpoints in {str(self.folder)!r} are of another run ({other}). Resume "
                 "with its settings, data and flow, or choose another folder."
             )
-        return state
+        return newest
 
     def write(self, state: dict[str, Any], history: History, kept: Flow) -> None:
         """Write all up to now, the checkpoint last: what it says is done is not done again."""
         history.save(self.folder / _HISTORY)
-        with contextlib.suppress(TypeError, ValueError):  # of a flow with parts that are not ours
-            save(kept, self.folder / _BEST)
+        self._save(kept)
         self._show(history)
         state = {**state, "fingerprint": self.fingerprint}
         write_checkpoint(self.folder, len(history.step), state, keep=self.keep)
@@ -76,6 +76,19 @@ class RunFolder:
         history.save(self.folder / _HISTORY)
         if self._events is not None:
             self._events.close()
+
+    def _save(self, kept: Flow) -> None:
+        """Write the flow to keep, or say once why it cannot be: the checkpoint has its weights."""
+        try:
+            save(kept, self.folder / _BEST)
+        except (TypeError, ValueError) as error:
+            if not self._has_warned:
+                warnings.warn(
+                    f"{str(self.folder / _BEST)!r} was not written, because {error} The "
+                    "checkpoints hold its weights, and the run can resume.",
+                    stacklevel=2,
+                )
+            self._has_warned = True
 
     def _refuse_to_overwrite(self) -> None:
         others = [file for name in (_HISTORY, _BEST, _EVENTS) for file in self.folder.glob(name)]

@@ -5,16 +5,16 @@ import io
 import math
 import os
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cnf._files import write_atomically
+from cnf._files import as_path, write_atomically
 from cnf.plots import plot_training
 
 if TYPE_CHECKING:
     import matplotlib.figure
 
-_KINDS: dict[str, type] = {"step": int, "phase": int, "nfe": int}
+WHOLE = ("step", "phase", "nfe")
+"""The columns of whole numbers."""
 
 
 @dataclass(repr=False)
@@ -91,7 +91,7 @@ class History:
             ValueError: If the file was not written by `save`, or is damaged.
         """
         history = cls()
-        with Path(path).open(newline="") as file:
+        with as_path("path", path).open(newline="") as file:
             reader = csv.DictReader(file)
             if reader.fieldnames != list(history.columns):
                 raise ValueError(
@@ -100,7 +100,8 @@ class History:
                 )
             try:
                 for row in reader:
-                    history.append(**{name: _KINDS.get(name, float)(row[name]) for name in row})
+                    for name, column in history.columns.items():
+                        column.append((int if name in WHOLE else float)(row[name]))
             except (TypeError, ValueError) as error:
                 raise ValueError(
                     f"{str(path)!r} is damaged in line {reader.line_num} ({error}). "

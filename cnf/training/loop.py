@@ -56,7 +56,9 @@ def fit(
         checkpoints: Where the run is kept, if at all.
         resume: Whether to go on with the run kept there, if there is one: to the same weights and
             record as without the interruption, bit for bit on a CPU. A finished run is
-            given back at once.
+            given back at once. It must be the same run: settings, flow and every number of the data
+            are compared, but of a `Dataset` other than `NpyRows`, torch's `TensorDataset` and a
+            `StackDataset` of these the number of rows alone.
         callbacks: Called after each step; see `Callback`.
 
     Returns:

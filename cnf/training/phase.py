@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cnf.flow import Flow
 from cnf.training.average import Average
+from cnf.training.checkpoint import check_form
 from cnf.training.config import TrainingConfig
 from cnf.training.processes import Processes
 from cnf.training.randomness import Order, draws
@@ -132,6 +133,30 @@ class Phase:
             "optimizer": self.optimizer.state_dict(),
             "averaged": None if self.averaged is None else self.averaged.state_dict(),
         }
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Refuse what `state_dict` cannot have given.
+
+        Raises:
+            ValueError: If so.
+        """
+        expected = self.state_dict()
+        optimizer = expected.pop("optimizer")
+        check_form("its phase", {**state, "optimizer": None}, {**expected, "optimizer": None})
+        if not 0 <= state["step"] <= self.config.steps or state["stale_validations"] < 0:
+            raise ValueError(f"its step must be from 0 to {self.config.steps}; got {state['step']}")
+        count = torch.zeros((), dtype=torch.float32)
+        moments = {
+            i: {"step": count, "exp_avg": weight, "exp_avg_sq": weight}
+            for i, weight in enumerate(self._parameters)
+            if i in state["optimizer"]["state"]  # a parameter without gradient has none
+        }
+        check_form("the state of its optimizer", state["optimizer"]["state"], moments)
+        groups = state["optimizer"]["param_groups"]
+        check_form("the number of its groups", len(groups), len(optimizer["param_groups"]))
+        for found, group in zip(groups, optimizer["param_groups"], strict=True):
+            known = {name: value for name, value in group.items() if name in found}
+            check_form("the settings of its optimizer", {k: found[k] for k in known}, known)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""

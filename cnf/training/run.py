@@ -17,11 +17,11 @@ from cnf.flow import Flow
 from cnf.objectives.reverse_kl import TargetError
 from cnf.ode import ODEError
 from cnf.training.callbacks import Callback, StepReport
-from cnf.training.checkpoint import Checkpoints
+from cnf.training.checkpoint import Checkpoints, check_form
 from cnf.training.config import TrainingConfig
 from cnf.training.fingerprint import fingerprint
 from cnf.training.folder import RunFolder
-from cnf.training.history import History
+from cnf.training.history import WHOLE, History
 from cnf.training.phase import NotFiniteError, Phase, check_finite, restore, snapshot
 from cnf.training.plan import Plan
 from cnf.training.processes import OtherProcessError, Processes
@@ -91,9 +91,17 @@ class Run:
         """
         told = fingerprint(self.plan, self.flow, self.rows, self.validation, self.processes)
         folder = self.folder = RunFolder(checkpoints, told)
-        state = self.processes.from_first(lambda: folder.open(resume=resume))
-        if state is not None:
+        found = self.processes.from_first(lambda: folder.open(resume=resume))
+        if found is None:
+            return
+        file, state = found
+        try:
             self._load_state_dict(state)
+        except Exception as error:  # whatever a crafted file makes torch raise
+            raise ValueError(
+                f"{str(file)!r} holds no state of this run ({str(error) or error!r}). Restore it "
+                "from a copy, or remove it to go on from the one before."
+            ) from error
 
     def go(self) -> None:
         """Train, and leave in the flow what is to be kept, however the training ends."""
@@ -112,16 +120,34 @@ class Run:
                 self.folder.close(self.history)
 
     def _load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self.history = History(
-            **{name: column.tolist() for name, column in state["history"].items()}
-        )
+        """Go on from a checkpoint, of which all is checked before anything changes.
+
+        Raises:
+            ValueError: If it has another form than `_state_dict` gives.
+        """
+        self._check_numbers(state)
+        history = _history_of(state["history"])
+        objective, _ = self.plan[min(state["finished_phases"], len(self.plan) - 1)]
+        check_form("its objective", state["objective"], objective.state_dict())
+        if state["best"] is not None:
+            check_form("its best weights", state["best"], self.flow.state_dict())
         self.finished_phases = state["finished_phases"]
+        if state["phase"] is not None:
+            self._begin().check_state(state["phase"])
+        self.history = history
         self.best, self.best_nll = state["best"], state["best_nll"]
         self.stopped = state["stopped"]
-        self._objective.load_state_dict(state["objective"])
-        if state["phase"] is not None:
-            self._begin().load_state_dict(state["phase"])
+        objective.load_state_dict(state["objective"])
+        if self.phase is not None:
+            self.phase.load_state_dict(state["phase"])
+
+    def _check_numbers(self, state: dict[str, Any]) -> None:
+        plain = {"finished_phases": 0, "best_nll": 0.0, "stopped": False}
+        check_form("its progress", {name: state.get(name) for name in plain}, plain)
+        if not 0 <= state["finished_phases"] <= len(self.plan) - (state["phase"] is not None):
+            raise ValueError(f"{state['finished_phases']} of its {len(self.plan)} phases are over")
+        if math.isnan(state["best_nll"]):
+            raise ValueError("its best validation is NaN")
 
     def _state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds: all that the rest of the run depends on."""
@@ -242,6 +268,15 @@ def _in_words(config: TrainingConfig) -> str:
     """The settings but the objective, which may have been made without them."""
     names = [field.name for field in dataclasses.fields(config) if field.name != "objective"]
     return ", ".join(f"{name}={getattr(config, name)!r}" for name in names)
+
+
+def _history_of(columns: dict[str, Tensor]) -> History:
+    """The record that `_as_tensor` made tensors of."""
+    steps = len(columns["step"])
+    whole, real = torch.empty(steps, dtype=torch.int64), torch.empty(steps, dtype=torch.float64)
+    expected = {name: whole if steps == 0 or name in WHOLE else real for name in History().columns}
+    check_form("its record", columns, expected)
+    return History(**{name: column.tolist() for name, column in columns.items()})
 
 
 def _as_tensor(column: Sequence[int] | Sequence[float]) -> Tensor:

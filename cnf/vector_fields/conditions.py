@@ -86,11 +86,13 @@ class ContextScaling(nn.Module):
             self.is_initialized.fill_(True)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # What was saved before there was a scaling had none.
-        if self.context_features:
-            state_dict.setdefault(f"{prefix}mean", torch.zeros_like(self.mean))
-            state_dict.setdefault(f"{prefix}log_std", torch.zeros_like(self.log_std))
-            state_dict.setdefault(f"{prefix}is_initialized", torch.ones((), dtype=torch.bool))
+        # What was saved before there was a scaling had none. A part of one is no scaling.
+        names = ("mean", "log_std", "is_initialized") if self.context_features else ()
+        if not any(f"{prefix}{name}" in state_dict for name in names):
+            for name in names:
+                state_dict[f"{prefix}{name}"] = torch.zeros_like(getattr(self, name))
+            if names:
+                state_dict[f"{prefix}is_initialized"].fill_(True)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

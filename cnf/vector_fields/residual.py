@@ -1,5 +1,6 @@
 """The residual vector field, for deep networks."""
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 
@@ -85,11 +86,11 @@ class ResidualField(LayeredField):
         self.frequency = check_frequency(frequency, features, self.activation[0])
         self.time_features = check_time_features(time_features, layer)
         width, conditions = self.hidden_features, self.context_features + 2 * self.time_features
-        sizes = [
-            (self.features, width),
-            *[(width, width)] * (2 * self.blocks),
-            (width, self.features),
-        ]
+        sizes = itertools.chain(
+            [(self.features, width)],
+            itertools.repeat((width, width), 2 * self.blocks),
+            [(width, self.features)],
+        )
         self.layers = nn.ModuleList(
             LAYERS[layer](inputs, outputs, conditions) for inputs, outputs in sizes
         )
