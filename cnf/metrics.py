@@ -22,8 +22,8 @@ def bits_per_dim(log_prob: Float[Tensor, "*batch"], dimensions: int) -> Float[Te
         dimensions: Number of entries of an event.
 
     Raises:
-        TypeError: If `dimensions` is not an int.
-        ValueError: If `dimensions` is less than 1.
+        TypeError: If `dimensions` is not an int, or `log_prob` no tensor.
+        ValueError: If `dimensions` is less than 1, or `log_prob` is NaN or of no floating dtype.
 
     Example:
         >>> import torch
@@ -32,6 +32,8 @@ def bits_per_dim(log_prob: Float[Tensor, "*batch"], dimensions: int) -> Float[Te
         tensor(8.)
     """
     _check_numbers("log_prob", log_prob)
+    if log_prob.isnan().any():
+        raise ValueError(f"log_prob must not be NaN; got {int(log_prob.isnan().sum())} of it.")
     return -log_prob / (check_count("dimensions", dimensions) * math.log(2))
 
 

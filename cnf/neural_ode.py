@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from cnf._checks import (
     check_context,
     check_count,
+    check_dense,
     check_type,
     check_vectors,
     joint_batch_shape,
@@ -112,6 +113,7 @@ class NeuralODE(nn.Module):
         """
         start = self._admit(x, context)
         check_type("times", times, Tensor, "use torch.linspace(0, 1, 10)")
+        check_dense("times", times)
         times = times.to(start)
         _check_times(times)
         return self._follow(start, times, context)

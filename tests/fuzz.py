@@ -545,7 +545,8 @@ def outcome_of(target: Target, arguments: dict[str, Any]) -> Outcome:
         last = traceback.extract_tb(error.__traceback__)[-1]
         told = f"{type(error).__name__}: {str(error)[:160]!r} in {last.filename}:{last.lineno}"
         ours = last.filename.startswith(PACKAGE) or isinstance(error, OSError)
-        clear = ours and isinstance(error, CLEAR) and _names_an_argument(str(error), arguments)
+        named = isinstance(error, OSError) or _names_an_argument(str(error), arguments)
+        clear = ours and isinstance(error, CLEAR) and named
         return Outcome("error" if clear else "unclear", told)
     found = [part for part in _tensors(result) if part.dtype.is_floating_point]
     if any(bool(part.isnan().any()) for part in found if not part.is_meta):

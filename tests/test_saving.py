@@ -815,7 +815,8 @@ def test_settings_are_saved_as_pythons_numbers_whatever_they_came_as(change):
         again = json.loads(json.dumps(describe(part)[key]))
         if change is not NUMBERS["single precision"]:
             assert again == settings[key], (name, key)
-    assert kept > (60 if change is NUMBERS["numpy"] else 15)
+    # Names and flags are refused in arrays and tensors; numbers are taken from them.
+    assert kept > (60 if change is NUMBERS["numpy"] else 10)
 
 
 DOORS = {
