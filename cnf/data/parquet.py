@@ -36,7 +36,7 @@ def read_parquet(
         index = (table.schema.pandas_metadata or {}).get("index_columns", [])
     except (OSError, ValueError, pyarrow.ArrowException) as error:  # ValueError: of damaged notes
         raise ValueError(
-            f"{path} must be a Parquet file ({str(error).splitlines()[0].rstrip('.')})."
+            f"{path} must be a Parquet file ({(str(error) or repr(error)).splitlines()[0].rstrip('.')})."
         ) from error
     names = tuple(table.column_names)
     if columns is None:

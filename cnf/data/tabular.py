@@ -253,7 +253,7 @@ def _open_numpy(path: Path) -> Any:
     except DAMAGES as error:
         raise ValueError(
             f"{path} must be a NumPy file of plain numbers; it is damaged, or holds Python "
-            f"objects ({str(error).splitlines()[0].rstrip('.')}). Save it again from NumPy."
+            f"objects ({(str(error) or repr(error)).splitlines()[0].rstrip('.')}). Save it again from NumPy."
         ) from error
 
 
