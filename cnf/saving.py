@@ -145,7 +145,7 @@ def _check_device(device: Any) -> torch.device:
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         raise ValueError(
             f"device must be one that is here and holds numbers, such as 'cpu'; got "
-            f"{str(device)!r} ({str(error).splitlines()[0]})."
+            f"{str(device)!r} ({(str(error) or repr(error)).splitlines()[0]})."
         ) from error
     return found
 

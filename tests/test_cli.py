@@ -663,11 +663,11 @@ DAMAGES = {
     ),
     "other columns": (
         lambda model: edit(model, lambda kept: kept["columns"].update(names=["size"])),
-        "the flow must have 1 features",
+        "model.json' is damaged: its bytes are not those that were written",
     ),
     "cut short": (
         lambda model: (model / "model.safetensors").write_bytes(b"\0" * 9),
-        "not a safetensors file",
+        "model.safetensors' is damaged",
     ),
 }
 

@@ -221,7 +221,7 @@ def test_a_loaded_flow_shares_nothing_with_the_saved_one(saved):
 
 def test_tensors_of_any_strides_and_sign_bit_are_saved_as_they_read(path):
     scaled = Standardize(3)
-    scaled.mean = torch.view_as_complex(torch.randn(3, 2)).conj().imag
+    scaled.mean = torch._neg_view(torch.randn(3))
     scaled.log_std = torch.randn(6)[::2]
     flow, x = Flow([scaled]), torch.randn(4, 3)
     assert scaled.mean.is_neg()

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from cnf._files import as_path
 
 DAMAGES = (
-    *(EOFError, OverflowError, RuntimeError, ValueError),
+    *(EOFError, OSError, OverflowError, RuntimeError, SyntaxError, ValueError),
     *(lzma.LZMAError, tokenize.TokenError, zipfile.BadZipFile, zlib.error),
 )
 """What NumPy raises, or its libraries do, where a file is damaged."""
@@ -83,7 +83,7 @@ class NpyRows(Dataset[Tensor]):
             with path.open("rb") as file:
                 check_header(file, path.stat().st_size)
             self.array = np.lib.format.open_memmap(self.path, mode="r")
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):
             raise
         except DAMAGES as error:
             raise ValueError(

@@ -35,9 +35,8 @@ def read_parquet(
         table = file.read()
         index = (table.schema.pandas_metadata or {}).get("index_columns", [])
     except (OSError, ValueError, pyarrow.ArrowException) as error:  # ValueError: of damaged notes
-        raise ValueError(
-            f"{path} must be a Parquet file ({str(error).splitlines()[0].rstrip('.')})."
-        ) from error
+        reason = (str(error) or repr(error)).splitlines()[0].rstrip(".")
+        raise ValueError(f"{path} must be a Parquet file ({reason}).") from error
     names = tuple(table.column_names)
     if columns is None:
         _refuse_index(path, names, index)

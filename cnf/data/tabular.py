@@ -251,9 +251,10 @@ def _open_numpy(path: Path) -> Any:
     except TooLargeError:
         raise
     except DAMAGES as error:
+        reason = (str(error) or repr(error)).splitlines()[0].rstrip(".")
         raise ValueError(
             f"{path} must be a NumPy file of plain numbers; it is damaged, or holds Python "
-            f"objects ({str(error).splitlines()[0].rstrip('.')}). Save it again from NumPy."
+            f"objects ({reason}). Save it again from NumPy."
         ) from error
 
 
