@@ -451,7 +451,7 @@ def test_what_cannot_be_described_is_refused_with_a_remedy_and_leaves_the_old_fi
         (".", ValueError, "'.' is a folder. Name a file in it"),
         ("/dev/null", ValueError, "must be an ordinary file"),
     ],
-    ids=str,
+    ids=["buffer", "none", "int", "bytes", "empty", "NUL", "folder", "device"],
 )
 @pytest.mark.parametrize("door", ["save", "load"])
 def test_what_is_no_path_of_a_file_is_refused(door, path, error, message):
