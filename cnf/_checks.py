@@ -10,25 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributions.constraints import Constraint
 
-_ROWS_NAMED = 5
+from cnf._row_names import name_rows
+
 _STEPS_OF_A_SPREAD = 32
 """Rounding steps that a standard deviation must span, so that rounding is not what is learnt."""
 
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 """Whether `torch.export` looks on; old versions of torch cannot tell."""
-
-
-def name_rows(bad: Tensor) -> str:
-    """Name the rows of a boolean mask of shape ``(*batch,)`` that are true, for a message."""
-    if bad.ndim == 0:
-        return "the only row"
-    rows = bad.nonzero()
-    listed = ", ".join(
-        str(row[0] if len(row) == 1 else tuple(row)) for row in rows[:_ROWS_NAMED].tolist()
-    )
-    word = "row" if len(rows) == 1 else "rows"
-    rest = f", … ({len(rows)} of {bad.numel()})" if len(rows) > _ROWS_NAMED else ""
-    return f"{word} {listed}{rest}"
 
 
 def is_hidden(x: Tensor) -> bool:

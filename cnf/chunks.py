@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from cnf._checks import check_count, reference_tensor
 from cnf._memory import LiveBytes, bytes_in, in_words
+from cnf._row_names import counted_from, rows_of_caller
 from cnf.flow import Flow
 from cnf.ode import ODEError
 
@@ -198,14 +199,13 @@ def _next_size(size: int, peak: int, memory: int) -> tuple[int, int | None]:
 def _placed(of_chunk: Callable[[slice], Tensor], rows: slice) -> Tensor:
     """What `of_chunk` makes of the rows; where it fails, the message says which they were."""
     try:
-        return of_chunk(rows)
+        with rows_of_caller(counted_from(rows.start)):
+            return of_chunk(rows)
     except (ValueError, ODEError) as error:
         if rows.start == 0:
             raise
         kind = ODEError if isinstance(error, ODEError) else ValueError
-        raise kind(
-            f"in rows {rows.start} to {rows.stop - 1}, counted from the first of them: {error}"
-        ) from error
+        raise kind(f"in rows {rows.start} to {rows.stop - 1}: {error}") from error
 
 
 def _checked(chunk_size: int | str) -> tuple[int, int | None]:

@@ -156,8 +156,9 @@ class ODESolver:
             kind=kind,
             gradient=gradient,
             budget=self.max_evaluations,
+            controlled=1 if self.control == "points" else controlled,
         )
-        arguments = self._arguments(kind, times, controlled)
+        arguments = self._arguments(watch, times)
         if gradient == "adjoint":
             solution = self._by_adjoint(watch, state, times, parameters, arguments)
         elif gradient == "checkpoint":
@@ -183,7 +184,7 @@ class ODESolver:
     ) -> State:
         from torchdiffeq import odeint_adjoint
 
-        options = self._options(watch.kind, times, everywhere=True)
+        options = self._options(watch, times, everywhere=True)
         solution = odeint_adjoint(
             watch,
             state,
@@ -266,21 +267,25 @@ class ODESolver:
                 f"got {self.rtol} and {self.atol}. Loosen them, or use float64."
             )
 
-    def _arguments(self, kind: str, times: Tensor, controlled: int | None) -> dict[str, Any]:
+    def _arguments(self, watch: Watch, times: Tensor) -> dict[str, Any]:
         """What torchdiffeq takes beside the right-hand side, state and times."""
-        count = 1 if self.control == "points" else controlled
+        count = watch.controlled
         # Dense output is as accurate as the steps with dopri5 only; checkpoint redoes steps, and
         # no more.
         everywhere = self.method != "dopri5" or self.gradient == "checkpoint"
-        options = self._options(kind, times, everywhere=everywhere)
+        options = self._options(watch, times, everywhere=everywhere)
         options["norm"] = lambda parts: _largest_rms(parts[:count])
-        method = lean(self.method) if kind == "adaptive" else self.method
+        method = lean(self.method) if watch.kind == "adaptive" else self.method
         return {"method": method, "rtol": self.rtol, "atol": self.atol, "options": options}
 
-    def _options(self, kind: str, times: Tensor, *, everywhere: bool) -> dict[str, Any]:
-        if kind == "adaptive":
-            return {"everywhere": everywhere, "first_step": self.first_step}
-        if kind == "fixed":
+    def _options(self, watch: Watch, times: Tensor, *, everywhere: bool) -> dict[str, Any]:
+        if watch.kind == "adaptive":
+            return {
+                "everywhere": everywhere,
+                "on_trial": watch.keep_errors,
+                "first_step": self.first_step,
+            }
+        if watch.kind == "fixed":
             span = (times[-1] - times[0]).abs().detach()
             return {"grid_constructor": lambda _f, _y, t: self._grid(t, span)}
         return {}

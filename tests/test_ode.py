@@ -452,7 +452,7 @@ def test_rows_are_named_in_any_batch_shape(batch, bad, rows):
 
 
 @pytest.mark.parametrize("method", ADAPTIVE)
-def test_a_blow_up_stops_when_it_happens_and_names_the_fastest_row(method):
+def test_a_blow_up_stops_when_it_happens_and_names_its_row(method):
     def rhs(t, state):
         return (state[0] ** 2,)
 
@@ -493,7 +493,8 @@ def test_a_spent_budget_is_an_error_before_the_next_evaluation(method, times):
     system, x = swinging()
     solver = solver_for(method, steps=100, tolerance=1e-9, max_evaluations=30)
     what = r"spent its budget of max_evaluations=30, at t = [\d.e+-]+ after 30 evaluations; "
-    remedy = "take fewer steps" if methods()[method] == "fixed" else f"the velocity is .*{STIFF}"
+    adaptive = f"the (error of a step|velocity) is .*{STIFF}"
+    remedy = "take fewer steps" if methods()[method] == "fixed" else adaptive
     with pytest.raises(ODEError, match=rf"the solve with {method} {what}{remedy}"):
         solver.solve(system, (x,), torch.tensor(times))
     assert len(system.seen) == 30
