@@ -225,6 +225,8 @@ def check_sample_shape(sample_shape: int | Sequence[int]) -> torch.Size:
         raise TypeError(f"sample_shape must be an int or a shape of ints; got {sample_shape!r}.")
     if any(size < 0 for size in sizes):
         raise ValueError(f"sample_shape must not be negative; got {sample_shape!r}.")
+    if any(size >= 2**63 for size in sizes):
+        raise ValueError(f"sample_shape must be less than 2^63 in each size; got {sample_shape!r}.")
     return torch.Size(map(operator.index, sizes))
 
 

@@ -3,6 +3,8 @@
 This, `cnf.ode` and `cnf._runge_kutta` are the only modules that talk to torchdiffeq.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -48,6 +50,26 @@ def is_multistep(method: str) -> bool:
     from torchdiffeq._impl.odeint import SOLVERS
 
     return issubclass(SOLVERS[method], AdamsBashforthMoulton)
+
+
+@functools.cache
+def evaluations_per_step(method: str) -> int:
+    """How many evaluations a step takes after the first; of a multistep method, at the least."""
+    from torchdiffeq._impl.odeint import SOLVERS
+
+    if methods()[method] == "adaptive":
+        return len(tableau(SOLVERS[method]).alpha)
+    if methods()[method] == "external" or is_multistep(method):
+        return 1
+    calls = []
+
+    def rhs(t: Tensor, state: State) -> State:
+        calls.append(t)
+        return state
+
+    nowhere = torch.zeros(1)
+    one_step(method, rhs, like=nowhere)(torch.tensor(0.0), torch.tensor(1.0), (nowhere,), ())
+    return len(calls)
 
 
 def one_step(method: str, rhs: RightHandSide, *, like: Tensor) -> Step:

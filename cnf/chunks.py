@@ -1,5 +1,6 @@
 """Log-densities and samples of more rows than fit in memory: some rows at a time."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cnf._checks import check_count, reference_tensor
-from cnf._memory import LiveBytes, bytes_in, in_words
+from cnf._memory import LiveBytes, bytes_in, check_fits, in_words
 from cnf._row_names import counted_from, rows_of_caller
 from cnf.flow import Flow
 from cnf.ode import ODEError
@@ -137,6 +138,9 @@ def sample_in_chunks(
     count = check_count("count", count, least=0)
     _check_context(flow, context, count)
     like = reference_tensor(flow)
+    if out is None:
+        numbers, remedy = count * math.prod(flow.event_shape), "Give out=, an array on the disk."
+        check_fits("count", count, numbers, like=like, remedy=remedy)
     result = _result(out, (count, *flow.event_shape), like)
 
     def of_chunk(rows: slice) -> Tensor:

@@ -21,6 +21,7 @@ from cnf._checks import (
     reference_tensor,
     rows_inside,
 )
+from cnf._memory import check_fits
 from cnf._row_names import rows_of_caller
 from cnf.bases import Base
 from cnf.distribution import FlowDistribution
@@ -370,14 +371,21 @@ class Flow(nn.Module):
 
     def _shape(self, sample_shape: int | Sequence[int], context: Tensor | None) -> torch.Size:
         """Shape of the draws for a context, without that of an event."""
-        check_context(context, self.context_features, like=reference_tensor(self))
+        like = reference_tensor(self)
+        check_context(context, self.context_features, like=like)
         batch = torch.Size() if context is None else context.shape[:-1]
-        return check_sample_shape(sample_shape) + batch
+        shape = check_sample_shape(sample_shape) + batch
+        numbers = math.prod(shape) * max(self.base.features, math.prod(self.event_shape))
+        remedy = "Draw fewer at once, or with sample_in_chunks into a file."
+        check_fits("sample_shape", sample_shape, numbers, like=like, remedy=remedy)
+        return shape
 
     def _log_mean_weight(
         self, x: Tensor, context: Tensor | None, samples: int, generator: torch.Generator | None
     ) -> Tensor:
         """The lower bound by `samples` weights of each row, all of which are in the support."""
+        remedy = "Take fewer, or fewer rows at once."
+        check_fits("importance_samples", samples, samples * x.numel(), like=x, remedy=remedy)
         x = x.expand(samples, *x.shape)
         with rows_of_caller(lambda row: row[1:]):
             z, ladj = chain.to_base_and_ladj(self.chain, x, context, generator=generator)

@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cnf._checks import check_count, is_hidden
-from cnf._methods import is_multistep, lean, methods, one_step
+from cnf._memory import check_fits
+from cnf._methods import evaluations_per_step, is_multistep, lean, methods, one_step
 from cnf._steps import RecordingWatch, solve_by_steps
 from cnf._watch import ODEError, RightHandSide, State, SteppingWatch, Watch
 from cnf.vector_fields.compiled_steps import FieldSteps
@@ -64,7 +65,7 @@ class ODESolver:
     "checkpoint" does the same but redoes one step at a time, with memory for the graph of one."""
     max_evaluations: int = 10_000
     """Budget of a solve, and again of each backward pass that evaluates; spending it raises an
-    `ODEError`."""
+    `ODEError`, at once where it is known beforehand that more are needed."""
 
     def __post_init__(self) -> None:
         kinds = methods()
@@ -134,13 +135,18 @@ class ODESolver:
             state without rows, `rhs` is not called.
 
         Raises:
-            ValueError: If the tolerances are finer than the dtype of the state can tell.
+            ValueError: If the tolerances are finer than the dtype of the state can tell, or there
+                is no memory for the state at so many times.
             ODEError: If the solve fails.
         """
         kind = methods()[self.method]
         self._check_precision(kind, state[0].dtype)
         if state[0].numel() == 0:
             return _nowhere(state, times, dependencies())
+        self._check_budget(kind, len(times) - 1)
+        numbers = len(times) * sum(part.numel() for part in state)
+        remedy = "Ask for fewer times, or fewer rows at once."
+        check_fits("times", f"{len(times)} of them", numbers, like=state[0], remedy=remedy)
         unique = {id(tensor): tensor for tensor in dependencies() if tensor.requires_grad}
         parameters = tuple(unique.values())
         needs_gradient = torch.is_grad_enabled() and any(
@@ -265,6 +271,19 @@ class ODESolver:
             raise ValueError(
                 f"rtol and atol must not both be finer than {dtype} can tell, {resolution:.1e}; "
                 f"got {self.rtol} and {self.atol}. Loosen them, or use float64."
+            )
+
+    def _check_budget(self, kind: str, spans: int) -> None:
+        """Refuse what is known to need more evaluations, before there is a grid for them."""
+        if kind == "external" or (kind == "adaptive" and self.method == "dopri5"):
+            return  # which need no step for a time
+        steps = spans if self.steps is None else max(self.steps, spans)
+        needed = steps * evaluations_per_step(self.method)
+        if needed > self.max_evaluations:
+            raise ODEError(
+                f"the solve with {self.method} needs at least {needed} evaluations, for {steps} "
+                f"steps, more than max_evaluations={self.max_evaluations}; take fewer steps or "
+                "times, or raise max_evaluations."
             )
 
     def _arguments(self, watch: Watch, times: Tensor) -> dict[str, Any]:
