@@ -1,6 +1,7 @@
 """Checks of what users pass in: one message format, used once at the public door."""
 
 import itertools
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import SupportsIndex
@@ -34,6 +35,42 @@ def is_hidden(x: Tensor) -> bool:
 def holds(condition: Tensor) -> bool:
     """Whether a condition on numbers is true; where they are hidden, it is taken as false."""
     return not is_hidden(condition) and bool(condition)
+
+
+class NotFiniteError(ValueError):
+    """Numbers that came in are finite, and what is made of them is not."""
+
+
+@torch.no_grad()
+def all_finite(parts: Sequence[Tensor]) -> bool:
+    """Whether every entry is finite, as far as it can be seen.
+
+    A sum tells in one pass; one that overflows is looked into.
+    """
+    total = sum(part.sum() for part in parts)
+    if isinstance(total, Tensor) and is_hidden(total):
+        return True
+    return math.isfinite(float(total)) or all(bool(part.isfinite().all()) for part in parts)
+
+
+def refuse_overflow(name: str, bad: Tensor, what: str, dtype: torch.dtype) -> None:
+    """Refuse the rows of a boolean mask ``(*batch,)`` whose numbers left the range of the dtype.
+
+    Args:
+        name: Name of the argument, for the message.
+        bad: The mask.
+        what: What is not finite for these rows.
+        dtype: The dtype.
+
+    Raises:
+        NotFiniteError: If there are any.
+    """
+    if holds(bad.any()):
+        raise NotFiniteError(
+            f"{name} must be where {what} is finite in {dtype}; got NaN or inf in "
+            f"{name_rows(bad)}. These numbers are too large or the parameters at fault: "
+            "standardise or drop such rows, use float64, or train with a lower learning rate."
+        )
 
 
 def non_finite_rows(x: Tensor, event_dim: int = 1) -> Tensor:

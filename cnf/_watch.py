@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnf._checks import holds, is_hidden, non_finite_rows
+from cnf._checks import all_finite, holds, non_finite_rows
 from cnf._row_names import name_rows
 
 State = tuple[Tensor, ...]
@@ -108,14 +108,24 @@ class Watch:
             self.errors = errors
             self.has_rejected = rejected
 
+    def check_start(self, state: State) -> None:
+        """Refuse a state that is not finite before anything is made of it."""
+        if not all_finite(state):
+            bad = _bad_rows(tuple(part.detach() for part in state))
+            raise ODEError(
+                f"the solve with {self.method} starts from NaN or inf in {name_rows(bad)}: what "
+                "stands before it has left the range of the dtype. Standardise the data, or use "
+                "float64."
+            )
+
     def check_end(self, solution: State, times: Tensor) -> None:
         if len(solution[0]) != len(times):
             raise self.error(times[-1], "stopped early")
-        if not _all_finite(solution):
+        if not all_finite(solution):
             raise self.error(times[-1], "reached NaN or inf")
 
     def check_gradient(self, t: Tensor, gradient: Tensor) -> None:
-        if _all_finite((gradient,)):
+        if all_finite((gradient,)):
             return
         self.bad_gradient = non_finite_rows(gradient)
         if self.kind == "adaptive" and self.gradient == "adjoint":
@@ -193,7 +203,7 @@ class SteppingWatch(Watch):
             # torchdiffeq takes a step of 0 where the size that it computes is not finite.
             too_small = "needs steps too small for the time to advance"
             raise self.error(t, "reached NaN or inf" if dt == 0 else too_small)
-        if not _all_finite(state):
+        if not all_finite(state):
             raise self.error(t, "reached NaN or inf")
 
     callback_step_adjoint = callback_step
@@ -230,18 +240,6 @@ class _WatchedGradient(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         ctx.watch.check_gradient(ctx.t, gradients[0])
         return None, None, *gradients
-
-
-@torch.no_grad()
-def _all_finite(parts: State) -> bool:
-    """Whether every entry is finite, as far as it can be seen.
-
-    A sum tells in one pass; one that overflows is looked into.
-    """
-    total = sum(part.sum() for part in parts)
-    if isinstance(total, Tensor) and is_hidden(total):
-        return True
-    return math.isfinite(float(total)) or all(bool(part.isfinite().all()) for part in parts)
 
 
 def _bad_rows(evaluation: State) -> Tensor:

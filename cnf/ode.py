@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cnf._checks import check_count, is_hidden
 from cnf._memory import check_fits
-from cnf._methods import evaluations_per_step, is_multistep, lean, methods, one_step
+from cnf._methods import evaluations_per_step, is_multistep, methods, one_step, solvers
 from cnf._steps import RecordingWatch, solve_by_steps
 from cnf._watch import ODEError, RightHandSide, State, SteppingWatch, Watch
 from cnf.vector_fields.compiled_steps import FieldSteps
@@ -164,6 +164,7 @@ class ODESolver:
             budget=self.max_evaluations,
             controlled=1 if self.control == "points" else controlled,
         )
+        watch.check_start(state)
         arguments = self._arguments(watch, times)
         if gradient == "adjoint":
             solution = self._by_adjoint(watch, state, times, parameters, arguments)
@@ -188,8 +189,7 @@ class ODESolver:
         parameters: Sequence[Tensor],
         arguments: dict[str, Any],
     ) -> State:
-        from torchdiffeq import odeint_adjoint
-
+        _, odeint_adjoint = solvers()
         options = self._options(watch, times, everywhere=True)
         solution = odeint_adjoint(
             watch,
@@ -294,8 +294,7 @@ class ODESolver:
         everywhere = self.method != "dopri5" or self.gradient == "checkpoint"
         options = self._options(watch, times, everywhere=everywhere)
         options["norm"] = lambda parts: _largest_rms(parts[:count])
-        method = lean(self.method) if watch.kind == "adaptive" else self.method
-        return {"method": method, "rtol": self.rtol, "atol": self.atol, "options": options}
+        return {"method": self.method, "rtol": self.rtol, "atol": self.atol, "options": options}
 
     def _options(self, watch: Watch, times: Tensor, *, everywhere: bool) -> dict[str, Any]:
         if watch.kind == "adaptive":
@@ -323,8 +322,7 @@ class ODESolver:
 
 
 def _odeint(watch: Watch, state: State, times: Tensor, arguments: dict[str, Any]) -> State:
-    from torchdiffeq import odeint
-
+    odeint, _ = solvers()
     solution: State = odeint(watch, state, times, **arguments)
     return solution
 
