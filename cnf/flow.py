@@ -19,6 +19,7 @@ from cnf._checks import (
     is_hidden,
     joint_batch_shape,
     reference_tensor,
+    refuse_overflow,
     rows_inside,
 )
 from cnf._memory import check_fits
@@ -198,6 +199,7 @@ class Flow(nn.Module):
         else:
             z, ladj = chain.to_base_and_ladj(self.chain, x, context, generator=generator)
             log_prob = self.base.log_prob(z) + ladj
+        refuse_overflow("x", log_prob.detach().isnan(), "its log-density", x.dtype)
         return torch.where(inside, log_prob, -math.inf) if is_hidden(inside) else log_prob
 
     def log_prob_and_error(
