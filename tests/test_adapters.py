@@ -32,6 +32,7 @@ from zoo import BOUNDS, cnf, perturbed, seeded
 from cnf import (
     Flow,
     MaximumLikelihood,
+    ODEError,
     ReverseKL,
     Standardize,
     TrainingConfig,
@@ -754,3 +755,44 @@ def test_sigmoids_have_their_unit_interval_as_support():
     assert flow.log_prob(torch.tensor([0.5, 1.5])) == -math.inf
     z = torch.randn(3, 2)
     torch.testing.assert_close(transform.to_data(z), z.sigmoid())
+
+
+def tolerant_zuko_cnf(**tolerances):
+    torch.manual_seed(0)
+    return zuko.flows.CNF(2, hidden_features=(8,), **tolerances)
+
+
+def test_a_solve_of_zuko_that_would_never_end_is_an_error():
+    flow = from_zuko(tolerant_zuko_cnf(atol=2e-7, rtol=1e-9).float())
+    x = 10 * torch.randn(50, 2, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.mul_(20.0)
+    for call in (flow.log_prob, flow.to_data):
+        with pytest.raises(ODEError, match=r"zuko's odeint .* atol=2e-07 and rtol=1e-09 may be"):
+            call(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_tolerances_of_zuko_finer_than_the_dtype_are_refused(dtype):
+    finest = torch.finfo(dtype).eps / 2
+    flow = from_zuko(tolerant_zuko_cnf(atol=finest, rtol=finest).to(dtype))
+    for call in (flow.log_prob, flow.to_base, flow.to_data):
+        with pytest.raises(ValueError, match=r"atol and rtol of zuko's CNF must not both be finer"):
+            call(torch.randn(3, 2, dtype=dtype))
+
+
+def test_a_bounded_solve_leaves_the_transform_and_its_gradients_as_they_were():
+    theirs = tolerant_zuko_cnf(atol=1e-7, rtol=1e-7)
+    transform = theirs.transform()
+    before = transform.f, transform.trace_scale
+    ours = FromTorch(transform.inv, 2)
+    x = torch.randn(4, 2)
+    z, ladj = ours.to_base_and_ladj(x)
+    assert (transform.f, transform.trace_scale) == before
+    found = torch.autograd.grad(z.sum() + ladj.sum(), list(theirs.parameters()))
+    transform.trace_scale = 1.0
+    expected = torch.autograd.grad(
+        sum(made.sum() for made in transform.call_and_ladj(x)), list(theirs.parameters())
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
