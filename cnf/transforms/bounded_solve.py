@@ -85,11 +85,11 @@ def _bounded_solve(transform: Any, dtype: torch.dtype) -> Iterator[None]:
             f"atol and rtol of zuko's CNF must not both be finer than {dtype} can tell, "
             f"{resolution:.1e}; got {atol} and {rtol}. Loosen them, or use float64."
         )
-    before = transform.f, transform.trace_scale
-    rate = BoundedRate(transform.f, f"atol={atol} and rtol={rtol}")
+    own = transform.f.rate if isinstance(transform.f, BoundedRate) else transform.f
+    rate = BoundedRate(own, f"atol={atol} and rtol={rtol}")
+    # They stay, for a backward pass looks at both again; the transform is made for one call.
     transform.f, transform.trace_scale = rate, 1.0
     try:
         yield
     finally:
         rate.ended = True
-        transform.f, transform.trace_scale = before
