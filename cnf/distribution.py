@@ -1,14 +1,14 @@
 """A flow given a context, as a torch distribution."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
 from torch.distributions.transforms import _InverseTransform
 
-from cnf._checks import check_sample_shape, joint_batch_shape
+from cnf._checks import check_count, check_sample_shape, joint_batch_shape
 
 if TYPE_CHECKING:
     import cnf.flow
@@ -59,6 +59,10 @@ class FlowDistribution(Distribution):
     Made by calling a flow, ``flow(context)``, as with zuko's flows. The batch shape is that of
     the context, ``()`` without one; `expand` gives another. A distribution keeps to the parameters
     that the flow has when it is called, also where `torch.func.functional_call` exchanges them.
+
+    It has no moments, entropy or quantiles in closed form; `estimate_mean`, `estimate_variance` and
+    `estimate_entropy` draw. Nor has it a `kl_divergence` to a distribution q, which is the mean of
+    ``log_p - q.log_prob(x)`` over draws ``x, log_p = p.rsample_and_log_prob((1000,))``.
 
     Args:
         flow: The flow.
@@ -177,9 +181,119 @@ class FlowDistribution(Distribution):
         )
         return drawn
 
+    def estimate_mean(
+        self, draws: int, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean of each entry by Monte Carlo, and the standard error of this estimate.
+
+        Args:
+            draws: Number of draws, at least 2.
+            generator: Source of the draws.
+
+        Returns:
+            Two tensors of shape ``batch_shape + event_shape``.
+
+        Raises:
+            TypeError: If `draws` is not an int.
+            ValueError: If it is less than 2, or takes more memory than there is.
+            ODEError: If the solve fails.
+        """
+        return _mean_and_error(self._draw(draws, generator))
+
+    def estimate_variance(
+        self, draws: int, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Variance of each entry by Monte Carlo, and the standard error; see `estimate_mean`."""
+        x = self._draw(draws, generator)
+        squares = (x - x.mean(0)).square() * (draws / (draws - 1))
+        return _mean_and_error(squares)
+
+    def estimate_entropy(
+        self, draws: int, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Differential entropy in nats by Monte Carlo, and the standard error of this estimate.
+
+        It is the mean of -log p over draws, without bias where the likelihood is exact or an
+        estimate without bias.
+
+        Args:
+            draws: Number of draws, at least 2.
+            generator: Source of the draws, and of probes.
+
+        Returns:
+            Two tensors of shape ``batch_shape``.
+
+        Raises:
+            TypeError: If `draws` is not an int.
+            ValueError: If it is less than 2, or takes more memory than there is.
+            NotImplementedError: If the likelihood is a lower bound or a biased estimate.
+            ODEError: If the solve fails.
+        """
+        if self.flow.likelihood not in ("exact", "estimate"):
+            raise NotImplementedError(
+                f"the likelihood of this flow is a {self.flow.likelihood.replace('_', ' ')}, whose "
+                "mean over draws is not the entropy; -log_prob of draws gives an upper bound of "
+                "it on average where it is a lower bound."
+            )
+        check_count("draws", draws, least=2)
+        with torch.no_grad():
+            _, log_prob = self.rsample_and_log_prob(draws, generator=generator)
+        return _mean_and_error(-log_prob)
+
+    def _draw(self, draws: int, generator: torch.Generator | None) -> Tensor:
+        return self.sample(check_count("draws", draws, least=2), generator=generator)
+
+    @property
+    def mean(self) -> NoReturn:
+        """There is no closed form: use `estimate_mean`."""
+        raise _lacking("mean", "estimate_mean(draws)")
+
+    @property
+    def variance(self) -> NoReturn:
+        """There is no closed form: use `estimate_variance`."""
+        raise _lacking("variance", "estimate_variance(draws)")
+
+    @property
+    def stddev(self) -> NoReturn:
+        """There is no closed form: use `estimate_variance`."""
+        raise _lacking("stddev", "estimate_variance(draws), and the square root of it")
+
+    @property
+    def mode(self) -> NoReturn:
+        """There is no closed form: climb `log_prob`."""
+        raise _lacking("mode", "an optimizer of torch on -log_prob(x), from the best of many draws")
+
+    def entropy(self) -> NoReturn:
+        """There is no closed form: use `estimate_entropy`."""
+        raise _lacking("entropy", "estimate_entropy(draws)")
+
+    def cdf(self, value: Tensor) -> NoReturn:
+        """There is none of vectors in closed form: count draws."""
+        del value
+        raise _lacking("cdf", "the share of draws below, (sample(n) <= value).all(-1).mean()")
+
+    def icdf(self, value: Tensor) -> NoReturn:
+        """There is none of vectors: take quantiles of draws."""
+        del value
+        raise _lacking("icdf", "quantiles of draws, sample((n,)).quantile(q, 0)")
+
+    def enumerate_support(self, expand: bool = True) -> NoReturn:
+        """The support cannot be enumerated: draw from it."""
+        del expand
+        raise _lacking("enumerate_support", "sample(n): there are too many values")
+
     def _shape(self, sample_shape: int | Sequence[int]) -> torch.Size:
         shape = check_sample_shape(sample_shape)
         return shape + self.batch_shape if self.context is None else shape
+
+
+def _lacking(name: str, remedy: str) -> NotImplementedError:
+    return NotImplementedError(f"a flow has no {name} in closed form; use {remedy}.")
+
+
+def _mean_and_error(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of independent values along the first axis, and its standard error."""
+    return values.mean(0), values.std(0) / len(values) ** 0.5
 
 
 class FlowTransform(Transform):
