@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions.constraints import Constraint
 
-_ROWS_NAMED = 5
+from cnf._row_names import name_rows
+
 _LONGEST = 60
 LARGEST_INDEX = 2**63 - 1
 """Largest number of entries, and seed, that torch can take."""
@@ -21,19 +22,6 @@ _STEPS_OF_A_SPREAD = 32
 
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 """Whether `torch.export` looks on; old versions of torch cannot tell."""
-
-
-def name_rows(bad: Tensor) -> str:
-    """Name the rows of a boolean mask of shape ``(*batch,)`` that are true, for a message."""
-    if bad.ndim == 0:
-        return "the only row"
-    rows = bad.nonzero()
-    listed = ", ".join(
-        str(row[0] if len(row) == 1 else tuple(row)) for row in rows[:_ROWS_NAMED].tolist()
-    )
-    word = "row" if len(rows) == 1 else "rows"
-    rest = f", … ({len(rows)} of {bad.numel()})" if len(rows) > _ROWS_NAMED else ""
-    return f"{word} {listed}{rest}"
 
 
 def is_hidden(x: Tensor) -> bool:
@@ -51,6 +39,42 @@ def is_hidden(x: Tensor) -> bool:
 def holds(condition: Tensor) -> bool:
     """Whether a condition on numbers is true; where they are hidden, it is taken as false."""
     return not is_hidden(condition) and bool(condition)
+
+
+class NotFiniteError(ValueError):
+    """Numbers that came in are finite, and what is made of them is not."""
+
+
+@torch.no_grad()
+def all_finite(parts: Sequence[Tensor]) -> bool:
+    """Whether every entry is finite, as far as it can be seen.
+
+    A sum tells in one pass; one that overflows is looked into.
+    """
+    total = sum(part.sum() for part in parts)
+    if isinstance(total, Tensor) and is_hidden(total):
+        return True
+    return math.isfinite(float(total)) or all(bool(part.isfinite().all()) for part in parts)
+
+
+def refuse_overflow(name: str, bad: Tensor, what: str, dtype: torch.dtype) -> None:
+    """Refuse the rows of a boolean mask ``(*batch,)`` whose numbers left the range of the dtype.
+
+    Args:
+        name: Name of the argument, for the message.
+        bad: The mask.
+        what: What is not finite for these rows.
+        dtype: The dtype.
+
+    Raises:
+        NotFiniteError: If there are any.
+    """
+    if holds(bad.any()):
+        raise NotFiniteError(
+            f"{name} must be where {what} is finite in {dtype}; got NaN or inf in "
+            f"{name_rows(bad)}. These numbers are too large or the parameters at fault: "
+            "standardise or drop such rows, use float64, or train with a lower learning rate."
+        )
 
 
 def non_finite_rows(x: Tensor, event_dim: int = 1) -> Tensor:

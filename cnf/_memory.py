@@ -1,14 +1,18 @@
 """The memory of tensors: how much an evaluation takes, and sizes in words."""
 
+import os
 import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from cnf._checks import is_hidden
 
 _UNITS = {
     prefix + suffix: base**power
@@ -99,6 +103,38 @@ def in_words(size: int) -> str:
         if size < 1024 ** (power + 1):
             return f"{size / 1024**power:.4g} {unit}"
     return f"{size / 1024**4:.4g} TiB"
+
+
+def check_fits(name: str, value: object, numbers: int, *, like: Tensor, remedy: str) -> None:
+    """Refuse what asks for a tensor larger than all memory of the device.
+
+    Args:
+        name: Name of the argument that asks, for the message.
+        value: What it is.
+        numbers: How many numbers the tensor holds.
+        like: A tensor of its dtype and device.
+        remedy: A sentence that says what to do.
+
+    Raises:
+        ValueError: If there cannot be one.
+    """
+    if is_hidden(like):
+        return  # a size may stand for any
+    needed, memory = numbers * like.element_size(), _memory_of(like.device)
+    if needed > memory:
+        raise ValueError(
+            f"{name} must be small enough for the memory of {like.device}, {in_words(memory)}; "
+            f"got {value}, which takes {in_words(needed)}. {remedy}"
+        )
+
+
+def _memory_of(device: torch.device) -> int:
+    """Bytes that the device has in all; where that is not known, more than there can be."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if device.type == "cpu" and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 2**63
 
 
 def _storages(values: Any) -> list[Any]:

@@ -3,6 +3,11 @@
 This, `cnf.ode` and `cnf._runge_kutta` are the only modules that talk to torchdiffeq.
 """
 
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,19 +32,34 @@ def methods() -> dict[str, str]:
             return "adaptive"
         return "fixed" if issubclass(solver, FixedGridODESolver) else "external"
 
-    return {
-        name: kind(solver) for name, solver in SOLVERS.items() if not issubclass(solver, LeanSteps)
+    return {name: kind(solver) for name, solver in SOLVERS.items()}
+
+
+@functools.cache
+def solvers() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Torchdiffeq's `odeint` and `odeint_adjoint`, whose adaptive methods take our `LeanSteps`.
+
+    torchdiffeq takes a method by its name in a table of its own, which is others' too. These are
+    functions of second copies of its two modules, so that the table of the copies is ours.
+    """
+    theirs = "torchdiffeq._impl"
+    first, second = (_copy_of(f"{theirs}.{name}") for name in ("odeint", "adjoint"))
+    kinds = methods()
+    first.SOLVERS = second.SOLVERS = {
+        name: type(name, (LeanSteps, solver), {}) if kinds[name] == "adaptive" else solver
+        for name, solver in first.SOLVERS.items()
     }
+    second.odeint = first.odeint
+    return first.odeint, second.odeint_adjoint
 
 
-def lean(method: str) -> str:
-    """The name under which torchdiffeq runs an adaptive method with our `LeanSteps`."""
-    from torchdiffeq._impl.odeint import SOLVERS
-
-    name = f"cnf_{method}"
-    if name not in SOLVERS:  # it solves by names only
-        SOLVERS[name] = type(name, (LeanSteps, SOLVERS[method]), {})
-    return name
+def _copy_of(name: str) -> Any:
+    """A module that is loaded anew, and is not where others find theirs."""
+    spec = importlib.util.find_spec(name)
+    assert spec is not None and spec.loader is not None  # noqa: S101, PT018 - for mypy
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def is_multistep(method: str) -> bool:
@@ -48,6 +68,26 @@ def is_multistep(method: str) -> bool:
     from torchdiffeq._impl.odeint import SOLVERS
 
     return issubclass(SOLVERS[method], AdamsBashforthMoulton)
+
+
+@functools.cache
+def evaluations_per_step(method: str) -> int:
+    """How many evaluations a step takes after the first; of a multistep method, at the least."""
+    from torchdiffeq._impl.odeint import SOLVERS
+
+    if methods()[method] == "adaptive":
+        return len(tableau(SOLVERS[method]).alpha)
+    if methods()[method] == "external" or is_multistep(method):
+        return 1
+    calls = []
+
+    def rhs(t: Tensor, state: State) -> State:
+        calls.append(t)
+        return state
+
+    nowhere = torch.zeros(1)
+    one_step(method, rhs, like=nowhere)(torch.tensor(0.0), torch.tensor(1.0), (nowhere,), ())
+    return len(calls)
 
 
 def one_step(method: str, rhs: RightHandSide, *, like: Tensor) -> Step:

@@ -110,6 +110,8 @@ class LeanSteps:
     Args:
         everywhere: Whether a step ends at each of the times; else at the last, beyond which the
             field must not be evaluated.
+        on_trial: Told of each step that is tried: the errors of all numbers, in units of the
+            tolerance, and whether the step is rejected.
         options: What torchdiffeq's solvers take.
     """
 
@@ -124,9 +126,10 @@ class LeanSteps:
     order: int
     norm: Callable[[Tensor], Tensor]
 
-    def __init__(self, *, everywhere: bool, **options: Any) -> None:
+    def __init__(self, *, everywhere: bool, on_trial: Callable[..., None], **options: Any) -> None:
         super().__init__(**options)
         self.everywhere = everywhere
+        self.on_trial = on_trial
         self.method = tableau(type(self))
 
     def _before_integrate(self, t: Tensor) -> None:
@@ -152,7 +155,7 @@ class LeanSteps:
 
     def _adaptive_step(self, state: Any) -> Any:
         """Try one step: where the next one starts, and its size."""
-        from torchdiffeq._impl.misc import _compute_error_ratio, _optimal_step_size
+        from torchdiffeq._impl.misc import _optimal_step_size
 
         y0, f0, _, t0, size, _ = state
         if not size.isfinite():
@@ -166,11 +169,14 @@ class LeanSteps:
         y1, stages = take_step(self.func.base_func, y0, f0, t0, t1, self.method)
         with torch.no_grad():
             error = moved(torch.zeros_like(y0), constant(size.detach()), self.method.error, stages)
-            ratio = _compute_error_ratio(error, self.rtol, self.atol, y0, y1, self.norm)
+            errors = error / (self.atol + self.rtol * torch.max(y0.abs(), y1.abs()))
+            ratio = self.norm(errors).abs()
             limits = (self.safety, self.ifactor, self.dfactor)
             next_size = _optimal_step_size(size.detach(), ratio, *limits, self.order)
             next_size = _without_derivatives(next_size)
-        if not ratio <= 1:
+        rejected = not ratio <= 1
+        self.on_trial(errors, rejected=rejected)
+        if rejected:
             self.func.callback_reject_step(t0, y0, size)
             return state._replace(dt=next_size)
         self.func.callback_accept_step(t0, y0, size)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnf._checks import holds, is_hidden, name_rows, non_finite_rows
+from cnf._checks import all_finite, holds, non_finite_rows
+from cnf._row_names import name_rows
 
 State = tuple[Tensor, ...]
 RightHandSide = Callable[[Tensor, State], State]
@@ -27,6 +28,7 @@ class Watch:
         kind: "adaptive", "fixed" or "external".
         gradient: "adjoint", "backprop" or "checkpoint".
         budget: Largest number of evaluations, forward and again in each backward pass.
+        controlled: How many tensors of the state, from the first, choose the steps; None for all.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Watch:
         kind: str,
         gradient: str,
         budget: int,
+        controlled: int | None = None,
     ) -> None:
         self.rhs = rhs
         self.dependencies = dependencies
@@ -45,11 +48,14 @@ class Watch:
         self.kind = kind
         self.gradient = gradient
         self.budget = budget
+        self.controlled = controlled
         self.evaluations = 0
         self.in_backward = False
         self.first: State | None = None
         self.last: State | None = None
         self.bad_gradient: Tensor | None = None
+        self.errors: Tensor | None = None
+        self.has_rejected = False
 
     def __call__(self, t: Tensor, state: State) -> State:
         if self.evaluations >= self.budget:
@@ -83,21 +89,43 @@ class Watch:
                 )
             self.in_backward = True
             self.evaluations = 0
-            self.first = self.last = self.bad_gradient = None
+            self.first = self.last = self.bad_gradient = self.errors = None
+            self.has_rejected = False
 
         watched: State = _BackwardPass.apply(  # type: ignore[no-untyped-call]
             self.gradient, begin, *solution
         )
         return watched
 
+    def keep_errors(self, errors: Tensor, *, rejected: bool) -> None:
+        """Keep the errors of the last step that was rejected; before there is one, of the last.
+
+        Args:
+            errors: Of each number of the solver's state, in units of the tolerance.
+            rejected: Whether they were too large.
+        """
+        if rejected or not self.has_rejected:
+            self.errors = errors
+            self.has_rejected = rejected
+
+    def check_start(self, state: State) -> None:
+        """Refuse a state that is not finite before anything is made of it."""
+        if not all_finite(state):
+            bad = _bad_rows(tuple(part.detach() for part in state))
+            raise ODEError(
+                f"the solve with {self.method} starts from NaN or inf in {name_rows(bad)}: what "
+                "stands before it has left the range of the dtype. Standardise the data, or use "
+                "float64."
+            )
+
     def check_end(self, solution: State, times: Tensor) -> None:
         if len(solution[0]) != len(times):
             raise self.error(times[-1], "stopped early")
-        if not _all_finite(solution):
+        if not all_finite(solution):
             raise self.error(times[-1], "reached NaN or inf")
 
     def check_gradient(self, t: Tensor, gradient: Tensor) -> None:
-        if _all_finite((gradient,)):
+        if all_finite((gradient,)):
             return
         self.bad_gradient = non_finite_rows(gradient)
         if self.kind == "adaptive" and self.gradient == "adjoint":
@@ -131,14 +159,40 @@ class Watch:
             )
         if self.kind == "fixed":
             return "take fewer steps, or raise max_evaluations."
-        speed = self.last[len(self.last) // 2].abs().amax(-1)
-        fastest = speed >= 0.5 * speed.max()
         return (
-            f"the velocity is largest, {float(speed.max()):.3g}, in {name_rows(fastest)}. The "
-            "field may be stiff, rough or random: loosen rtol and atol, raise max_evaluations, use "
-            "float64, or take a fixed-step method; in training, lower the learning rate or "
-            "regularise."
+            f"{self._slowest()}. The field may be stiff, rough or random: loosen rtol and atol, "
+            "raise max_evaluations, use float64, or take a fixed-step method; in training, lower "
+            "the learning rate or regularise."
         )
+
+    def _slowest(self) -> str:
+        """Which rows force the steps, as far as it is known."""
+        assert self.last is not None  # noqa: S101 - for mypy: `_diagnosis` sees to it
+        state = self.last[: len(self.last) // 2]
+        if self.errors is None:  # before the first step, or the method tells no errors
+            speed = self.last[len(state)].abs().amax(-1)
+            return (
+                f"the velocity is largest, {float(speed.max()):.3g}, in "
+                f"{name_rows(speed >= 0.5 * speed.max())}"
+            )
+        error = self._error_of_rows(self.errors.nan_to_num(nan=math.inf, posinf=math.inf), state)
+        return (
+            f"the error of a step is largest, {float(error.max()):.3g} times the tolerance, in "
+            f"{name_rows(error >= 0.5 * error.max())}"
+        )
+
+    def _error_of_rows(self, errors: Tensor, state: State) -> Tensor:
+        """The largest error in each row of what chooses the steps."""
+        sizes = [part.numel() for part in state]
+        rows = state[0].shape[:-1]
+        # The state of the adjoint is a time, our state, its gradients, and those of parameters.
+        copies = errors[1:].split(sum(sizes))[:2] if self.in_backward else (errors,)
+        found = [
+            part.abs().reshape(*rows, -1).amax(-1)
+            for copy in copies
+            for part in copy.split(sizes)[: self.controlled]
+        ]
+        return torch.stack(found).amax(0)
 
 
 class SteppingWatch(Watch):
@@ -149,7 +203,7 @@ class SteppingWatch(Watch):
             # torchdiffeq takes a step of 0 where the size that it computes is not finite.
             too_small = "needs steps too small for the time to advance"
             raise self.error(t, "reached NaN or inf" if dt == 0 else too_small)
-        if not _all_finite(state):
+        if not all_finite(state):
             raise self.error(t, "reached NaN or inf")
 
     callback_step_adjoint = callback_step
@@ -186,18 +240,6 @@ class _WatchedGradient(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         ctx.watch.check_gradient(ctx.t, gradients[0])
         return None, None, *gradients
-
-
-@torch.no_grad()
-def _all_finite(parts: State) -> bool:
-    """Whether every entry is finite, as far as it can be seen.
-
-    A sum tells in one pass; one that overflows is looked into.
-    """
-    total = sum(part.sum() for part in parts)
-    if isinstance(total, Tensor) and is_hidden(total):
-        return True
-    return math.isfinite(float(total)) or all(bool(part.isfinite().all()) for part in parts)
 
 
 def _bad_rows(evaluation: State) -> Tensor:

@@ -1,5 +1,6 @@
 """Log-densities and samples of more rows than fit in memory: some rows at a time."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -9,7 +10,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cnf._checks import check_count, check_generator, check_type, reference_tensor
-from cnf._memory import LiveBytes, bytes_in, in_words
+from cnf._memory import LiveBytes, bytes_in, check_fits, in_words
+from cnf._row_names import counted_from, rows_of_caller
 from cnf.flow import Flow
 from cnf.ode import ODEError
 
@@ -138,6 +140,9 @@ def sample_in_chunks(
     count = check_count("count", count, least=0)
     _check_context(flow, context, count)
     like = reference_tensor(flow)
+    if out is None:
+        numbers, remedy = count * math.prod(flow.event_shape), "Give out=, an array on the disk."
+        check_fits("count", count, numbers, like=like, remedy=remedy)
     result = _result(out, (count, *flow.event_shape), like)
 
     def of_chunk(rows: slice) -> Tensor:
@@ -200,14 +205,13 @@ def _next_size(size: int, peak: int, memory: int) -> tuple[int, int | None]:
 def _placed(of_chunk: Callable[[slice], Tensor], rows: slice) -> Tensor:
     """What `of_chunk` makes of the rows; where it fails, the message says which they were."""
     try:
-        return of_chunk(rows)
+        with rows_of_caller(counted_from(rows.start)):
+            return of_chunk(rows)
     except (ValueError, ODEError) as error:
         if rows.start == 0:
             raise
         kind = ODEError if isinstance(error, ODEError) else ValueError
-        raise kind(
-            f"in rows {rows.start} to {rows.stop - 1}, counted from the first of them: {error}"
-        ) from error
+        raise kind(f"in rows {rows.start} to {rows.stop - 1}: {error}") from error
 
 
 def _checked(chunk_size: int | str) -> tuple[int, int | None]:

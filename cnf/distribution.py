@@ -1,13 +1,14 @@
 """A flow given a context, as a torch distribution."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
+from torch.distributions.transforms import _InverseTransform
 
-from cnf._checks import check_sample_shape, check_type, joint_batch_shape
+from cnf._checks import check_count, check_sample_shape, check_type, joint_batch_shape
 
 if TYPE_CHECKING:
     import cnf.flow
@@ -58,6 +59,10 @@ class FlowDistribution(Distribution):
     Made by calling a flow, ``flow(context)``, as with zuko's flows. The batch shape is that of
     the context, ``()`` without one; `expand` gives another. A distribution keeps to the parameters
     that the flow has when it is called, also where `torch.func.functional_call` exchanges them.
+
+    It has no moments, entropy or quantiles in closed form; `estimate_mean`, `estimate_variance` and
+    `estimate_entropy` draw. Nor has it a `kl_divergence` to a distribution q, which is the mean of
+    ``log_p - q.log_prob(x)`` over draws ``x, log_p = p.rsample_and_log_prob((1000,))``.
 
     Args:
         flow: The flow.
@@ -181,6 +186,107 @@ class FlowDistribution(Distribution):
         )
         return drawn
 
+    def estimate_mean(
+        self, draws: int, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean of each entry by Monte Carlo, and the standard error of this estimate.
+
+        Args:
+            draws: Number of draws, at least 2.
+            generator: Source of the draws.
+
+        Returns:
+            Two tensors of shape ``batch_shape + event_shape``.
+
+        Raises:
+            TypeError: If `draws` is not an int.
+            ValueError: If it is less than 2, or takes more memory than there is.
+            ODEError: If the solve fails.
+        """
+        return _mean_and_error(self._draw(draws, generator))
+
+    def estimate_variance(
+        self, draws: int, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Variance of each entry by Monte Carlo, and the standard error; see `estimate_mean`."""
+        x = self._draw(draws, generator)
+        squares = (x - x.mean(0)).square() * (draws / (draws - 1))
+        return _mean_and_error(squares)
+
+    def estimate_entropy(
+        self, draws: int, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Differential entropy in nats by Monte Carlo, and the standard error of this estimate.
+
+        It is the mean of -log p over draws, without bias where the likelihood is exact or an
+        estimate without bias.
+
+        Args:
+            draws: Number of draws, at least 2.
+            generator: Source of the draws, and of probes.
+
+        Returns:
+            Two tensors of shape ``batch_shape``.
+
+        Raises:
+            TypeError: If `draws` is not an int.
+            ValueError: If it is less than 2, or takes more memory than there is.
+            NotImplementedError: If the likelihood is a lower bound or a biased estimate.
+            ODEError: If the solve fails.
+        """
+        if self.flow.likelihood not in ("exact", "estimate"):
+            raise NotImplementedError(
+                f"the likelihood of this flow is a {self.flow.likelihood.replace('_', ' ')}, whose "
+                "mean over draws is not the entropy; -log_prob of draws gives an upper bound of "
+                "it on average where it is a lower bound."
+            )
+        check_count("draws", draws, least=2)
+        with torch.no_grad():
+            _, log_prob = self.rsample_and_log_prob(draws, generator=generator)
+        return _mean_and_error(-log_prob)
+
+    def _draw(self, draws: int, generator: torch.Generator | None) -> Tensor:
+        return self.sample(check_count("draws", draws, least=2), generator=generator)
+
+    @property
+    def mean(self) -> NoReturn:
+        """There is no closed form: use `estimate_mean`."""
+        raise _lacking("mean", "estimate_mean(draws)")
+
+    @property
+    def variance(self) -> NoReturn:
+        """There is no closed form: use `estimate_variance`."""
+        raise _lacking("variance", "estimate_variance(draws)")
+
+    @property
+    def stddev(self) -> NoReturn:
+        """There is no closed form: use `estimate_variance`."""
+        raise _lacking("stddev", "estimate_variance(draws), and the square root of it")
+
+    @property
+    def mode(self) -> NoReturn:
+        """There is no closed form: climb `log_prob`."""
+        raise _lacking("mode", "an optimizer of torch on -log_prob(x), from the best of many draws")
+
+    def entropy(self) -> NoReturn:
+        """There is no closed form: use `estimate_entropy`."""
+        raise _lacking("entropy", "estimate_entropy(draws)")
+
+    def cdf(self, value: Tensor) -> NoReturn:
+        """There is none of vectors in closed form: count draws."""
+        del value
+        raise _lacking("cdf", "the share of draws below, (sample(n) <= value).all(-1).mean()")
+
+    def icdf(self, value: Tensor) -> NoReturn:
+        """There is none of vectors: take quantiles of draws."""
+        del value
+        raise _lacking("icdf", "quantiles of draws, sample((n,)).quantile(q, 0)")
+
+    def enumerate_support(self, expand: bool = True) -> NoReturn:
+        """The support cannot be enumerated: draw from it."""
+        del expand
+        raise _lacking("enumerate_support", "sample(n): there are too many values")
+
     def _shape(self, sample_shape: int | Sequence[int]) -> torch.Size:
         shape = check_sample_shape(sample_shape)
         return shape + self.batch_shape if self.context is None else shape
@@ -193,6 +299,15 @@ def _broadcasts(smaller: torch.Size, larger: torch.Size) -> bool:
         return False
 
 
+def _lacking(name: str, remedy: str) -> NotImplementedError:
+    return NotImplementedError(f"a flow has no {name} in closed form; use {remedy}.")
+
+
+def _mean_and_error(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of independent values along the first axis, and its standard error."""
+    return values.mean(0), values.std(0) / len(values) ** 0.5
+
+
 class FlowTransform(Transform):
     """The map of a flow from data to base, as a torch transform.
 
@@ -201,17 +316,38 @@ class FlowTransform(Transform):
     Args:
         flow: The flow.
         context: What it is conditioned on.
+        cache_size: As torch's; with 1 the ladj of the last call is kept too, at its cost.
     """
 
     codomain = constraints.real_vector
 
-    def __init__(self, flow: "cnf.flow.Flow", context: Tensor | None = None) -> None:
-        super().__init__()
+    def __init__(
+        self, flow: "cnf.flow.Flow", context: Tensor | None = None, *, cache_size: int = 0
+    ) -> None:
+        super().__init__(cache_size)
         self.flow = flow
         self.context = context
         self._bound = BoundFlow(flow)
         self.domain = flow.support
         self.bijective = all(part.is_bijective for part in flow.chain)
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what is cached, whose graph cannot be copied."""
+        return {**vars(self), "_inv": None, "_last": None, "_cached_x_y": (None, None)}
+
+    @property
+    def inv(self) -> "InverseFlowTransform":
+        """The map from base to data."""
+        if not isinstance(self._inv, InverseFlowTransform):
+            self._inv = InverseFlowTransform(self)
+        return self._inv
+
+    def with_cache(self, cache_size: int = 1) -> "FlowTransform":
+        """The same map, which keeps its last call or none."""
+        other = FlowTransform(self.flow, self.context, cache_size=cache_size)
+        other._bound = self._bound
+        return other
 
     def forward_shape(self, shape: Sequence[int]) -> torch.Size:
         """Shape of base points, given that of data."""
@@ -223,10 +359,18 @@ class FlowTransform(Transform):
         return torch.Size([*shape[:-1], *self.flow.event_shape])
 
     def _call(self, x: Tensor) -> Tensor:
+        if self._cache_size:
+            y, ladj = self.call_and_ladj(x)
+            self._last = x, y, ladj
+            return y
         z: Tensor = self._bound.ask("to_base", x, self.context)
         return z
 
     def _inverse(self, y: Tensor) -> Tensor:
+        if self._cache_size:
+            moved, ladj = self.inv.call_and_ladj(y)
+            self._last = moved, y, -ladj
+            return moved
         x: Tensor = self._bound.ask("to_data", y, self.context)
         return x
 
@@ -236,12 +380,31 @@ class FlowTransform(Transform):
         Raises:
             NotImplementedError: If the map is not a bijection, and so has no such number.
         """
-        del y
         if not self.bijective:
             raise NotImplementedError("the flow is not a bijection; use flow.to_base_and_ladj.")
+        if self._last is not None and x is self._last[0] and y is self._last[1]:
+            return self._last[2]
         return self.call_and_ladj(x)[1]
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The map of `x` and its ladj, in one solve."""
         moved: tuple[Tensor, Tensor] = self._bound.ask("to_base_and_ladj", x, self.context)
+        return moved
+
+
+class InverseFlowTransform(_InverseTransform):
+    """The map of a flow from base to data, as a torch transform.
+
+    Args:
+        transform: The map from data to base.
+    """
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All: torch's own inverses leave out what they are the inverse of."""
+        return dict(vars(self))
+
+    def call_and_ladj(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The map of `z` and its ladj, in one solve."""
+        way: Any = self._inv
+        moved: tuple[Tensor, Tensor] = way._bound.ask("to_data_and_ladj", z, way.context)
         return moved

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cnf._checks import check_choice, check_count, check_flag
+from cnf._memory import check_fits
 from cnf.vector_fields import VectorField
 from cnf.vector_fields.derivatives import standard_basis
 
@@ -167,7 +168,13 @@ class Hutchinson(Divergence):
     def draw_probes(
         self, x: Float[Tensor, "*batch features"], *, generator: torch.Generator | None = None
     ) -> Float[Tensor, "probes *batch features"]:
-        """Random probes for each row of `x`."""
+        """Random probes for each row of `x`.
+
+        Raises:
+            ValueError: If there is no memory for them.
+        """
+        remedy = "Take fewer, or fewer rows at once."
+        check_fits("probes", self.probes, self.probes * x.numel(), like=x, remedy=remedy)
         shape = (self.probes, *x.shape)
         if self.noise == "gaussian":
             return torch.randn(shape, generator=generator, dtype=x.dtype, device=x.device)

@@ -20,8 +20,11 @@ from cnf._checks import (
     is_hidden,
     joint_batch_shape,
     reference_tensor,
+    refuse_overflow,
     rows_inside,
 )
+from cnf._memory import check_fits
+from cnf._row_names import rows_of_caller
 from cnf.bases import Base
 from cnf.distribution import FlowDistribution
 from cnf.divergence import Divergence
@@ -30,7 +33,7 @@ from cnf.regularizers import CostRate
 from cnf.trajectory import check_times, follow
 from cnf.transforms import Likelihood, Transform, chain
 from cnf.transforms.standard_error import to_base_with_error
-from cnf.transforms.supports import select, spread
+from cnf.transforms.supports import row_before, select, spread
 from cnf.vector_fields import VectorField
 from cnf.vector_fields.compiled import Compilation
 
@@ -185,19 +188,20 @@ class Flow(nn.Module):
         x = self._admit("x", x, context, generator, "anywhere")
         inside = rows_inside(x, self.support)
         if holds(~inside.all()):
-            log_prob = self.log_prob(
-                *select(inside, x, context),
-                importance_samples=importance_samples,
-                generator=generator,
-            )
+            with rows_of_caller(row_before(inside)):
+                log_prob = self.log_prob(
+                    *select(inside, x, context),
+                    importance_samples=importance_samples,
+                    generator=generator,
+                )
             return spread(inside, log_prob, elsewhere=-math.inf)
-        many = importance_samples > 1
-        x = x.expand(importance_samples, *x.shape) if many else x
-        z, ladj = chain.to_base_and_ladj(self.chain, x, context, generator=generator)
-        log_weight = self.base.log_prob(z) + ladj
-        if is_hidden(inside):
-            log_weight = torch.where(inside, log_weight, -math.inf)
-        return log_weight.logsumexp(0) - math.log(importance_samples) if many else log_weight
+        if importance_samples > 1:
+            log_prob = self._log_mean_weight(x, context, importance_samples, generator)
+        else:
+            z, ladj = chain.to_base_and_ladj(self.chain, x, context, generator=generator)
+            log_prob = self.base.log_prob(z) + ladj
+        refuse_overflow("x", log_prob.detach().isnan(), "its log-density", x.dtype)
+        return torch.where(inside, log_prob, -math.inf) if is_hidden(inside) else log_prob
 
     def log_prob_and_error(
         self,
@@ -216,7 +220,8 @@ class Flow(nn.Module):
         inside = rows_inside(x, self.support)
         if holds(~inside.all()):
             rows = select(inside, x, context)
-            log_prob, error = self.log_prob_and_error(*rows, generator=generator)
+            with rows_of_caller(row_before(inside)):
+                log_prob, error = self.log_prob_and_error(*rows, generator=generator)
             error = spread(inside, error, elsewhere=0.0)
             return spread(inside, log_prob, elsewhere=-math.inf), error
         z, ladj, error = to_base_with_error(self.chain, x, context, generator=generator)
@@ -374,10 +379,26 @@ class Flow(nn.Module):
         generator: torch.Generator | None,
     ) -> torch.Size:
         """Shape of the draws for a context, without that of an event."""
-        check_context(context, self.context_features, like=reference_tensor(self))
-        check_generator(generator, like=reference_tensor(self))
+        like = reference_tensor(self)
+        check_context(context, self.context_features, like=like)
+        check_generator(generator, like=like)
         batch = torch.Size() if context is None else context.shape[:-1]
-        return check_sample_shape(sample_shape) + batch
+        shape = check_sample_shape(sample_shape) + batch
+        numbers = math.prod(shape) * max(self.base.features, math.prod(self.event_shape))
+        remedy = "Draw fewer at once, or with sample_in_chunks into a file."
+        check_fits("sample_shape", sample_shape, numbers, like=like, remedy=remedy)
+        return shape
+
+    def _log_mean_weight(
+        self, x: Tensor, context: Tensor | None, samples: int, generator: torch.Generator | None
+    ) -> Tensor:
+        """The lower bound by `samples` weights of each row, all of which are in the support."""
+        remedy = "Take fewer, or fewer rows at once."
+        check_fits("importance_samples", samples, samples * x.numel(), like=x, remedy=remedy)
+        x = x.expand(samples, *x.shape)
+        with rows_of_caller(lambda row: row[1:]):
+            z, ladj = chain.to_base_and_ladj(self.chain, x, context, generator=generator)
+        return (self.base.log_prob(z) + ladj).logsumexp(0) - math.log(samples)
 
     def _admit(
         self,

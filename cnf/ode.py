@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cnf._checks import check_choice, check_count, check_number, is_hidden, is_positive
-from cnf._methods import is_multistep, lean, methods, one_step
+from cnf._memory import check_fits
+from cnf._methods import evaluations_per_step, is_multistep, methods, one_step, solvers
 from cnf._steps import RecordingWatch, solve_by_steps
 from cnf._watch import ODEError, RightHandSide, State, SteppingWatch, Watch
 from cnf.vector_fields.compiled_steps import FieldSteps
@@ -64,7 +65,7 @@ class ODESolver:
     "checkpoint" does the same but redoes one step at a time, with memory for the graph of one."""
     max_evaluations: int = 10_000
     """Budget of a solve, and again of each backward pass that evaluates; spending it raises an
-    `ODEError`."""
+    `ODEError`, at once where it is known beforehand that more are needed."""
 
     def __post_init__(self) -> None:
         kinds = methods()
@@ -133,13 +134,18 @@ class ODESolver:
             state without rows, `rhs` is not called.
 
         Raises:
-            ValueError: If the tolerances are finer than the dtype of the state can tell.
+            ValueError: If the tolerances are finer than the dtype of the state can tell, or there
+                is no memory for the state at so many times.
             ODEError: If the solve fails.
         """
         kind = methods()[self.method]
         self._check_precision(kind, state[0].dtype)
         if state[0].numel() == 0:
             return _nowhere(state, times, dependencies())
+        self._check_budget(kind, len(times) - 1)
+        numbers = len(times) * sum(part.numel() for part in state)
+        remedy = "Ask for fewer times, or fewer rows at once."
+        check_fits("times", f"{len(times)} of them", numbers, like=state[0], remedy=remedy)
         unique = {id(tensor): tensor for tensor in dependencies() if tensor.requires_grad}
         parameters = tuple(unique.values())
         needs_gradient = torch.is_grad_enabled() and any(
@@ -155,8 +161,10 @@ class ODESolver:
             kind=kind,
             gradient=gradient,
             budget=self.max_evaluations,
+            controlled=1 if self.control == "points" else controlled,
         )
-        arguments = self._arguments(kind, times, controlled)
+        watch.check_start(state)
+        arguments = self._arguments(watch, times)
         if gradient == "adjoint":
             solution = self._by_adjoint(watch, state, times, parameters, arguments)
         elif gradient == "checkpoint":
@@ -180,9 +188,8 @@ class ODESolver:
         parameters: Sequence[Tensor],
         arguments: dict[str, Any],
     ) -> State:
-        from torchdiffeq import odeint_adjoint
-
-        options = self._options(watch.kind, times, everywhere=True)
+        _, odeint_adjoint = solvers()
+        options = self._options(watch, times, everywhere=True)
         solution = odeint_adjoint(
             watch,
             state,
@@ -265,21 +272,37 @@ class ODESolver:
                 f"got {self.rtol} and {self.atol}. Loosen them, or use float64."
             )
 
-    def _arguments(self, kind: str, times: Tensor, controlled: int | None) -> dict[str, Any]:
+    def _check_budget(self, kind: str, spans: int) -> None:
+        """Refuse what is known to need more evaluations, before there is a grid for them."""
+        if kind == "external" or (kind == "adaptive" and self.method == "dopri5"):
+            return  # which need no step for a time
+        steps = spans if self.steps is None else max(self.steps, spans)
+        needed = steps * evaluations_per_step(self.method)
+        if needed > self.max_evaluations:
+            raise ODEError(
+                f"the solve with {self.method} needs at least {needed} evaluations, for {steps} "
+                f"steps, more than max_evaluations={self.max_evaluations}; take fewer steps or "
+                "times, or raise max_evaluations."
+            )
+
+    def _arguments(self, watch: Watch, times: Tensor) -> dict[str, Any]:
         """What torchdiffeq takes beside the right-hand side, state and times."""
-        count = 1 if self.control == "points" else controlled
+        count = watch.controlled
         # Dense output is as accurate as the steps with dopri5 only; checkpoint redoes steps, and
         # no more.
         everywhere = self.method != "dopri5" or self.gradient == "checkpoint"
-        options = self._options(kind, times, everywhere=everywhere)
+        options = self._options(watch, times, everywhere=everywhere)
         options["norm"] = lambda parts: _largest_rms(parts[:count])
-        method = lean(self.method) if kind == "adaptive" else self.method
-        return {"method": method, "rtol": self.rtol, "atol": self.atol, "options": options}
+        return {"method": self.method, "rtol": self.rtol, "atol": self.atol, "options": options}
 
-    def _options(self, kind: str, times: Tensor, *, everywhere: bool) -> dict[str, Any]:
-        if kind == "adaptive":
-            return {"everywhere": everywhere, "first_step": self.first_step}
-        if kind == "fixed":
+    def _options(self, watch: Watch, times: Tensor, *, everywhere: bool) -> dict[str, Any]:
+        if watch.kind == "adaptive":
+            return {
+                "everywhere": everywhere,
+                "on_trial": watch.keep_errors,
+                "first_step": self.first_step,
+            }
+        if watch.kind == "fixed":
             span = (times[-1] - times[0]).abs().detach()
             return {"grid_constructor": lambda _f, _y, t: self._grid(t, span)}
         return {}
@@ -298,8 +321,7 @@ class ODESolver:
 
 
 def _odeint(watch: Watch, state: State, times: Tensor, arguments: dict[str, Any]) -> State:
-    from torchdiffeq import odeint
-
+    odeint, _ = solvers()
     solution: State = odeint(watch, state, times, **arguments)
     return solution
 

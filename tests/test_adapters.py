@@ -32,9 +32,12 @@ from zoo import BOUNDS, cnf, perturbed, seeded
 from cnf import (
     Flow,
     MaximumLikelihood,
+    ODEError,
+    ODESolver,
     ReverseKL,
     Standardize,
     TrainingConfig,
+    count_evaluations,
     fit,
 )
 from cnf.adapters import (
@@ -726,7 +729,7 @@ def test_as_a_distribution_of_pyro():
     site = trace.nodes["x"]
     assert site["value"].shape == (4, 2)
     expected = flow.log_prob(site["value"], context)
-    torch.testing.assert_close(site["log_prob"], expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(site["log_prob"], expected, rtol=0, atol=1e-8)
     wide = to_pyro(flow, context).expand((5, 4))
     assert wide.rsample().shape == (5, 4, 2)
 
@@ -754,3 +757,104 @@ def test_sigmoids_have_their_unit_interval_as_support():
     assert flow.log_prob(torch.tensor([0.5, 1.5])) == -math.inf
     z = torch.randn(3, 2)
     torch.testing.assert_close(transform.to_data(z), z.sigmoid())
+
+
+def tolerant_zuko_cnf(**tolerances):
+    torch.manual_seed(0)
+    return zuko.flows.CNF(2, hidden_features=(8,), **tolerances)
+
+
+def test_a_solve_of_zuko_that_would_never_end_is_an_error(monkeypatch):
+    monkeypatch.setattr("cnf.transforms.bounded_solve._BUDGET", 500)
+    flow = from_zuko(tolerant_zuko_cnf(atol=2e-7, rtol=1e-9).float())
+    x = 10 * torch.randn(50, 2, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.mul_(20.0)
+    for call in (flow.log_prob, flow.to_data):
+        with pytest.raises(ODEError, match=r"zuko's odeint .* atol=2e-07 and rtol=1e-09 may be"):
+            call(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_tolerances_of_zuko_finer_than_the_dtype_are_refused(dtype):
+    finest = torch.finfo(dtype).eps / 2
+    flow = from_zuko(tolerant_zuko_cnf(atol=finest, rtol=finest).to(dtype))
+    for call in (flow.log_prob, flow.to_base, flow.to_data):
+        with pytest.raises(ValueError, match=r"atol and rtol of zuko's CNF must not both be finer"):
+            call(torch.randn(3, 2, dtype=dtype))
+
+
+def test_a_bounded_solve_has_the_gradients_of_zukos_own():
+    theirs = tolerant_zuko_cnf(atol=1e-7, rtol=1e-7)
+    transform, x = theirs.transform(), torch.randn(4, 2)
+    transform.trace_scale = 1.0
+    ours = FromTorch(transform.inv, 2)
+    parameters = list(theirs.parameters())
+    expected = torch.autograd.grad(
+        sum(made.sum() for made in transform.call_and_ladj(x)), parameters
+    )
+    for _ in range(2):
+        z, ladj = ours.to_base_and_ladj(x)
+        found = torch.autograd.grad(z.sum() + ladj.sum(), parameters)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def evaluations(flow, call):
+    with count_evaluations(flow) as nfe:
+        call()
+    return nfe.value
+
+
+def test_both_ways_of_a_torch_transform_give_their_ladj_in_one_solve():
+    flow = cnf(solver=ODESolver(method="rk4", steps=3))
+    transform, x = flow().transform, torch.randn(4, 2)
+    assert transform.inv.inv is transform
+    once = evaluations(flow, lambda: flow.to_base(x))
+    z, ladj = transform.call_and_ladj(x)
+    back, ladj_back = transform.inv.call_and_ladj(z)
+    assert evaluations(flow, lambda: transform.call_and_ladj(x)) == once
+    assert evaluations(flow, lambda: transform.inv.call_and_ladj(z)) == once
+    torch.testing.assert_close(
+        (back, ladj_back), flow.to_data_and_ladj(z.detach()), rtol=0, atol=1e-12
+    )
+    torch.testing.assert_close(transform.inv.log_abs_det_jacobian(z, x), -ladj)
+
+    theirs = to_zuko(flow)
+    assert evaluations(flow, lambda: theirs.transform().inv.call_and_ladj(z)) == once
+    assert evaluations(flow, lambda: theirs().rsample_and_log_prob((4,))) == once
+
+
+def test_with_a_cache_a_transformed_distribution_takes_one_solve():
+    flow = cnf(solver=ODESolver(method="rk4", steps=3))
+    x = torch.randn(4, 2)
+    once = evaluations(flow, lambda: flow.to_base(x))
+    base = Independent(Normal(torch.zeros(2), torch.ones(2)), 1)
+    towards_data = TransformedDistribution(base, [flow().transform.with_cache().inv])
+    torch.testing.assert_close(towards_data.log_prob(x), flow.log_prob(x))
+    assert evaluations(flow, lambda: towards_data.log_prob(x)) <= once
+    drawn = []
+    assert evaluations(flow, lambda: drawn.append(towards_data.rsample((4,)))) == once
+    found = []
+    assert evaluations(flow, lambda: found.append(towards_data.log_prob(drawn[0]))) == 0
+    torch.testing.assert_close(found[0], flow.log_prob(drawn[0]), rtol=0, atol=1e-2)
+    assert copy.deepcopy(towards_data).log_prob(x).shape == (4,)
+    assert towards_data.transforms[0].inv.with_cache(0).inv.inv._cache_size == 0
+
+
+def test_pyro_draws_and_scores_in_one_solve_and_never_by_other_parameters():
+    flow = cnf(solver=ODESolver(method="rk4", steps=3))
+    once = evaluations(flow, lambda: flow.sample(4))
+    site = to_pyro(flow).expand((4,))
+    found = []
+    assert evaluations(flow, lambda: found.append(site.rsample())) == once
+    assert evaluations(flow, lambda: found.append(site.log_prob(found[0]))) == 0
+    torch.testing.assert_close(found[1], flow.log_prob(found[0]), rtol=0, atol=1e-2)
+    assert copy.deepcopy(site).log_prob(found[0]).shape == (4,)
+    x = site.rsample()
+    with torch.no_grad():
+        next(flow.parameters()).add_(0.5)
+    torch.testing.assert_close(site.log_prob(x), flow.log_prob(x), rtol=0, atol=1e-12)
+    with torch.no_grad():
+        x = site.rsample()
+    assert site.log_prob(x).requires_grad

@@ -2,11 +2,19 @@
 
 import pytest
 import torch
-from torch.distributions import Distribution, constraints, kl_divergence
+from torch.distributions import Distribution, MultivariateNormal, constraints, kl_divergence
 from torch.distributions.transforms import Transform
-from zoo import BOUNDS, EVERY_FLOW, EXACT_FLOWS, cnf, perturbed, rows_for
+from zoo import BOUNDS, EVERY_FLOW, EXACT_FLOWS, cnf, perturbed, rows_for, seeded
 
-from cnf import CNF, Affine, Flow, count_evaluations
+from cnf import (
+    CNF,
+    Affine,
+    ContinuousTransform,
+    Flow,
+    LinearField,
+    ODESolver,
+    count_evaluations,
+)
 from cnf.baselines import NamedMixture
 
 every_flow = pytest.mark.parametrize("make", EVERY_FLOW.values(), ids=EVERY_FLOW)
@@ -187,3 +195,64 @@ def test_a_map_that_is_no_bijection_has_no_jacobian_determinant(make):
     transform = flow(context).transform
     with pytest.raises(NotImplementedError, match=r"use flow\.to_base_and_ladj"):
         transform.log_abs_det_jacobian(x, transform(x))
+
+
+SIGNIFICANCE = 4.5
+"""Standard errors: more than this is seen once in 150 000 draws from the truth."""
+
+
+def linear_flow():
+    """A CNF of a linear field: x is normal, with the matrix exponential of the weight."""
+    field = perturbed(LinearField(2), 0.5)
+    solver = ODESolver(method="rk4", steps=8)
+    matrix = torch.linalg.matrix_exp(field.weight.detach())
+    shift = torch.linalg.solve(field.weight.detach(), (matrix - torch.eye(2)) @ field.bias.detach())
+    return Flow([ContinuousTransform(field, solver=solver)]), shift, matrix @ matrix.T
+
+
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+def test_estimates_of_moments_and_entropy_are_those_of_the_closed_form(batch):
+    flow, mean, covariance = linear_flow()
+    distribution, draws = flow().expand(batch), 4000
+    entropy = MultivariateNormal(mean, covariance).entropy()
+    for (found, error), expected in (
+        (distribution.estimate_mean(draws, generator=seeded()), mean),
+        (distribution.estimate_variance(draws, generator=seeded()), covariance.diag()),
+        (distribution.estimate_entropy(draws, generator=seeded()), entropy),
+    ):
+        assert found.shape == error.shape == (*batch, *expected.shape)
+        assert ((found - expected).abs() < SIGNIFICANCE * error).all()
+        assert (error < 5 * expected.abs().clamp(min=1) / draws**0.5).all()
+        assert not found.requires_grad
+
+
+def test_standard_errors_are_the_spread_of_repeated_estimates():
+    distribution = linear_flow()[0]().expand((100,))  # whose draws are independent
+    for estimate in ("estimate_mean", "estimate_variance", "estimate_entropy"):
+        values, errors = getattr(distribution, estimate)(200, generator=seeded())
+        # The relative error of a spread of 100 values is 1 / sqrt(200) = 0.07.
+        torch.testing.assert_close(values.std(0), errors.mean(0), rtol=0.3, atol=0)
+
+
+def test_the_entropy_of_a_lower_bound_is_refused():
+    with pytest.raises(NotImplementedError, match="is a lower bound, whose mean over draws is not"):
+        cnf(2, augment=1)().estimate_entropy(10)
+
+
+LACKING = {
+    "mean": (lambda d: d.mean, r"estimate_mean\(draws\)"),
+    "variance": (lambda d: d.variance, r"estimate_variance\(draws\)"),
+    "stddev": (lambda d: d.stddev, r"estimate_variance\(draws\)"),
+    "mode": (lambda d: d.mode, "an optimizer of torch on -log_prob"),
+    "entropy": (lambda d: d.entropy(), r"estimate_entropy\(draws\)"),
+    "perplexity": (lambda d: d.perplexity(), r"estimate_entropy\(draws\)"),
+    "cdf": (lambda d: d.cdf(torch.zeros(2)), "the share of draws"),
+    "icdf": (lambda d: d.icdf(torch.zeros(2)), "quantiles of draws"),
+    "enumerate_support": (lambda d: d.enumerate_support(), "sample"),
+}
+
+
+@pytest.mark.parametrize(("ask", "remedy"), LACKING.values(), ids=LACKING)
+def test_what_a_flow_lacks_says_what_to_call_instead(ask, remedy):
+    with pytest.raises(NotImplementedError, match=f"has no .*closed form; .*{remedy}"):
+        ask(cnf()())

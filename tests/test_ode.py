@@ -452,7 +452,7 @@ def test_rows_are_named_in_any_batch_shape(batch, bad, rows):
 
 
 @pytest.mark.parametrize("method", ADAPTIVE)
-def test_a_blow_up_stops_when_it_happens_and_names_the_fastest_row(method):
+def test_a_blow_up_stops_when_it_happens_and_names_its_row(method):
     def rhs(t, state):
         return (state[0] ** 2,)
 
@@ -488,12 +488,12 @@ def test_nan_in_the_very_last_step_is_an_error(method):
 
 
 @DIRECTION
-@pytest.mark.parametrize("method", KINDS)
+@pytest.mark.parametrize("method", [name for name in KINDS if methods()[name] != "fixed"])
 def test_a_spent_budget_is_an_error_before_the_next_evaluation(method, times):
     system, x = swinging()
-    solver = solver_for(method, steps=100, tolerance=1e-9, max_evaluations=30)
+    solver = solver_for(method, tolerance=1e-9, max_evaluations=30)
     what = r"spent its budget of max_evaluations=30, at t = [\d.e+-]+ after 30 evaluations; "
-    remedy = "take fewer steps" if methods()[method] == "fixed" else f"the velocity is .*{STIFF}"
+    remedy = f"the (error of a step|velocity) is .*{STIFF}"
     with pytest.raises(ODEError, match=rf"the solve with {method} {what}{remedy}"):
         solver.solve(system, (x,), torch.tensor(times))
     assert len(system.seen) == 30
@@ -508,10 +508,12 @@ def test_exactly_the_budget_is_enough(times):
     ODESolver(method="rk4", steps=10, max_evaluations=needed).solve(
         system, (x,), torch.tensor(times)
     )
-    with pytest.raises(ODEError, match="spent its budget"):
+    system.seen.clear()
+    with pytest.raises(ODEError, match=r"(spent its budget|needs at least)"):
         ODESolver(method="rk4", steps=10, max_evaluations=needed - 1).solve(
             system, (x,), torch.tensor(times)
         )
+    assert len(system.seen) < needed
 
 
 def test_a_method_that_steps_back_from_inf_stops_at_its_budget():

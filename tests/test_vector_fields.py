@@ -329,7 +329,9 @@ def test_every_parameter_of_the_output_layer_but_a_gate_leaves_rest_by_gradient(
     x, context = rows_for(field, 5)
     field(torch.rand(5), x, context).sum().backward()
     for name, parameter in field.layers[-1].named_parameters():
-        inert = name.startswith(("gate.", "network.0."))  # until what they feed has moved
+        inert = name.startswith(
+            ("gate.", "network.0.", "hidden.")
+        )  # until what they feed has moved
         assert inert == bool((parameter.grad == 0).all()), name
 
 
@@ -785,3 +787,41 @@ def test_pre_hooks_of_any_kind_fire_once_for_each_evaluation(with_kwargs):
 def test_a_single_width_is_refused():
     with pytest.raises(TypeError, match=r"widths such as \(128, 128\); got 8"):
         MLPField(2, hidden_features=8)
+
+
+@pytest.mark.parametrize("context_features", [0, 3])
+def test_the_hyper_layer_is_a_network_of_time_with_eight_hidden_tanh_units(context_features):
+    layer = perturbed(LAYERS["hyper"](2, 4, context_features))
+    hypernet = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 4 * 3))  # as in FFJORD's code
+    with torch.no_grad():
+        hypernet[0].load_state_dict(layer.hidden.state_dict())
+        hypernet[2].weight.copy_(layer.change.weight)
+        rest = torch.cat([layer.linear.weight, layer.linear.bias[:, None]], -1)
+        hypernet[2].bias.copy_(rest.flatten())
+    x = torch.randn(5, 2)
+    context = torch.randn(5, context_features) if context_features else None
+    for t in torch.rand(3):
+        weights = hypernet(t.reshape(1)).reshape(4, 3)
+        expected = x @ weights[:, :-1].T + weights[:, -1]
+        if context is not None:
+            expected = expected + context @ layer.shift.weight.T
+        torch.testing.assert_close(layer(t, context).value(x), expected)
+
+
+@pytest.mark.parametrize("reset", [None, "reset_parameters", "reset_to_zero"])
+def test_a_new_hyper_layer_is_the_same_at_every_time_and_can_learn_to_differ(reset):
+    layer = LAYERS["hyper"](2, 4)
+    if reset is not None:
+        getattr(layer, reset)()
+    x, t = torch.randn(5, 2), torch.tensor(0.7)
+    assert torch.equal(layer(t, None).value(x), layer(t / 3, None).value(x))
+    layer(t, None).value(x).square().add(layer(t, None).value(x)).sum().backward()
+    assert layer.change.weight.grad.abs().min() > 0
+
+
+def test_weights_of_the_earlier_hyper_layer_are_refused_with_the_way_to_keep_them():
+    layer = LAYERS["hyper"](2, 4)
+    old = {"linear.weight": torch.zeros(4, 2), "linear.bias": torch.zeros(4)}
+    old |= {"slope.weight": torch.zeros(4, 2), "slope.bias": torch.zeros(4)}
+    with pytest.raises(RuntimeError, match=r"linear in t and not FFJORD.s\. It is a 'blend' layer"):
+        layer.load_state_dict(old)

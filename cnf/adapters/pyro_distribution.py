@@ -1,13 +1,22 @@
 """Our flows as Pyro's. Importing it imports Pyro; `cnf.adapters.to_pyro` does so when called."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
 from cnf.distribution import FlowDistribution
+
+
+class _Drawn(NamedTuple):
+    """A draw and its log-density."""
+
+    value: Tensor
+    log_prob: Tensor
+    state: list[object]
 
 
 class PyroDistribution(TorchDistribution):
@@ -22,7 +31,12 @@ class PyroDistribution(TorchDistribution):
     def __init__(self, distribution: FlowDistribution) -> None:
         self.distribution = distribution
         self.has_rsample = distribution.has_rsample
+        self._drawn: _Drawn | None = None
         super().__init__(distribution.batch_shape, distribution.event_shape, validate_args=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the last draw, whose graph cannot be copied."""
+        return {**vars(self), "_drawn": None}
 
     @property
     def support(self) -> constraints.Constraint:
@@ -35,7 +49,10 @@ class PyroDistribution(TorchDistribution):
         return PyroDistribution(self.distribution.expand(batch_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density in nats."""
+        """Log-density in nats; of the last draw by `rsample`, without a solve."""
+        drawn = self._drawn
+        if drawn is not None and value is drawn.value and self._state(value) == drawn.state:
+            return drawn.log_prob
         return self.distribution.log_prob(value)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
@@ -43,5 +60,13 @@ class PyroDistribution(TorchDistribution):
         return self.distribution.sample(sample_shape)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draw differentiably."""
-        return self.distribution.rsample(sample_shape)
+        """Draw differentiably; the log-density, which Pyro asks for next, comes from the solve."""
+        value, log_prob = self.distribution.rsample_and_log_prob(sample_shape)
+        self._drawn = _Drawn(value, log_prob, self._state(value))
+        return value
+
+    def _state(self, value: Tensor) -> list[object]:
+        """What a log-density of `value` depends on, to tell whether it has changed."""
+        tensors = [value, *self.distribution.flow.parameters(), *self.distribution.flow.buffers()]
+        versions = [None if part.is_inference() else part._version for part in tensors]
+        return [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *versions]

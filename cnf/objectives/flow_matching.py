@@ -17,6 +17,7 @@ from cnf._checks import (
     check_type,
     joint_batch_shape,
     reference_tensor,
+    refuse_overflow,
 )
 from cnf.flow import Flow
 from cnf.objectives.pairings import IndependentPairing, Pairing
@@ -118,7 +119,8 @@ class FlowMatching(nn.Module):
                 draws.
 
         Raises:
-            ValueError: If the minibatch is empty or does not fit the flow.
+            ValueError: If the minibatch is empty or does not fit the flow, or the loss of a row
+                overflows.
         """
         x, context = self._admit(x, context)
         check_generator(generator, like=x)
@@ -141,7 +143,9 @@ class FlowMatching(nn.Module):
             t = torch.lerp(start, end, share)
         velocity = transform.vector_field(t, state, chain.context_for(transform, context))
         errors = (end - start) * velocity - target
-        return weighted_mean(errors.square().mean(-1).flatten(), weight)
+        losses = errors.square().mean(-1).flatten()
+        refuse_overflow("x", ~losses.detach().isfinite(), "the loss of flow matching", x.dtype)
+        return weighted_mean(losses, weight)
 
     def _draw_times(
         self, number: int, *, generator: torch.Generator | None, like: Tensor

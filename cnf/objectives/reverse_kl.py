@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cnf._checks import check_count, name_rows
+from cnf._checks import check_count
+from cnf._row_names import name_rows
 from cnf.divergence import Divergence
 from cnf.flow import Flow
 from cnf.objectives.solving import (

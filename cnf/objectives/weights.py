@@ -22,7 +22,8 @@ def weighted_mean(
     if weight is None:
         return losses.mean()
     check_weight(weight, len(losses), like=losses)
-    return (weight * losses).mean()
+    # A row that does not count may have no density.
+    return (weight * losses.where(weight > 0, 0.0)).mean()
 
 
 def check_weight(weight: Tensor, rows: int, *, like: Tensor) -> None:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cnf._checks import name_rows
+from cnf._row_names import name_rows
 from cnf.plots.figures import BLUE, GREY, ORANGE, TEXT_SIZE, TITLE_SIZE, figure_grid, new_panel
 from cnf.plots.planes import draw_density, grid_points, plot_samples
 

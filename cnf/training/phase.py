@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from cnf._checks import NotFiniteError
 from cnf.flow import Flow
 from cnf.training.average import Average
 from cnf.training.checkpoint import check_form
@@ -17,10 +18,6 @@ from cnf.training.rows import Batch, Rows
 from cnf.vector_fields import count_evaluations
 
 _WARM_UP = 0.02
-
-
-class NotFiniteError(RuntimeError):
-    """A loss, gradient or validation is NaN or infinite."""
 
 
 class Part(NamedTuple):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from cnf._checks import NotFiniteError
 from cnf.flow import Flow
 from cnf.objectives.reverse_kl import TargetError
 from cnf.ode import ODEError
@@ -22,7 +23,7 @@ from cnf.training.config import TrainingConfig
 from cnf.training.fingerprint import fingerprint
 from cnf.training.folder import RunFolder
 from cnf.training.history import WHOLE, History
-from cnf.training.phase import NotFiniteError, Phase, check_finite, restore, snapshot
+from cnf.training.phase import Phase, check_finite, restore, snapshot
 from cnf.training.plan import Plan
 from cnf.training.processes import OtherProcessError, Processes
 from cnf.training.rows import Rows

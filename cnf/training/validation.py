@@ -5,6 +5,7 @@ import math
 import torch
 
 from cnf._checks import reference_tensor
+from cnf._row_names import counted_from, rows_of_caller
 from cnf.flow import Flow
 from cnf.training.processes import Processes
 from cnf.training.randomness import validation_draws
@@ -31,7 +32,8 @@ def negative_log_likelihood(flow: Flow, rows: Rows, processes: Processes) -> flo
         for number in processes.share(len(chunks)).tolist():
             (x, context), weight = rows.take(chunks[number])
             generator = validation_draws(number, device)
-            nll = -flow.log_prob(x, context, generator=generator).double()
+            with rows_of_caller(counted_from(int(chunks[number][0]))):
+                nll = -flow.log_prob(x, context, generator=generator).double()
             weight = torch.ones_like(nll) if weight is None else weight.double()
             total += (weight * nll).sum().item()
             weights += weight.sum().item()

@@ -12,6 +12,7 @@ from torch.distributions import Transform as TorchTransform
 from torch.distributions import constraints
 
 from cnf._checks import check_type
+from cnf.transforms.bounded_solve import bounded
 from cnf.transforms.foreign import is_a, refuse_what_has_no_likelihood
 from cnf.transforms.wrapped import WrappedTransform
 
@@ -24,10 +25,14 @@ class OfTorchTransforms(WrappedTransform):
         """The map from data to base."""
 
     def _rows_to_base(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return _call_and_ladj(self._at(context), x)
+        transform = self._at(context)
+        with bounded(transform, x.dtype):
+            return _call_and_ladj(transform, x)
 
     def _rows_to_data(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return _call_and_ladj(self._at(context).inv, z)
+        transform = self._at(context).inv
+        with bounded(transform, z.dtype):
+            return _call_and_ladj(transform, z)
 
     def to_base(
         self,
@@ -39,7 +44,9 @@ class OfTorchTransforms(WrappedTransform):
         """Towards the base, without the ladj and its cost."""
 
         def call(rows: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-            return self._at(context)(rows), rows.new_zeros(len(rows))
+            transform = self._at(context)
+            with bounded(transform, rows.dtype):
+                return transform(rows), rows.new_zeros(len(rows))
 
         return self._trusted("x", call, x, context, generator)[0]
 
@@ -53,7 +60,9 @@ class OfTorchTransforms(WrappedTransform):
         """Towards the data, without the ladj and its cost."""
 
         def call(rows: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-            return self._at(context).inv(rows), rows.new_zeros(len(rows))
+            transform = self._at(context).inv
+            with bounded(transform, rows.dtype):
+                return transform(rows), rows.new_zeros(len(rows))
 
         return self._trusted("z", call, z, context, generator)[0]
 
@@ -112,7 +121,8 @@ class FromZuko(OfTorchTransforms):
     Called in training mode throughout, for some of zuko's transforms have no gradient in the other.
     The ladj of zuko's CNF, which it solves a hundred times more loosely than the path, is as
     precise as the path here; and since one step size holds for a whole batch, the value of a row
-    changes with the batch by about the tolerance (arguments `atol` and `rtol` of zuko's CNF).
+    changes with the batch by about the tolerance (arguments `atol` and `rtol` of zuko's CNF). A
+    solve that would take more than 10 000 evaluations, or never end, is an `ODEError`.
 
     Args:
         transform: The lazy transform; the ``.inv`` of one that maps base to data.
@@ -256,18 +266,9 @@ def _through(
 
 def _call_and_ladj(transform: TorchTransform, x: Tensor) -> tuple[Tensor, Tensor]:
     """The map of `x` and its ladj, by zuko in one go."""
-    _tighten(transform)
     if hasattr(transform, "call_and_ladj"):
         y, ladj = transform.call_and_ladj(x)
     else:
         y = transform(x)
         ladj = transform.log_abs_det_jacobian(x, y)
     return y, ladj.sum(-1) if transform.domain.event_dim == 0 else ladj
-
-
-def _tighten(transform: TorchTransform) -> None:
-    """Let zuko solve for a ladj as precisely as for the path; the transform serves one call."""
-    if hasattr(transform, "trace_scale"):
-        transform.trace_scale = 1.0
-    for part in getattr(transform, "transforms", ()):
-        _tighten(part)

@@ -9,7 +9,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from cnf._checks import check_count, reference_tensor
+from cnf._checks import (
+    all_finite,
+    check_count,
+    non_finite_rows,
+    reference_tensor,
+    refuse_overflow,
+)
 from cnf.bases import Base, StandardNormal
 from cnf.regularizers import CostRate
 from cnf.transforms.base import Likelihood, Transform
@@ -159,6 +165,7 @@ def to_base(
     """From data to base."""
     for part in transforms:
         x = part.to_base(x, context_for(part, context), generator=generator)
+    _refuse_overflow("x", x, event_dim=1)
     return x
 
 
@@ -172,6 +179,7 @@ def to_data(
     """From base to data."""
     for part in reversed(transforms):
         z = part.to_data(z, context_for(part, context), generator=generator)
+    _refuse_overflow("z", z, event_dim=_event_dim(transforms))
     return z
 
 
@@ -187,6 +195,7 @@ def to_base_and_ladj(
     for part in transforms:
         x, ladj = part.to_base_and_ladj(x, context_for(part, context), generator=generator)
         total = total + ladj
+    _refuse_overflow("x", x, total, event_dim=1)
     return x, total
 
 
@@ -202,6 +211,7 @@ def to_data_and_ladj(
     for part in reversed(transforms):
         z, ladj = part.to_data_and_ladj(z, context_for(part, context), generator=generator)
         total = total + ladj
+    _refuse_overflow("z", z, total, event_dim=_event_dim(transforms))
     return z, total
 
 
@@ -223,7 +233,23 @@ def to_base_with_costs(
             x, context_for(part, context), regularizers=regularizers, generator=generator
         )
         ladj, costs = ladj + further, costs + spent
+    _refuse_overflow("x", x, ladj, event_dim=1)
     return x, ladj, costs
+
+
+def _refuse_overflow(
+    name: str, moved: Tensor, ladj: Tensor | None = None, *, event_dim: int
+) -> None:
+    """Refuse rows that were moved out of the range of their dtype.
+
+    A ladj may be infinite: a surjection to the data has the density 0 of what it drops.
+    """
+    if all_finite((moved,) if ladj is None else (moved, ladj)):
+        return
+    bad = non_finite_rows(moved.detach(), event_dim)
+    refuse_overflow(name, bad, "what the flow makes of it", moved.dtype)
+    if ladj is not None:
+        refuse_overflow(name, ladj.detach().isnan(), "the ladj", moved.dtype)
 
 
 def _event_dim(transforms: Sequence[Transform]) -> int:

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cnf._checks import name_rows
+from cnf._row_names import name_rows
 from cnf.transforms.bounded_layers import Map
 
 

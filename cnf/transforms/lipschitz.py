@@ -131,7 +131,8 @@ class ExactLipschitz(Transform):
             return x + step - target, 1 + slope
 
         at_zero, _ = excess_and_slope(torch.zeros_like(target))
-        farthest = at_zero.abs() / (1 - self.lipschitz)
+        largest = torch.finfo(target.dtype).max
+        farthest = (at_zero.abs() / (1 - self.lipschitz)).clamp(max=largest)
         return increasing_root(excess_and_slope, -farthest, farthest)
 
     def _ramps(self, x: Tensor, context: Tensor | None) -> "Ramps":
@@ -168,14 +169,18 @@ class Ramps:
 
     def value_and_slope(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """The functions and their derivatives, each at one number."""
-        share = self._share(t)
-        area = self.widths * (0.5 * share.clamp(0, 1).square() + (share - 1).clamp(min=0))
-        value = self.shift + self.slope * t + (self.heights * area).sum(-1)
-        return value, self.slope_at(t)
+        limit = torch.finfo(t.dtype).max ** 0.25
+        far = t.detach().abs()
+        size = torch.where(far > limit, far, 1.0)  # else terms overflow though their sum does not
+        share, beyond = self._share(t), t.unsqueeze(-1) - (self.places + self.widths)
+        area = 0.5 * self.widths * share.square() / size.unsqueeze(-1)
+        area = area + (beyond / size.unsqueeze(-1)).clamp(min=0)
+        value = self.slope * (t / size) + (self.heights * area).sum(-1)
+        return self.shift + size * value, self.slope_at(t)
 
     def slope_at(self, t: Tensor) -> Tensor:
         """The derivatives alone."""
-        return self.slope + (self.heights * self._share(t).clamp(0, 1)).sum(-1)
+        return self.slope + (self.heights * self._share(t)).sum(-1)
 
     def steepest(self) -> Tensor:
         """The largest absolute slope: that at an end of a ramp, between which slopes are linear."""
@@ -200,4 +205,6 @@ class Ramps:
 
     def _share(self, t: Tensor) -> Tensor:
         """Where each number is along each ramp: 0 where it begins, 1 where it ends."""
-        return (t.unsqueeze(-1) - self.places) / self.widths
+        # Not far from the ramp, for a quotient that overflows has a gradient of NaN.
+        near = t.unsqueeze(-1).clamp(self.places - self.widths, self.places + 2 * self.widths)
+        return ((near - self.places) / self.widths).clamp(0, 1)

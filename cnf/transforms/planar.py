@@ -83,13 +83,17 @@ class Planar(Transform):
             bend = height.tanh()
             return height + across * bend - target, 1 + across * (1 - bend.square())
 
+        # Where the height overflows, the bend is that of the largest number: 1 or -1.
+        limits = torch.finfo(target.dtype)
+        target = target.clamp(limits.min, limits.max)
         low, high = target - across.abs(), target + across.abs()
         bend = increasing_root(excess_and_slope, low, high).tanh()
         return z - bend.unsqueeze(-1) * step, -torch.log1p(across * (1 - bend.square()))
 
     def _height(self, x: Tensor) -> Tensor:
         # Not a matrix product, which autocast would round; so below.
-        return (x * self.normal).sum(-1) + self.offset
+        size = _size(x)  # without which products might be inf, and their sum NaN
+        return size.squeeze(-1) * (x / size * self.normal).sum(-1) + self.offset
 
     def _step(self) -> tuple[Tensor, Tensor]:
         """The corrected direction, and its product with the normal."""
@@ -143,7 +147,7 @@ class Radial(Transform):
         """Move to or from the centre."""
         del context, generator
         offset = x - self.centre
-        stretch, ladj = self._stretch_and_ladj(torch.linalg.vector_norm(offset, dim=-1))
+        stretch, ladj = self._stretch_and_ladj(_norm(offset))
         return self.centre + stretch.unsqueeze(-1) * offset, ladj
 
     def to_data_and_ladj(
@@ -156,9 +160,7 @@ class Radial(Transform):
         """Find the distance of x from the centre from that of z, and move back."""
         del context, generator
         offset = z - self.centre
-        stretch, ladj = self._stretch_and_ladj(
-            self._distance(torch.linalg.vector_norm(offset, dim=-1))
-        )
+        stretch, ladj = self._stretch_and_ladj(self._distance(_norm(offset)))
         return self.centre + offset / stretch.unsqueeze(-1), -ladj
 
     def _radius_and_rest(self) -> tuple[Tensor, Tensor]:
@@ -170,7 +172,8 @@ class Radial(Transform):
         """What a distance from the centre is multiplied by, and the ladj there."""
         radius, rest = self._radius_and_rest()
         stretch = (rest + distance) / (radius + distance)
-        along = (rest * radius + (2 * radius + distance) * distance) / (radius + distance).square()
+        near, far = radius / (radius + distance), distance / (radius + distance)
+        along = (rest / radius) * near.square() + far * (1 + near)
         return stretch, (self.features - 1) * stretch.log() + along.log()
 
     def _distance(self, target: Tensor) -> Tensor:
@@ -178,6 +181,22 @@ class Radial(Transform):
         radius, rest = self._radius_and_rest()
         lead = target - rest
         size = lead.abs()
-        root = (lead.square() + 4 * radius * target).sqrt()
+        scale = target.detach().clamp(min=1)  # without which squares might overflow
+        root = scale * ((lead / scale).square() + 4 * radius / scale * (target / scale)).sqrt()
         # (lead + root) / 2, without the difference of near numbers where lead is negative.
-        return (lead + size) / 2 + 2 * radius * target / (root + size)
+        return lead / 2 + size / 2 + 2 * radius * (target / (root + size))
+
+
+def _size(x: Tensor) -> Tensor:
+    """A constant for each row to divide by, so that squares and sums keep in range; mostly 1."""
+    limits = torch.finfo(x.dtype)
+    largest = x.detach().abs().amax(-1, keepdim=True)
+    in_range = (largest > limits.tiny**0.5 / limits.eps) & (largest < limits.max**0.25)
+    return torch.where(in_range | (largest == 0), 1.0, largest).to(x.dtype)
+
+
+def _norm(x: Tensor) -> Tensor:
+    """The Euclidean norm; the largest number where the norm overflows though no entry does."""
+    size = _size(x)
+    norm: Tensor = size.squeeze(-1) * torch.linalg.vector_norm(x / size, dim=-1)
+    return norm.clamp(max=torch.finfo(x.dtype).max)

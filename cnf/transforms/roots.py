@@ -35,9 +35,9 @@ def increasing_root(
     """
     with torch.no_grad():
         for _ in range(math.ceil(-math.log2(torch.finfo(low.dtype).eps))):
-            middle = (low + high) / 2
+            middle = low / 2 + high / 2  # whose sum might overflow
             is_below = value_and_slope(middle)[0] < 0
             low, high = torch.where(is_below, middle, low), torch.where(is_below, high, middle)
-        root = (low + high) / 2
+        root = low / 2 + high / 2
     value, slope = value_and_slope(root)
     return root - value / slope

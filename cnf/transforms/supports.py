@@ -1,5 +1,7 @@
 """What numbers may be, where torch has no constraint for it, and rows picked by it."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.distributions import constraints
@@ -40,6 +42,15 @@ def select(mask: Tensor, x: Tensor, context: Tensor | None) -> tuple[Tensor, Ten
     if context is not None:
         context = context.expand(*mask.shape, context.shape[-1])[mask]
     return x[mask], context
+
+
+def row_before(mask: Tensor) -> Callable[[tuple[int, ...]], tuple[int, ...]]:
+    """Where a row that `select` has picked, as the last axis counts them, was before."""
+
+    def before(row: tuple[int, ...]) -> tuple[int, ...]:
+        return (*row[:-1], *mask.nonzero()[row[-1]].tolist())
+
+    return before
 
 
 def spread(mask: Tensor, values: Tensor, *, elsewhere: float) -> Tensor:

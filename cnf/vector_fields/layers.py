@@ -9,6 +9,7 @@ References:
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -196,14 +197,24 @@ class BlendLinear(TimeLinear):
 
 
 class HyperLinear(TimeLinear):
-    """``W(t) x + b(t) + U c``, where a linear network of t gives W and b.
+    """``W(t) x + b(t) + U c``, where a network of t with one hidden layer gives W and b.
 
-    Linear in t as `BlendLinear` is; the two differ in how they start.
+    The hypernetwork of FFJORD's published code: 8 hidden tanh units, whose output bias is the
+    layer's W and b here. A new one does not depend on t.
+
+    References:
+        Grathwohl et al. (2019), FFJORD, `lib/layers/diffeq_layers/basic.py` of its code.
+        https://github.com/rtqichen/ffjord
     """
 
+    _WIDTH = 8
+
     def build(self) -> None:
-        """Make the slopes of W and b, and U."""
-        self.slope = self._linear(self.linear.in_features, bias=True)
+        """Make the hidden layer, its change of W and b, and U."""
+        size = (self.linear.in_features + 1) * self.linear.out_features
+        self.hidden = nn.Linear(1, self._WIDTH)
+        self.change = nn.Linear(self._WIDTH, size, bias=False)
+        nn.init.zeros_(self.change.weight)
         if self.context_features:
             self.shift = self._linear(self.context_features, bias=False)
 
@@ -213,9 +224,32 @@ class HyperLinear(TimeLinear):
         context: Float[Tensor, "*c_batch context_features"] | None,
     ) -> AffineMap:
         """The affine map at this time and context."""
-        weight = self.linear.weight + t[..., None, None] * self.slope.weight
-        bias = self.linear.bias + t[..., None] * self.slope.bias
+        columns = self.linear.in_features + 1
+        change = self.change(self.hidden(t.unsqueeze(-1)).tanh()).unflatten(-1, (-1, columns))
+        weight = self.linear.weight + change[..., :-1]
+        bias = self.linear.bias + change[..., -1]
         return AffineMap(weight, None, bias if context is None else bias + self.shift(context))
+
+    def reset_parameters(self) -> None:
+        """Draw the initial weights; nothing depends on t yet."""
+        super().reset_parameters()
+        nn.init.zeros_(self.change.weight)
+
+    def reset_to_zero(self) -> None:
+        """Make this the zero map; the hidden layer stays, or it would never learn."""
+        super().reset_to_zero()
+        self.hidden.reset_parameters()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if f"{prefix}slope.weight" in state_dict:
+            raise RuntimeError(
+                "these are weights of an earlier 'hyper' layer, which was linear in t and not "
+                "FFJORD's. It is a 'blend' layer whose end has the sum of linear and slope: give "
+                "those to a field with layer='blend'"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class FiLMLinear(TimeLinear):
