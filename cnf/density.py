@@ -2,12 +2,10 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from operator import attrgetter, itemgetter
-from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -23,6 +21,7 @@ from cnf.ode import ODESolver
 from cnf.training import History, TrainingConfig, fit, recipe
 from cnf.transforms import Standardize, Transform, Unconstrain
 from cnf.transforms.whole_numbers import centred, fixed_noise
+from cnf.vector_fields import MLPField
 from cnf.vector_fields.conditions import ContextScaling
 
 GRID_STEPS = 100
@@ -33,8 +32,6 @@ NOISES = 8
 """Draws of the noise of whole numbers, over which the probability of a row is averaged."""
 
 _ROWS_AT_ONCE = 4096
-_GLOBAL_STATE = Lock()
-"""Held by who borrows torch's default dtype, which initial weights hang on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,14 +160,18 @@ def fit_density(
         >>> flow.log_prob(x).shape
         torch.Size([200])
     """
-    # Not around the training, which draws nothing from it: others may train meanwhile.
-    with _GLOBAL_STATE, Building(seed=settings.seed), _single_precision():
+    with Building(seed=settings.seed):
         network = CNF(
             rows.x.shape[-1],
             0 if rows.context is None else rows.context.shape[-1],
             hidden_features=tuple(settings.hidden_features),
             solver=ODESolver(method="rk4", steps=GRID_STEPS),
-        )
+        ).float()
+    # Drawn anew: torch's default dtype is anyone's to set, and in another one, others are drawn.
+    with Building(seed=settings.seed):
+        for part in network.modules():
+            if isinstance(part, MLPField):
+                part.reset_parameters()
     _, *continuous = network.double().chain  # the transforms given do its work
     flow = Flow([*transforms, *continuous])
     for scaling in _context_scalings(flow):
@@ -200,17 +201,6 @@ def continue_density(
     flow = deepcopy(flow)
     likelihood = settings.phases(len(rows.x), progress=progress)[-1:]
     return flow, _train(flow, rows, validation, likelihood)
-
-
-@contextmanager
-def _single_precision() -> Iterator[None]:
-    """Torch's usual default dtype: another draws other weights."""
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(dtype)
 
 
 def _train(

@@ -325,6 +325,7 @@ def test_what_is_no_array_of_numbers_is_refused(name):
             CNFDensity(**SMALL).fit(x, sample_weight=weight)
 
 
+@pytest.mark.filterwarnings("ignore::cnf.data.degeneracy.DegenerateDataWarning")
 @pytest.mark.parametrize(("value", "count"), [(1e20, 1), (-999.0, 1), (-999.0, 12), (4000.0, 1)])
 def test_values_that_stand_for_missing_ones_are_pointed_out(value, count):
     x = np.random.RandomState(0).normal(3, 2, size=(500, 2))
