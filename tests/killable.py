@@ -63,7 +63,8 @@ def train(folder: Path, **settings: object) -> tuple[Flow, History]:
     """Train from the beginning, or from what is in the folder."""
     torch.manual_seed(0)
     x = torch.randn(60, 2) @ torch.tensor([[1.0, -0.8], [0.0, 0.5]])
-    flow = CNF(2, hidden_features=(8, 8), divergence=Hutchinson(), solver=CHEAP)
+    settings_of_flow = {"divergence": Hutchinson(), "solver": CHEAP, "standardize": False}
+    flow = CNF(2, hidden_features=(8, 8), **settings_of_flow)
     checkpoints = Checkpoints(folder=folder, every=7, keep=3)
     history = fit(
         flow, x, phases(), validation=x[:20] + 1, checkpoints=checkpoints, resume=True, **settings

@@ -302,7 +302,7 @@ BAD_ROWS = [
     (torch.tensor(1.0), ValueError, r"got \(\)"),
     (torch.ones(4, 2, dtype=torch.int64), ValueError, "floating dtype; got torch.int64"),
     ([[0.0, 0.0]], TypeError, "x must be a torch.Tensor; got list"),
-    (torch.zeros(1, 2, device="meta"), ValueError, "device cpu; got meta"),
+    (torch.zeros(1, 2, device="meta"), ValueError, "hold numbers; got a tensor on the device meta"),
 ]
 
 

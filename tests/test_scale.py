@@ -13,6 +13,7 @@ from zoo import mlp, potential, residual, rows_for, seeded
 from cnf import (
     CNF,
     Affine,
+    Checkpoints,
     ContinuousTransform,
     Flow,
     FlowMatching,
@@ -145,6 +146,27 @@ def test_every_field_of_ours_scales_its_context(field):
     torch.testing.assert_close(
         scaled.to_base(x, context), transform.to_base(x, (context - mean) / std)
     )
+
+
+def test_a_run_resumes_with_the_scale_that_it_began_with(tmp_path):
+    x, context = pairs(50)
+    data, settings = (7 * x + 3, 9 * context - 1), config(6, batch_size=20)
+    whole, cut = small(1, 1), small(1, 1)
+    fit(whole, data, settings, checkpoints=Checkpoints(folder=tmp_path / "whole", every=2))
+    kept = Checkpoints(folder=tmp_path / "cut", every=2)
+    with pytest.raises(KeyboardInterrupt):
+        fit(cut, data, settings, checkpoints=kept, callbacks=[interrupted_at(3)])
+    resumed = small(1, 1)
+    fit(resumed, data, settings, checkpoints=kept, resume=True)
+    assert_same(weights(resumed), weights(whole))
+
+
+def interrupted_at(step):
+    def callback(report):
+        if report.step == step:
+            raise KeyboardInterrupt
+
+    return callback
 
 
 def test_without_standardize_nothing_is_scaled_ever():
