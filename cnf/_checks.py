@@ -127,9 +127,9 @@ def check_events(name: str, x: Tensor, event_shape: Sequence[int], *, like: Tens
 
 def _how_to_convert(name: str, x: Any, like: Tensor) -> str:
     """The line that makes a tensor of what is none, if there is one."""
-    given = name
+    given, make = name, "as_tensor"
     if hasattr(x, "to_numpy"):  # of pandas, polars or the like
-        given, x = f"{name}.to_numpy()", x.to_numpy()
+        given, x, make = f"{name}.to_numpy()", x.to_numpy(), "tensor"  # which may be read-only
     if isinstance(x, list | tuple) and x and all(isinstance(row, Tensor) for row in x):
         return f" Try torch.stack(list({given}))."
     if not isinstance(x, Sequence | np.ndarray) or isinstance(x, str):
@@ -141,10 +141,10 @@ def _how_to_convert(name: str, x: Any, like: Tensor) -> str:
     dtype = like.dtype if isinstance(like, Tensor) else torch.get_default_dtype()
     if _loses_digits(rows, dtype):
         return (
-            f" Try torch.as_tensor({given}, dtype=torch.float64), with model.to(torch.float64): "
+            f" Try torch.{make}({given}, dtype=torch.float64), with model.to(torch.float64): "
             f"{dtype} would round most of its digits away."
         )
-    return f" Try torch.as_tensor({given}, dtype={dtype})."
+    return f" Try torch.{make}({given}, dtype={dtype})."
 
 
 def check_dense(name: str, x: Tensor) -> None:
@@ -168,12 +168,16 @@ def _check_like(name: str, x: Tensor, like: Tensor) -> None:
             f"Move it with {name}.to({str(like.device)!r})."
         )
     if x.dtype != like.dtype:
-        convert = f"Convert it with {name}.to({like.dtype}), or the model with "
+        remedy = f"Convert it with {name}.to({like.dtype}), or the model with model.to({x.dtype})."
         if _loses_digits(x.detach(), like.dtype):
-            convert = f"{like.dtype} would round most of its digits away: convert the model with "
+            remedy = (
+                f"{like.dtype} would round most of its digits away: convert the model with "
+                f"model.to({x.dtype})."
+            )
+        elif _loses_digits(x.detach(), x.dtype):
+            remedy = f"{x.dtype} has rounded most of its digits away: make it in {like.dtype}."
         raise ValueError(
-            f"{name} must have the model's dtype {like.dtype}; got {x.dtype}. "
-            f"{convert}model.to({x.dtype})."
+            f"{name} must have the model's dtype {like.dtype}; got {x.dtype}. {remedy}"
         )
 
 

@@ -126,7 +126,7 @@ def rebuild(description: Any, classes: Mapping[str, type], count_part: Callable[
     name = description["class"]
     cls = _CLASSES.get(name) or classes.get(name)
     if cls is None:
-        raise ValueError(
+        raise MissingClassError(
             f"it names the class {name!r}, which is none of cnf; if it is yours, give it: "
             f"load(path, classes=[{name}])"
         )
@@ -163,6 +163,10 @@ def _is_number_in_an_array(value: object) -> bool:
     if isinstance(value, nn.Parameter) or not isinstance(value, np.ndarray | Tensor):
         return False
     return value.ndim == 0
+
+
+class MissingClassError(ValueError):
+    """A description names a class that is not known here."""
 
 
 class _NoDescriptionError(TypeError):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cnf._building import Building
 from cnf._files import BLANK_DIGEST, as_path, check_path, is_intact, seal, write_atomically
-from cnf.description import by_name, describe, rebuild
+from cnf.description import MissingClassError, by_name, describe, rebuild
 from cnf.flow import Flow
 
 FORMAT_VERSION = 1
@@ -107,6 +107,11 @@ def load(
         UserWarning: If the file is from before there was a digest.
     """
     path, device, own = as_path("path", path), _check_device(device), by_name(classes)
+    if path.is_dir():
+        raise ValueError(
+            f"path must be a file; {str(path)!r} is a folder. Name a file in it: "
+            "model.safetensors in a folder of cnf fit, best.safetensors in one of Checkpoints."
+        )
     if not path.is_file():
         raise FileNotFoundError(
             f"there is no file {str(path)!r} to load a flow from. Check the path, or save a flow."
@@ -205,6 +210,8 @@ def _build(
                 flow.to(value.dtype)
         _refuse_other_dtypes(flow.state_dict(), tensors)
         flow.load_state_dict(tensors)
+    except MissingClassError as error:
+        raise ValueError(f"{str(path)!r} needs a class of your own: {error}.") from error
     except Exception as error:  # constructors, of classes from anywhere, may raise anything
         raise ValueError(
             f"{str(path)!r} does not describe a flow of this version of cnf "

@@ -8,6 +8,7 @@ import argparse
 import collections
 import contextlib
 import math
+import os
 import random
 import signal
 import sys
@@ -533,6 +534,17 @@ def _limited() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+@contextlib.contextmanager
+def _within(folder: str) -> Iterator[None]:
+    """Relative paths are of this folder: a number in its place may be the name of a file."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 def outcome_of(target: Target, arguments: dict[str, Any]) -> Outcome:
     """Make one call, and say what became of it."""
     try:
@@ -572,7 +584,7 @@ def fuzz(calls: int, seed: int) -> tuple[collections.Counter[str], list[str]]:
     chance = random.Random(seed)  # noqa: S311 - no secrets
     counts, bad = collections.Counter[str](), []
     torch.manual_seed(seed)
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, _within(name):
         known = targets(Path(name))
         for _ in range(calls):
             place = chance.choice(list(known))
