@@ -3,6 +3,7 @@
 Importing it imports scikit-learn, which ``pip install 'cnf-flows[sklearn]'`` brings.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from cnf import density
 from cnf._checks import check_count
 from cnf.data.cells import refuse_unless_numbers
+from cnf.data.degeneracy import DegenerateDataWarning, check_columns
 from cnf.data.tabular import Table, check_for_training, point_out_fill_values
 from cnf.density import DensitySettings, Rows, continue_density, fit_density, hold_out
 from cnf.training import History
@@ -112,11 +114,14 @@ class CNFDensity(DensityMixin, BaseEstimator):
         table = Table(rows.x.numpy(), tuple(map(str, names)))
         check_for_training(table, "X")
         point_out_fill_values(table, "X")
+        check_columns("X", rows.x, table.columns)
         settings = self._settings()
         standardize = Standardize.from_data(rows.x, weight=rows.weight)
-        self.flow_, self.history_ = fit_density(
-            [standardize], *hold_out(rows, settings), settings=settings, progress=self.verbose
-        )
+        with warnings.catch_warnings():  # said above, of the columns as they came
+            warnings.simplefilter("ignore", DegenerateDataWarning)
+            self.flow_, self.history_ = fit_density(
+                [standardize], *hold_out(rows, settings), settings=settings, progress=self.verbose
+            )
         return self
 
     def partial_fit(

@@ -19,6 +19,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
+from cnf.data.degeneracy import DegenerateDataWarning
 from cnf.estimator import CNFDensity
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("coarse_grid")]
@@ -95,6 +96,12 @@ def test_the_fitted_flow_is_what_scores(model, rows):
     assert model.flow_.likelihood == "exact"
     assert len(model.history_.step) == 5
     assert model.n_features_in_ == 2
+
+
+def test_a_value_that_many_rows_share_is_pointed_out_in_the_units_and_names_of_the_user(rows):
+    x = np.where(np.arange(60)[:, None] < 30, [7.5, 0.0] * np.ones((60, 1)), rows)
+    with pytest.warns(DegenerateDataWarning, match=r"share a value of size \(7\.5 in 50 %\)"):
+        CNFDensity(**SMALL).fit(frame(np.column_stack([x[:, 0], rows[:, 1]]), ["size", "mass"]))
 
 
 @pytest.mark.parametrize("factor", [3e-45, 1e-46, 1e38])

@@ -64,8 +64,9 @@ def _of_repeated_values(rows: Tensor, names: Sequence[str]) -> list[str]:
     if not shared:
         return []
     return [
-        f"more than 5 % of the rows share a value of {listed(shared)}; treat whole numbers as "
-        "integers (Unconstrain, Dequantize), or add noise as wide as the rounding"
+        f"more than 5 % of the rows share a value of {listed(shared)}; call whole numbers "
+        "integers (transforms_for in Python, --support NAME=integer of the command cnf), model the "
+        "rows with the value apart, or add noise as wide as the rounding"
     ]
 
 
