@@ -2,12 +2,16 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from nflows.transforms import ActNorm
+from torch import nn
+from training_runs import CHEAP
 from zoo import BOUNDS, EXACT_FLOWS, cnf, perturbed, rows_for
 
 from cnf import (
+    CNF,
     Affine,
     AffineCoupling,
     ContinuousTransform,
@@ -15,6 +19,7 @@ from cnf import (
     Flow,
     Hutchinson,
     LinearField,
+    ModuleField,
     ODESolver,
     ResidualFlow,
     Standardize,
@@ -27,6 +32,7 @@ from cnf.transforms.contractive import ContractiveNetwork
 
 NAMES = [
     "hutchinson",
+    "finite_differences",
     "standard_error",
     "gradient_modes",
     "tolerance",
@@ -155,6 +161,40 @@ def test_a_number_that_depends_on_who_asks_for_gradients_is_found(wrong, trainin
     modes = [part.training for part in flow.modules()]
     assert certify(flow, torch.randn(20, 2))["gradient_modes"].verdict == "fail"
     assert [part.training for part in flow.modules()] == modes
+
+
+class Detached(nn.Module):
+    """Part of it is hidden from autograd."""
+
+    def forward(self, t, x):
+        return torch.tanh(2 * x.detach()) + 0.1 * x
+
+
+class ThroughNumpy(nn.Module):
+    """All of it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, t, x):
+        return self.weight * torch.as_tensor(np.tanh(x.detach().numpy()))
+
+
+@pytest.mark.parametrize("network", [Detached, ThroughNumpy])
+def test_a_field_whose_velocity_autograd_does_not_see_is_found(network):
+    flow = Flow([ContinuousTransform(ModuleField(network(), 3), solver=CHEAP)])
+    report = certify(flow, torch.randn(20, 3))
+    assert report["hutchinson"].verdict == "pass"
+    assert report["finite_differences"].verdict == "fail"
+    assert "operations of torch alone" in report["finite_differences"].remedy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_field_at_rest_and_one_of_single_precision_agree_with_their_differences(dtype):
+    for flow in (CNF(2), cnf(2), linear_flow()):
+        found = certify(flow.to(dtype).using(solver=CHEAP), torch.randn(20, 2).to(dtype))
+        assert found["finite_differences"].verdict == "pass"
 
 
 def test_a_wrong_ladj_is_found():

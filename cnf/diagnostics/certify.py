@@ -33,6 +33,8 @@ def certify(
 
     - ``hutchinson``: the exact mean log-density against the estimate with random probes, in
       standard errors of the latter;
+    - ``finite_differences``: how far products with the Jacobian of a vector field, of which its
+      divergence is made, are from finite differences of the velocity;
     - ``standard_error``: of the flow's own log-density of one row, if that is an estimate;
     - ``gradient_modes``: the largest change of a log-density when gradients are asked for, and when
       the flow is put into training mode, or out of it;

@@ -99,6 +99,38 @@ def _hutchinson(case: Case) -> Outcome:
     )
 
 
+def _finite_differences(case: Case) -> Outcome:
+    _need_continuous(case)
+    case = case.few()
+    found = [_deviation_of_products(part, case) for part in case.continuous]
+    return Outcome(
+        max(found),
+        0.1,
+        "median deviation of a Jacobian product from finite differences of the velocity, in shares",
+        "The field's velocity does not go through autograd (detach, numpy, no_grad), or its "
+        "velocity_and_products is wrong; write forward in operations of torch alone.",
+    )
+
+
+def _deviation_of_products(part: ContinuousTransform, case: Case) -> float:
+    """How far p^T J p is from finite differences along p, at random points halfway in time."""
+    field, like = part.vector_field, case.x
+    shape, draws = (len(case.x), part.features), case.generator
+    x = torch.randn(shape, generator=draws, dtype=like.dtype, device=like.device)
+    probe = torch.randn(shape, generator=draws, dtype=like.dtype, device=like.device).sign()
+    context = case.context if part.context_features else None
+    t = part.field_times(x.new_tensor(0.5)).detach()
+    velocity, products = field.velocity_and_products(t, x, probe.unsqueeze(0), context)
+    # Where truncation, of the order of the square, and rounding are about the same.
+    size = torch.finfo(like.dtype).eps ** (1 / 3)
+    ahead, behind = (field(t, x + sign * size * probe, context) for sign in (1, -1))
+    expected = (probe * (ahead - behind)).sum(-1) / (2 * size)
+    made = (probe * products[0]).sum(-1)
+    # A product much smaller than the velocity is lost in the rounding of the differences.
+    floor = 0.01 * velocity.norm(dim=-1) + torch.finfo(like.dtype).tiny
+    return float(((made - expected).abs() / (made.abs() + expected.abs() + floor)).median())
+
+
 def _standard_error(case: Case) -> Outcome:
     if case.flow.likelihood != "estimate":
         raise NotMeasuredError(f"the likelihood is {case.flow.likelihood!r}, not 'estimate'")
@@ -241,6 +273,7 @@ def _nfe(case: Case) -> Outcome:
 
 CHECKS: dict[str, Callable[[Case], Outcome]] = {
     "hutchinson": _hutchinson,
+    "finite_differences": _finite_differences,
     "standard_error": _standard_error,
     "gradient_modes": _gradient_modes,
     "tolerance": _tolerance,
