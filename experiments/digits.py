@@ -272,7 +272,9 @@ def draw(flow: Flow, x: Tensor, history: History, metrics: Metrics, settings: Se
         panel.set_title(title, fontsize=TITLE_SIZE)
         panel.set_axis_off()
     nats = np.array([history.loss, history.validation])
-    loss, validation = bits_per_dim(torch.as_tensor(-nats), PIXELS).tolist()
+    bits, measured = np.full_like(nats, np.nan), np.isfinite(nats)
+    bits[measured] = bits_per_dim(torch.as_tensor(-nats[measured]), PIXELS)
+    loss, validation = bits.tolist()
     columns = {"step": history.step, "loss": loss, "validation": validation}
     right.axhline(
         metrics.gaussian_of_logits.mean,

@@ -423,7 +423,7 @@ def test_a_step_with_wrong_inputs_is_not_blamed_on_the_compiler(by_steps_alone):
     transform = ContinuousTransform(mlp(2, 3), solver=stepping())
     transform.vector_field.compile(backend="eager")
     x = torch.randn(4, 2)
-    with pytest.raises(RuntimeError, match=r"shape"):
+    with pytest.raises(RuntimeError, match=r"shape|must match the size"):
         transform.to_base(x, torch.randn(4, 5))
     by_steps_alone()
     transform.to_base(x, torch.randn(4, 3))
@@ -442,7 +442,7 @@ def broken(graph, inputs):
 
 
 def test_a_flow_that_cannot_be_compiled_says_so_once_and_goes_on():
-    flow = flow_along(CNF(2, hidden_features=(8, 8)).double().transforms[0].vector_field)
+    flow = flow_along(CNF(2, hidden_features=(8, 8)).double().transforms[-1].vector_field)
     once = copy.deepcopy(flow)
     once.compile(backend=broken)
     x = torch.randn(3, 2)
@@ -462,7 +462,7 @@ def test_what_the_user_got_wrong_is_not_blamed_on_the_compiler():
     field.compile(backend="aot_eager")
     programs = Programs()
     t, x = torch.rand(()), torch.randn(4, 2)
-    with pytest.raises(RuntimeError, match=r"shape"):
+    with pytest.raises(RuntimeError, match=r"shape|must match the size"):
         field.velocity_and_divergence(t, x, torch.randn(4, 5))
     field.velocity_and_divergence(t, x, torch.randn(4, 3))
     assert programs.number == 1

@@ -629,6 +629,7 @@ def test_an_error_is_one_line_and_debug_says_where(folder, tmp_path):
     assert "FileNotFoundError: there is no file" in long.stderr
 
 
+@pytest.mark.filterwarnings("ignore::cnf.data.degeneracy.DegenerateDataWarning")
 def test_failures_of_training_and_of_ours_are_told_apart(folder, tmp_path, capsys, monkeypatch):
     def fail(error):
         def failing(*_, **__):

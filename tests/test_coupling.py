@@ -16,6 +16,7 @@ from cnf import (
     Flow,
     MLPConditioner,
     fit,
+    load,
     save,
 )
 from cnf.data.toy import toy_density
@@ -190,10 +191,13 @@ def test_fit_lowers_the_negative_log_likelihood(kind):
     assert -flow.log_prob(x).mean().item() < before - 0.2
 
 
-def test_a_flow_with_a_network_of_the_users_own_is_not_saved(tmp_path):
+def test_a_flow_with_a_network_of_the_users_own_is_loaded_given_its_class(tmp_path):
     flow = Flow([AffineCoupling(2, conditioner=Given())])
-    with pytest.raises(TypeError, match=r"got Given\. Save flow\.state_dict\(\) instead"):
-        save(flow, tmp_path / "flow.safetensors")
+    save(flow, tmp_path / "flow.safetensors")
+    with pytest.raises(ValueError, match=r"the class 'Given'.*classes=\[Given\]"):
+        load(tmp_path / "flow.safetensors")
+    same = load(tmp_path / "flow.safetensors", classes=[Given])
+    assert isinstance(same.chain[0].conditioner, Given)
 
 
 def test_a_conditioner_that_gives_too_few_numbers_is_refused():

@@ -100,6 +100,8 @@ class History:
                 )
             try:
                 for row in reader:
+                    if None in row:  # what DictReader calls cells beyond the columns
+                        raise ValueError(f"it has more than {len(history.columns)} cells")
                     for name, column in history.columns.items():
                         column.append((int if name in WHOLE else float)(row[name]))
             except (TypeError, ValueError) as error:
