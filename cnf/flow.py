@@ -201,7 +201,11 @@ class Flow(nn.Module):
             z, ladj = chain.to_base_and_ladj(self.chain, x, context, generator=generator)
             log_prob = self.base.log_prob(z) + ladj
         refuse_overflow("x", log_prob.detach().isnan(), "its log-density", x.dtype)
-        return torch.where(inside, log_prob, -math.inf) if is_hidden(inside) else log_prob
+        if not is_hidden(inside):
+            return log_prob
+        # NaN is outside of every support, and could not be refused.
+        nan = x.detach().isnan().flatten(x.ndim - len(self.event_shape)).any(-1)
+        return torch.where(inside, log_prob, torch.where(nan, math.nan, -math.inf))
 
     def log_prob_and_error(
         self,

@@ -270,3 +270,11 @@ def test_a_log_density_on_a_grid_is_exported():
         torch.export.export(LogProb(own), (x,))
     program = torch.export.export(ToData(own), (x,))
     torch.testing.assert_close(program.module()(x), own.to_data(x), **CLOSE)
+
+
+def test_within_vmap_a_row_of_nan_has_no_density():
+    flow = Flow([ContinuousTransform(mlp(), solver=GRID)])
+    x = torch.randn(3, 2)
+    x[1, 0] = torch.nan
+    found = func.vmap(flow.log_prob)(x)
+    assert found.isnan().tolist() == [False, True, False]

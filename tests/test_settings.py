@@ -88,6 +88,17 @@ def test_numbers_of_other_libraries_are_kept_as_python_has_them(kind, tmp_path):
     assert load(tmp_path / "flow.safetensors").chain[-1].solver == solver
 
 
+def test_settings_of_training_are_kept_as_python_has_them():
+    config = TrainingConfig(
+        steps=np.int64(4),
+        learning_rate=torch.tensor(0.5),
+        ema=np.float32(0.5),
+        patience=np.int32(2),
+    )
+    plain = TrainingConfig(steps=4, learning_rate=0.5, ema=0.5, patience=2)
+    assert repr(config) == repr(plain)
+
+
 CHOICES = {
     "method": lambda value: ODESolver(method=value),
     "gradient": lambda value: ODESolver(gradient=value),

@@ -66,17 +66,23 @@ class TrainingConfig:
                 "objective must be callable and make an objective of a flow, such as "
                 f"MaximumLikelihood; got {self.objective!r}."
             )
-        for name in ("steps", "batch_size", "validate_every", "accumulate"):
-            check_count(name, getattr(self, name))
-        check_seed("seed", self.seed)
-        if self.patience is not None:
-            check_count("patience", self.patience)
-        check_number("learning_rate", self.learning_rate, "positive and finite", is_positive)
+        for name in ("steps", "batch_size", "validate_every", "accumulate", "patience"):
+            if name != "patience" or self.patience is not None:
+                self._keep(name, check_count(name, getattr(self, name)))
+        self._keep("seed", check_seed("seed", self.seed))
+        rate = check_number("learning_rate", self.learning_rate, "positive and finite", is_positive)
+        self._keep("learning_rate", rate)
         check_choice("schedule", self.schedule, _SCHEDULES)
         check_choice("precision", self.precision, _PRECISIONS)
         if self.gradient_clip is not None:
             clip = self.gradient_clip
-            check_number("gradient_clip", clip, "positive or None", lambda norm: norm > 0)
+            clip = check_number("gradient_clip", clip, "positive or None", lambda norm: norm > 0)
+            self._keep("gradient_clip", clip)
         if self.ema is not None:
-            check_number("ema", self.ema, "between 0 and 1, or None", lambda decay: 0 < decay < 1)
+            expected = "between 0 and 1, or None"
+            self._keep("ema", check_number("ema", self.ema, expected, lambda part: 0 < part < 1))
         check_flag("progress", self.progress)
+
+    def _keep(self, name: str, value: int | float) -> None:
+        """A setting as Python has it, so that a run resumes whatever library it came from."""
+        object.__setattr__(self, name, value)
