@@ -1,6 +1,7 @@
 """The flow that follows an ordinary differential equation."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from cnf._checks import check_count, check_flag
 from cnf.bases import Base
@@ -113,3 +114,18 @@ class CNF(Flow):
             for part in self.modules():
                 if isinstance(part, ContextScaling):
                     part.keep_identity()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # What was saved before a CNF held a Standardize has one transform less.
+        parts = list(self.transforms)
+        place = next((i for i, part in enumerate(parts) if isinstance(part, Standardize)), None)
+        names = [f"{prefix}transforms.{i}." for i in range(len(parts))]
+        if place is not None and not any(key.startswith(names[-1]) for key in state_dict):
+            for old, new in reversed(list(zip(names[place:-1], names[place + 1 :], strict=True))):
+                for key in [key for key in state_dict if key.startswith(old)]:
+                    state_dict[new + key[len(old) :]] = state_dict.pop(key)
+            identity = Standardize(int(parts[place].features))  # type: ignore[arg-type]
+            identity.keep_identity()
+            for key, value in identity.state_dict().items():
+                state_dict[names[place] + key] = value
+        super()._load_from_state_dict(state_dict, prefix, *args)

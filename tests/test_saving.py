@@ -729,10 +729,7 @@ def test_no_class_from_outside_the_registry_is_built(name, place, saved, tmp_pat
     assert not canary.exists()
 
 
-@pytest.mark.parametrize("make", ["nothing", "folder"])
-def test_a_missing_file_is_named(make, path):
-    if make == "folder":
-        path.mkdir()
+def test_a_missing_file_is_named(path):
     with pytest.raises(FileNotFoundError, match=re.escape(repr(str(path))) + ".*Check the path"):
         load(path)
 

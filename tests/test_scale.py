@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributions import Normal
 from training_runs import CHEAP, affine_flow, assert_same, config, weights
-from zoo import mlp, potential, residual, rows_for, seeded
+from zoo import cnf, mlp, potential, residual, rows_for, seeded
 
 from cnf import (
     CNF,
@@ -132,6 +132,19 @@ def test_weights_of_before_there_were_scalings_are_loaded_as_those_of_the_identi
     if isinstance(new, Flow):
         x, context = rows_for(new, 5)
         torch.testing.assert_close(new.log_prob(x, context), old.log_prob(x, context))
+
+
+@pytest.mark.parametrize("settings", [{}, {"blocks": 2}, {"augment": 1}], ids=str)
+def test_weights_of_a_cnf_of_before_it_held_a_standardize_are_loaded(settings):
+    old = cnf(2, 3, **settings)
+    state = {name: v for name, v in old.state_dict().items() if "context_scaling" not in name}
+    assert not any(name.endswith("is_initialized") for name in state)
+    new = cnf(2, 3, standardize=True, **settings)
+    new.load_state_dict(state)
+    x, context = rows_for(new, 5)
+    found, expected = (flow.log_prob(x, context, generator=seeded()) for flow in (new, old))
+    torch.testing.assert_close(found, expected)
+    assert not any(part.awaits_data for part in new.chain)
 
 
 @pytest.mark.parametrize("field", [mlp, potential, residual], ids=lambda field: field.__name__)
