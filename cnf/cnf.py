@@ -117,14 +117,17 @@ class CNF(Flow):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # What was saved before a CNF held a Standardize has one transform less.
-        parts = list(self.transforms)
-        place = next((i for i, part in enumerate(parts) if isinstance(part, Standardize)), None)
-        names = [f"{prefix}transforms.{i}." for i in range(len(parts))]
-        if place is not None and not any(key.startswith(names[-1]) for key in state_dict):
+        parts = list(enumerate(self.transforms))
+        place, held = next(
+            ((i, part) for i, part in parts if isinstance(part, Standardize)), (0, None)
+        )
+        names = [f"{prefix}transforms.{i}." for i, _ in parts]
+        absent = not any(key.startswith(names[-1]) for key in state_dict)
+        if held is not None and absent and f"{names[place]}mean" not in state_dict:
             for old, new in reversed(list(zip(names[place:-1], names[place + 1 :], strict=True))):
                 for key in [key for key in state_dict if key.startswith(old)]:
                     state_dict[new + key[len(old) :]] = state_dict.pop(key)
-            identity = Standardize(int(parts[place].features))  # type: ignore[arg-type]
+            identity = Standardize(held.features)
             identity.keep_identity()
             for key, value in identity.state_dict().items():
                 state_dict[names[place] + key] = value

@@ -147,6 +147,15 @@ def test_weights_of_a_cnf_of_before_it_held_a_standardize_are_loaded(settings):
     assert not any(part.awaits_data for part in new.chain)
 
 
+def test_a_part_of_the_weights_stays_in_its_place():
+    flow, other = cnf(standardize=True), cnf(standardize=True)
+    other.initialize(3 + 2 * torch.randn(50, 2))
+    part = {name: v for name, v in other.state_dict().items() if name.startswith("transforms.0.")}
+    found = flow.load_state_dict(part, strict=False)
+    assert not found.unexpected_keys
+    assert torch.equal(flow.chain[0].mean, other.chain[0].mean)
+
+
 @pytest.mark.parametrize("field", [mlp, potential, residual], ids=lambda field: field.__name__)
 def test_every_field_of_ours_scales_its_context(field):
     transform = ContinuousTransform(field(2, 3), solver=CHEAP)
