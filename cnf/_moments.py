@@ -21,12 +21,11 @@ def column_moments(name: str, x: Tensor, weight: Tensor | None = None) -> tuple[
             hold the spread of a column: too large, or rounded away beside its mean.
     """
     rows = x.detach().to("cpu", torch.float64)
+    share = rows.new_ones(len(rows))
     if weight is not None:
         share = weight.detach().to("cpu", torch.float64)
         rows, share = rows[share > 0], share[share > 0]
         share = share / share.max()
-    else:
-        share = rows.new_ones(len(rows))
     if len(rows) < 2:
         raise ValueError(
             f"{name} must have shape (rows, features) with at least 2 rows; got {tuple(x.shape)}."
@@ -34,21 +33,36 @@ def column_moments(name: str, x: Tensor, weight: Tensor | None = None) -> tuple[
             else f"{name} must have at least 2 rows of positive weight; got {len(rows)}."
         )
     share = (share / share.sum()).unsqueeze(-1)
-    mean = (share * rows).sum(0)
-    variance = (share * (rows - mean).square()).sum(0) / (1 - share.square().sum())
-    std = variance.sqrt()
-    largest = torch.finfo(x.dtype).max
-    if not (std < largest).all():
-        huge = (~(std < largest)).nonzero().flatten().tolist()
-        raise ValueError(
-            f"{name} must have a standard deviation that {x.dtype} can hold; it is too large in "
-            f"{huge}. Rescale these features, or use float64."
-        )
     low, high = rows.amin(0), rows.amax(0)
     constant = low == high
+    mean = (share * rows).sum(0).where(~constant, low)
+    distance = rows - mean
+    unit = distance.abs().amax(0).where(~constant, 1.0)  # squares of tiny numbers would be 0
+    std = unit * ((share * (distance / unit).square()).sum(0) / _freedom(share)).sqrt()
     std = std.where(~constant, 0.0)
+    _refuse_beyond(name, std, x.dtype)
     _refuse_rounded(name, std, torch.maximum(low.abs(), high.abs()), x.dtype)
-    return mean.where(~constant, low), std
+    return mean, std
+
+
+def _freedom(share: Tensor) -> Tensor:
+    """``1 - (share ** 2).sum()`` of shares that sum to 1, without loss where one is nearly all."""
+    order = share.flatten().sort().values
+    others = order[:-1]
+    return order[-1] * others.sum() + (others * (1 - others)).sum()
+
+
+def _refuse_beyond(name: str, std: Tensor, dtype: torch.dtype) -> None:
+    """Refuse spreads that, or whose inverses, are infinite in the dtype."""
+    large = ~(std < torch.finfo(dtype).max)
+    small = (std > 0) & (std < torch.finfo(dtype).tiny)
+    for size, beyond in (("large", large), ("small", small)):
+        if beyond.any():
+            columns = beyond.nonzero().flatten().tolist()
+            raise ValueError(
+                f"{name} must have a standard deviation that {dtype} can hold; it is too {size} in "
+                f"{columns}. Rescale these features, or use float64."
+            )
 
 
 def _refuse_rounded(name: str, std: Tensor, largest: Tensor, dtype: torch.dtype) -> None:

@@ -256,7 +256,7 @@ def test_a_bad_row_of_a_dataset_is_named_when_it_is_read(value, message, monkeyp
 def test_a_bad_context_of_a_dataset_is_named_by_its_row():
     context = torch.randn(5, 3)
     context[3, 0] = math.inf
-    data = TensorDataset(torch.randn(5, 2), context)
+    data = Listed(list(zip(torch.randn(5, 2), context, strict=True)))
     with pytest.raises(ValueError, match=r"the context of data\[3\] must be finite"):
         fit(conditional_flow(), data, config(), validation=None)
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch.distributions import Normal
+from torch.utils.data import Dataset, StackDataset
 from training_runs import CHEAP, affine_flow, assert_same, config, weights
 from zoo import cnf, mlp, potential, residual, rows_for, seeded
 
@@ -14,6 +15,7 @@ from cnf import (
     CNF,
     Affine,
     Checkpoints,
+    ConditionalAffine,
     ContinuousTransform,
     Flow,
     FlowMatching,
@@ -27,8 +29,23 @@ from cnf import (
     recipe,
     save,
 )
-from cnf.data.degeneracy import DegenerateDataWarning
+from cnf._moments import column_moments
+from cnf.data.degeneracy import DegenerateDataWarning, check_columns
 from cnf.vector_fields.conditions import ContextScaling
+
+
+class Rowwise(Dataset):
+    """Rows by name, one at a time."""
+
+    def __init__(self, columns):
+        self.columns = columns
+
+    def __len__(self):
+        return len(self.columns["x"])
+
+    def __getitem__(self, i):
+        return {name: column[i] for name, column in self.columns.items()}
+
 
 FAIR = ODESolver(method="rk4", steps=6, gradient="backprop")
 """Fine enough that likelihood is not gained by what the steps miss."""
@@ -272,6 +289,10 @@ def with_column(make):
 
 DEGENERATE = {
     "linear": (lambda x: 3 * x[:, :1] - x[:, 1:] + 1, r"columns column 0, column 1, column 2"),
+    "fill value": (
+        lambda x: x[:, :1].where(torch.arange(200).unsqueeze(1) != 8, 1e20),
+        r"far outside .*: 1e\+20 in 1 of 180 rows of 'column 2'",
+    ),
     "rounded": (lambda x: x[:, :1].round(), r"share a value of column 2 \("),
     "inflated": (lambda x: x[:, :1].clamp(min=0), r"column 2 \(0 in 5\d %\)"),
 }
@@ -284,6 +305,39 @@ def test_data_without_a_bounded_density_are_pointed_out(name, settings, monkeypa
     make, message = DEGENERATE[name]
     with pytest.warns(DegenerateDataWarning, match=message):
         fit(small(3), with_column(make), settings)
+
+
+def dependent(x):
+    """Three columns, of which the last follows from the others."""
+    return torch.cat([x, 3 * x[:, :1] - x[:, 1:]], -1)
+
+
+@pytest.mark.parametrize("unit", [1e-170, 1e-3, 1.0, 1e150])
+@pytest.mark.parametrize("offset", [0.0, 1e2, 1e4, 1e5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dependence_is_seen_through_rounding_and_in_any_unit(unit, offset, dtype):
+    if dtype == torch.float32 and not 1e-30 < unit < 1e30:
+        pytest.skip("a unit beyond this dtype")
+    x = torch.randn(500, 2, generator=seeded())
+    rows = (unit * (x + offset)).to(dtype)
+    with pytest.warns(DegenerateDataWarning, match="linear function of the columns a, b, c"):
+        check_columns("data", dependent(rows), "abc")
+    free = torch.cat([rows, (unit * (x[:, :1] + 0.1 * x[:, 1:] ** 2 + offset)).to(dtype)], -1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_columns("data", free, "abc")
+
+
+@pytest.mark.parametrize("far", [1e6, 1e30])
+def test_an_outlier_that_columns_share_does_not_make_them_dependent(far):
+    x = torch.randn(500, 2, generator=seeded())
+    x[7] = far
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_columns("data", x, "ab")
+    x[:, 1] = 2 * x[:, 0] + 1
+    with pytest.warns(DegenerateDataWarning, match="linear function of the columns a, b is"):
+        check_columns("data", x, "ab")
 
 
 @pytest.mark.parametrize("settings", [None, config(1)], ids=["none", "one"])
@@ -332,6 +386,43 @@ def test_rows_of_weight_zero_are_as_if_they_were_not_there():
     assert_same(weights(zero), weights(absent))
 
 
+@pytest.mark.parametrize("kind", [lambda rows: StackDataset(**rows), Rowwise], ids=["stack", "own"])
+@pytest.mark.parametrize("factor", [1e-300, 1e300])
+def test_weights_of_a_dataset_count_on_any_scale(kind, factor):
+    x = torch.randn(60, 2, generator=seeded())
+    weight = torch.rand(60, dtype=torch.float64, generator=seeded())
+    flows = []
+    for data in ({"x": x, "weight": weight}, kind({"x": x, "weight": factor * weight})):
+        flow = small()
+        fit(flow, data, config(4, batch_size=20))
+        flows.append(weights(flow))
+    torch.testing.assert_close(flows[1], flows[0], rtol=1e-9, atol=1e-9)
+
+
+def test_rows_of_weight_zero_in_a_dataset_do_not_set_the_scale():
+    x, far = torch.randn(60, 2, generator=seeded()), 1e5 * torch.randn(5, 2, generator=seeded())
+    data = {
+        "x": torch.cat([x, far]),
+        "weight": torch.tensor([1.0, 0.0]).repeat_interleave(torch.tensor([60, 5])),
+    }
+    flow = small()
+    fit(flow, Rowwise(data), config(1), validation=None)
+    torch.testing.assert_close(flow.chain[0].log_std.exp(), x.std(0), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("most", [1e6, 1e12, 1e300])
+def test_weights_that_leave_all_to_one_row_are_refused(most):
+    x = torch.randn(60, 2, generator=seeded())
+    weight = torch.ones(60, dtype=torch.float64)
+    weight[7] = most
+    with pytest.raises(
+        ValueError, match="must count more than one row; .* has (9|100)"
+    ):
+        fit(small(), {"x": x, "weight": weight}, config(1))
+    weight[7] = 100.0
+    fit(small(), {"x": x, "weight": weight}, config(1))
+
+
 def test_rows_that_hardly_count_do_not_set_the_scale():
     x = torch.cat([torch.randn(500, 1, generator=seeded()), torch.full((5, 1), 1e5)])
     weight = torch.cat([torch.ones(500), torch.full((5,), 1e-9)])
@@ -342,16 +433,77 @@ def test_rows_that_hardly_count_do_not_set_the_scale():
     assert flow.chain[0].log_std.exp().item() == pytest.approx(1, abs=0.1)
 
 
-def test_weighted_moments_are_those_of_repeated_rows():
-    x, counts = torch.randn(6, 2), torch.tensor([1, 2, 3, 1, 1, 4])
+def test_weighted_moments_of_many_rows_are_those_of_repeated_rows():
+    x, counts = torch.randn(2000, 2, generator=seeded()), torch.tensor([1, 2, 3, 1]).repeat(500)
     repeated = x.repeat_interleave(counts, 0)
     weighted = Standardize.from_data(x, weight=counts.double())
     torch.testing.assert_close(weighted.mean, repeated.mean(0))
-    expected = repeated.std(0, correction=0)
-    share = counts / counts.sum()
-    torch.testing.assert_close(
-        weighted.log_std.exp(), expected / (1 - share.square().sum()).sqrt().to(expected)
-    )
+    torch.testing.assert_close(weighted.log_std.exp(), repeated.std(0), rtol=1e-3, atol=0)
+
+
+def test_weighted_variance_is_unbiased():
+    x = torch.randn(20_000, 3, generator=seeded())  # each row gives a triple
+    weight = torch.tensor([1.0, 2.0, 5.0])
+    variances = [column_moments("x", each.unsqueeze(-1), weight)[1].square() for each in x[:2000]]
+    mean, error = torch.cat(variances).mean(), torch.cat(variances).std() / 2000**0.5
+    assert abs(mean - 1) < 3.3 * error  # one chance in a thousand
+
+
+@pytest.mark.parametrize("weight", [3e-45, 1.0, 1e38])
+@pytest.mark.parametrize("unit", [1e-170, 1e-30, 1.0, 1e150])
+def test_moments_of_equal_weights_are_those_of_the_rows_in_any_unit(weight, unit):
+    x = torch.randn(50, 2, generator=seeded()) + 3
+    mean, std = column_moments("x", unit * x, torch.full((50,), weight))
+    torch.testing.assert_close(mean / unit, x.mean(0))
+    torch.testing.assert_close(std / unit, x.std(0))
+
+
+def test_a_row_that_nearly_is_all_leaves_the_spread_to_the_others():
+    x = torch.randn(50, 1, generator=seeded())
+    weight = torch.cat([torch.tensor([1e40]), torch.ones(49)])
+    _, std = column_moments("x", x, weight)
+    expected = ((x[1:] - x[0]).square().mean(0) / 2).sqrt()
+    torch.testing.assert_close(std, expected)
+
+
+@pytest.mark.parametrize(("unit", "what"), [(1e-39, "small"), (1e38, "large")])
+def test_spreads_whose_inverse_is_infinite_are_refused(unit, what):
+    x = (unit * torch.tensor([[-3.0, 3.0], [3.0, -3.0]])).float()
+    with pytest.raises(ValueError, match=rf"it is too {what} in \[0, 1\]. Rescale"):
+        Standardize.from_data(x)
+
+
+def trained_in_a_loop(x, context):
+    flow = Flow([Standardize(1), ConditionalAffine(1, 1)])
+    optimizer = torch.optim.Adam(flow.parameters(), lr=0.1)
+    for _ in range(300):
+        optimizer.zero_grad()
+        (-flow.log_prob(x, context).mean()).backward()
+        optimizer.step()
+    return flow
+
+
+@pytest.mark.parametrize("of", ["x", "context"])
+def test_a_flow_trained_in_a_loop_of_ones_own_keeps_its_scale(of, tmp_path):
+    x, context = pairs()
+    x, context = (4 * x + 3, context) if of == "x" else (x, 4 * context + 2)
+    flow = trained_in_a_loop(x, context)
+    save(flow, tmp_path / "flow.safetensors")
+    before = -flow.log_prob(x, context).mean().item()
+    for each in (flow, load(tmp_path / "flow.safetensors")):
+        with pytest.warns(UserWarning, match=r"been trained before .* flow\.initialize"):
+            fit(each, (x, context), config(1, learning_rate=1e-9))
+        assert -each.log_prob(x, context).mean().item() == pytest.approx(before, abs=1e-6)
+        fit(each, (x, context), config(1))  # it is said once
+
+
+@pytest.mark.parametrize("features", [1, 8])
+@pytest.mark.parametrize(("a", "b"), [(1e-3, 0), (0.5, 0), (1, 0), (2, 1), (1e3, 5)])
+def test_a_fresh_flow_is_always_given_the_scale_of_its_data(features, a, b):
+    x = a * torch.randn(100, features, generator=seeded()) + b
+    flow = small(features)
+    fit(flow, x, config(1))
+    torch.testing.assert_close(flow.chain[0].log_std.exp(), x.std(0), rtol=0.2, atol=0)
 
 
 def test_a_scaling_waits_until_it_is_told():

@@ -13,12 +13,12 @@ from cnf.data.names import listed
 _SHARE = 0.05
 _FEWEST = 10
 _DEPENDENT = 1e-10
-"""Variance of a combination of standardised columns that rounding in float32 can leave of none."""
+"""Variance of a combination of standardised columns that is as good as none, rounding apart."""
 _LOADING = 0.1
 
 
 class DegenerateDataWarning(UserWarning):
-    """The best density of these rows is infinite somewhere, so that a likelihood means little."""
+    """A likelihood of these rows means little: it has no bound, or follows values far outside."""
 
 
 def check_columns(name: str, x: Float[Tensor, "rows columns"], names: Sequence[str]) -> None:
@@ -36,15 +36,15 @@ def check_columns(name: str, x: Float[Tensor, "rows columns"], names: Sequence[s
         DegenerateDataWarning: If more than 5 % of the rows share a value of a column, or columns
             are linear functions of each other.
     """
-    column_moments(name, x)
     rows = x.detach().to("cpu", torch.float64)
-    constant = (rows == rows[:1]).all(0).nonzero().flatten().tolist()
+    _, std = column_moments(name, x)
+    constant = (std == 0).nonzero().flatten().tolist()
     if constant:
         raise ValueError(
             f"{name} must vary in every column, for a constant has no density; it is constant in "
             f"{listed([names[i] for i in constant])}. Leave these columns out."
         )
-    remarks = [*_of_repeated_values(rows, names), *_of_dependence(rows, names)]
+    remarks = [*_of_repeated_values(rows, names), *_of_dependence(rows, x.dtype, names)]
     if remarks:
         warnings.warn(
             f"{name} has no bounded density: {'; '.join(remarks)}. The likelihood then grows "
@@ -55,12 +55,17 @@ def check_columns(name: str, x: Float[Tensor, "rows columns"], names: Sequence[s
 
 
 def _of_repeated_values(rows: Tensor, names: Sequence[str]) -> list[str]:
+    fewest = max(_FEWEST, int(_SHARE * len(rows)) + 1)
+    if len(rows) < fewest:
+        return []
+    ordered = rows.T.contiguous().sort().values  # many times faster than along the first axis
+    repeated = (ordered[:, fewest - 1 :] == ordered[:, : len(rows) - fewest + 1]).any(1)
     shared = []
-    for name, column in zip(names, rows.unbind(-1), strict=True):
-        values, counts = column.unique(return_counts=True)
+    for i in repeated.nonzero().flatten().tolist():
+        values, counts = ordered[i].unique_consecutive(return_counts=True)
         most = counts.argmax()
-        if counts[most] >= _FEWEST and counts[most] > _SHARE * len(rows):
-            shared.append(f"{name} ({values[most]:g} in {100 * counts[most] / len(rows):.0f} %)")
+        share = 100 * counts[most] / len(rows)
+        shared.append(f"{names[i]} ({values[most] + 0.0:g} in {share:.0f} %)")
     if not shared:
         return []
     return [
@@ -70,17 +75,37 @@ def _of_repeated_values(rows: Tensor, names: Sequence[str]) -> list[str]:
     ]
 
 
-def _of_dependence(rows: Tensor, names: Sequence[str]) -> list[str]:
-    if rows.shape[1] < 2 or len(rows) <= rows.shape[1]:
-        return []
-    std, mean = torch.std_mean(rows, dim=0)
-    standard = (rows - mean) / std
-    variances, directions = torch.linalg.eigh(standard.T @ standard / len(rows))
-    flat = directions[:, variances < _DEPENDENT]
-    involved = (flat.abs() > _LOADING).any(-1).nonzero().flatten().tolist()
+def _of_dependence(rows: Tensor, dtype: torch.dtype, names: Sequence[str]) -> list[str]:
+    rows = rows / rows.abs().amax(0)  # their squares are then neither 0 nor inf
+    flat = _dependent(rows, dtype)
+    if flat.any():  # a few rows far outside, which make any columns alike, do not count
+        far = _standard(rows).square().amax(1)
+        flat &= _dependent(rows[far <= far.median()], dtype)
+    involved = [name for name, is_flat in zip(names, flat.tolist(), strict=True) if is_flat]
     if not involved:
         return []
     return [
-        f"a linear function of the columns {listed([names[i] for i in involved])} is constant; "
-        "leave out what follows from the others"
+        f"a linear function of the columns {listed(involved)} is constant; leave out what follows "
+        "from the others"
     ]
+
+
+def _dependent(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Which columns take part in a linear function that is constant but for rounding."""
+    standard = _standard(rows)
+    step = torch.finfo(dtype).eps * rows.abs().amax(0) / rows.std(0)
+    varies = standard.isfinite().all(0)
+    standard, step = standard[:, varies], step[varies]
+    dependent = torch.zeros(rows.shape[1], dtype=torch.bool)
+    if standard.shape[1] < 2 or len(rows) <= standard.shape[1]:
+        return dependent
+    variances, directions = torch.linalg.eigh(standard.T @ standard / len(rows))
+    rounding = (directions * step.unsqueeze(-1)).square().sum(0) / 4
+    flat = directions[:, variances < _DEPENDENT + rounding]
+    dependent[varies] = (flat.abs() > _LOADING).any(-1)
+    return dependent
+
+
+def _standard(rows: Tensor) -> Tensor:
+    std, mean = torch.std_mean(rows, dim=0)
+    return (rows - mean) / std

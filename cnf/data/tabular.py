@@ -24,6 +24,7 @@ from cnf.data.cells import (
     unacceptable,
 )
 from cnf.data.csv_files import read_csv, to_csv
+from cnf.data.degeneracy import DegenerateDataWarning
 from cnf.data.names import find_columns, listed, numbered_names, shortened
 from cnf.data.npy import DAMAGES, check_header
 from cnf.data.parquet import read_parquet
@@ -173,6 +174,9 @@ def point_out_fill_values(table: Table, name: str = "the table") -> None:
     Args:
         table: The table.
         name: What to call it in the message, such as the path.
+
+    Warns:
+        DegenerateDataWarning: If there are any.
     """
     found = [
         f"{value:g} in {count} of {len(column)} rows of {shortened(label)!r}"
@@ -184,6 +188,7 @@ def point_out_fill_values(table: Table, name: str = "the table") -> None:
             f"{name} has values far outside of all others in their column, which may stand for "
             f"missing ones: {listed(found)}. Drop these rows or mend them, for a density follows "
             "all its rows.",
+            DegenerateDataWarning,
             stacklevel=3,
         )
 

@@ -42,8 +42,9 @@ def fit(
             share, `draws`.
         data: What to train on, at any scale; `Data` lists the forms. What a flow sets from data,
             such as a `Standardize`, is set from 10 000 of these rows at most. Weights are scaled
-            to a mean of 1, but for those of a `Dataset`, which is read as needed and so may be
-            larger than memory. None for an objective that takes no data.
+            to a mean of 1, in a `Dataset` over 10 000 rows at most: it is read as needed, and so
+            may be larger than memory, but for torch's `TensorDataset` and `StackDataset` of
+            tensors, which are taken as these. None for an objective that takes no data.
         config: Settings; for a flow perhaps several, phase by phase. A phase starts from the
             weights, averaged if they were, that the one before ended with, or from the best so far
             if that one ran out of `patience`. None is for the phases of `recipe` for a flow that

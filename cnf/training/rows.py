@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, StackDataset, TensorDataset
 
 from cnf._checks import (
     check_context,
@@ -24,6 +24,7 @@ by name, with weights ``(rows,)`` if wanted, ``{"x": ..., "context": ..., "weigh
 `torch.utils.data.Dataset` whose items are one of these three for a single row."""
 
 _MOST_HELD_OUT = 1000
+_MOST_LOOKED_AT = 10_000
 _FORMS = "a tensor, a pair (x, context) or a dict with x and perhaps context and weight"
 
 
@@ -88,9 +89,8 @@ class TensorRows(Rows):
             if not counted.any():
                 raise ValueError(f"the weights of {name} must not all be 0.")
             self.columns = {key: column[counted] for key, column in self.columns.items()}
-            weight = given[counted].to("cpu", torch.float64)  # whose sum no dtype can overflow
-            weight = weight / weight.max()
-            self.columns["weight"] = (weight / weight.mean()).to(next(iter(self.columns.values())))
+            weight = given[counted]
+            self.columns["weight"] = _of_mean(weight, weight).to(next(iter(self.columns.values())))
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
@@ -103,9 +103,9 @@ class TensorRows(Rows):
 
 
 class DatasetRows(Rows):
-    """Rows of a `Dataset`, read and checked when they are asked for; weights are left as they are.
+    """Rows of a `Dataset`, read and checked when they are asked for.
 
-    They are moved to the device of the flow.
+    They are moved to the device of the flow. Weights have a mean of 1 over `_MOST_LOOKED_AT` rows.
     """
 
     def __init__(
@@ -121,13 +121,22 @@ class DatasetRows(Rows):
         self.rows = len(dataset)
         if self.rows == 0:
             raise ValueError(f"{name} must have at least one row; got an empty Dataset.")
-        self.take(torch.tensor([0]))
+        self.weights: Tensor | None = None
+        if self.take(torch.tensor([0])).weight is not None:
+            self.weights = self.some(_MOST_LOOKED_AT).weight
 
     def __len__(self) -> int:
         return self.rows
 
     def take(self, indices: Tensor) -> Batch:
         """The rows at these places, in one call if the dataset has ``__getitems__``."""
+        batch = self._read(indices)
+        if batch.weight is None or self.weights is None:
+            return batch
+        weight = _of_mean(batch.weight, self.weights)
+        return batch._replace(weight=weight.to(batch.inputs[0]))
+
+    def _read(self, indices: Tensor) -> Batch:
         places = indices.tolist()
         if hasattr(self.dataset, "__getitems__"):
             items = self.dataset.__getitems__(places)
@@ -209,8 +218,30 @@ def as_rows(name: str, data: Any, flow: Flow, *, contexts: bool = False) -> Rows
             f"{name} must be the rows themselves; got a {type(data).__name__}, which gives each "
             f"once. Try torch.stack(list({name}))."
         )
-    kind = DatasetRows if isinstance(data, Dataset) else TensorRows
-    return kind(name, data, flow, contexts=contexts)
+    tensors = _tensors_of(data, reference_tensor(flow).device)
+    if tensors is None and isinstance(data, Dataset):
+        return DatasetRows(name, data, flow, contexts=contexts)
+    return TensorRows(name, data if tensors is None else tensors, flow, contexts=contexts)
+
+
+def _tensors_of(data: Any, device: torch.device) -> Any:
+    """The tensors of one of torch's datasets of tensors, on a device; None if it is no such."""
+    if type(data) not in (TensorDataset, StackDataset):
+        return None
+    parts = data.tensors if isinstance(data, TensorDataset) else data.datasets
+    named = isinstance(parts, dict)
+    columns = list(parts.values() if named else parts)
+    if not all(isinstance(column, Tensor) for column in columns):
+        return None
+    columns = [column.to(device) for column in columns]
+    return dict(zip(parts, columns, strict=True)) if named else tuple(columns)
+
+
+def _of_mean(weight: Tensor, weights: Tensor) -> Tensor:
+    """Weights over the mean of these weights, in a precision in which no sum can overflow."""
+    weights = weights.to("cpu", torch.float64)
+    largest = weights.max()
+    return weight.to("cpu", torch.float64) / largest / (weights / largest).mean()
 
 
 def _by_name(name: str, data: Any, *, contexts: bool) -> dict[str, Any]:

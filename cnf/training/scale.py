@@ -1,6 +1,7 @@
 """What of a flow starts from the data, and the scale at which they reach the vector field."""
 
 import itertools
+import math
 import warnings
 from typing import NamedTuple
 
@@ -10,13 +11,20 @@ from torch.distributions import constraints
 
 from cnf._moments import column_moments
 from cnf.data.degeneracy import check_columns
+from cnf.data.tabular import Table, point_out_fill_values
 from cnf.flow import Flow
+from cnf.ode import ODESolver
+from cnf.training.phase import restore, snapshot
 from cnf.training.rows import Rows
 from cnf.transforms import ContinuousTransform, Standardize, Transform, chain
 from cnf.vector_fields.conditions import ContextScaling
 
 _ROWS = 10_000
 _FAR = 20.0
+_MOST_OF_ALL = 0.95
+_FEW_ROWS = 256
+_COARSE = ODESolver(method="rk4", steps=8)
+_CLEARLY = 0.5
 
 
 class Sample(NamedTuple):
@@ -26,7 +34,7 @@ class Sample(NamedTuple):
     """None for a flow that is trained without data."""
     context: Tensor | None = None
     rows: Tensor | None = None
-    """The same as `x`, with each row once."""
+    """The rows that are in `x`, each once."""
 
 
 def sample_of(rows: Rows | None) -> Sample:
@@ -39,10 +47,20 @@ def sample_of(rows: Rows | None) -> Sample:
     x, context = inputs
     if weight is None or bool((weight == weight[0]).all()):
         return Sample(x, context, rows=x)
+    _refuse_single(rows.name, weight)
     passed = weight.to("cpu", torch.float64).cumsum(0)
     places = passed[-1] * (torch.arange(_ROWS, dtype=torch.float64) + 0.5) / _ROWS
     index = torch.searchsorted(passed, places).clamp(max=len(weight) - 1).to(weight.device)
-    return Sample(x[index], None if context is None else context[index], rows=x)
+    return Sample(x[index], None if context is None else context[index], rows=x[index.unique()])
+
+
+def _refuse_single(name: str, weight: Tensor) -> None:
+    share = weight.max() / weight.sum()
+    if share > _MOST_OF_ALL:
+        raise ValueError(
+            f"the weights of {name} must count more than one row; a single one has {share:.4%} of "
+            "all weight, and the best density of a single row is infinite at it."
+        )
 
 
 def initialize(flow: Flow, sample: Sample) -> None:
@@ -59,11 +77,36 @@ def initialize(flow: Flow, sample: Sample) -> None:
             elif isinstance(part, Standardize):
                 part.keep_identity()
     elif any(part.awaits_data for part in (*flow.chain, flow.base)):
+        raw, before = snapshot(flow), _nll(flow, x, context)
         flow.initialize(x, context, generator=torch.Generator(x.device).manual_seed(0))
+        loss = _nll(flow, x, context) - before
+        if loss > _CLEARLY:  # a fresh flow only ever gains
+            restore(flow, raw)
+            for part in flow.modules():
+                if hasattr(part, "is_initialized"):
+                    part.is_initialized.fill_(True)
+            warnings.warn(
+                "the flow has been trained before what starts from data was set, and setting it "
+                f"now would cost {loss:.3g} nats; it stays as it was. Call "
+                "flow.initialize(x, context) before a training loop of your own.",
+                stacklevel=3,
+            )
+
+
+@torch.no_grad()
+def _nll(flow: Flow, x: Tensor, context: Tensor | None) -> float:
+    """Negative log-likelihood of a few rows, in nats; inf if the flow is not up to them."""
+    some = slice(None, None, math.ceil(len(x) / _FEW_ROWS))
+    x, context = x[some], None if context is None else context[some]
+    noise = torch.Generator(x.device).manual_seed(0)
+    try:
+        return -flow.using(solver=_COARSE).log_prob(x, context, generator=noise).mean().item()
+    except (ValueError, RuntimeError):
+        return math.inf
 
 
 def check_sample(name: str, flow: Flow, sample: Sample) -> None:
-    """Refuse constant columns of real vectors, and warn where their density is not bounded.
+    """Refuse constant columns of real vectors, and warn where a likelihood would say little.
 
     Raises:
         ValueError: If a column is constant, or one of data or context varies by less than its dtype
@@ -75,7 +118,9 @@ def check_sample(name: str, flow: Flow, sample: Sample) -> None:
         return
     real = [i for i, kind in enumerate(_columns(flow)) if not kind.is_discrete]
     if real:
-        check_columns(name, sample.rows[:, real], [f"column {i}" for i in real])
+        rows, names = sample.rows[:, real], [f"column {i}" for i in real]
+        check_columns(name, rows, names)
+        point_out_fill_values(Table(rows.numpy(force=True).astype(float), tuple(names)), name)
 
 
 def _columns(flow: Flow) -> list[constraints.Constraint]:
