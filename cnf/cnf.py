@@ -11,7 +11,7 @@ from cnf.ode import ODESolver
 from cnf.transforms import Augment, ContinuousTransform, Standardize, Transform
 from cnf.transforms.chain import as_chain
 from cnf.vector_fields import MLPField
-from cnf.vector_fields.conditions import ContextScaling
+from cnf.vector_fields.conditions import context_scalings
 
 
 class CNF(Flow):
@@ -111,9 +111,8 @@ class CNF(Flow):
         ]
         super().__init__([*chain, *continuous], base)
         if not standardize:
-            for part in self.modules():
-                if isinstance(part, ContextScaling):
-                    part.keep_identity()
+            for scaling in context_scalings(self):
+                scaling.keep_identity()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # What was saved before a CNF held a Standardize has one transform less.

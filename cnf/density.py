@@ -22,7 +22,7 @@ from cnf.training import History, TrainingConfig, fit, recipe
 from cnf.transforms import Standardize, Transform, Unconstrain
 from cnf.transforms.whole_numbers import centred, fixed_noise
 from cnf.vector_fields import MLPField
-from cnf.vector_fields.conditions import ContextScaling
+from cnf.vector_fields.conditions import context_scalings
 
 GRID_STEPS = 100
 """Equal steps of "rk4" in which a fitted density is evaluated. An adaptive method takes the steps
@@ -174,7 +174,7 @@ def fit_density(
                 part.reset_parameters()
     _, *continuous = network.double().chain  # the transforms given do its work
     flow = Flow([*transforms, *continuous])
-    for scaling in _context_scalings(flow):
+    for scaling in context_scalings(flow):
         scaling.initialize(rows.context, rows.weight)
     return flow, _train(flow, rows, validation, settings.phases(len(rows.x), progress=progress))
 
@@ -215,7 +215,7 @@ def _train(
     # A copy: single precision would round the numbers that the transforms hold.
     learnt = Flow([*deepcopy(noisy), *flow.chain[len(given) :]]).using(solver=ODESolver())
 
-    scalings = _context_scalings(flow)
+    scalings = context_scalings(flow)
 
     @torch.no_grad()
     def data(rows: Rows) -> dict[str, Tensor]:
@@ -237,12 +237,6 @@ def _train(
         learnt.double()
         for scaling, (mean, log_std) in zip(scalings, moments, strict=True):
             scaling.set(mean, log_std.exp())
-
-
-def _context_scalings(flow: Flow) -> list[ContextScaling]:
-    """Those of the fields, which are all set alike."""
-    parts = [part for part in flow.modules() if isinstance(part, ContextScaling)]
-    return [part for part in parts if part.context_features]
 
 
 def _is_given(transform: Transform) -> bool:

@@ -30,7 +30,7 @@ from cnf.data.tabular import Table, read_table
 from cnf.density import Rows
 from cnf.flow import Flow
 from cnf.training import History
-from cnf.vector_fields.conditions import ContextScaling
+from cnf.vector_fields.conditions import context_scalings
 
 FORMAT_VERSION = 2
 
@@ -217,9 +217,8 @@ class TableModel:
         _refuse_damage(folder, found)
         flow = saving.load(folder / _FLOW)
         if any(scales):
-            for part in flow.modules():
-                if isinstance(part, ContextScaling):
-                    part.set(*map(part.mean.new_tensor, scales))
+            for scaling in context_scalings(flow):
+                scaling.set(*map(scaling.mean.new_tensor, scales))
         return cls(flow=flow, columns=columns, notes=notes)
 
 

@@ -19,13 +19,15 @@ from cnf.adapters import TorchBase
 from cnf.baselines.monotone import Gaussianization, MonotonicNetwork, start_near_identity
 from cnf.bases import Base
 from cnf.transforms.adapters import OfTorchTransforms
+from cnf.vector_fields.conditions import ContextScaling, scaled_context
 
 
 class NamedTransform(OfTorchTransforms):
     """The transform of a named flow of zuko.
 
     Of "naf" and "gf", the increasing functions are onto the line here, and "gf" starts near the
-    identity; see `cnf.baselines.monotone`.
+    identity; see `cnf.baselines.monotone`. The network sees the context scaled, as in the parts of
+    this package.
 
     Args:
         name: One of `names`.
@@ -55,13 +57,15 @@ class NamedTransform(OfTorchTransforms):
         self.transform: nn.Module = _MAKERS[name](
             _zuko(), self.features, self.context_features, self.size
         )
+        if self.context_features:
+            self.context_scaling = ContextScaling(self.context_features)
 
     def extra_repr(self) -> str:
         """Name and size."""
         return f"name={self.name!r}, size={self.size}"
 
     def _at(self, context: Tensor | None) -> TorchTransform:
-        transform: TorchTransform = self.transform(context)
+        transform: TorchTransform = self.transform(scaled_context(self, context))
         return transform
 
 

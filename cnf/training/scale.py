@@ -17,7 +17,7 @@ from cnf.ode import ODESolver
 from cnf.training.phase import restore, snapshot
 from cnf.training.rows import Rows
 from cnf.transforms import ContinuousTransform, Standardize, Transform, chain
-from cnf.vector_fields.conditions import ContextScaling
+from cnf.vector_fields.conditions import context_scalings
 
 _ROWS = 10_000
 _FAR = 20.0
@@ -71,10 +71,10 @@ def initialize(flow: Flow, sample: Sample) -> None:
     """
     x, context = sample.x, sample.context
     if x is None:
+        for scaling in context_scalings(flow):
+            scaling.initialize(context)
         for part in flow.modules():
-            if isinstance(part, ContextScaling):
-                part.initialize(context)
-            elif isinstance(part, Standardize):
+            if isinstance(part, Standardize):
                 part.keep_identity()
     elif any(part.awaits_data for part in (*flow.chain, flow.base)):
         raw, before = snapshot(flow), _nll(flow, x, context)

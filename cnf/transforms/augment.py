@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cnf._checks import check_count
 from cnf.transforms.base import Likelihood, Transform
+from cnf.vector_fields.conditions import ContextScaling, scaled_context
 
 
 class Augment(Transform):
@@ -61,6 +62,8 @@ class Augment(Transform):
         if hidden_features is not None:
             self.hidden_features = _check_widths(hidden_features)
             self.network = self._network(self.hidden_features)
+            if self.context_features:
+                self.context_scaling = ContextScaling(self.context_features)
 
     def extra_repr(self) -> str:
         """Sizes of x and e."""
@@ -124,6 +127,7 @@ class Augment(Transform):
         if self.hidden_features is None:
             zeros = x.new_zeros(*x.shape[:-1], self.augment)
             return zeros, zeros
+        context = scaled_context(self, context)
         if context is not None:
             x = torch.cat([x, context.expand(*x.shape[:-1], self.context_features)], -1)
         # Under autocast the network returns what is coarser than a log-density may be.

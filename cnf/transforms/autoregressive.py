@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cnf._checks import check_count
+from cnf.vector_fields.conditions import ContextScaling, scaled_context
 
 
 class AutoregressiveNetwork(nn.Module):
@@ -62,6 +63,8 @@ class AutoregressiveNetwork(nn.Module):
         self.last = _MaskedLinear(of_feature.unsqueeze(-1) > sees[-1])
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
+        if self.context_features:
+            self.context_scaling = ContextScaling(self.context_features)
 
     def forward(
         self,
@@ -69,6 +72,7 @@ class AutoregressiveNetwork(nn.Module):
         context: Float[Tensor, "*c_batch context_features"] | None = None,
     ) -> Float[Tensor, "*batch features outputs"]:
         """The numbers for each feature."""
+        context = scaled_context(self, context)
         if context is not None:
             x = torch.cat([x, context.expand(*x.shape[:-1], self.context_features)], -1)
         for layer in self.hidden:

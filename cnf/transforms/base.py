@@ -11,7 +11,7 @@ from torch.distributions import constraints
 
 from cnf._checks import check_count
 from cnf.regularizers import CostRate
-from cnf.vector_fields.conditions import ContextScaling
+from cnf.vector_fields.conditions import context_scalings
 
 if TYPE_CHECKING:
     from cnf.transforms.continuous import ContinuousTransform
@@ -70,7 +70,7 @@ class Transform(nn.Module, ABC):
     @property
     def awaits_data(self) -> bool:
         """Whether something is still to be set from data by `initialize`."""
-        return any(scaling.awaits_data for scaling in self._context_scalings)
+        return any(scaling.awaits_data for scaling in context_scalings(self))
 
     def initialize(
         self,
@@ -84,12 +84,8 @@ class Transform(nn.Module, ABC):
         Here the scaling of the context, in a part that has one.
         """
         del x, generator
-        for scaling in self._context_scalings:
+        for scaling in context_scalings(self):
             scaling.initialize(context)
-
-    @property
-    def _context_scalings(self) -> list[ContextScaling]:
-        return [part for part in self.modules() if isinstance(part, ContextScaling)]
 
     def rebuilt(
         self, change: Callable[["ContinuousTransform"], "ContinuousTransform"]

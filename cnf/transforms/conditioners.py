@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cnf._checks import check_count, check_image_shape
-from cnf.vector_fields.conditions import ContextScaling
+from cnf.vector_fields.conditions import ContextScaling, scaled_context
 
 
 class MLPConditioner(nn.Module):
@@ -52,7 +52,8 @@ class MLPConditioner(nn.Module):
         last = nn.Linear(widths[-1], self.outputs)
         _reset_to_zero(last)
         self.layers = nn.Sequential(*layers, last)
-        self.context_scaling = ContextScaling(self.context_features)
+        if self.context_features:
+            self.context_scaling = ContextScaling(self.context_features)
 
     def forward(
         self,
@@ -60,7 +61,7 @@ class MLPConditioner(nn.Module):
         context: Float[Tensor, "*batch context_features"] | None = None,
     ) -> Float[Tensor, "*batch outputs"]:
         """The numbers for each row."""
-        context = self.context_scaling(context)
+        context = scaled_context(self, context)
         inputs = x if context is None else torch.cat([x, context], -1)
         outputs: Tensor = self.layers(inputs)
         return outputs
@@ -116,10 +117,10 @@ class ConvConditioner(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.log_scale = nn.Parameter(torch.zeros(self.outputs))
         if self.context_features:
+            self.context_scaling = ContextScaling(self.context_features)
             self.context_layer = nn.Linear(self.context_features, widths[1], bias=False)
             if not self.hidden_channels:
                 _reset_to_zero(self.context_layer)
-        self.context_scaling = ContextScaling(self.context_features)
         _reset_to_zero(layers[-1])
 
     def forward(
@@ -130,7 +131,7 @@ class ConvConditioner(nn.Module):
         """The channels of numbers for each image, flattened."""
         first, *others = self.layers
         channels: Tensor = first(x.reshape(-1, *self.shape))
-        context = self.context_scaling(context)
+        context = scaled_context(self, context)
         if context is not None:
             shifts = self.context_layer(context.reshape(-1, self.context_features))
             channels = channels + shifts[..., None, None]

@@ -16,6 +16,7 @@ from cnf.transforms.bounded_layers import (
     LipSwish,
     Map,
 )
+from cnf.vector_fields.conditions import ContextScaling, scaled_context
 from cnf.vector_fields.settings import check_name, check_widths
 
 
@@ -24,7 +25,8 @@ class ContractiveNetwork(nn.Module, ABC):
 
     .. math:: \| g(x) - g(y) \| \le c \, \| x - y \| \quad\text{with}\quad c < 1
 
-    A subclass defines `given` and answers for the `coefficient` c.
+    A subclass defines `given`, which sees the context as it comes, and answers for the
+    `coefficient` c.
 
     Args:
         features: Size of x.
@@ -123,10 +125,13 @@ class LipschitzMLP(ContractiveNetwork):
         layers[-1].reset_to_zero()
         self.layers = nn.ModuleList(layers)
         self.activations = nn.ModuleList(_ACTIVATIONS[activation]() for _ in self.hidden_features)
+        if self.context_features:
+            self.context_scaling = ContextScaling(self.context_features)
 
     def given(self, context: Float[Tensor, "*c_batch context_features"] | None) -> Map:
         """The map of x given the context."""
-        return _composed(self.layers, self.activations, self.coefficient, context)
+        shifted_by = scaled_context(self, context)
+        return _composed(self.layers, self.activations, self.coefficient, shifted_by)
 
 
 class LipschitzConv(ContractiveNetwork):
@@ -195,10 +200,13 @@ class LipschitzConv(ContractiveNetwork):
         layers[-1].reset_to_zero()
         self.layers = nn.ModuleList(layers)
         self.activations = nn.ModuleList(_ACTIVATIONS[activation]() for _ in self.hidden_channels)
+        if self.context_features:
+            self.context_scaling = ContextScaling(self.context_features)
 
     def given(self, context: Float[Tensor, "*c_batch context_features"] | None) -> Map:
         """The map of x given the context."""
-        inner = _composed(self.layers, self.activations, self.coefficient, context)
+        shifted_by = scaled_context(self, context)
+        inner = _composed(self.layers, self.activations, self.coefficient, shifted_by)
         return lambda x: inner(x.unflatten(-1, self.shape)).flatten(-3)
 
 

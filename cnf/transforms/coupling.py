@@ -31,7 +31,8 @@ class Coupling(Transform):
     feature, then the second, and so on. With halves, x is the kept features alone; with
     checkerboards it is the whole image, with zeros for pixels that change, and the network gives
     numbers for all pixels, of which those of kept ones are left aside. The context has the batch
-    shape of x, and is None if `context_features` is 0.
+    shape of x, and is None if `context_features` is 0; a network of your own sees it as it comes,
+    as in a `ModuleField`.
 
     A subclass says how many `numbers` the map of a feature has, and what the map is.
 

@@ -17,6 +17,7 @@ from cnf._checks import (
 )
 from cnf._moments import column_moments
 from cnf.transforms.base import Transform
+from cnf.vector_fields.conditions import ContextScaling, scaled_context
 
 
 class Affine(Transform):
@@ -93,6 +94,7 @@ class ConditionalAffine(Transform):
         super().__init__(math.prod(sizes), check_count("context_features", context_features))
         self.shape: int | tuple[int, int, int] = sizes if isinstance(shape, Sequence) else sizes[0]
         self.pixels = math.prod(sizes[1:])
+        self.context_scaling = ContextScaling(self.context_features)
         self.layer = nn.Linear(self.context_features, 2 * sizes[0])
         nn.init.zeros_(self.layer.weight)
         nn.init.zeros_(self.layer.bias)
@@ -127,7 +129,7 @@ class ConditionalAffine(Transform):
         self, context: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         # Under autocast a layer returns what is coarser than a point of the flow may be.
-        of_channels = self.layer(context).to(dtype)
+        of_channels = self.layer(scaled_context(self, context)).to(dtype)
         loc, log_scale = of_channels.repeat_interleave(self.pixels, -1).chunk(2, -1)
         return loc, log_scale
 

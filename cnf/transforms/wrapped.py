@@ -26,9 +26,10 @@ _Map = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 class WrappedTransform(Transform):
     """A transform of another library, on vectors ``(*batch, features)``.
 
-    It changes no value, and no result depends on `training`: each part is called in the one mode in
-    which its values and its gradients are right. A part that starts from data does so in
-    `initialize`, and in no other call. A subclass defines the two directions for rows.
+    It changes no value, the other library sees the context as it comes, and no result depends on
+    `training`: each part is called in the one mode in which its values and its gradients are right.
+    A part that starts from data does so in `initialize`, and in no other call. A subclass defines
+    the two directions for rows.
 
     Args:
         shape: Number of features, or shape of the event that a vector is, flattened in C order.
@@ -76,7 +77,7 @@ class WrappedTransform(Transform):
     @property
     def awaits_data(self) -> bool:
         """Whether a part, such as ActNorm, has still to start from data."""
-        return bool(awaiting_data(self))
+        return super().awaits_data or bool(awaiting_data(self))
 
     @torch.no_grad()
     def initialize(
@@ -93,7 +94,8 @@ class WrappedTransform(Transform):
         Raises:
             ValueError: If there are less than two rows, which have no standard deviation.
         """
-        if not self.awaits_data:
+        super().initialize(x, context)
+        if not awaiting_data(self):
             return
         if x.numel() < 2 * self.features:
             raise ValueError(f"x must have at least 2 rows; got shape {tuple(x.shape)}.")

@@ -14,35 +14,33 @@ from cnf._moments import column_moments
 class ContextScaling(nn.Module):
     """Gives each column of the context mean 0 and standard deviation 1 over the training rows.
 
-    The identity until `initialize` sets it, once. It has no tensors where there is no context.
+    The identity until `initialize` sets it, once. Each module that puts a context into layers holds
+    one as its `context_scaling`, unless it takes no context; `Transform.initialize` finds it there.
 
     Args:
-        context_features: Size of the context; 0 for none.
+        context_features: Size of the context, at least 1.
     """
 
     def __init__(self, context_features: int) -> None:
         super().__init__()
         self.context_features = context_features
-        if context_features:
-            self.register_buffer("mean", torch.zeros(context_features))
-            self.register_buffer("log_std", torch.zeros(context_features))
-            self.register_buffer("is_initialized", torch.zeros((), dtype=torch.bool))
-            self.mean: Tensor
-            self.log_std: Tensor
-            self.is_initialized: Tensor
+        self.register_buffer("mean", torch.zeros(context_features))
+        self.register_buffer("log_std", torch.zeros(context_features))
+        self.register_buffer("is_initialized", torch.zeros((), dtype=torch.bool))
+        self.mean: Tensor
+        self.log_std: Tensor
+        self.is_initialized: Tensor
 
     def forward(
-        self, context: Float[Tensor, "*c_batch context_features"] | None
-    ) -> Float[Tensor, "*c_batch context_features"] | None:
+        self, context: Float[Tensor, "*c_batch context_features"]
+    ) -> Float[Tensor, "*c_batch context_features"]:
         """The context as the layers see it."""
-        if context is None or not self.context_features:
-            return context
         return (context - self.mean) * (-self.log_std).exp()
 
     @property
     def awaits_data(self) -> bool:
         """Whether mean and standard deviation are still to be set."""
-        return bool(self.context_features) and not self.is_initialized
+        return not self.is_initialized
 
     @torch.no_grad()
     def initialize(
@@ -87,13 +85,28 @@ class ContextScaling(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # What was saved before there was a scaling had none. A part of one is no scaling.
-        names = ("mean", "log_std", "is_initialized") if self.context_features else ()
+        names = ("mean", "log_std", "is_initialized")
         if not any(f"{prefix}{name}" in state_dict for name in names):
             for name in names:
                 state_dict[f"{prefix}{name}"] = torch.zeros_like(getattr(self, name))
-            if names:
-                state_dict[f"{prefix}is_initialized"].fill_(True)
+            state_dict[f"{prefix}is_initialized"].fill_(True)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def scaled_context(
+    module: nn.Module, context: Float[Tensor, "*c_batch context_features"] | None
+) -> Float[Tensor, "*c_batch context_features"] | None:
+    """The context as the layers of a module see it: by its `context_scaling`, if it holds one.
+
+    A module without context holds none, nor does one that was pickled before there were scalings.
+    """
+    scaling: ContextScaling | None = getattr(module, "context_scaling", None)
+    return context if context is None or scaling is None else scaling(context)
+
+
+def context_scalings(module: nn.Module) -> list[ContextScaling]:
+    """The scalings of the context in a module and its parts."""
+    return [part for part in module.modules() if isinstance(part, ContextScaling)]
 
 
 def time_and_context(

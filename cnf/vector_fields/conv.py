@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cnf._checks import check_count, check_image_shape
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.affine import AffineMap
-from cnf.vector_fields.conditions import ContextScaling
+from cnf.vector_fields.conditions import ContextScaling, scaled_context
 from cnf.vector_fields.gates import affine_maps
 from cnf.vector_fields.layered import Activated, LayeredField, Stage, Tangent
 from cnf.vector_fields.layers import LAYERS, TimeLinear
@@ -77,7 +77,8 @@ class ConvField(LayeredField):
             LAYERS[layer](inputs * self.kernel_size**2, outputs, self.context_features)
             for inputs, outputs in itertools.pairwise(widths)
         )
-        self.context_scaling = ContextScaling(self.context_features)
+        if self.context_features:
+            self.context_scaling = ContextScaling(self.context_features)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -100,7 +101,7 @@ class ConvField(LayeredField):
     ) -> list[Stage]:
         """The convolutions with their activations, between two changes of shape."""
         batch = x.shape[:-1]
-        context = self.context_scaling(context)
+        context = scaled_context(self, context)
         if t.ndim:
             t = t.expand(batch).flatten()
         if context is not None and context.ndim > 1:

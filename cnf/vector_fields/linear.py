@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cnf.vector_fields.base import VectorField
+from cnf.vector_fields.conditions import ContextScaling, scaled_context
 
 
 class LinearField(VectorField):
@@ -32,6 +33,7 @@ class LinearField(VectorField):
         self.bias = nn.Parameter(torch.zeros(features))
         if context_features:
             self.context_weight = nn.Parameter(torch.zeros(features, context_features))
+            self.context_scaling = ContextScaling(context_features)
 
     def forward(
         self,
@@ -93,4 +95,5 @@ class LinearField(VectorField):
         return moved, (duration * self.weight.trace()).expand(x.shape[:-1])
 
     def _offset(self, context: Tensor | None) -> Tensor:
+        context = scaled_context(self, context)
         return self.bias if context is None else self.bias + context @ self.context_weight.T

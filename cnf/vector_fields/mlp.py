@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cnf.vector_fields import fused
 from cnf.vector_fields.activations import ACTIVATIONS
-from cnf.vector_fields.conditions import ContextScaling, waves_and_context
+from cnf.vector_fields.conditions import ContextScaling, scaled_context, waves_and_context
 from cnf.vector_fields.gates import affine_maps
 from cnf.vector_fields.layered import LayeredField, Stage
 from cnf.vector_fields.layers import LAYERS, TimeLinear
@@ -105,7 +105,8 @@ class MLPField(LayeredField):
             LAYERS[layer](inputs, outputs, conditions, gate_context=i != last)
             for i, (inputs, outputs) in enumerate(itertools.pairwise(widths))
         )
-        self.context_scaling = ContextScaling(self.context_features)
+        if self.context_features:
+            self.context_scaling = ContextScaling(self.context_features)
         self._activations = [ACTIVATIONS[name] for name in self.activation]
         self.reset_parameters()
 
@@ -166,5 +167,5 @@ class MLPField(LayeredField):
 
     def _network(self, t: Tensor, context: Tensor | None) -> Perceptron:
         """The network at one time and context."""
-        conditions = waves_and_context(t, self.context_scaling(context), self.time_features)
+        conditions = waves_and_context(t, scaled_context(self, context), self.time_features)
         return Perceptron(affine_maps(self.layers, t, conditions), self._activations)

@@ -9,6 +9,10 @@ from cnf.vector_fields.base import VectorField
 class ModuleField(VectorField):
     """Any network as a vector field.
 
+    The network sees the context as it comes, unlike those of the other fields: it may look a class
+    up by it, or may have been trained already. Where it is to be scaled, let the network hold a
+    `cnf.vector_fields.conditions.ContextScaling` and call it; `fit` finds that, and sets it.
+
     Args:
         network: Module called as ``network(t, x)``, or as ``network(t, x, context)`` if
             `context_features` is not 0, that returns the velocity, of the shape of x. To

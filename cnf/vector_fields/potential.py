@@ -10,7 +10,7 @@ from cnf._checks import check_count
 from cnf.vector_fields.activations import ACTIVATIONS, ANTIDERIVATIVES
 from cnf.vector_fields.affine import AffineMap
 from cnf.vector_fields.base import VectorField
-from cnf.vector_fields.conditions import ContextScaling, time_and_context
+from cnf.vector_fields.conditions import ContextScaling, scaled_context, time_and_context
 from cnf.vector_fields.derivatives import derivative_along
 from cnf.vector_fields.gates import affine_maps
 from cnf.vector_fields.layers import LAYERS
@@ -84,7 +84,8 @@ class PotentialField(VectorField):
             nn.SiLU(),
             nn.Linear(_CONDITIONER_WIDTH, self.hidden_features + features + 1),
         )
-        self.context_scaling = ContextScaling(context_features)
+        if self.context_features:
+            self.context_scaling = ContextScaling(self.context_features)
         self._activation = ACTIVATIONS[activation]
         self._antiderivative = ANTIDERIVATIVES[activation]
         self.reset_parameters()
@@ -178,7 +179,7 @@ class PotentialField(VectorField):
         self, t: Tensor, context: Tensor | None
     ) -> tuple[AffineMap, tuple[Tensor, Tensor, Tensor]]:
         """The layer, and w, u and g, at one time and context."""
-        context = self.context_scaling(context)
+        context = scaled_context(self, context)
         outputs = self.conditioner(time_and_context(t, context))
         w, u, g = outputs.split([self.hidden_features, self.features, 1], -1)
         # The gradient of a wave grows with its frequency, and learning would start too fast.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cnf._checks import check_count
 from cnf.vector_fields.activations import ACTIVATIONS
-from cnf.vector_fields.conditions import ContextScaling, waves_and_context
+from cnf.vector_fields.conditions import ContextScaling, scaled_context, waves_and_context
 from cnf.vector_fields.gates import affine_maps
 from cnf.vector_fields.layered import (
     Activated,
@@ -94,7 +94,8 @@ class ResidualField(LayeredField):
         self.layers = nn.ModuleList(
             LAYERS[layer](inputs, outputs, conditions) for inputs, outputs in sizes
         )
-        self.context_scaling = ContextScaling(self.context_features)
+        if self.context_features:
+            self.context_scaling = ContextScaling(self.context_features)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -114,7 +115,7 @@ class ResidualField(LayeredField):
     ) -> list[Stage]:
         """The input layer, the blocks and the output layer."""
         del x
-        conditions = waves_and_context(t, self.context_scaling(context), self.time_features)
+        conditions = waves_and_context(t, scaled_context(self, context), self.time_features)
         first, *inner, output = affine_maps(self.layers, t, conditions)
         at_input, in_blocks = (ACTIVATIONS[name] for name in self.activation)
         blocks = zip(inner[::2], inner[1::2], strict=True)
