@@ -228,13 +228,12 @@ def _tensors_of(data: Any, device: torch.device) -> Any:
     """The tensors of one of torch's datasets of tensors, on a device; None if it is no such."""
     if type(data) not in (TensorDataset, StackDataset):
         return None
-    parts = data.tensors if isinstance(data, TensorDataset) else data.datasets
-    named = isinstance(parts, dict)
-    columns = list(parts.values() if named else parts)
+    parts: Any = data.tensors if isinstance(data, TensorDataset) else data.datasets
+    columns = list(parts.values() if isinstance(parts, dict) else parts)
     if not all(isinstance(column, Tensor) for column in columns):
         return None
     columns = [column.to(device) for column in columns]
-    return dict(zip(parts, columns, strict=True)) if named else tuple(columns)
+    return dict(zip(parts, columns, strict=True)) if isinstance(parts, dict) else tuple(columns)
 
 
 def _of_mean(weight: Tensor, weights: Tensor) -> Tensor:

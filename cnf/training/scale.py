@@ -83,8 +83,8 @@ def initialize(flow: Flow, sample: Sample) -> None:
         if loss > _CLEARLY:  # a fresh flow only ever gains
             restore(flow, raw)
             for part in flow.modules():
-                if hasattr(part, "is_initialized"):
-                    part.is_initialized.fill_(True)
+                if isinstance(is_initialized := getattr(part, "is_initialized", None), Tensor):
+                    is_initialized.fill_(True)
             warnings.warn(
                 "the flow has been trained before what starts from data was set, and setting it "
                 f"now would cost {loss:.3g} nats; it stays as it was. Call "
