@@ -115,6 +115,13 @@ def test_weights_of_any_scale_give_the_same_density(rows, factor):
 
 
 @pytest.mark.filterwarnings("ignore:X has values far outside")
+@pytest.mark.parametrize("unit", [1e-300, 1e300])
+def test_the_unit_of_the_rows_changes_the_density_by_its_factor_alone(model, rows, unit):
+    found = CNFDensity(**SMALL).fit(unit * rows).score_samples(unit * rows)
+    expected = model.score_samples(rows) - 2 * np.log(unit)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=0.02)
+
+
 def test_rows_that_hardly_count_do_not_set_the_scale(rows):
     far, weight = np.full((5, 2), 1e5), np.r_[np.ones(60), np.full(5, 1e-12)]
     model = CNFDensity(**SMALL).fit(np.vstack([rows, far]), sample_weight=weight)
@@ -363,8 +370,8 @@ def test_a_constant_column_is_named(rows):
     [
         ({"X": np.ones((1, 2))}, "1 sample"),
         ({"X": np.array([[1.0, np.nan], [2.0, 3.0]])}, "NaN"),
-        ({"X": np.array([[1e300, 1.0], [-1e300, 2.0]])}, "too large in [0]"),
-        ({"X": np.array([[1e-300, 1.0], [2e-300, 2.0]])}, "constant"),
+        ({"X": np.array([[1.7e308, 1.0], [-1.7e308, 2.0]])}, "too large in [0]"),
+        ({"X": np.array([[1e-310, 1.0], [2e-310, 2.0]])}, "too small in [0]"),
         ({"sample_weight": np.ones(3)}, "sample_weight must have shape (60,)"),
         ({"sample_weight": np.full(60, -1.0)}, "sample_weight must not be negative; got -1"),
         ({"sample_weight": np.eye(60)[0]}, "positive for at least 2 rows; got 1"),
