@@ -24,7 +24,8 @@ class NeuralODE(nn.Module):
 
     Trajectories of an ODE cannot cross, so in one dimension the map is increasing, and in the
     plane what a closed curve surrounds stays surrounded. With `augment`, that many zeros are
-    appended to x, and paths have room to pass each other.
+    appended to x, and paths have room to pass each other. Nothing scales x or the context, for a
+    layer does not know where its inputs come from.
 
     Args:
         vector_field: The field v, of size ``features + augment``.

@@ -91,9 +91,10 @@ class LipschitzAttention(ContractiveNetwork):
 
         def attended(x: Tensor) -> Tensor:
             queries = x.unflatten(-1, (self.tokens, self.width)).unsqueeze(-3) @ self.query
-            # |q_i - q_j|^2 up to what is the same for all j, which the softmax does not see.
-            nearness = 2 * queries @ queries.mT - queries.square().sum(-1).unsqueeze(-2)
-            means = (nearness / scale).softmax(-1) @ queries
+            # Of differences: products of queries far from 0 are rounded by more than they differ.
+            apart = queries.unsqueeze(-3) - queries.unsqueeze(-2)
+            weights = (-apart.square().sum(-1) / scale).softmax(-1)
+            means = queries + (weights.unsqueeze(-1) * apart).sum(-2)
             heads = means @ mixed / scale
             mixture: Tensor = heads.transpose(-3, -2).flatten(-2) @ output
             return mixture.flatten(-2)

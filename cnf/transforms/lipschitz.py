@@ -8,7 +8,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from cnf._checks import check_count, check_number
+from cnf._checks import (
+    all_finite,
+    check_count,
+    check_number,
+    non_finite_rows,
+    refuse_overflow,
+)
 from cnf.transforms.autoregressive import AutoregressiveNetwork
 from cnf.transforms.base import Transform
 from cnf.transforms.roots import increasing_root
@@ -91,9 +97,13 @@ class ExactLipschitz(Transform):
         *,
         generator: torch.Generator | None = None,
     ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Add the step of each feature, all at once."""
+        """Add the step of each feature, all at once.
+
+        Raises:
+            ValueError: If the parameters of a step leave the range of the dtype.
+        """
         del generator
-        step, slope = self._ramps(x, context).value_and_slope(x)
+        step, slope = self._ramps("x", x, context).value_and_slope(x)
         return x + step, torch.log1p(slope).sum(-1)
 
     def to_data_and_ladj(
@@ -119,7 +129,7 @@ class ExactLipschitz(Transform):
         del generator
         x = z  # of which the network sees no more than is found
         for i in range(self.features):
-            found = self._undone(self._ramps(x, context).of_feature(i), z[..., i])
+            found = self._undone(self._ramps("z", x, context).of_feature(i), z[..., i])
             x = torch.cat([x[..., :i], found.unsqueeze(-1), x[..., i + 1 :]], -1)
         return x
 
@@ -135,9 +145,12 @@ class ExactLipschitz(Transform):
         farthest = (at_zero.abs() / (1 - self.lipschitz)).clamp(max=largest)
         return increasing_root(excess_and_slope, -farthest, farthest)
 
-    def _ramps(self, x: Tensor, context: Tensor | None) -> "Ramps":
+    def _ramps(self, name: str, x: Tensor, context: Tensor | None) -> "Ramps":
         # Under autocast the network returns what is coarser than a log-density may be.
         parameters = self.network(x, context).to(x.dtype)
+        if not all_finite((parameters,)):
+            bad = non_finite_rows(parameters.detach(), event_dim=2)
+            refuse_overflow(name, bad, "what the network makes of it", x.dtype)
         shift, slope, heights, moves, widths = parameters.split(
             [1, 1, self.units, self.units, self.units], -1
         )
@@ -169,12 +182,10 @@ class Ramps:
 
     def value_and_slope(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """The functions and their derivatives, each at one number."""
-        limit = torch.finfo(t.dtype).max ** 0.25
-        far = t.detach().abs()
-        size = torch.where(far > limit, far, 1.0)  # else terms overflow though their sum does not
-        share, beyond = self._share(t), t.unsqueeze(-1) - (self.places + self.widths)
-        area = 0.5 * self.widths * share.square() / size.unsqueeze(-1)
-        area = area + (beyond / size.unsqueeze(-1)).clamp(min=0)
+        size = _unit(t.abs())  # else terms overflow though their sum does not
+        share, units = self._share(t), size.unsqueeze(-1)
+        beyond = t.unsqueeze(-1) / units - (self.places + self.widths) / units
+        area = 0.5 * self.widths * share.square() / units + beyond.clamp(min=0)
         value = self.slope * (t / size) + (self.heights * area).sum(-1)
         return self.shift + size * value, self.slope_at(t)
 
@@ -189,9 +200,13 @@ class Ramps:
 
     def scaled_to(self, limit: float) -> "Ramps":
         """The same functions where no slope exceeds the limit, else with slopes scaled to it."""
-        factor = limit / self.steepest().clamp(min=limit)
-        heights = factor.unsqueeze(-1) * self.heights
-        return Ramps(self.shift, factor * self.slope, heights, self.places, self.widths)
+        # In a unit that cancels, for products with derivatives of huge slopes overflow.
+        unit = _unit(torch.maximum(self.slope.abs(), self.heights.abs().amax(-1)))
+        slope, heights = self.slope / unit, self.heights / unit.unsqueeze(-1)
+        in_unit = Ramps(self.shift, slope, heights, self.places, self.widths)
+        factor = limit / in_unit.steepest().clamp(min=limit / unit)
+        heights = factor.unsqueeze(-1) * heights
+        return Ramps(self.shift, factor * slope, heights, self.places, self.widths)
 
     def of_feature(self, i: int) -> "Ramps":
         """The functions of the feature i, the last axis of the batch."""
@@ -208,3 +223,9 @@ class Ramps:
         # Not far from the ramp, for a quotient that overflows has a gradient of NaN.
         near = t.unsqueeze(-1).clamp(self.places - self.widths, self.places + 2 * self.widths)
         return ((near - self.places) / self.widths).clamp(0, 1)
+
+
+def _unit(size: Tensor) -> Tensor:
+    """Positive numbers where they are so large that products of a few overflow, else 1."""
+    size = size.detach()
+    return torch.where(size > torch.finfo(size.dtype).max ** 0.25, size, 1.0)
