@@ -228,7 +228,7 @@ def _refuse_other_dtypes(expected: dict[str, Tensor], tensors: dict[str, Tensor]
 
 
 def _refuse_not_finite(what: str, tensors: dict[str, Tensor], remedy: str) -> None:
-    bad = [name for name, value in tensors.items() if not value.isfinite().all()]
+    bad = [name for name, value in tensors.items() if not value.detach().isfinite().all()]
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise ValueError(f"{what}; got NaN or inf in the tensor {bad[0]!r}{more}. {remedy}")
