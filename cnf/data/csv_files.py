@@ -7,7 +7,6 @@ or cannot see whether every line was read as one row: where there are quotes, or
 import csv
 import io
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn, TextIO
@@ -15,6 +14,7 @@ from typing import NamedTuple, NoReturn, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
+from cnf._warnings import warn
 from cnf.data.cells import EXACT, cell_defect, is_missing, number
 from cnf.data.names import find_columns, listed, numbered_names, shortened
 
@@ -88,10 +88,13 @@ def to_csv(values: NDArray[np.generic], columns: Sequence[str] | None, *, delimi
     writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
     if columns is not None:
         marked = any(name.lstrip().startswith("#") for name in columns[:1])  # not for a comment
-        quoting = csv.QUOTE_ALL if marked else csv.QUOTE_MINIMAL
-        csv.writer(text, delimiter=delimiter, lineterminator="\n", quoting=quoting).writerow(
-            columns
+        names = csv.writer(
+            text,
+            delimiter=delimiter,
+            lineterminator="\n",
+            quoting=csv.QUOTE_ALL if marked else csv.QUOTE_MINIMAL,
         )
+        names.writerow(columns)
     # Python writes doubles as NumPy does, and faster, but knows no single precision.
     writer.writerows((values.astype(str) if values.dtype == np.float32 else values).tolist())
     return text.getvalue()
@@ -152,10 +155,9 @@ def _doubt_first_row(path: Path, values: NDArray[np.float64]) -> None:
                 f"{listed([f'{value:g}' for value in first])} may be either, for they rise evenly "
                 f"and lie outside the range of the other rows. Please {_SAY_WHICH}."
             )
-    warnings.warn(
+    warn(
         f"{path}, line 1 holds numbers and was read as a row, so the columns are called "
         f"{listed(numbered_names(values.shape[1]))}: {_SAY_WHICH}.",
-        stacklevel=4,
     )
 
 

@@ -1,7 +1,6 @@
 """What of a flow starts from the data, and the scale at which they reach the vector field."""
 
 import itertools
-import warnings
 from typing import NamedTuple
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from cnf._moments import column_moments
+from cnf._warnings import warn
 from cnf.data.degeneracy import check_columns
 from cnf.flow import Flow
 from cnf.training.rows import Rows
@@ -97,12 +97,11 @@ def warn_if_far_from_standard(flow: Flow, sample: Sample) -> None:
     size = chain.to_base(discrete, x, context, generator=noise).square().mean(0).sqrt()
     far = len(discrete) < len(flow.chain) and not (size > 1 / _FAR).all()
     if far or not (size < _FAR).all():
-        warnings.warn(
+        warn(
             "the data reach the vector field with a root mean square of "
             f"{size.min():.3g} to {size.max():.3g}, where training expects about 1; put "
             f"Standardize({flow.features}) first among the transforms, which fit then sets from "
             "the data, and look for outliers.",
-            stacklevel=3,
         )
 
 
