@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
+from torch.distributions.kl import register_kl
 from torch.distributions.transforms import _InverseTransform
 from torch.nn.utils.stateless import _functional_call
 
@@ -303,6 +304,10 @@ class FlowDistribution(Distribution):
         """There is no closed form: use `estimate_entropy`."""
         raise _lacking("entropy", "estimate_entropy(draws)")
 
+    def perplexity(self) -> NoReturn:
+        """There is no closed form: use `estimate_entropy`."""
+        raise _lacking("perplexity", "estimate_entropy(draws), and exp of it")
+
     def cdf(self, value: Tensor) -> NoReturn:
         """There is none of vectors in closed form: count draws."""
         del value
@@ -332,6 +337,26 @@ def _broadcasts(smaller: torch.Size, larger: torch.Size) -> bool:
 
 def _lacking(name: str, remedy: str) -> NotImplementedError:
     return NotImplementedError(f"a flow has no {name} in closed form; use {remedy}.")
+
+
+def _refuse_divergence(p: Distribution, q: Distribution) -> NoReturn:
+    del q
+    if isinstance(p, FlowDistribution):
+        raise _lacking(
+            "kl_divergence",
+            "the mean over draws: x, log_p = p.rsample_and_log_prob((1000,)); "
+            "(log_p - q.log_prob(x)).mean(0)",
+        )
+    raise _lacking(
+        "kl_divergence",
+        "the mean over draws: x = p.sample((1000,)); (p.log_prob(x) - q.log_prob(x)).mean(0)",
+    )
+
+
+# Where torch asks to be told of kinds of distributions; no pair of other kinds is touched.
+register_kl(FlowDistribution, FlowDistribution)(_refuse_divergence)
+register_kl(FlowDistribution, Distribution)(_refuse_divergence)
+register_kl(Distribution, FlowDistribution)(_refuse_divergence)
 
 
 def _mean_and_error(values: Tensor) -> tuple[Tensor, Tensor]:
