@@ -254,6 +254,23 @@ def reference_tensor(module: nn.Module) -> Tensor:
     return next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
 
 
+def check_trainable(name: str, module: nn.Module) -> None:
+    """Refuse a module that was made in inference mode, where it is to change or have gradients.
+
+    Raises:
+        ValueError: If it was.
+    """
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    if any(tensor.is_inference() for tensor in tensors):
+        raise ValueError(
+            f"{name} must be made outside of torch.inference_mode(), whose tensors torch cannot "
+            f"train or differentiate. Make it there, or take copy.deepcopy({name}), there too; "
+            "with torch.no_grad() it can be asked as it is."
+        )
+
+
 def check_context(context: Tensor | None, context_features: int, *, like: Tensor) -> None:
     """Refuse a context that is missing, superfluous, or not ``(*batch, context_features)``.
 

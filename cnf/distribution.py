@@ -1,12 +1,15 @@
 """A flow given a context, as a torch distribution."""
 
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform, constraints
+from torch.distributions.kl import register_kl
 from torch.distributions.transforms import _InverseTransform
+from torch.nn.utils.stateless import _functional_call
 
 from cnf._checks import check_count, check_sample_shape, check_type, joint_batch_shape
 
@@ -15,10 +18,11 @@ if TYPE_CHECKING:
 
 
 class BoundFlow(nn.Module):
-    """A flow and the parameters and buffers that it has now, which calls keep to.
+    """A flow, and the tensors that `torch.func.functional_call` has put into it for now.
 
-    `torch.func.functional_call` exchanges those of a flow for the time of a call, and would be over
-    when a distribution made by it is asked. What changes in place, as in training, is followed.
+    They would be gone when a distribution that was made within the call is asked. All other
+    parameters and buffers are those of the flow, whatever becomes of them: by training, `to` or
+    `load_state_dict`.
 
     Args:
         flow: The flow.
@@ -27,19 +31,30 @@ class BoundFlow(nn.Module):
     def __init__(self, flow: "cnf.flow.Flow") -> None:
         super().__init__()
         self.flow = flow
-        self.tensors = _tensors_of(self)
+        self.tensors = _tensors_of(flow)
+        self.kept = _exchanged(self.tensors)
 
     def ask(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """What the method of the flow returns, with the parameters and buffers kept."""
-        now = _tensors_of(self)
-        if now.keys() != self.tensors.keys():  # the flow itself has been changed
-            return getattr(self.flow, method)(*args, **kwargs)
-        exchanged = {
-            name: kept
-            for name, kept in self.tensors.items()
-            if kept is not now[name]
-            and (kept.dtype, kept.device) == (now[name].dtype, now[name].device)
-        }
+        """What the method of the flow returns, with the tensors kept.
+
+        Raises:
+            RuntimeError: If these no longer fit the flow.
+        """
+        now = _tensors_of(self.flow)
+        # A call under way exchanges what this distribution was made without.
+        names = self.kept | (_exchanged(now) & self.tensors.keys())
+        exchanged = {}
+        for name in names:
+            kept, there = self.tensors[name], now.get(name)
+            if there is None or (kept.dtype, kept.device) != (there.dtype, there.device):
+                raise RuntimeError(
+                    f"the flow was changed after the distribution was made by functional_call: "
+                    f"{name} was {kept.dtype} on {kept.device}, and is "
+                    f"{'gone' if there is None else f'{there.dtype} on {there.device}'}. Make the "
+                    "distribution anew, with parameters of the new kind."
+                )
+            if kept is not there:
+                exchanged[f"flow.{name}"] = kept
         if not exchanged:
             return getattr(self.flow, method)(*args, **kwargs)
         return torch.func.functional_call(self, exchanged, (method, *args), kwargs)
@@ -53,12 +68,29 @@ def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
+def _exchanged(tensors: dict[str, Tensor]) -> set[str]:
+    """Names of the tensors that a `functional_call` under way has put into their module.
+
+    The module does not show it: the stack of calls does. Under `torch.compile` it cannot be read.
+    """
+    if torch.compiler.is_compiling():
+        return set()
+    given: set[int] = set()
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is _functional_call.__code__:
+            given.update(map(id, frame.f_locals["parameters_and_buffers"].values()))
+        frame = frame.f_back
+    return {name for name, tensor in tensors.items() if id(tensor) in given}
+
+
 class FlowDistribution(Distribution):
     """A flow given a context: draws of shape ``sample_shape + batch_shape + event_shape``.
 
     Made by calling a flow, ``flow(context)``, as with zuko's flows. The batch shape is that of
-    the context, ``()`` without one; `expand` gives another. A distribution keeps to the parameters
-    that the flow has when it is called, also where `torch.func.functional_call` exchanges them.
+    the context, ``()`` without one; `expand` gives another. A distribution follows the flow, in
+    training as through `to` and `load_state_dict`. Made by `torch.func.functional_call`, it keeps
+    to the parameters and buffers of that call.
 
     It has no moments, entropy or quantiles in closed form; `estimate_mean`, `estimate_variance` and
     `estimate_entropy` draw. Nor has it a `kl_divergence` to a distribution q, which is the mean of
@@ -272,6 +304,10 @@ class FlowDistribution(Distribution):
         """There is no closed form: use `estimate_entropy`."""
         raise _lacking("entropy", "estimate_entropy(draws)")
 
+    def perplexity(self) -> NoReturn:
+        """There is no closed form: use `estimate_entropy`."""
+        raise _lacking("perplexity", "estimate_entropy(draws), and exp of it")
+
     def cdf(self, value: Tensor) -> NoReturn:
         """There is none of vectors in closed form: count draws."""
         del value
@@ -301,6 +337,26 @@ def _broadcasts(smaller: torch.Size, larger: torch.Size) -> bool:
 
 def _lacking(name: str, remedy: str) -> NotImplementedError:
     return NotImplementedError(f"a flow has no {name} in closed form; use {remedy}.")
+
+
+def _refuse_divergence(p: Distribution, q: Distribution) -> NoReturn:
+    del q
+    if isinstance(p, FlowDistribution):
+        raise _lacking(
+            "kl_divergence",
+            "the mean over draws: x, log_p = p.rsample_and_log_prob((1000,)); "
+            "(log_p - q.log_prob(x)).mean(0)",
+        )
+    raise _lacking(
+        "kl_divergence",
+        "the mean over draws: x = p.sample((1000,)); (p.log_prob(x) - q.log_prob(x)).mean(0)",
+    )
+
+
+# Where torch asks to be told of kinds of distributions; no pair of other kinds is touched.
+register_kl(FlowDistribution, FlowDistribution)(_refuse_divergence)
+register_kl(FlowDistribution, Distribution)(_refuse_divergence)
+register_kl(Distribution, FlowDistribution)(_refuse_divergence)
 
 
 def _mean_and_error(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from cnf._checks import (
     check_generator,
     check_sample_shape,
     check_support,
+    check_trainable,
     holds,
     is_hidden,
     joint_batch_shape,
@@ -102,6 +103,7 @@ class Flow(nn.Module):
             ValueError: If the rows do not fit, are constant in a column, or vary in one by less
                 than their dtype can tell.
         """
+        check_trainable("flow", self)
         x = self._admit("x", x, context, generator)
         chain.initialize(self.chain, x, context, generator=generator)
         if self.base.awaits_data:
@@ -420,6 +422,8 @@ class Flow(nn.Module):
         check_events(name, x, shape, like=reference_tensor(self))
         check_context(context, self.context_features, like=reference_tensor(self))
         check_generator(generator, like=reference_tensor(self))
+        if torch.is_grad_enabled():
+            check_trainable("flow", self)
         if not where:
             check_support(name, x, self.support)
         return x.expand(joint_batch_shape(x, context, len(shape)) + shape)

@@ -7,7 +7,6 @@ are built from it, and those that the caller names.
 
 import json
 import os
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from cnf._building import Building
 from cnf._files import BLANK_DIGEST, as_path, check_path, is_intact, seal, write_atomically
+from cnf._warnings import warn
 from cnf.description import MissingClassError, by_name, describe, rebuild
 from cnf.flow import Flow
 
@@ -185,10 +185,9 @@ def _refuse_damage(path: Path, description: dict[str, Any], tensors: dict[str, T
         )
     _refuse_not_finite(f"{str(path)!r} must hold finite numbers", tensors, _REMEDY)
     if "sha256" not in description:
-        warnings.warn(
+        warn(
             f"{str(path)!r} is from a version of cnf that wrote no digest, so that damage cannot "
             "be told. Save the flow again: save(load(path), path).",
-            stacklevel=4,
         )
 
 
@@ -228,7 +227,7 @@ def _refuse_other_dtypes(expected: dict[str, Tensor], tensors: dict[str, Tensor]
 
 
 def _refuse_not_finite(what: str, tensors: dict[str, Tensor], remedy: str) -> None:
-    bad = [name for name, value in tensors.items() if not value.isfinite().all()]
+    bad = [name for name, value in tensors.items() if not value.detach().isfinite().all()]
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise ValueError(f"{what}; got NaN or inf in the tensor {bad[0]!r}{more}. {remedy}")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -24,6 +23,7 @@ from cnf._files import (
     seal,
     write_atomically,
 )
+from cnf._warnings import warn
 from cnf.data.cells import refuse_unless_numbers
 from cnf.data.names import quoted
 from cnf.data.tabular import Table, read_table
@@ -231,10 +231,9 @@ def _refuse_damage(folder: Path, found: dict[str, Any]) -> None:
     path = folder / _DESCRIPTION
     others = found.keys() - {"format", "version", "columns", "notes"}
     if not others:
-        warnings.warn(
+        warn(
             f"{str(path)!r} is from a version of cnf that wrote no digest, so that damage cannot "
             "be told. Save the model again, or fit again.",
-            stacklevel=3,
         )
     elif others != {"sha256", "flow_sha256"} or not is_intact(path, found["sha256"]):
         raise ValueError(

@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 import sys
+import threading
 
 import nflows.distributions
 import nflows.flows
@@ -858,3 +859,58 @@ def test_pyro_draws_and_scores_in_one_solve_and_never_by_other_parameters():
     with torch.no_grad():
         x = site.rsample()
     assert site.log_prob(x).requires_grad
+
+
+class Drawing(Normal):
+    """A normal distribution, of which another thread asks something while it draws."""
+
+    def __init__(self, loc, scale, ask):
+        super().__init__(loc, scale)
+        self.ask = ask
+
+    def expand(self, batch_shape, _instance=None):
+        return Drawing(self.loc.expand(batch_shape), self.scale.expand(batch_shape), self.ask)
+
+    def rsample(self, sample_shape=()):
+        elsewhere(self.ask)
+        return super().rsample(sample_shape)
+
+
+def elsewhere(ask):
+    """Ask in another thread."""
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+
+
+def foreign_draws(ask):
+    """Calls that draw from a generator in parts of other libraries, while another thread asks."""
+    base = TorchBase(Independent(Drawing(torch.zeros(2), torch.ones(2), ask), 1))
+    layer = residual()
+    layer.iresblock.nnet[0].register_forward_pre_hook(lambda *_: elsewhere(ask))
+    flow = Flow([FromNormflows(layer, 3)])
+    x = torch.randn(4, 3)
+    return {
+        "a base": lambda: base.rsample(torch.Size([5]), generator=seeded()),
+        "a layer": lambda: flow.log_prob(x, generator=seeded()),
+    }
+
+
+@pytest.mark.parametrize("part", ["a base", "a layer"])
+def test_other_threads_draw_as_ever_while_a_foreign_part_follows_a_generator(part):
+    found = []
+    call = foreign_draws(lambda: found.append((torch.rand(()).item(), np.random.rand())))[part]
+    torch.manual_seed(3)
+    np.random.seed(3)
+    first, second = call(), call()
+    assert torch.equal(first, second)
+    torch.manual_seed(3)
+    np.random.seed(3)
+    assert found == [(torch.rand(()).item(), np.random.rand()) for _ in found]
+    assert len(found) >= 2
+    after = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    call = foreign_draws(lambda: None)[part]
+    torch.set_rng_state(after[0])
+    call()
+    assert torch.equal(torch.get_rng_state(), after[0])
+    assert np.random.get_state()[1].tolist() == after[1]

@@ -580,7 +580,9 @@ def test_control_c_ends_a_fit_without_a_trace(folder, tmp_path):
             _, said = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert (process.returncode, said) == (130, "cnf: interrupted\n")
+    # A warning of these data may come before, by when the signal comes.
+    assert process.returncode == 130
+    assert [line for line in said.splitlines() if "warning" not in line] == ["cnf: interrupted"]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from torch.distributions import Distribution, MultivariateNormal, constraints, kl_divergence
+from torch.distributions import (
+    Distribution,
+    Independent,
+    MultivariateNormal,
+    constraints,
+    kl_divergence,
+)
 from torch.distributions.transforms import Transform
 from zoo import BOUNDS, EVERY_FLOW, EXACT_FLOWS, cnf, perturbed, rows_for, seeded
 
@@ -133,11 +139,6 @@ def test_a_flow_from_a_base_without_differentiable_draws_has_none():
         distribution.rsample()
 
 
-def test_what_torch_cannot_know_is_refused_as_torch_does():
-    with pytest.raises(NotImplementedError):
-        kl_divergence(CNF(2)(), CNF(2)())
-
-
 def test_rows_that_do_not_fit_the_batch_shape_are_refused_before_the_solve():
     distribution = CNF(2)().expand((3,))
     with (
@@ -239,13 +240,21 @@ def test_the_entropy_of_a_lower_bound_is_refused():
         cnf(2, augment=1)().estimate_entropy(10)
 
 
+GAUSSIAN = MultivariateNormal(torch.zeros(2), torch.eye(2))
 LACKING = {
     "mean": (lambda d: d.mean, r"estimate_mean\(draws\)"),
     "variance": (lambda d: d.variance, r"estimate_variance\(draws\)"),
     "stddev": (lambda d: d.stddev, r"estimate_variance\(draws\)"),
     "mode": (lambda d: d.mode, "an optimizer of torch on -log_prob"),
     "entropy": (lambda d: d.entropy(), r"estimate_entropy\(draws\)"),
-    "perplexity": (lambda d: d.perplexity(), r"estimate_entropy\(draws\)"),
+    "perplexity": (lambda d: d.perplexity(), r"estimate_entropy\(draws\), and exp"),
+    "kl_divergence of it": (lambda d: kl_divergence(d, GAUSSIAN), r"x, log_p = p.rsample_and_log"),
+    "kl_divergence of two": (lambda d: kl_divergence(d, cnf()()), r"x, log_p = p.rsample_and_log"),
+    "kl_divergence to it": (lambda d: kl_divergence(GAUSSIAN, d), r"x = p.sample\(\(1000,\)\);"),
+    "kl_divergence of batches": (
+        lambda d: kl_divergence(Independent(d.expand((3,)), 1), Independent(d.expand((3,)), 1)),
+        r"x, log_p = p.rsample_and_log_prob",
+    ),
     "cdf": (lambda d: d.cdf(torch.zeros(2)), "the share of draws"),
     "icdf": (lambda d: d.icdf(torch.zeros(2)), "quantiles of draws"),
     "enumerate_support": (lambda d: d.enumerate_support(), "sample"),
@@ -256,3 +265,21 @@ LACKING = {
 def test_what_a_flow_lacks_says_what_to_call_instead(ask, remedy):
     with pytest.raises(NotImplementedError, match=f"has no .*closed form; .*{remedy}"):
         ask(cnf()())
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_estimate_of_a_divergence_advised_is_near_it(reverse):
+    """Of two Gaussians, whose divergence is known: within 4 standard errors."""
+    flow = perturbed(Flow([Affine(2)]))
+    p, q = flow(), MultivariateNormal(torch.zeros(2), torch.eye(2))
+    jacobian = torch.autograd.functional.jacobian(flow.to_data, torch.zeros(2)).detach()
+    law = MultivariateNormal(flow.to_data(torch.zeros(2)).detach(), jacobian @ jacobian.mT)
+    exact = kl_divergence(q, law) if reverse else kl_divergence(law, q)
+    torch.manual_seed(0)
+    if reverse:
+        x = q.sample((1000,))
+        values = q.log_prob(x) - p.log_prob(x)
+    else:
+        x, log_p = p.rsample_and_log_prob((1000,))
+        values = log_p - q.log_prob(x)
+    assert (values.mean(0) - exact).abs() < 4 * values.std(0) / 1000**0.5

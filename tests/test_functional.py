@@ -27,6 +27,7 @@ from cnf import (
     ModuleField,
     ODEError,
     ODESolver,
+    Standardize,
     Unconstrain,
 )
 
@@ -251,6 +252,72 @@ def test_a_distribution_follows_what_changes_in_place():
     torch.testing.assert_close(distribution.log_prob(x), flow.log_prob(x))
     flow.float()
     torch.testing.assert_close(distribution.log_prob(x.float()), flow.log_prob(x.float()))
+
+
+def _loaded(flow, **how):
+    flow.load_state_dict(perturbed(scaled_flow()).state_dict(), **how)
+
+
+CHANGES = {
+    "half and back": lambda flow: flow.half().double(),
+    "float": lambda flow: flow.float(),
+    "float and back": lambda flow: flow.float().double(),
+    "a part, float and back": lambda flow: flow.chain[0].float().double(),
+    "load_state_dict": _loaded,
+    "load_state_dict, assigned": lambda flow: _loaded(flow, assign=True),
+    "a step in place": perturbed,
+    "a new buffer": lambda flow: setattr(flow.chain[0], "mean", torch.ones(2)),
+}
+
+
+def scaled_flow():
+    """With buffers whose values matter, and that single precision rounds."""
+    flow = cnf(2, solver=GRID)
+    return Flow([Standardize.from_data(3 + 2 * torch.randn(50, 2)), *flow.chain], flow.base)
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_distribution_follows_the_flow_however_it_changes(change):
+    flow = scaled_flow()
+    distribution = flow()
+    transform = distribution.transform
+    change(flow)
+    x = torch.randn(3, 2).to(next(flow.parameters()).dtype)
+    torch.testing.assert_close(distribution.log_prob(x), flow.log_prob(x), rtol=0, atol=0)
+    torch.testing.assert_close(transform(x), flow.to_base(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("change", ["half", "float"])
+def test_what_functional_call_gave_outlives_a_change_of_the_flow(change):
+    """Its parameters and buffers, not those that the flow has had before or after."""
+    flow, other, x = scaled_flow(), perturbed(scaled_flow()), torch.randn(3, 2)
+    tensors = {**dict(other.named_parameters()), **dict(other.named_buffers())}
+    made, expected = func.functional_call(flow, tensors, ()), other.log_prob(x)
+    getattr(flow, change)()
+    with pytest.raises(RuntimeError, match=r"was changed after .* Make the distribution anew"):
+        made.log_prob(x)
+    flow.double()
+    torch.testing.assert_close(made.log_prob(x), expected, rtol=0, atol=0)
+
+
+class Asks(nn.Module):
+    """Asks a distribution that it was given, within a `functional_call`."""
+
+    def __init__(self, flow):
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, distribution, x):
+        return distribution.log_prob(x), self.flow().log_prob(x)
+
+
+def test_a_distribution_made_before_a_functional_call_keeps_to_its_flow_within():
+    flow, other, x = scaled_flow(), perturbed(scaled_flow()), torch.randn(3, 2)
+    made = flow()
+    tensors = {f"flow.{name}": value for name, value in other.state_dict().items()}
+    earlier, within = func.functional_call(Asks(flow), tensors, (made, x))
+    torch.testing.assert_close(earlier, flow.log_prob(x), rtol=0, atol=0)
+    torch.testing.assert_close(within, other.log_prob(x), rtol=0, atol=0)
 
 
 @pytest.mark.slow

@@ -279,8 +279,23 @@ def test_each_says_what_it_gives():
         (lambda: TruncatedSeries(probes=1.5), TypeError, "probes must be an int; got 1.5"),
         (lambda: RussianRoulette(exact_terms=-1), ValueError, "exact_terms must be at least 0"),
         (lambda: RussianRoulette(probes=0), ValueError, "probes must be at least 1; got 0"),
-        (lambda: RussianRoulette(probability=1.0), ValueError, "between 0 and 1; got 1.0"),
-        (lambda: RussianRoulette(probability=0.0), ValueError, "between 0 and 1; got 0.0"),
+        (lambda: RussianRoulette(probability=1.0), ValueError, "between 0 and 1, .*; got 1.0"),
+        (lambda: RussianRoulette(probability=0.0), ValueError, "between 0 and 1, .*; got 0.0"),
+        (
+            lambda: RussianRoulette(probability=1e-12),
+            ValueError,
+            "at least 0.0001; got 1e-12.*Exact",
+        ),
+        (
+            lambda: RussianRoulette(exact_terms=10**9),
+            ValueError,
+            "exact_terms must be at most 10000",
+        ),
+        (
+            lambda: TruncatedSeries(terms=10**9),
+            ValueError,
+            "at most 10000, .*; got 1000000000. Take",
+        ),
     ],
 )
 def test_constructors_refuse(make, error, message):

@@ -24,6 +24,8 @@ from cnf.data import NpyRows
 from cnf.objectives import MaximumLikelihood
 from cnf.training.rows import as_rows
 
+KINDS_OF_NUMBERS = (np.float32, np.float64, np.array, torch.tensor)
+
 
 class Weighted(MaximumLikelihood):
     """The weighted mean of the negative log-likelihood."""
@@ -418,3 +420,32 @@ def test_standardisation_of_a_dataset_is_that_of_its_rows(monkeypatch):
     fit(flow, TensorDataset(x), validation=None)
     expected = Standardize.from_data(x)  # as of the rows themselves
     assert_same(weights(flow.chain[0]), weights(expected))
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+@pytest.mark.parametrize(
+    ("share", "held_out"),
+    [(0.25, 5), (0, 0), (0.0, 0), (None, 0), *((kind(0.25), 5) for kind in KINDS_OF_NUMBERS)],
+)
+def test_a_share_to_hold_out_is_a_number_of_any_kind(share, held_out, monkeypatch):
+    kept = []
+    monkeypatch.setattr(
+        "cnf.training.loop.check_plan", lambda plan, flow, *rows: kept.extend(rows[:2])
+    )
+    fit(affine_flow(), torch.randn(20, 2), config(1, objective=Weighted), validation=share)
+    assert len(kept[0]) == 20 - held_out
+    assert (0 if kept[1] is None else len(kept[1])) == held_out
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+@pytest.mark.parametrize("share", [1, 2, -1, 1.0, math.nan, np.float32(2), torch.tensor(-0.5)])
+def test_a_share_out_of_range_is_refused(share):
+    with pytest.raises(ValueError, match=r"validation must be data, or a share .* in \[0, 1\)"):
+        fit(affine_flow(), torch.randn(20, 2), config(1), validation=share)
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+@pytest.mark.parametrize("share", [True, False, np.True_])
+def test_a_flag_is_no_share_to_hold_out(share):
+    with pytest.raises(TypeError, match=r"validation must be data, or a share .* None for none"):
+        fit(affine_flow(), torch.randn(20, 2), config(1), validation=share)

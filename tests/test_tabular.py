@@ -69,6 +69,13 @@ EXPECTED = [[1.5, -2.0], [3e5, 4.0]]
         ("\r\n1.5,-2\r3e5,4\r\n", ("x1", "x2")),
         ("\ufeff1.5,-2\n3e5,4\n", ("x1", "x2")),
         ("größe,b#\n1.5,-2\n3e5,4\n", ("größe", "b#")),
+        ("# a,b\n1.5,-2\n3e5,4\n", ("a", "b")),
+        ("#a,b\n1.5,-2\n3e5,4\n", ("a", "b")),
+        ("\n ## a , b\n1.5,-2\n3e5,4\n", ("a", "b")),
+        ("\ufeff# a;b\r\n1.5;-2\r\n3e5;4\r\n", ("a", "b")),
+        ('# "a","b, B"\n1.5,-2\n3e5,4\n', ("a", "b, B")),
+        ('"# a",b\n1.5,-2\n3e5,4\n', ("# a", "b")),
+        ("#,b\n1.5,-2\n3e5,4\n", ("#", "b")),
         ("1.5,-2\n3e5,4\n", ("x1", "x2")),
         ("1.5\t-2\n3e5\t4\n", ("x1", "x2")),
     ],
@@ -168,6 +175,9 @@ DEFECTS = {
     "open quote": ('a,b\n1,"2\n3,4\n', r"line 2: must have quotes .* closed in its line"),
     "comment in front": ("# by A. B.\na,b\n1,2\n", r"line 2, .*grep -v '\^ \*#' data.csv"),
     "comment with commas": ("# 3,4\na,b\n1,2\n", r"line 1, .* got '# 3'.*grep -v"),
+    "comment of one cell": ("# by A\n1,2\n", r"line 2, .*grep -v '\^ \*#' data.csv"),
+    "comment after the header": ("a,b\n# c,d\n1,2\n", r"line 2, .* got '# c'.*grep -v"),
+    "comment after a comment": ("# by A\n# a,b\n1,2\n", r"line 2, .*grep -v"),
     "comment with a quote": ('a,b\n# by "A"\n1,2\n', r"line 2: .*grep -v"),
     "only missing values": (
         "?,NA\n1,2\n",
@@ -484,3 +494,23 @@ def test_what_cannot_be_trained_on_is_refused(tmp_path):
     constant = np.array([[0.0, 0.1, 3.0], [1.0, 0.1, 3.0]])
     with pytest.raises(ValueError, match=r"in 'b' \(always 0.1\), 'c' \(always 3\). Leave"):
         check_for_training(Table(constant, ("a", "b", "c")))
+
+
+def test_the_header_of_savetxt_names_the_columns(tmp_path):
+    """It comes behind a #, as a comment; also of numbers, if it is said to be a header."""
+    path = tmp_path / "data.csv"
+    np.savetxt(path, EXPECTED, delimiter=",", header="a,b")
+    table = read_table(path, ["b", "a"])
+    assert table.columns == ("b", "a")
+    assert table.values.tolist() == np.asarray(EXPECTED)[:, ::-1].tolist()
+    np.savetxt(path, EXPECTED, delimiter=",", header="1100,1200")
+    with pytest.raises(ValueError, match=r"line 1, column 'x1': .* got '# 1100'"):
+        read_table(path)
+    assert read_table(path, header=True).columns == ("1100", "1200")
+
+
+@pytest.mark.parametrize("names", [("# a", "b"), ("#", "b"), ("#a", 'b, "B"')])
+def test_names_that_begin_with_a_mark_of_comments_come_back(tmp_path, names):
+    path = tmp_path / "data.csv"
+    write_table(path, np.asarray(EXPECTED), names)
+    assert read_table(path).columns == names

@@ -13,6 +13,7 @@ from zoo import FIELDS, UserNetwork, cnf, mlp, perturbed, rows_for
 from cnf import (
     CNF,
     ContinuousTransform,
+    Flow,
     Hutchinson,
     LinearField,
     MLPField,
@@ -673,6 +674,87 @@ def test_a_network_of_the_wrong_shape_is_refused(shapes_unchecked):
         ValueError, match=r"network must return the shape of x, \(3, 2\); got list\."
     ):
         ModuleField(Listing(), 2)(t, x)
+
+
+class Calls(nn.Module):
+    """A network of a user's, given by a function."""
+
+    def __init__(self, call, width=2):
+        super().__init__()
+        self.layer = nn.Linear(width, 2)
+        self.call = call
+
+    def forward(self, t, x, context=None):
+        return self.call(self.layer, t, x, context)
+
+
+TIMES = pytest.mark.parametrize("t", [torch.tensor(0.3), torch.tensor([0.1, 0.2, 0.3])], ids=str)
+WRONG_NETWORKS = {
+    "cat": lambda layer, t, x, context: layer(torch.cat([x, t], -1)),
+    "stack": lambda layer, t, x, context: torch.stack([x, t]),
+    "index": lambda layer, t, x, context: x[..., 2],
+    "another width": lambda layer, t, x, context: layer(x[..., :1]),
+    "no argument": lambda layer, t, x, context: layer(x, t, context),
+}
+
+
+@TIMES
+@pytest.mark.parametrize("call", WRONG_NETWORKS.values(), ids=WRONG_NETWORKS)
+def test_a_network_that_fails_is_told_the_shapes_and_the_line_that_concatenates(call, t):
+    message = (
+        r"network failed, called as network\(t, x\) with the shapes t \(3?,?\), x \(3, 2\): .*"
+        r"torch.cat\(\[x, t\[..., None\].expand\(\*x.shape\[:-1\], 1\)\], -1\)\."
+    )
+    with pytest.raises(ValueError, match=message):
+        ModuleField(Calls(call), 2)(t, torch.zeros(3, 2))
+
+
+@TIMES
+@pytest.mark.parametrize("batch", [(3,), (4, 3)], ids=str)
+def test_the_line_that_concatenates_works(t, batch):
+    def joined(layer, t, x, context):
+        rows = x.shape[:-1]
+        return layer(torch.cat([x, t[..., None].expand(*rows, 1), context.expand(*rows, -1)], -1))
+
+    x, context, network = torch.randn(*batch, 2), torch.randn(3, 1), Calls(joined, width=4)
+    expected = x @ network.layer.weight[:, :2].mT + t[..., None] * network.layer.weight[:, 2]
+    expected = expected + context * network.layer.weight[:, 3] + network.layer.bias
+    field = ModuleField(network, 2, 1)
+    torch.testing.assert_close(field(t, x, context), expected)
+    with pytest.raises(ValueError, match=r"context \(3, 1\): .*context.expand\(\*x.shape"):
+        ModuleField(Calls(WRONG_NETWORKS["cat"]), 2, 1)(t, x, context)
+
+
+@pytest.mark.parametrize(
+    "change", [torch.Tensor.long, torch.Tensor.cfloat, lambda x: x.to("meta")], ids=str
+)
+def test_a_velocity_of_no_real_numbers_is_refused(change, shapes_unchecked):
+    field = ModuleField(Calls(lambda layer, t, x, context: change(x)), 2)
+    with pytest.raises(ValueError, match=r"network must return a velocity of dtype torch.float64"):
+        field(torch.tensor(0.0), torch.zeros(3, 2))
+
+
+def test_a_network_may_change_in_place_what_it_is_given():
+    def inplace(layer, t, x, context):
+        return layer(x.mul_(0.5).add_(t.add_(1.0)) + context.mul_(2.0))
+
+    def outofplace(layer, t, x, context):
+        return layer(0.5 * x + t + 1.0 + 2.0 * context)
+
+    first = Calls(inplace)
+    second = Calls(outofplace)
+    second.load_state_dict(first.state_dict())
+    x, context = torch.randn(3, 2), torch.randn(3, 1)
+    given = x.clone(), context.clone()
+    found = []
+    for network in (first, second):
+        field = ModuleField(network, 2, 1)
+        flow = Flow([ContinuousTransform(field, solver=ODESolver(method="rk4", steps=2))])
+        with torch.inference_mode():
+            found.append([flow.to_data(x, context), flow.log_prob(x, context)])
+        found[-1] += [flow.to_data(x, context), flow.log_prob(x, context)]
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close((x, context), given, rtol=0, atol=0)
 
 
 VALUE, TYPE = ValueError, TypeError

@@ -90,7 +90,7 @@ class TorchBase(Base):
         if 0 in shape:  # which some, such as mixtures, refuse
             return self.loc.new_empty(*shape, self.features)
         draw = distribution.rsample if distribution.has_rsample else distribution.sample
-        with drawing_from(generator, self.loc.device):
+        with drawing_from(generator):
             return draw(shape).to(self.loc)
 
     def distribution(self, batch_shape: Sequence[int] = ()) -> Distribution:
@@ -162,7 +162,7 @@ class NormflowsBase(Base):
         _check_gradient(self.wrapped, self.has_rsample)
         if 0 in shape:  # which some, such as mixtures, refuse
             return self.loc.new_empty(*shape, self.features)
-        with drawing_from(generator, self.loc.device):
+        with drawing_from(generator):
             drawn: Tensor = self.wrapped(math.prod(shape))[0]
         return drawn.to(self.loc).reshape(*shape, self.features)
 

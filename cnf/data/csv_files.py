@@ -7,7 +7,6 @@ or cannot see whether every line was read as one row: where there are quotes, or
 import csv
 import io
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn, TextIO
@@ -15,6 +14,7 @@ from typing import NamedTuple, NoReturn, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
+from cnf._warnings import warn
 from cnf.data.cells import EXACT, cell_defect, is_missing, number
 from cnf.data.names import find_columns, listed, numbered_names, shortened
 
@@ -38,6 +38,8 @@ class _Layout(NamedTuple):
     """Lines before the first row of numbers."""
     guessed: bool
     """Whether the first line was taken for a row, though nobody said so."""
+    hint: str
+    """What to do if the first line is a comment, as it may be."""
 
 
 def read_csv(
@@ -85,7 +87,14 @@ def to_csv(values: NDArray[np.generic], columns: Sequence[str] | None, *, delimi
     text = io.StringIO()
     writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
     if columns is not None:
-        writer.writerow(columns)
+        marked = any(name.lstrip().startswith("#") for name in columns[:1])  # not for a comment
+        names = csv.writer(
+            text,
+            delimiter=delimiter,
+            lineterminator="\n",
+            quoting=csv.QUOTE_ALL if marked else csv.QUOTE_MINIMAL,
+        )
+        names.writerow(columns)
     # Python writes doubles as NumPy does, and faster, but knows no single precision.
     writer.writerows((values.astype(str) if values.dtype == np.float32 else values).tolist())
     return text.getvalue()
@@ -102,12 +111,15 @@ def _layout(path: Path, columns: tuple[str, ...] | None, header: bool | None) ->
     line, cells = next(rows)
     cells = [cell.strip() for cell in cells]
     if not (_is_header(f"{path}, line {line}", cells, columns) if header is None else header):
-        return _Layout(delimiter, numbered_names(len(cells)), 0, header is None)
+        hint = _about_comment(path, first)
+        return _Layout(delimiter, numbered_names(len(cells)), 0, header is None, hint)
     if next(rows, None) is None:
         raise ValueError(
             f"{path}, line {line + 1}: must hold numbers; the file ends after the header."
         )
-    return _Layout(delimiter, tuple(cells), line, False)
+    if first.lstrip().startswith("#"):  # which was said to be a header, be it of numbers
+        cells[0] = cells[0].lstrip("# ") or cells[0]
+    return _Layout(delimiter, tuple(cells), line, False, _about_comment(path, first))
 
 
 def _is_header(where: str, cells: Sequence[str], columns: tuple[str, ...] | None) -> bool:
@@ -143,10 +155,9 @@ def _doubt_first_row(path: Path, values: NDArray[np.float64]) -> None:
                 f"{listed([f'{value:g}' for value in first])} may be either, for they rise evenly "
                 f"and lie outside the range of the other rows. Please {_SAY_WHICH}."
             )
-    warnings.warn(
+    warn(
         f"{path}, line 1 holds numbers and was read as a row, so the columns are called "
         f"{listed(numbered_names(values.shape[1]))}: {_SAY_WHICH}.",
-        stacklevel=4,
     )
 
 
@@ -168,7 +179,10 @@ def _lines(path: Path, file: TextIO, delimiter: str) -> Iterator[str]:
     """The lines, each of which must be a row: a quote that stays open would swallow others."""
     cell = rf'(?:"(?:[^"\r\n]|"")*"|[^"{delimiter}\r\n]*)'
     row = re.compile(rf"{cell}(?:{delimiter}{cell})*[\r\n]*")
-    for number_of_line, line in enumerate(file, 1):
+    begun = False
+    for number_of_line, found in enumerate(file, 1):
+        line = found if begun else _without_mark(found, delimiter)
+        begun = begun or not found.isspace()
         if '"' in line and not row.fullmatch(line):
             raise ValueError(
                 f"{path}, line {number_of_line}: must have quotes around whole cells only, each "
@@ -177,6 +191,13 @@ def _lines(path: Path, file: TextIO, delimiter: str) -> Iterator[str]:
                 f"{_about_comment(path, line)}"
             )
         yield line
+
+
+def _without_mark(line: str, delimiter: str) -> str:
+    """The first line without the # that `numpy.savetxt` puts before names; a row keeps it."""
+    names = re.sub(rf"^\s*#[#\s]*(?=[^#\s{delimiter}])", "", line)
+    cells = names.split(delimiter)
+    return line if any(number(cell.strip(' "\r\n')) is not None for cell in cells) else names
 
 
 def _parse(path: Path, layout: _Layout, chosen: tuple[int, ...]) -> NDArray[np.float64]:
@@ -201,13 +222,11 @@ def _refuse_uneven_lines(path: Path, layout: _Layout) -> None:
 def _refuse_first_defect(path: Path, layout: _Layout, chosen: tuple[int, ...]) -> None:
     """Raise a `ValueError` for the first line or chosen cell that is not as it must be."""
     count = len(layout.names)
-    comment = ""
     for row, (line, cells) in enumerate(_rows(path, layout.delimiter)):
         if line <= layout.header_lines:
-            comment = _about_comment(path, cells[0])
             continue
         if len(cells) != count:
-            hint = comment or _about_comment(path, cells[0])
+            hint = layout.hint or _about_comment(path, cells[0])
             column = min(len(cells), count)
             raise ValueError(
                 f"{path}, line {line}, column {column}: must be the last of {count} cells, as "
@@ -216,7 +235,7 @@ def _refuse_first_defect(path: Path, layout: _Layout, chosen: tuple[int, ...]) -
         for index in chosen:
             defect = cell_defect(cells[index])
             if defect:
-                hint = comment or _about_comment(path, cells[0])
+                hint = layout.hint or _about_comment(path, cells[0])
                 hint = hint or (_MAYBE_HEADER if row == 0 else "")
                 name = shortened(layout.names[index])
                 raise ValueError(f"{path}, line {line}, column {name!r}: {defect}{hint}")

@@ -1,6 +1,5 @@
 """Columns whose density is unbounded: constant, repeated, or linear functions of other columns."""
 
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -8,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cnf._moments import column_moments
+from cnf._warnings import warn
 from cnf.data.names import listed
 
 _SHARE = 0.05
@@ -46,11 +46,10 @@ def check_columns(name: str, x: Float[Tensor, "rows columns"], names: Sequence[s
         )
     remarks = [*_of_repeated_values(rows, names), *_of_dependence(rows, x.dtype, names)]
     if remarks:
-        warnings.warn(
+        warn(
             f"{name} has no bounded density: {'; '.join(remarks)}. The likelihood then grows "
             "without bound and says little about the fit.",
             DegenerateDataWarning,
-            stacklevel=3,
         )
 
 

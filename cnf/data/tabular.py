@@ -6,7 +6,6 @@ column and what was found there.
 
 import io
 import os
-import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cnf._files import TooLargeError, as_path, check_unpacked, write_atomically
+from cnf._warnings import warn
 from cnf.data.cells import (
     LARGEST,
     cell_of_row,
@@ -184,12 +184,11 @@ def point_out_fill_values(table: Table, name: str = "the table") -> None:
         for value, count in _fill_values(column)
     ]
     if found:
-        warnings.warn(
+        warn(
             f"{name} has values far outside of all others in their column, which may stand for "
             f"missing ones: {listed(found)}. Drop these rows or mend them, for a density follows "
             "all its rows.",
             DegenerateDataWarning,
-            stacklevel=3,
         )
 
 

@@ -15,6 +15,7 @@ from cnf._checks import (
     check_context,
     check_events,
     check_number,
+    check_trainable,
     check_type,
     is_positive,
     reference_tensor,
@@ -209,6 +210,8 @@ def _check_arguments(flow: Flow, x: Tensor, context: Tensor | None, tolerance: f
         )
     check_events("x", x, flow.event_shape, like=reference_tensor(flow))
     check_context(context, flow.context_features, like=reference_tensor(flow))
+    with torch.inference_mode(False):
+        check_trainable("flow", flow)
     check_number("tolerance", tolerance, "positive and finite", is_positive)
     if not any(isinstance(part, ContinuousTransform) for part in flow.modules()):
         raise ValueError("flow must follow an ODE; its gradients are made in one way only.")

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import os
-import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from cnf._checks import check_count
 from cnf._files import as_path, write_atomically
+from cnf._warnings import warn
 
 FORMAT_VERSION = 1
 
@@ -84,7 +84,7 @@ def read_newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         try:
             state = _read(file)
         except Exception as error:  # of torch.load, which a crafted file may make raise anything
-            warnings.warn(f"{str(file)!r} is damaged ({error}).", stacklevel=2)
+            warn(f"{str(file)!r} is damaged ({error}).")
             damaged.append(file)
             continue
         if state["format"] > FORMAT_VERSION:

@@ -1,10 +1,10 @@
 """The files of a run."""
 
 import importlib.util
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cnf._warnings import warn
 from cnf.flow import Flow
 from cnf.saving import save
 from cnf.training.checkpoint import (
@@ -83,10 +83,9 @@ class RunFolder:
             save(kept, self.folder / _BEST)
         except (TypeError, ValueError) as error:
             if not self._has_warned:
-                warnings.warn(
+                warn(
                     f"{str(self.folder / _BEST)!r} was not written, because {error} The "
                     "checkpoints hold its weights, and the run can resume.",
-                    stacklevel=2,
                 )
             self._has_warned = True
 

@@ -1,11 +1,13 @@
 """Training, from the outside."""
 
 from collections.abc import Sequence
+from numbers import Real
 
+import numpy as np
 import torch
 from torch import nn
 
-from cnf._checks import check_flag, check_type, reference_tensor
+from cnf._checks import check_flag, check_number, check_trainable, check_type, reference_tensor
 from cnf.flow import Flow
 from cnf.training.callbacks import Callback
 from cnf.training.checkpoint import Checkpoints
@@ -51,7 +53,7 @@ def fit(
             `FlowMatching` can train, and for one of ``TrainingConfig()`` otherwise, each ending
             after three validations without a new best.
         validation: Held-out data of the same form, or the share of the rows to hold out, at random
-            and 1000 rows at most; None trains on all of them and keeps the last weights. The flow
+            and 1000 rows at most; None or 0 trains on all, and keeps the last weights. The flow
             ends with the weights whose negative log-likelihood of these rows, as `log_prob` gives
             it, is lowest over all phases, also when training is interrupted from the keyboard.
         checkpoints: Where the run is kept, if at all.
@@ -89,6 +91,7 @@ def fit(
         raise TypeError(f"callbacks must be a list of callables; got {callbacks!r}.")
     flow = flow_of(objective)
     with torch.inference_mode(False), torch.enable_grad():
+        check_trainable("objective", objective)
         plan = None if config is None and objective is flow else make_plan(objective, config)
         all_rows = as_rows("data", data, flow) if plan is None else rows_for(plan, data, flow)
         rows, held_out = _parted(all_rows, validation, flow)
@@ -116,12 +119,18 @@ def _parted(
     """Rows to train on, and rows to validate on.
 
     Raises:
-        ValueError: If `validation` is a share out of range, or does not fit the flow.
+        TypeError: If `validation` is True or False.
+        ValueError: If it is a share out of range, or does not fit the flow.
     """
-    if not isinstance(validation, float):
-        return rows, None if validation is None else as_rows("validation", validation, flow)
-    if not 0 <= validation < 1:
-        raise ValueError(
-            f"validation must be data, or a share of the rows in [0, 1); got {validation}."
+    if validation is None:
+        return rows, None
+    if isinstance(validation, bool | np.bool_):
+        raise TypeError(
+            f"validation must be data, or a share of the rows such as 0.1; got {validation}. "
+            "Leave it out for a tenth of the rows, and say None for none."
         )
-    return (rows, None) if rows is None or rows.contexts else held_out_of(rows, validation)
+    if not isinstance(validation, Real) and getattr(validation, "ndim", None) != 0:
+        return rows, as_rows("validation", validation, flow)
+    expected = "data, or a share of the rows in [0, 1)"
+    share = check_number("validation", validation, expected, lambda share: 0 <= share < 1)
+    return (rows, None) if rows is None or rows.contexts else held_out_of(rows, share)

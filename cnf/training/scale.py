@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import warnings
 from typing import NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from cnf._moments import column_moments
+from cnf._warnings import warn
 from cnf.data.degeneracy import check_columns
 from cnf.data.tabular import Table, point_out_fill_values
 from cnf.flow import Flow
@@ -85,11 +85,10 @@ def initialize(flow: Flow, sample: Sample) -> None:
             for part in flow.modules():
                 if isinstance(is_initialized := getattr(part, "is_initialized", None), Tensor):
                     is_initialized.fill_(True)
-            warnings.warn(
+            warn(
                 "the flow has been trained before what starts from data was set, and setting it "
                 f"now would cost {loss:.3g} nats; it stays as it was. Call "
-                "flow.initialize(x, context) before a training loop of your own.",
-                stacklevel=3,
+                "flow.initialize(x, context) before a training loop of your own."
             )
 
 
@@ -142,12 +141,11 @@ def warn_if_far_from_standard(flow: Flow, sample: Sample) -> None:
     size = chain.to_base(discrete, x, context, generator=noise).square().mean(0).sqrt()
     far = len(discrete) < len(flow.chain) and not (size > 1 / _FAR).all()
     if far or not (size < _FAR).all():
-        warnings.warn(
+        warn(
             "the data reach the vector field with a root mean square of "
             f"{size.min():.3g} to {size.max():.3g}, where training expects about 1; put "
             f"Standardize({flow.features}) first among the transforms, which fit then sets from "
             "the data, and look for outliers.",
-            stacklevel=3,
         )
 
 

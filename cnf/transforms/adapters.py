@@ -1,6 +1,5 @@
 """Transforms of other libraries as ours. They wrap what the user made, and import nothing."""
 
-import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from torch.distributions import Transform as TorchTransform
 from torch.distributions import constraints
 
 from cnf._checks import check_type
+from cnf._warnings import warn
 from cnf.transforms.bounded_solve import bounded
 from cnf.transforms.foreign import is_a, refuse_what_has_no_likelihood
 from cnf.transforms.wrapped import WrappedTransform
@@ -229,11 +229,10 @@ class FromNormflows(WrappedTransform):
             check_type("each of flows", layer, nn.Module, "a normflows.flows.Flow")
             refuse_what_has_no_likelihood(layer)
             if is_a(layer, "normflows", "MaskedAffineAutoregressive"):
-                warnings.warn(
+                warn(
                     "MaskedAffineAutoregressive of normflows is an inverse autoregressive flow: "
                     "log_prob of data calls its network once for each feature; for a masked one "
                     "wrap it in normflows.flows.Reverse.",
-                    stacklevel=2,
                 )
         super().__init__(shape, context_features, latent_shape=latent_shape)
         self.flows = nn.ModuleList(layers)

@@ -1,7 +1,6 @@
 """The transform that follows an ordinary differential equation."""
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cnf._checks import check_flag, check_number, check_type, is_positive
+from cnf._warnings import warn
 from cnf.divergence import Divergence, Exact, Hutchinson
 from cnf.ode import ODESolver, RightHandSide, State
 from cnf.regularizers import CostRate, needs_products
@@ -256,11 +256,10 @@ class ContinuousTransform(Transform):
 
     def _warn_if_unwise(self) -> None:
         if self.features > _MANY_FEATURES and not self.vector_field.has_closed_form_divergence:
-            warnings.warn(
+            warn(
                 f"the exact divergence costs {self.features} Jacobian products for each evaluation "
                 "of this vector field; choose divergence=Hutchinson() for an unbiased estimate, or "
                 "divergence=Exact() to keep it without this warning.",
-                stacklevel=2,
             )
 
 

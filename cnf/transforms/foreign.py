@@ -5,11 +5,14 @@ Parts are known by the name of their class and library, so that none of these is
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import FunctionType, MethodType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from cnf._building import Building
 
 _NO_BIJECTION = "is no bijection between data and base"
 
@@ -38,6 +41,9 @@ _SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     },
 }
 """Under which settings values and gradients are right, for what is not to be in evaluation mode."""
+
+_SERIES = "_logdetgrad"
+"""The method of a residual block of normflows that draws from numpy."""
 
 _FROM_FIRST_ROWS: dict[tuple[str, str], dict[str, Any]] = {
     ("nflows", "ActNorm"): {"training": True},
@@ -127,26 +133,43 @@ def _set(part: nn.Module, values: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def drawing_from(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
-    """Within, what draws from global generators follows `generator`; these are put back afterwards.
+def drawing_from(
+    generator: torch.Generator | None, module: nn.Module | None = None
+) -> Iterator[None]:
+    """Within, what this thread draws from torch's global generators follows `generator`.
 
-    Other libraries take no generator: they draw from torch's and from numpy's. None for leaving
-    all as it is.
+    Other libraries take no generator. The global ones are neither read nor set, so that other
+    threads draw from them as ever. The numbers of terms that normflows draws from numpy follow too;
+    whatever else draws from numpy, such as a distribution of a user's own, does not.
+
+    Args:
+        generator: The generator; None for leaving all as it is.
+        module: What is called within.
     """
     if generator is None:
         yield
         return
     seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
-    of_numpy = np.random.get_state()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            torch.cuda.manual_seed(seed)
-        np.random.seed(seed)
+    parts = [] if module is None else [*module.modules()]
+    blocks = [part for part in parts if is_a(part, "normflows", "iResBlock")]
+    terms = np.random.RandomState(seed)
+    with Building(seed=seed):
         try:
+            for block in blocks:
+                vars(block)[_SERIES] = _drawing_terms_from(terms, block)
             yield
         finally:
-            np.random.set_state(of_numpy)
+            for block in blocks:
+                vars(block).pop(_SERIES, None)
+
+
+def _drawing_terms_from(terms: np.random.RandomState, block: Any) -> MethodType:
+    """The block's power series, with another source of the numbers of its terms."""
+    series = getattr(type(block), _SERIES)
+    samplers = {"geometric_sample": terms.geometric, "poisson_sample": terms.poisson}
+    names = {**series.__globals__, **samplers}
+    copied = FunctionType(series.__code__, names, closure=series.__closure__)
+    return MethodType(copied, block)
 
 
 def as_rows(x: Tensor, shape: tuple[int, ...]) -> Tensor:

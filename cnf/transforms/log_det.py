@@ -19,6 +19,11 @@ from cnf.vector_fields.derivatives import (
     vector_jacobian_product,
 )
 
+_MOST_TERMS = 10_000
+"""Largest number of terms: each is a pass through the network, and the last of so many counts less
+than 1e-8 nats for a contraction with Lipschitz constant 0.999."""
+_FEWER = "Take fewer, or for few features ExactLogDet()."
+
 
 class LogDet(ABC):
     r"""How log det(I + J) is computed, for the Jacobian J of a contraction g.
@@ -91,7 +96,7 @@ class TruncatedSeries(LogDet):
 
     Raises:
         TypeError: If a number is not an int.
-        ValueError: If a number is less than 1.
+        ValueError: If a number is less than 1, or `terms` more than 10 000.
 
     References:
         Behrmann et al. (2019), Invertible Residual Networks. https://arxiv.org/abs/1811.00995
@@ -108,8 +113,8 @@ class TruncatedSeries(LogDet):
     """Number of Rademacher probes for each row."""
 
     def __post_init__(self) -> None:
-        check_count("terms", self.terms)
-        check_count("probes", self.probes)
+        object.__setattr__(self, "terms", _checked_terms("terms", self.terms, least=1))
+        object.__setattr__(self, "probes", check_count("probes", self.probes))
 
     @property
     def likelihood(self) -> Likelihood:
@@ -142,7 +147,8 @@ class RussianRoulette(LogDet):
 
     Raises:
         TypeError: If a number is not an int.
-        ValueError: If a number is too small, or `probability` not between 0 and 1.
+        ValueError: If a number is too small or `exact_terms` more than 10 000, or if `probability`
+            is not at least 1e-4, which is for 10 000 further terms on average, and less than 1.
 
     References:
         Chen et al. (2019), Residual Flows for Invertible Generative Modeling.
@@ -162,10 +168,15 @@ class RussianRoulette(LogDet):
     """Number of Rademacher probes for each row."""
 
     def __post_init__(self) -> None:
-        check_count("exact_terms", self.exact_terms, least=0)
-        check_count("probes", self.probes)
+        terms = _checked_terms("exact_terms", self.exact_terms, least=0)
+        object.__setattr__(self, "exact_terms", terms)
+        object.__setattr__(self, "probes", check_count("probes", self.probes))
         probability = check_number(
-            "probability", self.probability, "between 0 and 1", lambda number: 0 < number < 1
+            "probability",
+            self.probability,
+            f"between 0 and 1, and at least {1 / _MOST_TERMS:g}",
+            lambda number: 1 / _MOST_TERMS <= number < 1,
+            remedy=f"A call takes exact_terms + 1 / probability terms on average. {_FEWER}",
         )
         object.__setattr__(self, "probability", probability)
 
@@ -203,6 +214,16 @@ class RussianRoulette(LogDet):
         if is_hidden(draw):
             refuse_transformed_functions("the number of terms of a RussianRoulette")
         return 1 + int(math.log1p(-draw.item()) / math.log1p(-self.probability))
+
+
+def _checked_terms(name: str, value: int, *, least: int) -> int:
+    terms = check_count(name, value, least=least)
+    if terms > _MOST_TERMS:
+        raise ValueError(
+            f"{name} must be at most {_MOST_TERMS}, for each costs a pass through the network; got "
+            f"{terms}. {_FEWER}"
+        )
+    return terms
 
 
 def power_series(

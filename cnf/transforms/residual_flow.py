@@ -1,6 +1,5 @@
 """Residual flows: the identity plus a contraction."""
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cnf._checks import check_number, check_type
+from cnf._warnings import warn
 from cnf.transforms.base import Likelihood, Transform
 from cnf.transforms.bounded_layers import Map
 from cnf.transforms.contractive import ContractiveNetwork
@@ -179,12 +179,11 @@ class ResidualFlow(Transform):
 
 def _warn_of_infinite_variance(log_det: LogDet, coefficient: float) -> None:
     if isinstance(log_det, RussianRoulette) and not log_det.has_finite_variance(coefficient):
-        warnings.warn(
+        warn(
             f"the log-determinant has infinite variance where the network comes near to its "
             f"coefficient, {coefficient}: give a RussianRoulette with a probability less than "
             f"{1 - coefficient**2:.3g}, in place of {log_det.probability}, or a network with a "
             f"coefficient less than {(1 - log_det.probability) ** 0.5:.3g}.",
-            stacklevel=3,
         )
 
 

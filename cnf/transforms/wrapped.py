@@ -162,7 +162,7 @@ class WrappedTransform(Transform):
         generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor]:
         batch = joint_batch_shape(x, context)
-        with outside_inference_mode(), drawing_from(generator, x.device):
+        with outside_inference_mode(), drawing_from(generator, self):
             rows = _rows(x, batch, shape)
             contexts = None if context is None else _rows(context, batch, context.shape[-1:])
             y, ladj = call(rows, contexts)

@@ -10,13 +10,14 @@ A compiled field has, beside its state, bound methods that stand in front of tho
 """
 
 import functools
-import warnings
 from collections.abc import Callable
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from cnf._warnings import warn
 
 if TYPE_CHECKING:
     import cnf.vector_fields.base
@@ -104,10 +105,9 @@ class Compilation:
     ) -> Any:
         result = method(*inputs)  # which raises if the inputs are at fault
         self.failed = True
-        warnings.warn(
+        warn(
             f"torch.compile failed ({reason(error)}). The flow goes on without "
             f"it: the same numbers, more slowly. {_REMEDY}",
-            stacklevel=3,
         )
         return result
 

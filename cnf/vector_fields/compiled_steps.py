@@ -17,7 +17,6 @@ divergences but `Exact` and `Hutchinson`; and what runs within `torch.func`. So 
 solve that fails or would spend its budget, to say where and why.
 """
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from cnf._warnings import warn
 from cnf._watch import State
 from cnf.vector_fields.compiled import Compilation, reason
 
@@ -128,10 +128,9 @@ class FieldSteps:
     def _do_without(self, error: Exception) -> None:
         self._compilation.steps_failed = True
         if not self._compilation.failed:  # of which there has been a warning
-            warnings.warn(
+            warn(
                 f"torch.compile failed on a whole step ({reason(error)}). The flow goes on "
                 "with programs of single evaluations: the same numbers, more slowly.",
-                stacklevel=4,
             )
 
 

@@ -1,7 +1,6 @@
 """What the layers of a field are conditioned on: time, waves of it, and the context."""
 
 import math
-import warnings
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cnf._moments import column_moments
+from cnf._warnings import warn
 
 
 class ContextScaling(nn.Module):
@@ -63,11 +63,10 @@ class ContextScaling(nn.Module):
         )
         constant = (std == 0).nonzero().flatten().tolist()
         if constant:
-            warnings.warn(
+            warn(
                 f"context is constant over the training rows in column {constant}: the density "
                 "cannot be learnt to depend on it, and other values have no meaning there. "
                 "Drop the column.",
-                stacklevel=2,
             )
         self.set(mean, std.where(std > 0, 1.0))
 

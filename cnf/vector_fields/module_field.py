@@ -1,8 +1,10 @@
 """Any network as a vector field."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cnf._checks import is_hidden
 from cnf.vector_fields.base import VectorField
 
 
@@ -15,14 +17,16 @@ class ModuleField(VectorField):
 
     Args:
         network: Module called as ``network(t, x)``, or as ``network(t, x, context)`` if
-            `context_features` is not 0, that returns the velocity, of the shape of x. To
-            concatenate, give t the shape of x: ``t[..., None].expand(*x.shape[:-1], 1)``.
+            `context_features` is not 0, that returns the velocity, of the shape of x. There t has
+            the shape ``()`` or ``(*batch,)``; to concatenate, give it the shape of x:
+            ``torch.cat([x, t[..., None].expand(*x.shape[:-1], 1)], -1)``.
         features: Size of x.
         context_features: Size of the context; 0 for none.
 
     Raises:
         TypeError: If `network` is not a module.
-        ValueError: If a size is out of range or, when called, the velocity has the wrong shape.
+        ValueError: If a size is out of range or, when called, the network fails or the velocity
+            has the wrong shape, is not real, or on another device.
 
     Example:
         >>> import torch
@@ -47,8 +51,33 @@ class ModuleField(VectorField):
         context: Float[Tensor, "*c_batch context_features"] | None = None,
     ) -> Float[Tensor, "*batch features"]:
         """Velocity at `x`, as the network gives it."""
-        velocity = self.network(t, x) if context is None else self.network(t, x, context)
+        inputs = (t, x) if context is None else (t, x, context)
+        try:
+            # Copies, for a network may change in place what it is given, which is the solver's.
+            velocity = self.network(*(part.clone() for part in inputs))
+        except (IndexError, RuntimeError, TypeError) as error:
+            if isinstance(error, torch.cuda.OutOfMemoryError) or is_hidden(x):
+                raise
+            raise ValueError(_failure(inputs, error)) from error
         if not isinstance(velocity, Tensor) or velocity.shape != x.shape:
             got = tuple(velocity.shape) if isinstance(velocity, Tensor) else type(velocity).__name__
             raise ValueError(f"network must return the shape of x, {tuple(x.shape)}; got {got}.")
+        if not velocity.is_floating_point() or velocity.device != x.device:
+            raise ValueError(
+                f"network must return a velocity of dtype {x.dtype} on {x.device}; got "
+                f"{velocity.dtype} on {velocity.device}."
+            )
         return velocity
+
+
+def _failure(inputs: tuple[Tensor, ...], error: Exception) -> str:
+    """Why a network may have failed: mostly, because it does not expect these shapes."""
+    names = ("t", "x", "context")[: len(inputs)]
+    shapes = [f"{name} {tuple(part.shape)}" for name, part in zip(names, inputs, strict=True)]
+    rows = "*x.shape[:-1]"
+    parts = ["x", f"t[..., None].expand({rows}, 1)", f"context.expand({rows}, -1)"][: len(inputs)]
+    return (
+        f"network failed, called as network({', '.join(names)}) with the shapes "
+        f"{', '.join(shapes)}: {str(error).rstrip('.')}. To concatenate what it is given: "
+        f"torch.cat([{', '.join(parts)}], -1)."
+    )
