@@ -1,5 +1,6 @@
 """Settings of every test."""
 
+import os
 from collections.abc import Iterator
 
 import jaxtyping
@@ -9,10 +10,10 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _reproducible() -> Iterator[None]:
-    """Float64, one thread and a fixed seed; afterwards all as it was."""
+    """Float64, a fixed seed, and one thread if OMP_NUM_THREADS names no number; then as before."""
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(dtype)
