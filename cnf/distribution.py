@@ -15,7 +15,6 @@ from cnf._checks import (
     check_count,
     check_events,
     check_sample_shape,
-    check_support,
     joint_batch_shape,
     reference_tensor,
 )
@@ -181,7 +180,6 @@ class FlowDistribution(Distribution):
     ) -> Tensor:
         """Log-density of `value` as `Flow.log_prob`, in nats; batch shapes broadcast."""
         check_events("value", value, self.event_shape, like=reference_tensor(self.flow))
-        check_support("value", value, self.support)
         shape = joint_batch_shape(value, torch.empty(*self.batch_shape, 0), len(self.event_shape))
         log_prob: Tensor = self._bound.ask(
             "log_prob",
