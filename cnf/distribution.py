@@ -11,7 +11,13 @@ from torch.distributions.kl import register_kl
 from torch.distributions.transforms import _InverseTransform
 from torch.nn.utils.stateless import _functional_call
 
-from cnf._checks import check_count, check_sample_shape, check_type, joint_batch_shape
+from cnf._checks import (
+    check_count,
+    check_events,
+    check_sample_shape,
+    joint_batch_shape,
+    reference_tensor,
+)
 
 if TYPE_CHECKING:
     import cnf.flow
@@ -173,7 +179,7 @@ class FlowDistribution(Distribution):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Log-density of `value` as `Flow.log_prob`, in nats; batch shapes broadcast."""
-        check_type("value", value, Tensor, "use torch.as_tensor(value)")
+        check_events("value", value, self.event_shape, like=reference_tensor(self.flow))
         shape = joint_batch_shape(value, torch.empty(*self.batch_shape, 0), len(self.event_shape))
         log_prob: Tensor = self._bound.ask(
             "log_prob",

@@ -21,12 +21,15 @@ from cnf import density
 from cnf._checks import check_count
 from cnf.data.cells import refuse_unless_numbers
 from cnf.data.degeneracy import DegenerateDataWarning, check_columns
+from cnf.data.names import shortened
 from cnf.data.tabular import Table, check_for_training, point_out_fill_values
 from cnf.density import DensitySettings, Rows, continue_density, fit_density, hold_out
 from cnf.training import History
 from cnf.transforms import Standardize
 
 _SEEDS = 2**31 - 1
+_LEAST_ROWS = 2
+"""So that there is a standard deviation."""
 
 
 class CNFDensity(DensityMixin, BaseEstimator):
@@ -116,11 +119,17 @@ class CNFDensity(DensityMixin, BaseEstimator):
         point_out_fill_values(table, "X")
         check_columns("X", rows.x, table.columns)
         settings = self._settings()
+        training, held_out = hold_out(rows, settings)
+        if len(training.x) < _LEAST_ROWS:
+            raise ValueError(
+                f"X must leave at least {_LEAST_ROWS} rows to train on; got {len(rows.x)}, and "
+                f"validation_fraction={self.validation_fraction} leaves {len(training.x)}."
+            )
         standardize = Standardize.from_data(rows.x, weight=rows.weight)
         with warnings.catch_warnings():  # said above, of the columns as they came
             warnings.simplefilter("ignore", DegenerateDataWarning)
             self.flow_, self.history_ = fit_density(
-                [standardize], *hold_out(rows, settings), settings=settings, progress=self.verbose
+                [standardize], training, held_out, settings=settings, progress=self.verbose
             )
         return self
 
@@ -188,9 +197,12 @@ class CNFDensity(DensityMixin, BaseEstimator):
 
     def _rows(self, X: ArrayLike, sample_weight: ArrayLike | None, *, first: bool) -> Rows:
         """Checked rows of positive weight."""
-        least = 2 if first else 1
+        least = _LEAST_ROWS if first else 1
         refuse_unless_numbers("X", X)
-        values = validate_data(self, X, dtype=np.float64, reset=first, ensure_min_samples=least)
+        values = validate_data(self, X, dtype=np.float64, reset=first, ensure_all_finite=False)
+        _refuse_not_finite(values, getattr(self, "feature_names_in_", None))
+        if len(values) < least:  # in words that scikit-learn expects
+            raise ValueError(f"X must have at least {least} rows; got 1 sample.")
         x = _as_tensor(values)
         if sample_weight is None:
             return Rows(x)
@@ -203,6 +215,18 @@ class CNFDensity(DensityMixin, BaseEstimator):
                 "and zero for the others."
             )
         return Rows(x, weight=weight).take(counted)
+
+
+def _refuse_not_finite(X: Float[np.ndarray, "rows columns"], names: ArrayLike | None) -> None:
+    bad = np.argwhere(~np.isfinite(X))
+    if len(bad):
+        row, column = map(int, bad[0])
+        name = column if names is None else shortened(str(np.asarray(names)[column]))
+        kind = "NaN, a missing value," if np.isnan(X[row, column]) else str(X[row, column])
+        raise ValueError(
+            f"X must be finite; got {kind} in row {row} (from 0), column {name!r}; {len(bad)} in "
+            "all. Fill these values or drop the rows."
+        )
 
 
 def _as_tensor(values: np.ndarray) -> Tensor:

@@ -101,6 +101,11 @@ class Columns:
         Raises:
             ValueError: If a number is missing or superfluous.
         """
+        if values and not self.context_names:
+            raise ValueError(
+                f"context must be left out, for the model has no context columns; got "
+                f"{quoted(list(values))}."
+            )
         if set(values) != set(self.context_names):
             raise ValueError(
                 f"context must have a number for each of {quoted(self.context_names)}; "

@@ -10,6 +10,7 @@ import contextlib
 import math
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -33,8 +34,6 @@ from cnf.training import TrainingConfig, TrainingError, recipe
 PACKAGE = str(Path(cnf.__file__).parent)
 SECONDS = 20
 """After which a call counts as one that hangs."""
-_OTHER_WORDS = ("column", "solve", "not enough memory", "x must", "data must", "x and context")
-"""What messages speak of that is no name of an argument: parts of data, and of inner calls."""
 CLEAR = (ValueError, TypeError, OSError, NotImplementedError, cnf.ODEError, TrainingError)
 
 
@@ -47,6 +46,8 @@ class Target(NamedTuple):
 
     call: Callable[..., Any]
     arguments: Callable[[], dict[str, Any]]
+    parts_of: str = ""
+    """The argument of the package that these are parts of, if they are."""
 
 
 class Outcome(NamedTuple):
@@ -372,6 +373,7 @@ def targets(folder: Path) -> dict[str, Target]:
                 small(context_features=3), {"x": x, "context": context, "weight": weight}, config
             ),
             lambda: {"x": rows(12, 2), "context": rows(12, 3), "weight": torch.ones(12)},
+            "data",
         ),
         "certify": (
             cnf.certify,
@@ -556,9 +558,9 @@ def outcome_of(target: Target, arguments: dict[str, Any]) -> Outcome:
     except Exception as error:  # what it is, is the question
         last = traceback.extract_tb(error.__traceback__)[-1]
         told = f"{type(error).__name__}: {str(error)[:160]!r} in {last.filename}:{last.lineno}"
-        ours = last.filename.startswith(PACKAGE) or isinstance(error, OSError)
-        named = isinstance(error, OSError) or _names_an_argument(str(error), arguments)
-        clear = ours and isinstance(error, CLEAR) and named
+        ours = last.filename.startswith(PACKAGE) and isinstance(error, CLEAR)
+        named = {**arguments, target.parts_of: None}
+        clear = ours and _names_an_argument(str(error), named)
         return Outcome("error" if clear else "unclear", told)
     found = [part for part in _tensors(result) if part.dtype.is_floating_point]
     if any(bool(part.isnan().any()) for part in found if not part.is_meta):
@@ -567,8 +569,9 @@ def outcome_of(target: Target, arguments: dict[str, Any]) -> Outcome:
 
 
 def _names_an_argument(message: str, arguments: dict[str, Any]) -> bool:
-    words = {word.rstrip("s") for name in arguments for word in (name, *name.split("_"))}
-    return any(word in message for word in (*words, *_OTHER_WORDS))
+    """Whether a message has the name of an argument, or of one of its entries, as a word."""
+    words = {word.rstrip("s") for word in re.findall(r"\w+", message)}
+    return not words.isdisjoint(name.rstrip("s") for name in arguments)
 
 
 def _tensors(result: Any) -> list[Tensor]:

@@ -216,7 +216,7 @@ def test_rows_outside_the_support_are_not_certified(folder, tmp_path, capsys):
     rows[6, 2] = 1.5
     write_table(tmp_path / "data.csv", rows, ["size", "mass", "count", "share"])
     said = error_of(capsys, "certify", folder / "mixed", tmp_path / "data.csv")
-    assert "data.csv, row 7, column 'count': must be integer" in said
+    assert "data.csv, line 8, column 'count': must be integer" in said
     assert "got 1.5. 1 of 9 rows are not" in said
 
 
@@ -404,7 +404,7 @@ def test_columns_and_contexts_must_be_different_columns_of_the_table(folder, tmp
 def test_rows_outside_the_stated_support_are_named(folder, tmp_path, capsys):
     for support, message in {
         "mass=positive": "column 'mass': must be positive",
-        "size=integer": "row 1, column 'size': must be integer",
+        "size=integer": "line 2, column 'size': must be integer",
         "count=interval:-1:3": "column 'count': must be from -1 to 3, the ends excluded",
         "count=periodic:0:3": "column 'count': must be from 0 to 3, the ends included",
         "depth=positive": "support must be of a column of the density; got 'depth'",
@@ -767,3 +767,35 @@ def test_the_commands_of_the_docs_run(folder, tmp_path, monkeypatch, capsys):
     for program, name, *arguments in commands:
         assert program == "cnf"
         assert run(name, *arguments, *(SMALL if name == "fit" else [])) == 0
+
+
+@pytest.mark.parametrize("spaced", [False, True])
+def test_a_row_that_a_support_does_not_allow_is_named_by_its_line(tmp_path, capsys, spaced):
+    """As an editor counts it, be there a header and blank lines, or neither."""
+    lines = ["", "# a,b", "1.5,2", "", "2.5,3", "3,-4"] if spaced else ["1.5,2", "2.5,3", "3,-4"]
+    path = tmp_path / "data.csv"
+    path.write_text("\n".join(lines) + "\n")
+    name = "b" if spaced else "x2"
+    flags = [] if spaced else ["--no-header"]
+    arguments = ["fit", path, *flags, "--out", tmp_path / "m", "--support", f"{name}=positive"]
+    said = error_of(capsys, *arguments)
+    assert f"data.csv, line {lines.index('3,-4') + 1}, column '{name}': must be positive" in said
+
+
+def test_a_shell_is_told_of_options_and_not_of_arguments_of_python(tmp_path, capsys):
+    path = tmp_path / "data.csv"
+    path.write_text("2019,2020\n1,-5\n4,2\n")
+    said = error_of(capsys, "fit", path, "--out", tmp_path / "m")
+    assert "Please say --header if it holds names, --no-header if it is a row." in said
+    path.write_text("name,2019\n1,-5\n4,2\n")
+    said = error_of(capsys, "fit", path, "--out", tmp_path / "m")
+    assert "If the line is a header, say so by --header." in said
+    np.savez(tmp_path / "data.npz", a=np.eye(3), b=np.eye(3))
+    said += error_of(capsys, "fit", tmp_path / "data.npz", "--out", tmp_path / "m")
+    assert "Python" not in said
+    assert "header=" not in said
+
+
+def test_a_context_for_a_model_without_is_refused_in_words(folder, capsys):
+    said = error_of(capsys, "sample", folder / "plain", "--context", "size=1")
+    assert "context must be left out, for the model has no context columns; got 'size'" in said

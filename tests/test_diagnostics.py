@@ -37,6 +37,7 @@ NAMES = [
     "gradient_modes",
     "tolerance",
     "round_trip",
+    "ladj",
     "sampled_log_prob",
     "integral",
     "inverse_lipschitz",
@@ -344,3 +345,37 @@ def test_bad_input_is_refused():
         certify(cnf(2, 3), torch.randn(4, 2), torch.randn(3, 3))
     with pytest.raises(ValueError, match="dtype"):
         certify(cnf(), torch.randn(4, 2).half())
+
+
+class Doubling(Transform):
+    """Doubles, with one thing wrong."""
+
+    def __init__(self, features, wrong):
+        super().__init__(features)
+        self.wrong = wrong
+
+    def to_base_and_ladj(self, x, context=None, *, generator=None):
+        z = torch.as_tensor(2 * x.detach().numpy()) if self.wrong == "autograd" else 2 * x
+        ladj = x.new_full(x.shape[:-1], self.features * math.log(2))
+        return z, 1.5 * ladj if self.wrong in ("to_base", "both") else ladj
+
+    def to_data_and_ladj(self, z, context=None, *, generator=None):
+        ladj = z.new_full(z.shape[:-1], -self.features * math.log(2))
+        return z / 2, 1.5 * ladj if self.wrong in ("to_data", "both") else ladj
+
+
+@pytest.mark.parametrize("features", [2, 3])
+@pytest.mark.parametrize(
+    ("wrong", "where"),
+    [("both", "to_base"), ("to_base", "to_base"), ("to_data", "to_data"), ("autograd", "to_base")],
+)
+def test_a_wrong_ladj_is_told_of_with_its_part_and_direction(features, wrong, where):
+    flow = Flow([perturbed(Affine(features)), Doubling(features, wrong)])
+    check = certify(flow, torch.randn(10, features))["ladj"]
+    assert check.verdict == "fail"
+    assert f"in {where}_and_ladj of part 1, Doubling" in check.meaning
+    assert "must be log |det| of the Jacobian of the value" in check.remedy
+    if wrong != "autograd":
+        assert check.value == pytest.approx(0.5 * features * math.log(2))
+    check = certify(Flow([Doubling(features, None)]), torch.randn(10, features))["ladj"]
+    assert (check.verdict, check.value) == ("pass", pytest.approx(0, abs=1e-9))

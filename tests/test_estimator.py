@@ -416,3 +416,29 @@ def test_nothing_is_scored_or_drawn_before_fit(rows):
 def test_no_samples_are_refused(model):
     with pytest.raises(ValueError, match="n_samples must be at least 1; got 0"):
         model.sample(0)
+
+
+@pytest.mark.parametrize("method", ["fit", "partial_fit", "score_samples"])
+@pytest.mark.parametrize(("value", "told"), [(np.nan, "NaN, a missing value,"), (np.inf, "inf")])
+@pytest.mark.parametrize("named", [False, True])
+def test_the_place_of_a_value_that_is_not_finite_is_told(method, value, told, named):
+    x = np.random.RandomState(0).normal(size=(30, 2))
+    bad = x.copy()
+    bad[[3, 7], 1] = value
+    if named:
+        x, bad = (frame(rows, ["size", "mass"]) for rows in (x, bad))
+    model = CNFDensity(matching_steps=1, likelihood_steps=1, hidden_features=(4,))
+    model.fit(x)
+    column = "'mass'" if named else "1"
+    message = rf"X must be finite; got {told} in row 3 \(from 0\), column {column}; 2 in all"
+    with pytest.raises(ValueError, match=message):
+        getattr(model, method)(bad)
+
+
+def test_rows_that_are_too_few_are_told_of_by_name():
+    x = np.random.RandomState(0).normal(size=(3, 2))
+    with pytest.raises(ValueError, match="X must have at least 2 rows; got 1 sample"):
+        CNFDensity().fit(x[:1])
+    message = r"X must leave at least 2 rows to train on; got 3, and .*=0.7 leaves 1"
+    with pytest.raises(ValueError, match=message):
+        CNFDensity(validation_fraction=0.7).fit(x)

@@ -26,6 +26,16 @@ _COMMANDS: dict[str, type[Command]] = {
     "plot": Plot,
 }
 
+_OPTIONS = {
+    "header=True": "--header",
+    "header=False": "--no-header",
+    " (transforms_for in Python, --support NAME=integer of the command cnf)": (
+        " (--support NAME=integer)"
+    ),
+    " (In Python, read_table(path, array=NAME) reads it here.)": "",
+}
+"""What the messages of the library say to users of Python, and what they are to say in a shell."""
+
 _HELP = """\
 usage: cnf COMMAND ...
 
@@ -117,4 +127,6 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _say(text: str) -> None:
+    for argument, option in _OPTIONS.items():
+        text = text.replace(argument, option)
     print("cnf:", " ".join(text.split()), file=sys.stderr)

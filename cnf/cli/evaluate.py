@@ -136,7 +136,13 @@ class Certify(TableCommand):
         rows = model.columns.read(self.data, header=self.has_header)
         first = model.flow.chain[0]
         if isinstance(first, Unconstrain):
-            refuse_rows_outside(self.data, rows.x, model.columns.names, first.columns)
+            refuse_rows_outside(
+                self.data,
+                rows.x,
+                model.columns.names,
+                first.columns,
+                header=self.has_header,
+            )
         generator = torch.Generator().manual_seed(self.seed)
         chosen = rows.take(torch.randperm(len(rows.x), generator=generator)[: self.rows])
         report = certify(model.flow, chosen.x, chosen.context, generator=generator)

@@ -117,7 +117,7 @@ class Fit(TableCommand):
                     f"among {quoted(columns.names)}."
                 )
         found = [supports.get(column, "real") for column in columns.names]
-        refuse_rows_outside(self.data, x, columns.names, found)
+        refuse_rows_outside(self.data, x, columns.names, found, header=self.has_header)
         return found
 
 

@@ -13,7 +13,7 @@ from tyro.conf import Positional, arg
 
 from cnf.data.csv_files import to_csv
 from cnf.data.names import shortened
-from cnf.data.tabular import write_table
+from cnf.data.tabular import place_of_row, write_table
 from cnf.transforms import Unconstrain
 from cnf.transforms.columns import Support
 
@@ -185,7 +185,12 @@ class MeanAndError(NamedTuple):
 
 
 def refuse_rows_outside(
-    data: Path, x: Tensor, names: Sequence[str], supports: Sequence[Support]
+    data: Path,
+    x: Tensor,
+    names: Sequence[str],
+    supports: Sequence[Support],
+    *,
+    header: bool | None,
 ) -> None:
     """Refuse rows of a table that are outside of the support of a column.
 
@@ -197,7 +202,8 @@ def refuse_rows_outside(
         outside = (~allowed.check(x[:, index : index + 1])).nonzero().flatten().tolist()
         if outside:
             raise ValueError(
-                f"{data}, row {outside[0] + 1}, column {shortened(column)!r}: must be "
+                f"{place_of_row(data, outside[0], names, header=header)}, column "
+                f"{shortened(column)!r}: must be "
                 f"{_stated(support)}, as support says; got "
                 f"{float(x[outside[0], index]):g}. {len(outside)} of {len(x)} rows are not."
             )

@@ -6,6 +6,7 @@ or cannot see whether every line was read as one row: where there are quotes, or
 
 import csv
 import io
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,11 +24,8 @@ _ENCODING = "utf-8-sig"
 _WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _DELIMITERS = "\t;,"
 """In this order, for numbers and names may hold commas."""
-_SAY_WHICH = (
-    "say header=True (--header of the command cnf) if it holds names, header=False (--no-header) "
-    "if it is a row"
-)
-_MAYBE_HEADER = " If the line is a header, say so by header=True (--header of the command cnf)."
+_SAY_WHICH = "say header=True if it holds names, header=False if it is a row"
+_MAYBE_HEADER = " If the line is a header, say so by header=True."
 _UTF8 = "Save the file as UTF-8"
 
 
@@ -71,6 +69,15 @@ def read_csv(
     if layout.guessed:
         _doubt_first_row(path, values)
     return values, tuple(layout.names[index] for index in chosen)
+
+
+def line_of_row(
+    path: Path, row: int, columns: tuple[str, ...] | None, header: bool | None = None
+) -> int:
+    """The line of a row of numbers, counted from 0, in a file that `read_csv` has read."""
+    layout = _layout(path, columns, header)
+    lines = (line for line, _ in _rows(path, layout.delimiter) if line > layout.header_lines)
+    return next(itertools.islice(lines, row, None))
 
 
 def to_csv(values: NDArray[np.generic], columns: Sequence[str] | None, *, delimiter: str) -> str:

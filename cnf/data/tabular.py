@@ -23,7 +23,7 @@ from cnf.data.cells import (
     refuse_unless_numbers,
     unacceptable,
 )
-from cnf.data.csv_files import read_csv, to_csv
+from cnf.data.csv_files import line_of_row, read_csv, to_csv
 from cnf.data.degeneracy import DegenerateDataWarning
 from cnf.data.names import find_columns, listed, numbered_names, shortened
 from cnf.data.npy import DAMAGES, check_header
@@ -101,6 +101,16 @@ def read_table(
     if header is not None:
         raise ValueError(f"header must be None unless the file is text; got {header} for {path}.")
     return Table(*(reader(path, wanted) if array is None else _read_npz(path, wanted, array)))
+
+
+def place_of_row(
+    path: Path, row: int, columns: Sequence[str] | None = None, *, header: bool | None = None
+) -> str:
+    """Where a row, counted from 0, stands in a file that `read_table` has read, for a message."""
+    if _READERS[path.suffix.lower()] is read_csv:
+        wanted = None if columns is None else tuple(columns)
+        return f"{path}, line {line_of_row(path, row, wanted, header)}"
+    return f"{path}, row {row + 1} (from 1)"
 
 
 def write_table(

@@ -41,6 +41,8 @@ def certify(
     - ``tolerance``: the largest change of a log-density when the tolerance of the solver is cut
       tenfold (for a method of fixed steps: their number doubled);
     - ``round_trip``: the largest error of x -> z -> x, in standard deviations of each feature;
+    - ``ladj``: how far the ladj of a discrete bijection is from its Jacobian by autograd, for the
+      worst part and direction, which it names;
     - ``sampled_log_prob``: the largest difference between the log-density that comes with a sample
       and that of the sample evaluated anew;
     - ``integral``: the distance from 1 of the integral of the density over a grid, in 2-D;

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch.distributions import constraints
 from cnf.divergence import Exact, Hutchinson
 from cnf.flow import Flow
 from cnf.ode import ODESolver, methods
-from cnf.transforms import ContinuousTransform
+from cnf.transforms import ContinuousTransform, Transform
 from cnf.vector_fields import count_evaluations
 
 _FEW_ROWS = 16
@@ -188,7 +189,8 @@ def _round_trip(case: Case) -> Outcome:
         float(((back - case.x).abs() / case.scale).max()),
         0.01,
         "largest error of x -> z -> x, in standard deviations",
-        "Solve more precisely (see tolerance), use float64, or regularise (see inverse_lipschitz).",
+        "Solve more precisely (see tolerance), use float64, or regularise (see inverse_lipschitz); "
+        "a transform of your own must undo in to_data what it does in to_base.",
     )
 
 
@@ -204,8 +206,66 @@ def _sampled_log_prob(case: Case) -> Outcome:
         float((log_prob - again).abs().max()),
         0.05,
         "largest difference of a sample's log-density, evaluated anew",
-        "Solve more precisely (see tolerance), or use float64.",
+        "Solve more precisely (see tolerance), or use float64; the ladj of a transform of your own "
+        "must change its sign with the direction (see ladj).",
     )
+
+
+def _ladj(case: Case) -> Outcome:
+    case = case.few()
+    if math.prod(case.flow.event_shape) > _MANY_FEATURES:
+        raise NotMeasuredError(f"for at most {_MANY_FEATURES} features")
+    x, found = case.x, []
+    for place, part in enumerate(case.flow.chain):
+        context = case.context if part.context_features else None
+        if _is_discrete_bijection(part):
+            found += [
+                (deviation, f"{method} of part {place}, {type(part).__name__}")
+                for method, deviation in _deviations_of_ladj(part, x, context, case).items()
+            ]
+        x = part.to_base(x, context, generator=case.generator)
+    if not found:
+        raise NotMeasuredError("no part is a bijection with an exact ladj that follows no ODE")
+    worst, where = max(found, key=itemgetter(0))  # the first of equals
+    return Outcome(
+        worst,
+        0.05,
+        f"largest difference of a ladj from the Jacobian, in {where}",
+        f"The value and the ladj that {where} returns do not fit: the ladj must be log |det| of "
+        "the Jacobian of the value. Compare both with torch.autograd.functional.jacobian; if "
+        "the ladj is right, the value does not go through autograd (detach, numpy).",
+    )
+
+
+def _is_discrete_bijection(part: Transform) -> bool:
+    follows_ode = any(isinstance(inner, ContinuousTransform) for inner in part.modules())
+    return part.is_bijective and part.likelihood == "exact" and not follows_ode
+
+
+def _deviations_of_ladj(
+    part: Transform, x: Tensor, context: Tensor | None, case: Case
+) -> dict[str, float]:
+    """How far the ladj of either direction is from the Jacobian of the way to the base."""
+    with torch.enable_grad():
+        point = x.detach().clone().requires_grad_()
+        z, ladj = part.to_base_and_ladj(point, context, generator=case.generator)
+        if not z.requires_grad:
+            return {"to_base_and_ladj": math.inf}
+        columns = z.reshape(len(z), -1).sum(0)
+        rows = [
+            torch.autograd.grad(
+                column, point, retain_graph=True, allow_unused=True, materialize_grads=True
+            )[0]
+            for column in columns
+        ]
+    jacobian = torch.stack(rows, 1).flatten(2)
+    expected = torch.linalg.slogdet(jacobian.double()).logabsdet
+    _, back = part.to_data_and_ladj(z.detach(), context, generator=case.generator)
+    # The row in the middle, for a kink may lie at another.
+    return {
+        "to_base_and_ladj": float((ladj.detach() - expected).abs().median()),
+        "to_data_and_ladj": float((back + expected).abs().median()),
+    }
 
 
 def _integral(case: Case) -> Outcome:
@@ -278,6 +338,7 @@ CHECKS: dict[str, Callable[[Case], Outcome]] = {
     "gradient_modes": _gradient_modes,
     "tolerance": _tolerance,
     "round_trip": _round_trip,
+    "ladj": _ladj,
     "sampled_log_prob": _sampled_log_prob,
     "integral": _integral,
     "inverse_lipschitz": _inverse_lipschitz,

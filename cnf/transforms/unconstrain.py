@@ -144,7 +144,10 @@ def transforms_for(
         [Unconstrain(columns=[('periodic', 0, 24, 13.0), 'positive']), Standardize(...)]
     """
     check_vectors("x", x, x.shape[-1] if isinstance(x, Tensor) and x.ndim else 0, like=x)
-    unconstrain = Unconstrain(support)
+    try:
+        unconstrain = Unconstrain(support)
+    except (TypeError, ValueError) as error:  # whose argument has another name
+        raise type(error)(f"support cannot be taken: {error}") from error
     if x.ndim != 2 or x.shape[-1] != unconstrain.features:
         raise ValueError(
             "support must have one entry for each column of x, which has shape (rows, columns); "
