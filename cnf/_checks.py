@@ -168,7 +168,9 @@ def _check_like(name: str, x: Tensor, like: Tensor) -> None:
             f"Move it with {name}.to({str(like.device)!r})."
         )
     if x.dtype != like.dtype:
-        remedy = f"Convert it with {name}.to({like.dtype}), or the model with model.to({x.dtype})."
+        # In half precision neither an adaptive solve nor training gets through.
+        of_model = f", or the model with model.to({x.dtype})" if x.element_size() > 2 else ""
+        remedy = f"Convert it with {name}.to({like.dtype}){of_model}."
         if _loses_digits(x.detach(), like.dtype):
             remedy = (
                 f"{like.dtype} would round most of its digits away: convert the model with "

@@ -320,6 +320,13 @@ def test_no_rounding_is_advised_that_would_lose_what_the_data_say():
         fit(flow, days - 2_461_373)
 
 
+@pytest.mark.usefixtures("shapes_unchecked")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_no_half_precision_is_advised(dtype):
+    with pytest.raises(ValueError, match=r"Convert it with data\.to\(torch\.float64\)\.$"):
+        fit(small(), torch.randn(20, 2).to(dtype))
+
+
 def with_column(make):
     x = torch.randn(200, 2, generator=seeded())
     return torch.cat([x, make(x)], -1)
