@@ -9,7 +9,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from tqdm import tqdm
 
-from cnf._checks import check_count, check_generator, check_type, reference_tensor
+from cnf._checks import check_count, check_dense, check_generator, check_type, reference_tensor
 from cnf._memory import LiveBytes, bytes_in, check_fits, in_words
 from cnf._row_names import counted_from, rows_of_caller
 from cnf.flow import Flow
@@ -238,7 +238,9 @@ def _check_array(name: str, values: object) -> None:
             f"{name} must be a torch.Tensor or a numpy array; got {type(values).__name__}. "
             f"Perhaps np.asarray({name}), or np.load(path, mmap_mode='r')."
         )
-    if isinstance(values, np.ndarray) and values.dtype.kind not in _REAL:
+    if isinstance(values, Tensor):
+        check_dense(name, values)
+    elif values.dtype.kind not in _REAL:
         raise ValueError(f"{name} must hold real numbers; got {values.dtype}.")
 
 

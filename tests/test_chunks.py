@@ -201,6 +201,8 @@ def test_a_bar_counts_the_rows(capsys):
         ({"x": torch.zeros(4, 1, 2)}, ValueError, r"x must have shape \(rows, 2\); got \(4, 1"),
         ({"x": np.zeros((4, 2), complex)}, ValueError, "x must hold real numbers; got complex128"),
         ({"context": torch.zeros(3, 1)}, ValueError, r"shape \(4, 1\), or \(1,\) .*; got \(3, 1\)"),
+        ({"x": torch.zeros(4, 2).to_sparse()}, ValueError, "x must be a dense tensor"),
+        ({"context": torch.zeros(4, 1).to_sparse()}, ValueError, "context must be a dense tensor"),
         ({"context": 1.0}, TypeError, "context must be a torch.Tensor or a numpy array; got float"),
         ({"context": None}, ValueError, "context must .* the model is conditional; got None"),
         ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1; got 0"),
