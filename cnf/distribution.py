@@ -37,8 +37,7 @@ class BoundFlow(nn.Module):
     def __init__(self, flow: "cnf.flow.Flow") -> None:
         super().__init__()
         self.flow = flow
-        self.tensors = _tensors_of(flow)
-        self.kept = _exchanged(self.tensors)
+        self.kept = _exchanged(flow)
 
     def ask(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """What the method of the flow returns, with the tensors kept.
@@ -46,12 +45,21 @@ class BoundFlow(nn.Module):
         Raises:
             RuntimeError: If these no longer fit the flow.
         """
-        now = _tensors_of(self.flow)
-        # A call under way exchanges what this distribution was made without.
-        names = self.kept | (_exchanged(now) & self.tensors.keys())
+        exchanged = self.exchanged()
+        if not exchanged:
+            return getattr(self.flow, method)(*args, **kwargs)
+        return torch.func.functional_call(self, exchanged, (method, *args), kwargs)
+
+    def exchanged(self) -> dict[str, Tensor]:
+        """The tensors kept, by their names here, that are not in the flow now.
+
+        Raises:
+            RuntimeError: If they no longer fit the flow.
+        """
+        now = _tensors_of(self.flow) if self.kept else {}
         exchanged = {}
-        for name in names:
-            kept, there = self.tensors[name], now.get(name)
+        for name, kept in self.kept.items():
+            there = now.get(name)
             if there is None or (kept.dtype, kept.device) != (there.dtype, there.device):
                 raise RuntimeError(
                     f"the flow was changed after the distribution was made by functional_call: "
@@ -61,9 +69,7 @@ class BoundFlow(nn.Module):
                 )
             if kept is not there:
                 exchanged[f"flow.{name}"] = kept
-        if not exchanged:
-            return getattr(self.flow, method)(*args, **kwargs)
-        return torch.func.functional_call(self, exchanged, (method, *args), kwargs)
+        return exchanged
 
     def forward(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """The call with tensors exchanged."""
@@ -74,20 +80,20 @@ def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _exchanged(tensors: dict[str, Tensor]) -> set[str]:
-    """Names of the tensors that a `functional_call` under way has put into their module.
+def _exchanged(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors that a `functional_call` under way has put into a module, by name.
 
     The module does not show it: the stack of calls does. Under `torch.compile` it cannot be read.
     """
     if torch.compiler.is_compiling():
-        return set()
+        return {}
     given: set[int] = set()
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code is _functional_call.__code__:
             given.update(map(id, frame.f_locals["parameters_and_buffers"].values()))
         frame = frame.f_back
-    return {name for name, tensor in tensors.items() if id(tensor) in given}
+    return {name: tensor for name, tensor in _tensors_of(module).items() if id(tensor) in given}
 
 
 class FlowDistribution(Distribution):
@@ -179,6 +185,7 @@ class FlowDistribution(Distribution):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Log-density of `value` as `Flow.log_prob`, in nats; batch shapes broadcast."""
+        self._bound.exchanged()  # for a flow that was converted is the cause of what comes below
         check_events("value", value, self.event_shape, like=reference_tensor(self.flow))
         shape = joint_batch_shape(value, torch.empty(*self.batch_shape, 0), len(self.event_shape))
         log_prob: Tensor = self._bound.ask(

@@ -422,7 +422,9 @@ class Flow(nn.Module):
         check_events(name, x, shape, like=reference_tensor(self))
         check_context(context, self.context_features, like=reference_tensor(self))
         check_generator(generator, like=reference_tensor(self))
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and any(
+            tensor.requires_grad for tensor in (x, *self.parameters())
+        ):
             check_trainable("flow", self)
         if not where:
             check_support(name, x, self.support)

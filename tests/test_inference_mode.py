@@ -43,6 +43,16 @@ def test_a_flow_made_in_inference_mode_is_refused_where_gradients_are_asked(ask)
         ask(made_within(), x)
 
 
+def test_a_frozen_flow_made_in_inference_mode_is_asked_as_any_other():
+    flow, x = made_within().requires_grad_(False), torch.randn(30, 2)
+    with torch.no_grad():
+        expected = flow.log_prob(x)
+    torch.testing.assert_close(flow.log_prob(x), expected)
+    torch.testing.assert_close(flow().log_prob(x), expected)
+    with pytest.raises(ValueError, match=r"outside of torch.inference_mode\(\)"):
+        flow.log_prob(x.requires_grad_())
+
+
 def test_the_remedies_work(tmp_path):
     flow, x = made_within(), torch.randn(30, 2)
     with torch.no_grad():

@@ -322,6 +322,16 @@ BAD_DATA = {
         ValueError,
         "weight of",
     ),
+    "three of a tuple": (
+        (zeros(5, 2), zeros(5, 1), zeros(5)),
+        ValueError,
+        r"got a tuple of 3. Name its parts: \{'x': x, 'context': context, 'weight': weight\}",
+    ),
+    "three of a dataset": (
+        TensorDataset(zeros(5, 2), zeros(5, 1), zeros(5)),
+        ValueError,
+        "got a tuple of 3. Name its parts",
+    ),
     "no x": (
         {"y": zeros(5, 2)},
         ValueError,

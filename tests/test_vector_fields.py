@@ -709,6 +709,18 @@ def test_a_network_that_fails_is_told_the_shapes_and_the_line_that_concatenates(
         ModuleField(Calls(call), 2)(t, torch.zeros(3, 2))
 
 
+@pytest.mark.parametrize(
+    "error", [RuntimeError("can't allocate memory"), NotImplementedError("no kernel")], ids=str
+)
+def test_other_errors_of_a_network_are_left_as_they_are(error):
+    def call(*arguments):
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        ModuleField(Calls(call), 2)(torch.tensor(0.3), torch.zeros(3, 2))
+    assert caught.value is error
+
+
 @TIMES
 @pytest.mark.parametrize("batch", [(3,), (4, 3)], ids=str)
 def test_the_line_that_concatenates_works(t, batch):

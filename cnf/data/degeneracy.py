@@ -14,6 +14,8 @@ _SHARE = 0.05
 _FEWEST = 10
 _DEPENDENT = 1e-10
 """Variance of a combination of standardised columns that is as good as none, rounding apart."""
+_ROUNDINGS = 8
+"""The variance of a number within a rounding step is a twelfth of its square; sums have more."""
 _LOADING = 0.1
 
 
@@ -76,35 +78,39 @@ def _of_repeated_values(rows: Tensor, names: Sequence[str]) -> list[str]:
 
 def _of_dependence(rows: Tensor, dtype: torch.dtype, names: Sequence[str]) -> list[str]:
     rows = rows / rows.abs().amax(0)  # their squares are then neither 0 nor inf
-    flat = _dependent(rows, dtype)
-    if flat.any():  # a few rows far outside, which make any columns alike, do not count
-        far = _standard(rows).square().amax(1)
-        flat &= _dependent(rows[far <= far.median()], dtype)
-    involved = [name for name, is_flat in zip(names, flat.tolist(), strict=True) if is_flat]
+    size = rows.std(0)
+    middle = rows.T.contiguous().median(1).values  # a mean may be far outside of nearly all rows
+    standard = (rows - middle) / size
+    step = torch.finfo(dtype).eps * rows.abs() / size
+    if len(rows) <= rows.shape[1] or rows.shape[1] < 2:
+        return []
+    flat = _flat_directions(standard, step, torch.eye(rows.shape[1], dtype=rows.dtype))
+    if flat.shape[1]:  # a few rows far outside, beside which any columns look alike, do not count
+        far = standard.square().sum(1)
+        near = far <= far.median()
+        flat = _flat_directions(standard[near], step[near], flat)
+    loading = flat.abs() / flat.abs().amax(0)
+    involved = (loading > _LOADING).any(1).nonzero().flatten().tolist()
     if not involved:
         return []
     return [
-        f"a linear function of the columns {listed(involved)} is constant; leave out what follows "
-        "from the others"
+        f"a linear function of the columns {listed([names[i] for i in involved])} is constant; "
+        "leave out what follows from the others"
     ]
 
 
-def _dependent(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Which columns take part in a linear function that is constant but for rounding."""
-    standard = _standard(rows)
-    step = torch.finfo(dtype).eps * rows.abs().amax(0) / rows.std(0)
-    varies = standard.isfinite().all(0)
-    standard, step = standard[:, varies], step[varies]
-    dependent = torch.zeros(rows.shape[1], dtype=torch.bool)
-    if standard.shape[1] < 2 or len(rows) <= standard.shape[1]:
-        return dependent
-    variances, directions = torch.linalg.eigh(standard.T @ standard / len(rows))
-    rounding = (directions * step.unsqueeze(-1)).square().sum(0) / 4
-    flat = directions[:, variances < _DEPENDENT + rounding]
-    dependent[varies] = (flat.abs() > _LOADING).any(-1)
-    return dependent
+def _flat_directions(standard: Tensor, step: Tensor, among: Tensor) -> Tensor:
+    """Directions of a subspace in which rows vary by no more than rounding leaves.
 
-
-def _standard(rows: Tensor) -> Tensor:
-    std, mean = torch.std_mean(rows, dim=0)
-    return (rows - mean) / std
+    Args:
+        standard: The rows, each column in a unit of its own.
+        step: Size of the rounding of each number, in these units.
+        among: Basis of the subspace, one direction in each column.
+    """
+    along = (standard - standard.mean(0)) @ among
+    variances, turned = torch.linalg.eigh(along.T @ along / len(along))
+    directions = among @ turned
+    usual = directions.square().T @ standard.var(0, correction=0)
+    rounding = directions.square().T @ step.amax(0).square() / _ROUNDINGS
+    flat: Tensor = directions[:, variances <= _DEPENDENT * usual + rounding]
+    return flat

@@ -133,8 +133,13 @@ class DatasetRows(Rows):
         batch = self._read(indices)
         if batch.weight is None or self.weights is None:
             return batch
-        weight = _of_mean(batch.weight, self.weights)
-        return batch._replace(weight=weight.to(batch.inputs[0]))
+        weight = _of_mean(batch.weight, self.weights).to(batch.inputs[0])
+        if not weight.isfinite().all():
+            raise ValueError(
+                f"the weights of {self.name} must be alike in size; got one that "
+                f"{weight.dtype} cannot hold in units of the mean of {len(self.weights)} others."
+            )
+        return batch._replace(weight=weight)
 
     def _read(self, indices: Tensor) -> Batch:
         places = indices.tolist()
@@ -256,6 +261,11 @@ def _by_name(name: str, data: Any, *, contexts: bool) -> dict[str, Any]:
         return {key: value for key, value in data.items() if value is not None}
     if isinstance(data, tuple) and len(data) == 1:
         (data,) = data
+    if isinstance(data, tuple) and len(data) > 2:
+        raise ValueError(
+            f"{name} must hold {_FORMS}; got a tuple of {len(data)}. Name its parts: "
+            "{'x': x, 'context': context, 'weight': weight}."
+        )
     if contexts:
         return {"context": data}
     if isinstance(data, tuple | list) and len(data) == 2:

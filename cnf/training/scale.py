@@ -1,7 +1,6 @@
 """What of a flow starts from the data, and the scale at which they reach the vector field."""
 
 import itertools
-import math
 from typing import NamedTuple
 
 import torch
@@ -13,8 +12,6 @@ from cnf._warnings import warn
 from cnf.data.degeneracy import check_columns
 from cnf.data.tabular import Table, point_out_fill_values
 from cnf.flow import Flow
-from cnf.ode import ODESolver
-from cnf.training.phase import restore, snapshot
 from cnf.training.rows import Rows
 from cnf.transforms import ContinuousTransform, Standardize, Transform, chain
 from cnf.vector_fields.conditions import context_scalings
@@ -22,9 +19,6 @@ from cnf.vector_fields.conditions import context_scalings
 _ROWS = 10_000
 _FAR = 20.0
 _MOST_OF_ALL = 0.95
-_FEW_ROWS = 256
-_STEPS = 8
-_CLEARLY = 0.5
 
 
 class Sample(NamedTuple):
@@ -58,8 +52,8 @@ def _refuse_single(name: str, weight: Tensor) -> None:
     share = weight.max() / weight.sum()
     if share > _MOST_OF_ALL:
         raise ValueError(
-            f"the weights of {name} must count more than one row; a single one has {share:.4%} of "
-            "all weight, and the best density of a single row is infinite at it."
+            f"the weights of {name} must not leave nearly all to a single row; one has {share:.4%} "
+            "of all, and the best density of a single row is infinite at it."
         )
 
 
@@ -77,32 +71,14 @@ def initialize(flow: Flow, sample: Sample) -> None:
             if isinstance(part, Standardize):
                 part.keep_identity()
     elif any(part.awaits_data for part in (*flow.chain, flow.base)):
-        raw, before = snapshot(flow), _nll(flow, x, context)
-        flow.initialize(x, context, generator=torch.Generator(x.device).manual_seed(0))
-        loss = _nll(flow, x, context) - before
-        if loss > _CLEARLY:  # a fresh flow only ever gains
-            restore(flow, raw)
-            for part in flow.modules():
-                if isinstance(is_initialized := getattr(part, "is_initialized", None), Tensor):
-                    is_initialized.fill_(True)
+        if any(parameter.grad is not None for parameter in flow.parameters()):
             warn(
-                "the flow has been trained before what starts from data was set, and setting it "
-                f"now would cost {loss:.3g} nats; it stays as it was. Call "
-                "flow.initialize(x, context) before a training loop of your own."
+                "the flow has been trained, or at least differentiated, before it was given the "
+                "scale of its data. fit sets that now, and weights that were trained without it "
+                "lose their meaning: call flow.initialize(x, context) before a training loop of "
+                "your own."
             )
-
-
-@torch.no_grad()
-def _nll(flow: Flow, x: Tensor, context: Tensor | None) -> float:
-    """Negative log-likelihood of a few rows, in nats; inf if the flow is not up to them."""
-    some = slice(None, None, math.ceil(len(x) / _FEW_ROWS))
-    x, context = x[some], None if context is None else context[some]
-    noise = torch.Generator(x.device).manual_seed(0)
-    try:
-        flow = flow.using(solver=ODESolver(method="rk4", steps=_STEPS))
-        return -flow.log_prob(x, context, generator=noise).mean().item()
-    except (ValueError, RuntimeError):
-        return math.inf
+        flow.initialize(x, context, generator=torch.Generator(x.device).manual_seed(0))
 
 
 def check_sample(name: str, flow: Flow, sample: Sample) -> None:

@@ -1,11 +1,13 @@
 """Any network as a vector field."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from cnf._checks import is_hidden
 from cnf.vector_fields.base import VectorField
+
+_OF_SHAPES = ("dimension", "shape", "size", "argument")
+"""Words by which torch and Python tell that arguments do not fit what is done with them."""
 
 
 class ModuleField(VectorField):
@@ -56,7 +58,7 @@ class ModuleField(VectorField):
             # Copies, for a network may change in place what it is given, which is the solver's.
             velocity = self.network(*(part.clone() for part in inputs))
         except (IndexError, RuntimeError, TypeError) as error:
-            if isinstance(error, torch.cuda.OutOfMemoryError) or is_hidden(x):
+            if is_hidden(x) or not any(word in str(error) for word in _OF_SHAPES):
                 raise
             raise ValueError(_failure(inputs, error)) from error
         if not isinstance(velocity, Tensor) or velocity.shape != x.shape:
