@@ -496,8 +496,8 @@ def test_weights_of_a_dataset_count_on_any_scale(kind, factor):
 
 
 def test_weights_of_a_dataset_that_no_unit_can_hold_are_refused():
-    weight = torch.full((30_000,), 1e-30).float()
-    weight[1::3] = 1e30  # of which none is among the rows, every third, that give the unit
+    weight = torch.full((30_000,), 1e-200)
+    weight[1::3] = 1e200  # of which none is among the rows, every third, that give the unit
     rows = as_rows("data", Rowwise({"x": torch.zeros(30_000, 2), "weight": weight}), small())
     with pytest.raises(ValueError, match="weights of data must be alike in size"):
         rows.take(torch.arange(3))
