@@ -738,7 +738,9 @@ def test_the_line_that_concatenates_works(t, batch):
 
 
 @pytest.mark.parametrize(
-    "change", [torch.Tensor.long, torch.Tensor.cfloat, lambda x: x.to("meta")], ids=str
+    "change",
+    [torch.Tensor.long, torch.Tensor.cfloat, lambda x: x.to("meta")],
+    ids=["long", "complex", "meta"],
 )
 def test_a_velocity_of_no_real_numbers_is_refused(change, shapes_unchecked):
     field = ModuleField(Calls(lambda layer, t, x, context: change(x)), 2)
