@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.distributions.constraints import Constraint
 
 from cnf._checks import (
@@ -26,6 +26,7 @@ from cnf._checks import (
 )
 from cnf._memory import check_fits
 from cnf._row_names import rows_of_caller
+from cnf._shapes import BaseRows, Context, Events
 from cnf.bases import Base
 from cnf.distribution import FlowDistribution
 from cnf.divergence import Divergence
@@ -88,11 +89,7 @@ class Flow(nn.Module):
 
     @torch.no_grad()
     def initialize(
-        self,
-        x: Float[Tensor, "*batch_and_event"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
+        self, x: Events, context: Context | None = None, *, generator: Generator | None = None
     ) -> None:
         """Set what starts from data from these rows, as `fit` does by itself.
 
@@ -163,11 +160,11 @@ class Flow(nn.Module):
 
     def log_prob(
         self,
-        x: Float[Tensor, "*batch_and_event"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        x: Events,
+        context: Context | None = None,
         *,
         importance_samples: int = 1,
-        generator: torch.Generator | None = None,
+        generator: Generator | None = None,
     ) -> Float[Tensor, "*joint_batch"]:
         """Log-density of `x`, in nats, or what `likelihood` says in its place.
 
@@ -210,11 +207,7 @@ class Flow(nn.Module):
         return torch.where(inside, log_prob, torch.where(nan, math.nan, -math.inf))
 
     def log_prob_and_error(
-        self,
-        x: Float[Tensor, "*batch_and_event"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
+        self, x: Events, context: Context | None = None, *, generator: Generator | None = None
     ) -> tuple[Float[Tensor, "*joint_batch"], Float[Tensor, "*joint_batch"]]:
         """Log-density in nats and its standard error across the probes of an estimate, else 0.
 
@@ -238,7 +231,7 @@ class Flow(nn.Module):
         sample_shape: int | Sequence[int] = (),
         context: Float[Tensor, "*batch context_features"] | None = None,
         *,
-        generator: torch.Generator | None = None,
+        generator: Generator | None = None,
     ) -> Float[Tensor, "*shape_and_event"]:
         """Draw from the flow, without gradient; see `rsample`."""
         with torch.no_grad():
@@ -249,7 +242,7 @@ class Flow(nn.Module):
         sample_shape: int | Sequence[int] = (),
         context: Float[Tensor, "*batch context_features"] | None = None,
         *,
-        generator: torch.Generator | None = None,
+        generator: Generator | None = None,
     ) -> Float[Tensor, "*shape_and_event"]:
         """Draw from the flow, differentiably: ``(*sample_shape, *batch, *event_shape)``.
 
@@ -266,7 +259,7 @@ class Flow(nn.Module):
         sample_shape: int | Sequence[int] = (),
         context: Float[Tensor, "*batch context_features"] | None = None,
         *,
-        generator: torch.Generator | None = None,
+        generator: Generator | None = None,
     ) -> tuple[Float[Tensor, "*shape_and_event"], Float[Tensor, "*shape"]]:
         """Draws and their log-densities, without gradient; see `rsample_and_log_prob`."""
         with torch.no_grad():
@@ -277,7 +270,7 @@ class Flow(nn.Module):
         sample_shape: int | Sequence[int] = (),
         context: Float[Tensor, "*batch context_features"] | None = None,
         *,
-        generator: torch.Generator | None = None,
+        generator: Generator | None = None,
     ) -> tuple[Float[Tensor, "*shape_and_event"], Float[Tensor, "*shape"]]:
         """Draws and their log-densities in nats from one solve, differentiably.
 
@@ -292,33 +285,21 @@ class Flow(nn.Module):
         return x, self.base.log_prob(z) - ladj
 
     def to_base(
-        self,
-        x: Float[Tensor, "*batch_and_event"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
+        self, x: Events, context: Context | None = None, *, generator: Generator | None = None
     ) -> Float[Tensor, "*joint_batch base_features"]:
         """From data to base."""
         x = self._admit("x", x, context, generator)
         return chain.to_base(self.chain, x, context, generator=generator)
 
     def to_data(
-        self,
-        z: Float[Tensor, "*batch base_features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
+        self, z: BaseRows, context: Context | None = None, *, generator: Generator | None = None
     ) -> Float[Tensor, "*joint_batch_and_event"]:
         """From base to data."""
         z = self._admit("z", z, context, generator, "base")
         return chain.to_data(self.chain, z, context, generator=generator)
 
     def to_base_and_ladj(
-        self,
-        x: Float[Tensor, "*batch_and_event"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
+        self, x: Events, context: Context | None = None, *, generator: Generator | None = None
     ) -> tuple[Float[Tensor, "*joint_batch base_features"], Float[Tensor, "*joint_batch"]]:
         """From data to base: z and log|det dz/dx|, in nats."""
         x = self._admit("x", x, context, generator)
@@ -326,11 +307,11 @@ class Flow(nn.Module):
 
     def to_base_with_costs(
         self,
-        x: Float[Tensor, "*batch_and_event"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        x: Events,
+        context: Context | None = None,
         *,
         regularizers: Sequence[CostRate],
-        generator: torch.Generator | None = None,
+        generator: Generator | None = None,
     ) -> tuple[
         Float[Tensor, "*joint_batch base_features"],
         Float[Tensor, "*joint_batch"],
@@ -343,11 +324,7 @@ class Flow(nn.Module):
         )
 
     def to_data_and_ladj(
-        self,
-        z: Float[Tensor, "*batch base_features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
+        self, z: BaseRows, context: Context | None = None, *, generator: Generator | None = None
     ) -> tuple[Float[Tensor, "*joint_batch_and_event"], Float[Tensor, "*joint_batch"]]:
         """From base to data: x and log|det dx/dz|, in nats."""
         z = self._admit("z", z, context, generator, "base")
@@ -355,11 +332,11 @@ class Flow(nn.Module):
 
     def trajectory(
         self,
-        x_or_z: Float[Tensor, "*batch_and_event"],
+        x_or_z: Events,
         times: Float[Tensor, " times"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        context: Context | None = None,
         *,
-        generator: torch.Generator | None = None,
+        generator: Generator | None = None,
     ) -> Float[Tensor, "times *joint_batch_and_event"]:
         """States along the path, in the units of the data; the base side must be an ODE.
 
@@ -379,10 +356,7 @@ class Flow(nn.Module):
         return follow(self.chain, x_or_z, times, context, generator=generator)
 
     def _shape(
-        self,
-        sample_shape: int | Sequence[int],
-        context: Tensor | None,
-        generator: torch.Generator | None,
+        self, sample_shape: int | Sequence[int], context: Tensor | None, generator: Generator | None
     ) -> torch.Size:
         """Shape of the draws for a context, without that of an event."""
         like = reference_tensor(self)
@@ -396,7 +370,7 @@ class Flow(nn.Module):
         return shape
 
     def _log_mean_weight(
-        self, x: Tensor, context: Tensor | None, samples: int, generator: torch.Generator | None
+        self, x: Tensor, context: Tensor | None, samples: int, generator: Generator | None
     ) -> Tensor:
         """The lower bound by `samples` weights of each row, all of which are in the support."""
         remedy = "Take fewer, or fewer rows at once."
@@ -411,7 +385,7 @@ class Flow(nn.Module):
         name: str,
         x: Tensor,
         context: Tensor | None,
-        generator: torch.Generator | None,
+        generator: Generator | None,
         where: str = "",
     ) -> Tensor:
         """The public door: check what comes in, and give `x` the joint batch shape.

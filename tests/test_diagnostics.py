@@ -200,10 +200,10 @@ def test_a_field_at_rest_and_one_of_single_precision_agree_with_their_difference
 
 def test_a_wrong_ladj_is_found():
     class Silent(Transform):
-        def to_base_and_ladj(self, x, context=None, *, generator=None):
+        def _to_base(self, x, context, generator):
             return 2 * x, x.new_zeros(x.shape[:-1])
 
-        def to_data_and_ladj(self, z, context=None, *, generator=None):
+        def _to_data(self, z, context, generator):
             return z / 2, z.new_zeros(z.shape[:-1])
 
     report = certify(Flow([Silent(2)]), torch.randn(20, 2))
@@ -354,12 +354,12 @@ class Doubling(Transform):
         super().__init__(features)
         self.wrong = wrong
 
-    def to_base_and_ladj(self, x, context=None, *, generator=None):
+    def _to_base(self, x, context, generator):
         z = torch.as_tensor(2 * x.detach().numpy()) if self.wrong == "autograd" else 2 * x
         ladj = x.new_full(x.shape[:-1], self.features * math.log(2))
         return z, 1.5 * ladj if self.wrong in ("to_base", "both") else ladj
 
-    def to_data_and_ladj(self, z, context=None, *, generator=None):
+    def _to_data(self, z, context, generator):
         ladj = z.new_full(z.shape[:-1], -self.features * math.log(2))
         return z / 2, 1.5 * ladj if self.wrong in ("to_data", "both") else ladj
 

@@ -1,5 +1,6 @@
 """Laws of transforms: each is undone, and its ladj is that of its map."""
 
+import math
 import warnings
 
 import pytest
@@ -30,6 +31,7 @@ from cnf import (
     count_evaluations,
 )
 from cnf.regularizers import kinetic_energy
+from cnf.transforms import Transform
 
 EVERY = {**TRANSFORMS, **ESTIMATES}
 every_transform = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
@@ -274,3 +276,39 @@ def test_using_shares_a_learnt_end_time():
 def test_an_impossible_end_time_is_refused(end_time):
     with pytest.raises(ValueError, match="end_time must be positive and finite"):
         ContinuousTransform(mlp(), end_time=end_time)
+
+
+HOOKS = {
+    "to_base_and_ladj": "_to_base",
+    "to_data_and_ladj": "_to_data",
+    "to_base": "_to_base_value",
+    "to_data": "_to_data_value",
+    "to_base_with_costs": "_to_base_with_costs",
+    "initialize": "_initialize",
+}
+
+
+@pytest.mark.parametrize(("method", "hook"), HOOKS.items(), ids=HOOKS)
+@pytest.mark.parametrize("kind", [Transform, Affine])
+def test_a_class_that_overrides_a_final_method_is_told_the_hook(kind, method, hook):
+    message = rf"Mine must not override {method}, which is final; write {hook}\("
+    with pytest.raises(TypeError, match=message):
+        type("Mine", (kind,), {method: lambda self, x, context=None, **settings: (x, x)})
+    mixin = type("Mixin", (), {method: lambda self, x, context=None, **settings: (x, x)})
+    with pytest.raises(TypeError, match=message):
+        type("Mine", (mixin, kind), {})
+
+
+def test_two_hooks_make_a_transform():
+    class Halving(Transform):
+        def _to_base(self, x, context, generator):
+            return x / 2, x.new_full(x.shape[:-1], -3 * math.log(2))
+
+        def _to_data(self, z, context, generator):
+            return 2 * z, z.new_full(z.shape[:-1], 3 * math.log(2))
+
+    transform, x = Halving(3), torch.randn(4, 3)
+    to_data_undoes_to_base(transform, x, None, atol=1e-12)
+    ladj_is_slogdet_of_the_jacobian(transform, x, None, atol=1e-12)
+    transform.initialize(x)
+    assert not transform.to_base_with_costs(x, regularizers=[kinetic_energy])[2].any()

@@ -4,11 +4,10 @@ import math
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from cnf._checks import check_count, check_shape
-from cnf.transforms.base import Transform
+from cnf.transforms.base import Transform, WithLadj
 
 
 class ActNorm(Transform):
@@ -16,6 +15,7 @@ class ActNorm(Transform):
 
     `initialize` gives each feature, or each channel of an image, mean 0 and standard deviation 1
     over the rows it is given; until then this is the identity. `fit` does it with its first rows.
+    A feature or channel that is constant over them keeps the scale 1.
 
     Args:
         shape: Number of features of a vector, or shape ``(channels, height, width)`` of the image
@@ -23,7 +23,7 @@ class ActNorm(Transform):
 
     Raises:
         TypeError: If a size is not an int.
-        ValueError: If a size is less than 1.
+        ValueError: If a size is less than 1, or `initialize` is given no row.
 
     References:
         Kingma & Dhariwal (2018), Glow. https://arxiv.org/abs/1807.03039
@@ -54,25 +54,7 @@ class ActNorm(Transform):
         """Whether loc and scale are still to be set by `initialize`."""
         return not self.is_initialized
 
-    @torch.no_grad()
-    def initialize(
-        self,
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        """Set loc and scale so that z has mean 0 and standard deviation 1 over these rows.
-
-        A feature or channel that is constant over them keeps the scale 1. Once only: later calls
-        change nothing.
-
-        Raises:
-            ValueError: If there is no row.
-        """
-        del context, generator
-        if not self.awaits_data:
-            return
+    def _initialize(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> None:
         if x.numel() == 0:
             raise ValueError(f"x must have at least one row; got shape {tuple(x.shape)}.")
         columns = x.reshape(-1, len(self.loc), self.pixels).movedim(1, 0).flatten(1)
@@ -81,27 +63,11 @@ class ActNorm(Transform):
         self.log_scale.copy_(std.where(std > 0, 1).log())
         self.is_initialized.fill_(True)
 
-    def to_base_and_ladj(
-        self,
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Subtract the shift and divide by the scale."""
-        del context, generator
+    def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         loc, log_scale = self._of_features()
         return (x - loc) * (-log_scale).exp(), -log_scale.sum().expand(x.shape[:-1])
 
-    def to_data_and_ladj(
-        self,
-        z: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Multiply by the scale and add the shift."""
-        del context, generator
+    def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         loc, log_scale = self._of_features()
         return loc + log_scale.exp() * z, log_scale.sum().expand(z.shape[:-1])
 

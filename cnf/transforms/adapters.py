@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.distributions import Transform as TorchTransform
 from torch.distributions import constraints
 
 from cnf._checks import check_type
 from cnf._warnings import warn
+from cnf.transforms.base import WithLadj
 from cnf.transforms.bounded_solve import bounded
 from cnf.transforms.foreign import is_a, refuse_what_has_no_likelihood
 from cnf.transforms.wrapped import WrappedTransform
@@ -24,45 +24,25 @@ class OfTorchTransforms(WrappedTransform):
     def _at(self, context: Tensor | None) -> TorchTransform:
         """The map from data to base."""
 
-    def _rows_to_base(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        transform = self._at(context)
-        with bounded(transform, x.dtype):
-            return _call_and_ladj(transform, x)
+    def _rows_to_base(self, x: Tensor, context: Tensor | None) -> WithLadj:
+        return _call_and_ladj(self._at(context), x)
 
-    def _rows_to_data(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        transform = self._at(context).inv
-        with bounded(transform, z.dtype):
-            return _call_and_ladj(transform, z)
+    def _rows_to_data(self, z: Tensor, context: Tensor | None) -> WithLadj:
+        return _call_and_ladj(self._at(context).inv, z)
 
-    def to_base(
-        self,
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "*batch features"]:
-        """Towards the base, without the ladj and its cost."""
-
-        def call(rows: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-            transform = self._at(context)
-            with bounded(transform, rows.dtype):
-                return transform(rows), rows.new_zeros(len(rows))
+    def _to_base_value(
+        self, x: Tensor, context: Tensor | None, generator: Generator | None
+    ) -> Tensor:
+        def call(rows: Tensor, context: Tensor | None) -> WithLadj:
+            return _call_alone(self._at(context), rows)
 
         return self._trusted("x", call, x, context, generator)[0]
 
-    def to_data(
-        self,
-        z: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "*batch features"]:
-        """Towards the data, without the ladj and its cost."""
-
-        def call(rows: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-            transform = self._at(context).inv
-            with bounded(transform, rows.dtype):
-                return transform(rows), rows.new_zeros(len(rows))
+    def _to_data_value(
+        self, z: Tensor, context: Tensor | None, generator: Generator | None
+    ) -> Tensor:
+        def call(rows: Tensor, context: Tensor | None) -> WithLadj:
+            return _call_alone(self._at(context).inv, rows)
 
         return self._trusted("z", call, z, context, generator)[0]
 
@@ -111,7 +91,6 @@ class FromTorch(OfTorchTransforms):
         return constraints.independent(codomain, 1)
 
     def _at(self, context: Tensor | None) -> TorchTransform:
-        del context
         return self.transform.inv
 
 
@@ -185,11 +164,11 @@ class FromNflows(WrappedTransform):
         embedded: Tensor = self.embedding(context)
         return embedded
 
-    def _rows_to_base(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _rows_to_base(self, x: Tensor, context: Tensor | None) -> WithLadj:
         z, ladj = self.transform(x, self._embedded(context))
         return z, ladj
 
-    def _rows_to_data(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _rows_to_data(self, z: Tensor, context: Tensor | None) -> WithLadj:
         inverse: Any = self.transform.inverse
         x, ladj = inverse(z, self._embedded(context))
         return x, ladj
@@ -237,17 +216,15 @@ class FromNormflows(WrappedTransform):
         super().__init__(shape, context_features, latent_shape=latent_shape)
         self.flows = nn.ModuleList(layers)
 
-    def _rows_to_base(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _rows_to_base(self, x: Tensor, context: Tensor | None) -> WithLadj:
         inverses = [(layer, layer.inverse) for layer in list(self.flows)[::-1]]
         return _through(inverses, x, context)
 
-    def _rows_to_data(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _rows_to_data(self, z: Tensor, context: Tensor | None) -> WithLadj:
         return _through([(layer, layer) for layer in self.flows], z, context)
 
 
-def _through(
-    calls: Sequence[tuple[nn.Module, Any]], x: Tensor, context: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _through(calls: Sequence[tuple[nn.Module, Any]], x: Tensor, context: Tensor | None) -> WithLadj:
     """Through one layer of normflows after another; a ladj is 0, 0-dim or one number each row."""
     total = x.new_zeros(len(x))
     given = {} if context is None else {"context": context}
@@ -263,11 +240,18 @@ def _through(
     return x, total
 
 
-def _call_and_ladj(transform: TorchTransform, x: Tensor) -> tuple[Tensor, Tensor]:
+def _call_alone(transform: TorchTransform, x: Tensor) -> WithLadj:
+    """The map of `x`, and zeros in place of its ladj, which is not computed."""
+    with bounded(transform, x.dtype):
+        return transform(x), x.new_zeros(len(x))
+
+
+def _call_and_ladj(transform: TorchTransform, x: Tensor) -> WithLadj:
     """The map of `x` and its ladj, by zuko in one go."""
-    if hasattr(transform, "call_and_ladj"):
-        y, ladj = transform.call_and_ladj(x)
-    else:
-        y = transform(x)
-        ladj = transform.log_abs_det_jacobian(x, y)
+    with bounded(transform, x.dtype):
+        if hasattr(transform, "call_and_ladj"):
+            y, ladj = transform.call_and_ladj(x)
+        else:
+            y = transform(x)
+            ladj = transform.log_abs_det_jacobian(x, y)
     return y, ladj.sum(-1) if transform.domain.event_dim == 0 else ladj

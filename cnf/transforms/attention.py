@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cnf._checks import check_count
+from cnf._shapes import Context
 from cnf.transforms.bounded_layers import Map, shrunk, spectral_norm
 from cnf.transforms.contractive import ContractiveNetwork
 
@@ -82,9 +83,8 @@ class LipschitzAttention(ContractiveNetwork):
         self.value = nn.Parameter(scale * torch.randn(self.heads, self.width, size))
         self.output = nn.Parameter(torch.zeros(self.width, self.width))
 
-    def given(self, context: Float[Tensor, "*c_batch context_features"] | None) -> Map:
+    def given(self, context: Context | None) -> Map:
         """The map of x; there is no context."""
-        del context
         mixed = self.query.mT @ self.value
         output = shrunk(self.output, self._bound(mixed), self.coefficient)
         scale = math.sqrt(self.query.shape[-1])

@@ -5,11 +5,10 @@ import math
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from cnf._checks import check_count
-from cnf.transforms.base import Likelihood, Transform
+from cnf.transforms.base import Likelihood, Transform, WithLadj
 from cnf.vector_fields.conditions import ContextScaling, scaled_context
 
 
@@ -84,14 +83,7 @@ class Augment(Transform):
         """False, for the same x comes from every e."""
         return False
 
-    def to_base_and_ladj(
-        self,
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch base_features"], Float[Tensor, "*batch"]]:
-        """Append a draw e; the ladj is -log q(e | x), in nats."""
+    def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         mean, log_std = self._mean_and_log_std(x, context)
         noise = torch.randn(
             *x.shape[:-1], self.augment, generator=generator, dtype=x.dtype, device=x.device
@@ -99,28 +91,14 @@ class Augment(Transform):
         z = torch.cat([x, mean + log_std.exp() * noise], -1)
         return z, -_log_normal(noise, log_std)
 
-    def to_data_and_ladj(
-        self,
-        z: Float[Tensor, "*batch base_features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Drop e; the ladj is log q(e | x), in nats."""
-        del generator
+    def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         x, e = z[..., : self.features], z[..., self.features :]
         mean, log_std = self._mean_and_log_std(x, context)
         return x, _log_normal((e - mean) * (-log_std).exp(), log_std)
 
-    def to_data(
-        self,
-        z: Float[Tensor, "*batch base_features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "*batch features"]:
-        """Drop e."""
-        del context, generator
+    def _to_data_value(
+        self, z: Tensor, context: Tensor | None, generator: Generator | None
+    ) -> Tensor:
         return z[..., : self.features]
 
     def _mean_and_log_std(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cnf._checks import check_count
+from cnf._shapes import Context, Rows
 from cnf.vector_fields.conditions import ContextScaling, scaled_context
 
 
@@ -67,9 +68,7 @@ class AutoregressiveNetwork(nn.Module):
             self.context_scaling = ContextScaling(self.context_features)
 
     def forward(
-        self,
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        self, x: Rows, context: Context | None = None
     ) -> Float[Tensor, "*batch features outputs"]:
         """The numbers for each feature."""
         context = scaled_context(self, context)

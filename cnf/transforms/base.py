@@ -2,14 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, final
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.distributions import constraints
 
 from cnf._checks import check_count
+from cnf._shapes import BaseRows, Context, Costs, Events, Values
 from cnf.regularizers import CostRate
 from cnf.vector_fields.conditions import context_scalings
 
@@ -21,6 +21,21 @@ Likelihood = Literal["exact", "estimate", "lower_bound", "biased_estimate"]
 tolerance; an unbiased estimate; part of a lower bound; or an estimate whose mean may be on either
 side of the truth."""
 
+WithLadj: TypeAlias = tuple[Tensor, Tensor]
+"""What a hook returns: the moved points, and the ladj of each."""
+
+_HOOKS = {
+    "to_base_and_ladj": "_to_base(x, context, generator), which returns z and ladj",
+    "to_data_and_ladj": "_to_data(z, context, generator), which returns x and ladj",
+    "to_base": "_to_base_value(x, context, generator), which returns z",
+    "to_data": "_to_data_value(z, context, generator), which returns x",
+    "to_base_with_costs": (
+        "_to_base_with_costs(x, context, generator, regularizers), which returns z, ladj and costs"
+    ),
+    "initialize": "_initialize(x, context, generator), which is called while awaits_data is true",
+}
+"""What a subclass writes in place of each final method."""
+
 
 class Transform(nn.Module, ABC):
     """A map between data and base that reports its contribution to the log-likelihood.
@@ -28,14 +43,39 @@ class Transform(nn.Module, ABC):
     The base side is always vectors, ``(*batch, base_features)``. The data side is vectors too,
     ``(*batch, features)``, unless `event_shape` says otherwise, as for images.
 
+    The public methods are final; a subclass writes hooks. `_to_base` and `_to_data` are given the
+    points, the context (or None) and the generator, and return the moved points and the ladj.
+    `_to_base_value` and `_to_data_value` return the points alone, for a transform whose ladj costs
+    more than them; `_to_base_with_costs` is for one that follows a path. A transform that starts
+    from data writes `awaits_data` and `_initialize`.
+
     Args:
         features: Number of entries of x.
         context_features: Size of the context; 0 for none.
 
     Raises:
-        TypeError: If a size is not an int.
+        TypeError: If a size is not an int, or a subclass overrides a final method.
         ValueError: If a size is out of range.
+
+    Example:
+        >>> class Reflection(Transform):
+        ...     def _to_base(self, x, context, generator):
+        ...         return -x, x.new_zeros(x.shape[:-1])
+        ...
+        ...     def _to_data(self, z, context, generator):
+        ...         return -z, z.new_zeros(z.shape[:-1])
+        >>> Reflection(2).to_base(torch.tensor([1.0, 2.0]))
+        tensor([-1., -2.])
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a class that overrides a final method, whose hook it would have to write."""
+        super().__init_subclass__(**kwargs)
+        for method, hook in _HOOKS.items():
+            if getattr(cls, method) is not getattr(Transform, method):
+                raise TypeError(
+                    f"{cls.__name__} must not override {method}, which is final; write {hook}."
+                )
 
     def __init__(self, features: int, context_features: int = 0) -> None:
         super().__init__()
@@ -72,80 +112,97 @@ class Transform(nn.Module, ABC):
         """Whether something is still to be set from data by `initialize`."""
         return any(scaling.awaits_data for scaling in context_scalings(self))
 
-    def initialize(
-        self,
-        x: Float[Tensor, "*batch_and_event"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        """Set, once, what depends on the data, from the first rows that come.
-
-        Here the scaling of the context, in a part that has one.
-        """
-        del x, generator
-        for scaling in context_scalings(self):
-            scaling.initialize(context)
-
     def rebuilt(
         self, change: Callable[["ContinuousTransform"], "ContinuousTransform"]
     ) -> "Transform":
         """The same transform, sharing every parameter, with `change` made to what is continuous."""
-        del change
         return self
 
-    @abstractmethod
+    @final
+    @torch.no_grad()
+    def initialize(
+        self, x: Events, context: Context | None = None, *, generator: Generator | None = None
+    ) -> None:
+        """Set what depends on the data from these rows. Once only: later calls change nothing.
+
+        Raises:
+            ValueError: If these rows do not do, such as too few of them.
+        """
+        if self.awaits_data:
+            self._initialize(x, context, generator)
+
+    @final
     def to_base_and_ladj(
-        self,
-        x: Float[Tensor, "*batch_and_event"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch base_features"], Float[Tensor, "*batch"]]:
+        self, x: Events, context: Context | None = None, *, generator: Generator | None = None
+    ) -> tuple[BaseRows, Values]:
         """Towards the base: z and log|det dz/dx|, in nats, for each row."""
+        return self._to_base(x, context, generator)
 
-    @abstractmethod
+    @final
     def to_data_and_ladj(
-        self,
-        z: Float[Tensor, "*batch base_features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch_and_event"], Float[Tensor, "*batch"]]:
+        self, z: BaseRows, context: Context | None = None, *, generator: Generator | None = None
+    ) -> tuple[Events, Values]:
         """Towards the data: x and log|det dx/dz|, in nats, for each row."""
+        return self._to_data(z, context, generator)
 
+    @final
+    def to_base(
+        self, x: Events, context: Context | None = None, *, generator: Generator | None = None
+    ) -> BaseRows:
+        """Towards the base, without the ladj and its cost."""
+        return self._to_base_value(x, context, generator)
+
+    @final
+    def to_data(
+        self, z: BaseRows, context: Context | None = None, *, generator: Generator | None = None
+    ) -> Events:
+        """Towards the data, without the ladj and its cost."""
+        return self._to_data_value(z, context, generator)
+
+    @final
     def to_base_with_costs(
         self,
-        x: Float[Tensor, "*batch_and_event"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        x: Events,
+        context: Context | None = None,
         *,
         regularizers: Sequence[CostRate],
-        generator: torch.Generator | None = None,
-    ) -> tuple[
-        Float[Tensor, "*batch base_features"],
-        Float[Tensor, "*batch"],
-        Float[Tensor, "costs *batch"],
-    ]:
-        """Towards the base: z, ladj and the cost of the path by each regularizer; here none."""
-        z, ladj = self.to_base_and_ladj(x, context, generator=generator)
+        generator: Generator | None = None,
+    ) -> tuple[BaseRows, Values, Costs]:
+        """Towards the base: z, ladj and the cost of the path by each regularizer, 0 without one."""
+        return self._to_base_with_costs(x, context, generator, regularizers)
+
+    @abstractmethod
+    def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
+        """Hook: z and log|det dz/dx| of each row."""
+
+    @abstractmethod
+    def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
+        """Hook: x and log|det dx/dz| of each row."""
+
+    def _to_base_value(
+        self, x: Tensor, context: Tensor | None, generator: Generator | None
+    ) -> Tensor:
+        """Hook: z alone, where that costs less."""
+        return self._to_base(x, context, generator)[0]
+
+    def _to_data_value(
+        self, z: Tensor, context: Tensor | None, generator: Generator | None
+    ) -> Tensor:
+        """Hook: x alone, where that costs less."""
+        return self._to_data(z, context, generator)[0]
+
+    def _to_base_with_costs(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        generator: Generator | None,
+        regularizers: Sequence[CostRate],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Hook: z, ladj and costs, where the way to the base is a path."""
+        z, ladj = self._to_base(x, context, generator)
         return z, ladj, x.new_zeros(len(regularizers), *ladj.shape)
 
-    def to_base(
-        self,
-        x: Float[Tensor, "*batch_and_event"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "*batch base_features"]:
-        """Towards the base, without the ladj."""
-        return self.to_base_and_ladj(x, context, generator=generator)[0]
-
-    def to_data(
-        self,
-        z: Float[Tensor, "*batch base_features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "*batch_and_event"]:
-        """Towards the data, without the ladj."""
-        return self.to_data_and_ladj(z, context, generator=generator)[0]
+    def _initialize(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> None:
+        """Hook: set what depends on the data; here scalings of the context."""
+        for scaling in context_scalings(self):
+            scaling.initialize(context)

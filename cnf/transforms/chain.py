@@ -4,9 +4,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import get_args
 
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.distributions import constraints
 
 from cnf._checks import (
@@ -16,6 +14,7 @@ from cnf._checks import (
     reference_tensor,
     refuse_overflow,
 )
+from cnf._shapes import BaseRows, Context, Costs, Events, Values
 from cnf.bases import Base, StandardNormal
 from cnf.regularizers import CostRate
 from cnf.transforms.base import Likelihood, Transform
@@ -141,10 +140,10 @@ def joint_support(transforms: Sequence[Transform]) -> constraints.Constraint:
 
 def initialize(
     transforms: Sequence[Transform],
-    x: Float[Tensor, "*batch_and_event"],
-    context: Float[Tensor, "*c_batch context_features"] | None,
+    x: Events,
+    context: Context | None,
     *,
-    generator: torch.Generator | None,
+    generator: Generator | None,
 ) -> None:
     """Set what depends on data in each part from what the parts before it make of the rows."""
     last = max((i for i, part in enumerate(transforms) if part.awaits_data), default=-1)
@@ -157,11 +156,11 @@ def initialize(
 
 def to_base(
     transforms: Sequence[Transform],
-    x: Float[Tensor, "*batch_and_event"],
-    context: Float[Tensor, "*c_batch context_features"] | None,
+    x: Events,
+    context: Context | None,
     *,
-    generator: torch.Generator | None,
-) -> Float[Tensor, "*batch base_features"]:
+    generator: Generator | None,
+) -> BaseRows:
     """From data to base."""
     for part in transforms:
         x = part.to_base(x, context_for(part, context), generator=generator)
@@ -171,11 +170,11 @@ def to_base(
 
 def to_data(
     transforms: Sequence[Transform],
-    z: Float[Tensor, "*batch base_features"],
-    context: Float[Tensor, "*c_batch context_features"] | None,
+    z: BaseRows,
+    context: Context | None,
     *,
-    generator: torch.Generator | None,
-) -> Float[Tensor, "*batch_and_event"]:
+    generator: Generator | None,
+) -> Events:
     """From base to data."""
     for part in reversed(transforms):
         z = part.to_data(z, context_for(part, context), generator=generator)
@@ -185,11 +184,11 @@ def to_data(
 
 def to_base_and_ladj(
     transforms: Sequence[Transform],
-    x: Float[Tensor, "*batch_and_event"],
-    context: Float[Tensor, "*c_batch context_features"] | None,
+    x: Events,
+    context: Context | None,
     *,
-    generator: torch.Generator | None,
-) -> tuple[Float[Tensor, "*batch base_features"], Float[Tensor, "*batch"]]:
+    generator: Generator | None,
+) -> tuple[BaseRows, Values]:
     """From data to base: z and ladj, in nats."""
     total = x.new_zeros(x.shape[: x.ndim - _event_dim(transforms)])
     for part in transforms:
@@ -201,11 +200,11 @@ def to_base_and_ladj(
 
 def to_data_and_ladj(
     transforms: Sequence[Transform],
-    z: Float[Tensor, "*batch base_features"],
-    context: Float[Tensor, "*c_batch context_features"] | None,
+    z: BaseRows,
+    context: Context | None,
     *,
-    generator: torch.Generator | None,
-) -> tuple[Float[Tensor, "*batch_and_event"], Float[Tensor, "*batch"]]:
+    generator: Generator | None,
+) -> tuple[Events, Values]:
     """From base to data: x and ladj, in nats."""
     total = z.new_zeros(z.shape[:-1])
     for part in reversed(transforms):
@@ -217,14 +216,12 @@ def to_data_and_ladj(
 
 def to_base_with_costs(
     transforms: Sequence[Transform],
-    x: Float[Tensor, "*batch_and_event"],
-    context: Float[Tensor, "*c_batch context_features"] | None,
+    x: Events,
+    context: Context | None,
     *,
     regularizers: Sequence[CostRate],
-    generator: torch.Generator | None,
-) -> tuple[
-    Float[Tensor, "*batch base_features"], Float[Tensor, "*batch"], Float[Tensor, "costs *batch"]
-]:
+    generator: Generator | None,
+) -> tuple[BaseRows, Values, Costs]:
     """From data to base: z, ladj in nats, and the cost of the path by each regularizer."""
     ladj = x.new_zeros(x.shape[: x.ndim - _event_dim(transforms)])
     costs = x.new_zeros(len(regularizers), *ladj.shape)

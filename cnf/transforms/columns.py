@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from numbers import Real
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.distributions import constraints
 
 from cnf.transforms.dequantize import (
@@ -30,7 +30,7 @@ class ColumnMap(ABC):
     """Whether the bounds, if any, leave room between them."""
 
     @abstractmethod
-    def to_reals(self, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    def to_reals(self, x: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:
         """The real number z and the log of dx/dz."""
 
     @abstractmethod
@@ -41,8 +41,7 @@ class ColumnMap(ABC):
 class _Real(ColumnMap):
     constraint = constraints.real
 
-    def to_reals(self, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        del generator
+    def to_reals(self, x: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:
         return x, torch.zeros_like(x)
 
     def from_reals(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,8 +51,7 @@ class _Real(ColumnMap):
 class _Positive(ColumnMap):
     constraint = constraints.positive
 
-    def to_reals(self, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        del generator
+    def to_reals(self, x: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:
         z = x.log()
         return z, z
 
@@ -67,7 +65,7 @@ class _Positive(ColumnMap):
 class _Integer(ColumnMap):
     constraint = Integers()
 
-    def to_reals(self, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    def to_reals(self, x: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:
         return with_noise(x, generator), torch.zeros_like(x)
 
     def from_reals(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,8 +78,7 @@ class _Interval(ColumnMap):
         self.constraint = OpenInterval(low, high)
         self.is_ordered = -math.inf < low < high < math.inf
 
-    def to_reals(self, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        del generator
+    def to_reals(self, x: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:
         z = logit((x - self.low) / (self.high - self.low))
         return z, self._log_slope(z)
 
@@ -103,7 +100,7 @@ class _Periodic(ColumnMap):
         self.is_ordered = -math.inf < low < high < math.inf and low <= cut <= high
         self._opened = _Interval(0.0, high - low)
 
-    def to_reals(self, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    def to_reals(self, x: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:
         return self._opened.to_reals((x - self.cut).remainder(self._opened.high), generator)
 
     def from_reals(self, z: Tensor) -> tuple[Tensor, Tensor]:

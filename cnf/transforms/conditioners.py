@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cnf._checks import check_count, check_image_shape
+from cnf._shapes import Rows
 from cnf.vector_fields.conditions import ContextScaling, scaled_context
 
 
@@ -56,9 +57,7 @@ class MLPConditioner(nn.Module):
             self.context_scaling = ContextScaling(self.context_features)
 
     def forward(
-        self,
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*batch context_features"] | None = None,
+        self, x: Rows, context: Float[Tensor, "*batch context_features"] | None = None
     ) -> Float[Tensor, "*batch outputs"]:
         """The numbers for each row."""
         context = scaled_context(self, context)
@@ -124,9 +123,7 @@ class ConvConditioner(nn.Module):
         _reset_to_zero(layers[-1])
 
     def forward(
-        self,
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*batch context_features"] | None = None,
+        self, x: Rows, context: Float[Tensor, "*batch context_features"] | None = None
     ) -> Float[Tensor, "*batch outputs"]:
         """The channels of numbers for each image, flattened."""
         first, *others = self.layers

@@ -5,14 +5,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from cnf._checks import check_flag, check_number, check_type, is_positive
+from cnf._shapes import Context, Rows
 from cnf._warnings import warn
 from cnf.divergence import Divergence, Exact, Hutchinson
 from cnf.ode import ODESolver, RightHandSide, State
 from cnf.regularizers import CostRate, needs_products
-from cnf.transforms.base import Likelihood, Transform
+from cnf.transforms.base import Likelihood, Transform, WithLadj
 from cnf.vector_fields import VectorField
 from cnf.vector_fields.compiled_steps import FieldSteps
 
@@ -121,55 +122,26 @@ class ContinuousTransform(Transform):
         """What `change` makes of this transform."""
         return change(self)
 
-    def to_base_and_ladj(
-        self,
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Solve from the end to the start: z and the ladj, in nats, for each row."""
+    def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         z, ladj = self._move(x, context, 1.0, 0.0, generator)
         return z, ladj
 
-    def to_data_and_ladj(
-        self,
-        z: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Solve from the start to the end: x and the ladj, in nats, for each row."""
+    def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         x, ladj = self._move(z, context, 0.0, 1.0, generator)
         return x, ladj
 
-    def to_base(
-        self,
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "*batch features"]:
-        """Solve from the end to the start, without the ladj and its cost."""
-        del generator
+    def _to_base_value(
+        self, x: Tensor, context: Tensor | None, generator: Generator | None
+    ) -> Tensor:
         return self.trajectory(x, torch.tensor([1.0, 0.0]).to(x), context)[-1]
 
-    def to_data(
-        self,
-        z: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "*batch features"]:
-        """Solve from the start to the end, without the ladj and its cost."""
-        del generator
+    def _to_data_value(
+        self, z: Tensor, context: Tensor | None, generator: Generator | None
+    ) -> Tensor:
         return self.trajectory(z, torch.tensor([0.0, 1.0]).to(z), context)[-1]
 
     def trajectory(
-        self,
-        x: Float[Tensor, "*batch features"],
-        times: Float[Tensor, " times"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        self, x: Rows, times: Float[Tensor, " times"], context: Context | None = None
     ) -> Float[Tensor, "times *batch features"]:
         """States at `times`, strictly increasing or decreasing, that start at `x`.
 
@@ -183,21 +155,14 @@ class ContinuousTransform(Transform):
         (states,) = self._solve(rhs, (x,), times, context, programs=programs)
         return states
 
-    def to_base_with_costs(
+    def _to_base_with_costs(
         self,
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
+        x: Tensor,
+        context: Tensor | None,
+        generator: Generator | None,
         regularizers: Sequence[CostRate],
-        generator: torch.Generator | None = None,
-    ) -> tuple[
-        Float[Tensor, "*batch features"], Float[Tensor, "*batch"], Float[Tensor, "costs *batch"]
-    ]:
-        """Solve from the end to the start: z, ladj and the cost of the path by each regularizer.
-
-        The costs are integrals over the length of time; they stand in no error norm, and so leave
-        the steps as they are.
-        """
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # Costs stand in no error norm, and so leave the steps as they are.
         z, ladj, *costs = self._move(x, context, 1.0, 0.0, generator, regularizers)
         return z, ladj, torch.stack(costs) if costs else x.new_zeros(0, *x.shape[:-1])
 
@@ -207,7 +172,7 @@ class ContinuousTransform(Transform):
         context: Tensor | None,
         start: float,
         end: float,
-        generator: torch.Generator | None,
+        generator: Generator | None,
         regularizers: Sequence[CostRate] = (),
     ) -> State:
         """The state at the end: moved points, ladj and costs."""

@@ -5,10 +5,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import cast
 
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from cnf._checks import check_count, check_number, check_shape
+from cnf._shapes import Context, Rows
 from cnf.transforms.bounded_layers import (
     BoundedConvolution,
     BoundedLayer,
@@ -57,17 +57,13 @@ class ContractiveNetwork(nn.Module, ABC):
         )
 
     @abstractmethod
-    def given(self, context: Float[Tensor, "*c_batch context_features"] | None) -> Map:
+    def given(self, context: Context | None) -> Map:
         """The map of x given the context, to be called many times with the weights of now.
 
         What depends on the weights alone, such as their norms, is computed here.
         """
 
-    def forward(
-        self,
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-    ) -> Float[Tensor, "*batch features"]:
+    def forward(self, x: Rows, context: Context | None = None) -> Rows:
         """The map of `x`."""
         return self.given(context)(x)
 
@@ -128,7 +124,7 @@ class LipschitzMLP(ContractiveNetwork):
         if self.context_features:
             self.context_scaling = ContextScaling(self.context_features)
 
-    def given(self, context: Float[Tensor, "*c_batch context_features"] | None) -> Map:
+    def given(self, context: Context | None) -> Map:
         """The map of x given the context."""
         shifted_by = scaled_context(self, context)
         return _composed(self.layers, self.activations, self.coefficient, shifted_by)
@@ -203,7 +199,7 @@ class LipschitzConv(ContractiveNetwork):
         if self.context_features:
             self.context_scaling = ContextScaling(self.context_features)
 
-    def given(self, context: Float[Tensor, "*c_batch context_features"] | None) -> Map:
+    def given(self, context: Context | None) -> Map:
         """The map of x given the context."""
         shifted_by = scaled_context(self, context)
         inner = _composed(self.layers, self.activations, self.coefficient, shifted_by)

@@ -10,12 +10,11 @@ from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from cnf._checks import check_count, check_shape
-from cnf.transforms.base import Transform
+from cnf.transforms.base import Transform, WithLadj
 
 _NOISE = 0.02
 """Standard deviation of a new kernel around the identity."""
@@ -39,41 +38,25 @@ class InvertibleConvolution(Transform):
         self.shape = sizes
 
     @abstractmethod
-    def _to_base(self, x: Tensor) -> Tensor:
+    def _images_to_base(self, x: Tensor) -> Tensor:
         """The map of images ``(rows, channels, height, width)``."""
 
     @abstractmethod
-    def _to_data(self, z: Tensor) -> Tensor:
+    def _images_to_data(self, z: Tensor) -> Tensor:
         """Undo it."""
 
     @abstractmethod
     def _ladj(self) -> Tensor:
         """Log absolute determinant of the map, in nats."""
 
-    def to_base_and_ladj(
-        self,
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """The map of images."""
-        del context, generator
+    def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         with torch.autocast(x.device.type, enabled=False):
-            z = self._to_base(x.reshape(-1, *self.shape)).reshape(x.shape)
+            z = self._images_to_base(x.reshape(-1, *self.shape)).reshape(x.shape)
             return z, self._ladj().expand(x.shape[:-1])
 
-    def to_data_and_ladj(
-        self,
-        z: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """The inverse of the map of images."""
-        del context, generator
+    def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         with torch.autocast(z.device.type, enabled=False):
-            x = self._to_data(z.reshape(-1, *self.shape)).reshape(z.shape)
+            x = self._images_to_data(z.reshape(-1, *self.shape)).reshape(z.shape)
             return x, -self._ladj().expand(z.shape[:-1])
 
 
@@ -121,13 +104,13 @@ class EmergingConv(InvertibleConvolution):
         """Shape of the image and size of the kernels."""
         return f"shape={self.shape}, kernel_size={self.kernel_size}"
 
-    def _to_base(self, x: Tensor) -> Tensor:
+    def _images_to_base(self, x: Tensor) -> Tensor:
         first, second = self._kernels()
         margin = self.kernel_size // 2
         x = _convolved(x, first, margin, margin)
         return _reversed(_convolved(_reversed(x), second, margin, margin))
 
-    def _to_data(self, z: Tensor) -> Tensor:
+    def _images_to_data(self, z: Tensor) -> Tensor:
         first, second = self._kernels()
         return _substituted(_reversed(_substituted(_reversed(z), second)), first)
 
@@ -183,10 +166,10 @@ class PeriodicConv(InvertibleConvolution):
         """Shape of the image and size of the kernel."""
         return f"shape={self.shape}, kernel_size={self.kernel_size}"
 
-    def _to_base(self, x: Tensor) -> Tensor:
+    def _images_to_base(self, x: Tensor) -> Tensor:
         return self._filtered(x, self._spectrum())
 
-    def _to_data(self, z: Tensor) -> Tensor:
+    def _images_to_data(self, z: Tensor) -> Tensor:
         return self._filtered(z, torch.linalg.inv(self._spectrum()))
 
     def _ladj(self) -> Tensor:

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from cnf._checks import (
     check_choice,
@@ -15,7 +14,7 @@ from cnf._checks import (
     check_vector_or_image_shape,
     is_positive,
 )
-from cnf.transforms.base import Transform
+from cnf.transforms.base import Transform, WithLadj
 from cnf.transforms.conditioners import ConvConditioner, MLPConditioner
 
 _HALVES = ("first", "last")
@@ -34,7 +33,9 @@ class Coupling(Transform):
     shape of x, and is None if `context_features` is 0; a network of your own sees it as it comes,
     as in a `ModuleField`.
 
-    A subclass says how many `numbers` the map of a feature has, and what the map is.
+    A subclass says how many `numbers` the map of a feature has, and what the map is, in the hooks
+    `_changed_to_base` and `_changed_to_data`. These are given the features that change and the
+    numbers, a tensor of the same shape for each.
 
     Args:
         shape: Number of features of a vector, or shape ``(channels, height, width)`` of the image
@@ -88,39 +89,19 @@ class Coupling(Transform):
         return f"shape={self.shape}, kept={self.kept!r}"
 
     @abstractmethod
-    def _changed_to_base(
-        self, x: Float[Tensor, "*batch changed"], numbers: Sequence[Float[Tensor, "*batch changed"]]
-    ) -> tuple[Float[Tensor, "*batch changed"], Float[Tensor, "*batch changed"]]:
-        """Towards the base: z, and log(dz/dx) of each feature."""
+    def _changed_to_base(self, x: Tensor, numbers: Sequence[Tensor]) -> WithLadj:
+        """Hook: z, and log(dz/dx) of each feature."""
 
     @abstractmethod
-    def _changed_to_data(
-        self, z: Float[Tensor, "*batch changed"], numbers: Sequence[Float[Tensor, "*batch changed"]]
-    ) -> tuple[Float[Tensor, "*batch changed"], Float[Tensor, "*batch changed"]]:
-        """Towards the data: x, and log(dx/dz) of each feature."""
+    def _changed_to_data(self, z: Tensor, numbers: Sequence[Tensor]) -> WithLadj:
+        """Hook: x, and log(dx/dz) of each feature."""
 
-    def to_base_and_ladj(
-        self,
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Change what is not kept."""
-        del generator
+    def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         numbers = self._numbers(x, context)
         z, ladj = self._changed_to_base(x[..., self._changed], numbers)
         return x.index_copy(-1, self._changed, z), ladj.sum(-1)
 
-    def to_data_and_ladj(
-        self,
-        z: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Undo the change of what is not kept."""
-        del generator
+    def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         numbers = self._numbers(z, context)
         x, ladj = self._changed_to_data(z[..., self._changed], numbers)
         return z.index_copy(-1, self._changed, x), ladj.sum(-1)
@@ -189,11 +170,11 @@ class AdditiveCoupling(Coupling):
 
     numbers = 1
 
-    def _changed_to_base(self, x: Tensor, numbers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def _changed_to_base(self, x: Tensor, numbers: Sequence[Tensor]) -> WithLadj:
         (loc,) = numbers
         return x - loc, torch.zeros_like(x)
 
-    def _changed_to_data(self, z: Tensor, numbers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def _changed_to_data(self, z: Tensor, numbers: Sequence[Tensor]) -> WithLadj:
         (loc,) = numbers
         return z + loc, torch.zeros_like(z)
 
@@ -243,12 +224,12 @@ class AffineCoupling(Coupling):
         super().__init__(shape, context_features, conditioner=conditioner, kept=kept)
         self.bound = check_number("bound", bound, "positive and finite", is_positive)
 
-    def _changed_to_base(self, x: Tensor, numbers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def _changed_to_base(self, x: Tensor, numbers: Sequence[Tensor]) -> WithLadj:
         loc, raw = numbers
         log_scale = self.bound * (raw / self.bound).tanh()
         return (x - loc) * (-log_scale).exp(), -log_scale
 
-    def _changed_to_data(self, z: Tensor, numbers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def _changed_to_data(self, z: Tensor, numbers: Sequence[Tensor]) -> WithLadj:
         loc, raw = numbers
         log_scale = self.bound * (raw / self.bound).tanh()
         return loc + log_scale.exp() * z, log_scale

@@ -3,13 +3,12 @@
 import math
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 
 from cnf._checks import check_count, check_number, check_support
-from cnf.transforms.base import Likelihood, Transform
+from cnf.transforms.base import Likelihood, Transform, WithLadj
 from cnf.transforms.supports import OpenInterval
 
 COARSEST_NOISE = 0.01
@@ -69,15 +68,7 @@ class Dequantize(Transform):
         """False, for a whole cell comes from each x."""
         return False
 
-    def to_base_and_ladj(
-        self,
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Add noise and divide by the number of levels."""
-        del context
+    def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         check_support("x", x, self.support)
         if self.levels * torch.finfo(x.dtype).eps > COARSEST_NOISE:
             raise ValueError(
@@ -86,15 +77,7 @@ class Dequantize(Transform):
             )
         return with_noise(x, generator) / self.levels, -self._log_volume(x)
 
-    def to_data_and_ladj(
-        self,
-        z: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Multiply by the number of levels and round down."""
-        del context, generator
+    def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         x = (z * self.levels).floor().clamp(0, self.levels - 1)
         return x, self._log_volume(z)
 
@@ -141,28 +124,12 @@ class Logit(Transform):
         margin = self.alpha / (1 - 2 * self.alpha)
         return constraints.independent(OpenInterval(0 - margin, 1 + margin), 1)
 
-    def to_base_and_ladj(
-        self,
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Squeeze towards the middle and take the logit."""
-        del context, generator
+    def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         check_support("x", x, self.support)
         z = logit(self.alpha + (1 - 2 * self.alpha) * x)
         return z, -self._log_slope(z)
 
-    def to_data_and_ladj(
-        self,
-        z: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Take the sigmoid and undo the squeezing."""
-        del context, generator
+    def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         z = within_reach_of_logit(z)
         return (z.sigmoid() - self.alpha) / (1 - 2 * self.alpha), self._log_slope(z)
 
@@ -172,7 +139,7 @@ class Logit(Transform):
         return slopes.sum(-1) - self.features * math.log(1 - 2 * self.alpha)
 
 
-def with_noise(x: Tensor, generator: torch.Generator | None) -> Tensor:
+def with_noise(x: Tensor, generator: Generator | None) -> Tensor:
     """Integers plus noise in [0, 1), which rounding does not carry to the next integer."""
     noise = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
     # An ulp and more below: neither the sum nor a quotient of it may be rounded up.

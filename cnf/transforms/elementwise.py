@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from cnf._checks import (
     check_count,
@@ -16,7 +16,7 @@ from cnf._checks import (
     refuse_rows,
 )
 from cnf._moments import column_moments
-from cnf.transforms.base import Transform
+from cnf.transforms.base import Transform, WithLadj
 from cnf.vector_fields.conditions import ContextScaling, scaled_context
 
 
@@ -40,26 +40,10 @@ class Affine(Transform):
         self.loc = nn.Parameter(torch.zeros(features))
         self.log_scale = nn.Parameter(torch.zeros(features))
 
-    def to_base_and_ladj(
-        self,
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Subtract the shift and divide by the scale."""
-        del context, generator
+    def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         return _standardized(x, self.loc, self.log_scale)
 
-    def to_data_and_ladj(
-        self,
-        z: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Multiply by the scale and add the shift."""
-        del context, generator
+    def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         return _restored(z, self.loc, self.log_scale)
 
 
@@ -103,26 +87,10 @@ class ConditionalAffine(Transform):
         """Shape of x."""
         return f"shape={self.shape}"
 
-    def to_base_and_ladj(
-        self,
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Subtract the shift and divide by the scale."""
-        del generator
+    def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         return _standardized(x, *self._loc_and_log_scale(context, x.dtype))
 
-    def to_data_and_ladj(
-        self,
-        z: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Multiply by the scale and add the shift."""
-        del generator
+    def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         return _restored(z, *self._loc_and_log_scale(context, z.dtype))
 
     def _loc_and_log_scale(
@@ -138,7 +106,7 @@ class Standardize(Transform):
     """Fixed scaling that gives the data mean 0 and standard deviation 1: ``x = mean + std * z``.
 
     `initialize` sets it, once, from the rows it is given, and `fit` does so with its training rows;
-    until then it is the identity. `from_data` makes one that is set.
+    until then it is the identity. `from_data` makes one that is set; both raise the same.
 
     Args:
         features: Size of x.
@@ -204,22 +172,8 @@ class Standardize(Transform):
         """Whether mean and standard deviation are still to be set by `initialize`."""
         return not self.is_initialized
 
-    @torch.no_grad()
-    def initialize(
-        self,
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        """Set mean and standard deviation from these rows. Once only: later calls change nothing.
-
-        Raises:
-            ValueError: As `from_data` raises it.
-        """
-        del context, generator
-        if self.awaits_data:
-            self._set(x.reshape(-1, self.features))
+    def _initialize(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> None:
+        self._set(x.reshape(-1, self.features))
 
     def keep_identity(self) -> None:
         """Stay the identity where nothing has been set yet, as for a flow trained without data."""
@@ -244,32 +198,16 @@ class Standardize(Transform):
             state_dict.setdefault(f"{prefix}is_initialized", torch.ones((), dtype=torch.bool))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def to_base_and_ladj(
-        self,
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Subtract the mean and divide by the standard deviation."""
-        del context, generator
+    def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         return _standardized(x, self.mean, self.log_std)
 
-    def to_data_and_ladj(
-        self,
-        z: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Multiply by the standard deviation and add the mean."""
-        del context, generator
+    def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         return _restored(z, self.mean, self.log_std)
 
 
-def _standardized(x: Tensor, loc: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+def _standardized(x: Tensor, loc: Tensor, log_scale: Tensor) -> WithLadj:
     return (x - loc) * (-log_scale).exp(), (-log_scale.sum(-1)).expand(x.shape[:-1])
 
 
-def _restored(z: Tensor, loc: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+def _restored(z: Tensor, loc: Tensor, log_scale: Tensor) -> WithLadj:
     return loc + log_scale.exp() * z, log_scale.sum(-1).expand(z.shape[:-1])

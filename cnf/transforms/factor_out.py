@@ -4,12 +4,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from cnf.regularizers import CostRate
 from cnf.transforms import chain
-from cnf.transforms.base import Likelihood, Transform
+from cnf.transforms.base import Likelihood, Transform, WithLadj
 from cnf.transforms.continuous import ContinuousTransform
 
 
@@ -90,84 +89,46 @@ class FactorOut(Transform):
         """Whether one of the transforms does."""
         return any(part.awaits_data for part in self.chain)
 
-    @torch.no_grad()
-    def initialize(
-        self,
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        """Set what depends on data in the transforms."""
+    def _initialize(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> None:
         chain.initialize(self.chain, self._split(x)[0], context, generator=generator)
 
     def rebuilt(self, change: Callable[[ContinuousTransform], ContinuousTransform]) -> "FactorOut":
         """The same with `change` made to what is continuous in the transforms."""
         return FactorOut([part.rebuilt(change) for part in self.chain], self.features)
 
-    def to_base_and_ladj(
-        self,
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch base_features"], Float[Tensor, "*batch"]]:
-        """The kept features towards the base, and the rest beside them."""
+    def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         kept, rest = self._split(x)
         z, ladj = chain.to_base_and_ladj(self.chain, kept, context, generator=generator)
         return torch.cat([z, rest], -1), ladj
 
-    def to_data_and_ladj(
-        self,
-        z: Float[Tensor, "*batch base_features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """The kept features towards the data, and the rest beside them."""
+    def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         kept, rest = self._split(z)
         x, ladj = chain.to_data_and_ladj(self.chain, kept, context, generator=generator)
         return torch.cat([x, rest], -1), ladj
 
-    def to_base_with_costs(
+    def _to_base_with_costs(
         self,
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
+        x: Tensor,
+        context: Tensor | None,
+        generator: Generator | None,
         regularizers: Sequence[CostRate],
-        generator: torch.Generator | None = None,
-    ) -> tuple[
-        Float[Tensor, "*batch base_features"],
-        Float[Tensor, "*batch"],
-        Float[Tensor, "costs *batch"],
-    ]:
-        """Towards the base: z, ladj, and the costs of the transforms."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
         kept, rest = self._split(x)
         z, ladj, costs = chain.to_base_with_costs(
             self.chain, kept, context, regularizers=regularizers, generator=generator
         )
         return torch.cat([z, rest], -1), ladj, costs
 
-    def to_base(
-        self,
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "*batch base_features"]:
-        """Towards the base, without the ladj and its cost."""
+    def _to_base_value(
+        self, x: Tensor, context: Tensor | None, generator: Generator | None
+    ) -> Tensor:
         kept, rest = self._split(x)
         z = chain.to_base(self.chain, kept, context, generator=generator)
         return torch.cat([z, rest], -1)
 
-    def to_data(
-        self,
-        z: Float[Tensor, "*batch base_features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "*batch features"]:
-        """Towards the data, without the ladj and its cost."""
+    def _to_data_value(
+        self, z: Tensor, context: Tensor | None, generator: Generator | None
+    ) -> Tensor:
         kept, rest = self._split(z)
         x = chain.to_data(self.chain, kept, context, generator=generator)
         return torch.cat([x, rest], -1)

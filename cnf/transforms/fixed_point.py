@@ -1,16 +1,14 @@
 """Fixed points of contractions, by iteration."""
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from cnf._row_names import name_rows
+from cnf._shapes import Rows
 from cnf.transforms.bounded_layers import Map
 
 
-def fixed_point(
-    update: Map, start: Float[Tensor, "*batch features"], *, coefficient: float, tolerance: float
-) -> Float[Tensor, "*batch features"]:
+def fixed_point(update: Map, start: Rows, *, coefficient: float, tolerance: float) -> Rows:
     r"""The x with ``x = update(x)``, for a contraction `update` of rows.
 
     The iteration ends when the error of each row is known to be at most `tolerance` times the norms

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from cnf._building import Building
 
@@ -133,9 +133,7 @@ def _set(part: nn.Module, values: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def drawing_from(
-    generator: torch.Generator | None, module: nn.Module | None = None
-) -> Iterator[None]:
+def drawing_from(generator: Generator | None, module: nn.Module | None = None) -> Iterator[None]:
     """Within, what this thread draws from torch's global generators follows `generator`.
 
     Other libraries take no generator. The global ones are neither read nor set, so that other

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.nn import functional
 
 from cnf._checks import (
@@ -16,7 +16,7 @@ from cnf._checks import (
     refuse_overflow,
 )
 from cnf.transforms.autoregressive import AutoregressiveNetwork
-from cnf.transforms.base import Transform
+from cnf.transforms.base import Transform, WithLadj
 from cnf.transforms.roots import increasing_root
 
 _NARROWEST = 1e-2
@@ -52,7 +52,8 @@ class ExactLipschitz(Transform):
 
     Raises:
         TypeError: If a size is not an int.
-        ValueError: If a size or `lipschitz` is out of range.
+        ValueError: If a size or `lipschitz` is out of range or, when called, the parameters of a
+            step leave the range of the dtype.
 
     References:
         Gopal (2021), ELF: Exact-Lipschitz Based Universal Density Approximator Flow.
@@ -90,43 +91,17 @@ class ExactLipschitz(Transform):
         """Size of x, number of ramps and largest slope."""
         return f"features={self.features}, units={self.units}, lipschitz={self.lipschitz}"
 
-    def to_base_and_ladj(
-        self,
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Add the step of each feature, all at once.
-
-        Raises:
-            ValueError: If the parameters of a step leave the range of the dtype.
-        """
-        del generator
+    def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         step, slope = self._ramps("x", x, context).value_and_slope(x)
         return x + step, torch.log1p(slope).sum(-1)
 
-    def to_data_and_ladj(
-        self,
-        z: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Take the steps back, feature after feature."""
-        del generator
-        x = self.to_data(z, context)
-        return x, -self.to_base_and_ladj(x, context)[1]
+    def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
+        x = self._to_data_value(z, context, generator)
+        return x, -self._to_base(x, context, generator)[1]
 
-    def to_data(
-        self,
-        z: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "*batch features"]:
-        """Take the steps back, feature after feature, without the ladj."""
-        del generator
+    def _to_data_value(
+        self, z: Tensor, context: Tensor | None, generator: Generator | None
+    ) -> Tensor:
         x = z  # of which the network sees no more than is found
         for i in range(self.features):
             found = self._undone(self._ramps("z", x, context).of_feature(i), z[..., i])

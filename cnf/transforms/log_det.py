@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Generator, Tensor
 
 from cnf._checks import check_count, check_number, is_hidden
+from cnf._shapes import Rows, Values
 from cnf.divergence import Hutchinson
 from cnf.transforms.base import Likelihood
 from cnf.transforms.bounded_layers import Map
@@ -41,12 +42,8 @@ class LogDet(ABC):
 
     @abstractmethod
     def __call__(
-        self,
-        contraction: Map,
-        x: Float[Tensor, "*batch features"],
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+        self, contraction: Map, x: Rows, *, generator: Generator | None = None
+    ) -> tuple[Rows, Values]:
         """g(x) and log det(I + J) at `x`, in nats, for each row."""
 
 
@@ -68,14 +65,9 @@ class ExactLogDet(LogDet):
         return "exact"
 
     def __call__(
-        self,
-        contraction: Map,
-        x: Float[Tensor, "*batch features"],
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+        self, contraction: Map, x: Rows, *, generator: Generator | None = None
+    ) -> tuple[Rows, Values]:
         """g(x) and log det(I + J) at `x`, in nats, for each row."""
-        del generator
         basis = standard_basis(x)
         point, changes = _at_copies(contraction, x, len(basis))
         rows = vector_jacobian_product(changes, point, basis, torch.is_grad_enabled())
@@ -122,12 +114,8 @@ class TruncatedSeries(LogDet):
         return "biased_estimate"
 
     def __call__(
-        self,
-        contraction: Map,
-        x: Float[Tensor, "*batch features"],
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+        self, contraction: Map, x: Rows, *, generator: Generator | None = None
+    ) -> tuple[Rows, Values]:
         """g(x) and the estimate of log det(I + J) at `x`, in nats, for each row."""
         probes = Hutchinson(probes=self.probes).draw_probes(x, generator=generator)
         return power_series(contraction, x, probes, [1.0] * self.terms)
@@ -186,12 +174,8 @@ class RussianRoulette(LogDet):
         return "estimate"
 
     def __call__(
-        self,
-        contraction: Map,
-        x: Float[Tensor, "*batch features"],
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+        self, contraction: Map, x: Rows, *, generator: Generator | None = None
+    ) -> tuple[Rows, Values]:
         """g(x) and the estimate of log det(I + J) at `x`, in nats, for each row."""
         further = self.draw_terms(generator=generator)
         weights = [(1 - self.probability) ** -m for m in range(further)]
@@ -207,7 +191,7 @@ class RussianRoulette(LogDet):
         """
         return coefficient**2 < 1 - self.probability
 
-    def draw_terms(self, *, generator: torch.Generator | None = None) -> int:
+    def draw_terms(self, *, generator: Generator | None = None) -> int:
         """The random number N of further terms, at least 1."""
         device = "cpu" if generator is None else generator.device
         draw = torch.rand((), generator=generator, dtype=torch.float64, device=device)
@@ -228,10 +212,10 @@ def _checked_terms(name: str, value: int, *, least: int) -> int:
 
 def power_series(
     contraction: Map,
-    x: Float[Tensor, "*batch features"],
+    x: Rows,
     probes: Float[Tensor, "probes *batch features"],
     weights: Sequence[float],
-) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+) -> tuple[Rows, Values]:
     r"""g(x), and the first terms of the power series of log det(I + J) at `x`, each weighted.
 
     .. math:: \sum_{k \ge 1} w_k \frac{(-1)^{k+1}}{k} \, p^\top J^k p \quad\text{has in the mean

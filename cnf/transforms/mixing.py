@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from cnf._checks import check_flag, check_vector_or_image_shape
-from cnf.transforms.base import Transform
+from cnf.transforms.base import Transform, WithLadj
 
 
 class Conv1x1(Transform):
@@ -56,30 +56,14 @@ class Conv1x1(Transform):
         """Shape of x."""
         return f"shape={self.shape}"
 
-    def reset_parameters(self, *, generator: torch.Generator | None = None) -> None:
+    def reset_parameters(self, *, generator: Generator | None = None) -> None:
         """Start again, from another random rotation."""
         self.matrix.set_to(_random_rotation(self.channels, generator))
 
-    def to_base_and_ladj(
-        self,
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Mix by W."""
-        del context, generator
+    def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         return self._mixed(x, self.matrix.value()), self._ladj(x)
 
-    def to_data_and_ladj(
-        self,
-        z: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Mix by the inverse of W."""
-        del context, generator
+    def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         return self._mixed(z, self.matrix.inverse()), -self._ladj(z)
 
     def _mixed(self, x: Tensor, matrix: Tensor) -> Tensor:
@@ -184,7 +168,7 @@ class LUMatrix(InvertibleMatrix):
         return lower, packed.triu(1) + scale.diag()
 
 
-def _random_rotation(size: int, generator: torch.Generator | None) -> Tensor:
+def _random_rotation(size: int, generator: Generator | None) -> Tensor:
     """A rotation that is uniformly distributed, in float64."""
     device = "cpu" if generator is None else generator.device
     normal = torch.randn(size, size, generator=generator, dtype=torch.float64, device=device)

@@ -3,11 +3,10 @@
 import math
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from cnf.transforms.base import Transform
+from cnf.transforms.base import Transform, WithLadj
 from cnf.transforms.roots import increasing_root
 
 _MARGIN = 1e-3
@@ -54,28 +53,12 @@ class Planar(Transform):
         self.direction = nn.Parameter(_AT_REST * normal)
         self.offset = nn.Parameter(torch.zeros(()))
 
-    def to_base_and_ladj(
-        self,
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Add the step."""
-        del context, generator
+    def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         step, across = self._step()
         bend = self._height(x).tanh()
         return x + bend.unsqueeze(-1) * step, torch.log1p(across * (1 - bend.square()))
 
-    def to_data_and_ladj(
-        self,
-        z: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Find the height of x above the plane from that of z, and take the step back."""
-        del context, generator
+    def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         step, across = self._step()
         target = self._height(z)
 
@@ -137,28 +120,12 @@ class Radial(Transform):
         self.log_radius = nn.Parameter(torch.zeros(()))
         self.strength = nn.Parameter(torch.tensor(_AT_REST))
 
-    def to_base_and_ladj(
-        self,
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Move to or from the centre."""
-        del context, generator
+    def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         offset = x - self.centre
         stretch, ladj = self._stretch_and_ladj(_norm(offset))
         return self.centre + stretch.unsqueeze(-1) * offset, ladj
 
-    def to_data_and_ladj(
-        self,
-        z: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Find the distance of x from the centre from that of z, and move back."""
-        del context, generator
+    def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         offset = z - self.centre
         stretch, ladj = self._stretch_and_ladj(self._distance(_norm(offset)))
         return self.centre + offset / stretch.unsqueeze(-1), -ladj

@@ -1,62 +1,27 @@
 """Transforms that rearrange the entries of x."""
 
 import math
-from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.distributions import constraints
 
 from cnf._checks import check_count, check_shape
-from cnf.transforms.base import Transform
+from cnf.transforms.base import Transform, WithLadj
 
 
 class Rearrangement(Transform):
     """The same numbers in another order or shape: the ladj is 0.
 
-    A subclass defines the two directions.
-
     Args:
         features: Number of entries of x.
     """
-
-    @abstractmethod
-    def _to_base(self, x: Tensor) -> Tensor:
-        """Rearrange."""
-
-    @abstractmethod
-    def _to_data(self, z: Tensor) -> Tensor:
-        """Undo it."""
 
     @property
     def support(self) -> constraints.Constraint | None:
         """None, for the next transform says which numbers x may hold."""
         return None
-
-    def to_base_and_ladj(
-        self,
-        x: Float[Tensor, "*batch_and_event"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Rearrange; the ladj is 0."""
-        del context, generator
-        z = self._to_base(x)
-        return z, z.new_zeros(z.shape[:-1])
-
-    def to_data_and_ladj(
-        self,
-        z: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch_and_event"], Float[Tensor, "*batch"]]:
-        """Undo it; the ladj is 0."""
-        del context, generator
-        return self._to_data(z), z.new_zeros(z.shape[:-1])
 
 
 class Flatten(Rearrangement):
@@ -88,11 +53,12 @@ class Flatten(Rearrangement):
         """Shape of a single x."""
         return torch.Size(self.shape)
 
-    def _to_base(self, x: Tensor) -> Tensor:
-        return x.flatten(-len(self.shape))
+    def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
+        z = x.flatten(-len(self.shape))
+        return z, _zero_ladj(z)
 
-    def _to_data(self, z: Tensor) -> Tensor:
-        return z.reshape(*z.shape[:-1], *self.shape)
+    def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
+        return z.reshape(*z.shape[:-1], *self.shape), _zero_ladj(z)
 
 
 class Permute(Rearrangement):
@@ -126,11 +92,11 @@ class Permute(Rearrangement):
         self._there: Tensor
         self._back: Tensor
 
-    def _to_base(self, x: Tensor) -> Tensor:
-        return x[..., self._there]
+    def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
+        return x[..., self._there], _zero_ladj(x)
 
-    def _to_data(self, z: Tensor) -> Tensor:
-        return z[..., self._back]
+    def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
+        return z[..., self._back], _zero_ladj(z)
 
 
 class Squeeze(Rearrangement):
@@ -173,12 +139,16 @@ class Squeeze(Rearrangement):
         channels, height, width = self.shape
         return 4 * channels, height // 2, width // 2
 
-    def _to_base(self, x: Tensor) -> Tensor:
+    def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         channels, height, width = self.shape
         squares = x.reshape(*x.shape[:-1], channels, height // 2, 2, width // 2, 2)
-        return squares.movedim((-3, -1), (-4, -3)).flatten(-5)
+        return squares.movedim((-3, -1), (-4, -3)).flatten(-5), _zero_ladj(x)
 
-    def _to_data(self, z: Tensor) -> Tensor:
+    def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         channels, height, width = self.shape
         squares = z.reshape(*z.shape[:-1], channels, 2, 2, height // 2, width // 2)
-        return squares.movedim((-4, -3), (-3, -1)).flatten(-5)
+        return squares.movedim((-4, -3), (-3, -1)).flatten(-5), _zero_ladj(z)
+
+
+def _zero_ladj(vectors: Tensor) -> Tensor:
+    return vectors.new_zeros(vectors.shape[:-1])

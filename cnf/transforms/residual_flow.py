@@ -4,12 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from torch import Generator, Tensor
 
 from cnf._checks import check_number, check_type
 from cnf._warnings import warn
-from cnf.transforms.base import Likelihood, Transform
+from cnf.transforms.base import Likelihood, Transform, WithLadj
 from cnf.transforms.bounded_layers import Map
 from cnf.transforms.contractive import ContractiveNetwork
 from cnf.transforms.fixed_point import fixed_point
@@ -92,52 +91,26 @@ class ResidualFlow(Transform):
         """What `log_det` gives."""
         return self.log_det.likelihood
 
-    def to_base_and_ladj(
-        self,
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Add the contraction; the ladj is as `likelihood` says."""
+    def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         with _in_full_precision(x):
             x, contraction = self._given(x, context)
             change, ladj = self.log_det(contraction, x, generator=generator)
             return x + change, ladj
 
-    def to_base(
-        self,
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "*batch features"]:
-        """Add the contraction, without the ladj and its cost."""
-        del generator
+    def _to_base_value(
+        self, x: Tensor, context: Tensor | None, generator: Generator | None
+    ) -> Tensor:
         with _in_full_precision(x):
             x, contraction = self._given(x, context)
             return x + contraction(x)
 
-    def to_data_and_ladj(
-        self,
-        z: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Solve for x; the ladj is that of the way back, with the other sign."""
-        x = self.to_data(z, context)
-        return x, -self.to_base_and_ladj(x, context, generator=generator)[1]
+    def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
+        x = self._to_data_value(z, context, generator)
+        return x, -self._to_base(x, context, generator)[1]
 
-    def to_data(
-        self,
-        z: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, "*batch features"]:
-        """Solve for x, without the ladj and its cost."""
-        del generator
+    def _to_data_value(
+        self, z: Tensor, context: Tensor | None, generator: Generator | None
+    ) -> Tensor:
         refuse_transformed_functions("the way of a ResidualFlow to the data")
         with _in_full_precision(z):
             z, contraction = self._given(z, context)

@@ -5,9 +5,9 @@ from functools import partial
 from operator import methodcaller
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from torch import Generator, Tensor
 
+from cnf._shapes import BaseRows, Context, Events, Values
 from cnf.divergence import Exact, FieldEvaluation, Hutchinson
 from cnf.regularizers import Regularizer
 from cnf.transforms.base import Transform
@@ -17,11 +17,11 @@ from cnf.transforms.continuous import ContinuousTransform
 
 def to_base_with_error(
     transforms: Sequence[Transform],
-    x: Float[Tensor, "*batch_and_event"],
-    context: Float[Tensor, "*c_batch context_features"] | None,
+    x: Events,
+    context: Context | None,
     *,
-    generator: torch.Generator | None,
-) -> tuple[Float[Tensor, "*batch base_features"], Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
+    generator: Generator | None,
+) -> tuple[BaseRows, Values, Values]:
     """From data to base: z, ladj and its standard error, in nats.
 
     Each probe integrates to an estimate of its own; these differ independently.

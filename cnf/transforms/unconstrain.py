@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.distributions import constraints
 
 from cnf._checks import check_support, check_vectors
-from cnf.transforms.base import Likelihood, Transform
+from cnf.transforms.base import Likelihood, Transform, WithLadj
 from cnf.transforms.columns import Support, column_map
 from cnf.transforms.dequantize import COARSEST_NOISE
 from cnf.transforms.elementwise import Standardize
@@ -84,15 +84,7 @@ class Unconstrain(Transform):
         """Whether no column has noise."""
         return not any(column.constraint.is_discrete for column in self._maps)
 
-    def to_base_and_ladj(
-        self,
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Spread each column over the real line."""
-        del context
+    def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         check_support("x", x, self.support)
         spread = [
             column.to_reals(values, generator)
@@ -101,15 +93,7 @@ class Unconstrain(Transform):
         z, log_slopes = (torch.stack(parts, -1) for parts in zip(*spread, strict=True))
         return z, -log_slopes.sum(-1)
 
-    def to_data_and_ladj(
-        self,
-        z: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Bring each column back to where its numbers may be."""
-        del context, generator
+    def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         brought = [
             column.from_reals(values)
             for column, values in zip(self._maps, z.unbind(-1), strict=True)

@@ -55,11 +55,11 @@ class WoodburyConv(InvertibleConvolution):
         ranks = f"rank_channels={self.rank_channels}, rank_space={self.rank_space}"
         return f"shape={self.shape}, {ranks}"
 
-    def _to_base(self, x: Tensor) -> Tensor:
+    def _images_to_base(self, x: Tensor) -> Tensor:
         x = _applied(self.channels_out, self.channels_in, x.flatten(-2))
         return _applied(self.space_out, self.space_in, x.mT).mT.reshape(-1, *self.shape)
 
-    def _to_data(self, z: Tensor) -> Tensor:
+    def _images_to_data(self, z: Tensor) -> Tensor:
         z = _undone(self.space_out, self.space_in, z.flatten(-2).mT).mT
         return _undone(self.channels_out, self.channels_in, z).reshape(-1, *self.shape)
 

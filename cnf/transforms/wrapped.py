@@ -5,11 +5,10 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from torch import Generator, Tensor
 
 from cnf._checks import check_count, check_shape, joint_batch_shape, non_finite_rows, refuse_rows
-from cnf.transforms.base import Likelihood, Transform
+from cnf.transforms.base import Likelihood, Transform, WithLadj
 from cnf.transforms.foreign import (
     as_rows,
     awaiting_data,
@@ -19,7 +18,7 @@ from cnf.transforms.foreign import (
 )
 from cnf.vector_fields.derivatives import outside_inference_mode
 
-_Map = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+_Map = Callable[[Tensor, Tensor | None], WithLadj]
 """From rows ``(rows, *shape)`` and contexts ``(rows, context_features)`` to values and ladj."""
 
 
@@ -28,8 +27,9 @@ class WrappedTransform(Transform):
 
     It changes no value, the other library sees the context as it comes, and no result depends on
     `training`: each part is called in the one mode in which its values and its gradients are right.
-    A part that starts from data does so in `initialize`, and in no other call. A subclass defines
-    the two directions for rows.
+    A part that starts from data does so in `initialize`, and in no other call; batch normalisation
+    takes its statistics there, and keeps them. A subclass defines the two directions for rows, in
+    the hooks `_rows_to_base` and `_rows_to_data`.
 
     Args:
         shape: Number of features, or shape of the event that a vector is, flattened in C order.
@@ -38,7 +38,10 @@ class WrappedTransform(Transform):
 
     Raises:
         TypeError: If a size is not an int.
-        ValueError: If a size is out of range, or the two shapes have different numbers of entries.
+        ValueError: If a size is out of range, or the two shapes have different numbers of entries;
+            when called, if NaN or inf comes out; from `initialize`, if there are less than two
+            rows, which have no standard deviation.
+        RuntimeError: When called, if a part has still to start from data.
     """
 
     def __init__(
@@ -62,12 +65,12 @@ class WrappedTransform(Transform):
         self.latent_shape = latent_sizes
 
     @abstractmethod
-    def _rows_to_base(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Towards the base, with ladj."""
+    def _rows_to_base(self, x: Tensor, context: Tensor | None) -> WithLadj:
+        """Hook: z and ladj of rows ``(rows, *shape)``."""
 
     @abstractmethod
-    def _rows_to_data(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Towards the data, with ladj."""
+    def _rows_to_data(self, z: Tensor, context: Tensor | None) -> WithLadj:
+        """Hook: x and ladj of rows ``(rows, *latent_shape)``."""
 
     @property
     def likelihood(self) -> Likelihood:
@@ -79,22 +82,8 @@ class WrappedTransform(Transform):
         """Whether a part, such as ActNorm, has still to start from data."""
         return super().awaits_data or bool(awaiting_data(self))
 
-    @torch.no_grad()
-    def initialize(
-        self,
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        """Let the parts that await data start from these rows, once.
-
-        Batch normalisation takes its statistics from them, and keeps these.
-
-        Raises:
-            ValueError: If there are less than two rows, which have no standard deviation.
-        """
-        super().initialize(x, context)
+    def _initialize(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> None:
+        super()._initialize(x, context, generator)
         if not awaiting_data(self):
             return
         if x.numel() < 2 * self.features:
@@ -102,44 +91,15 @@ class WrappedTransform(Transform):
         with right_values_and_gradients(self, starting=True):
             self._call(self._rows_to_base, self.shape, x, context, generator)
 
-    def to_base_and_ladj(
-        self,
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """As the other library does it.
-
-        Raises:
-            RuntimeError: If a part has still to start from data.
-            ValueError: If NaN or inf comes out.
-        """
+    def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         return self._trusted("x", self._rows_to_base, x, context, generator)
 
-    def to_data_and_ladj(
-        self,
-        z: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """As the other library does it.
-
-        Raises:
-            RuntimeError: If a part has still to start from data.
-            ValueError: If NaN or inf comes out.
-        """
+    def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         return self._trusted("z", self._rows_to_data, z, context, generator)
 
     def _trusted(
-        self,
-        name: str,
-        call: _Map,
-        x: Tensor,
-        context: Tensor | None,
-        generator: torch.Generator | None,
-    ) -> tuple[Tensor, Tensor]:
+        self, name: str, call: _Map, x: Tensor, context: Tensor | None, generator: Generator | None
+    ) -> WithLadj:
         waiting = {type(part).__name__ for part in awaiting_data(self)}
         if waiting:
             raise RuntimeError(
@@ -159,8 +119,8 @@ class WrappedTransform(Transform):
         shape: tuple[int, ...],
         x: Tensor,
         context: Tensor | None,
-        generator: torch.Generator | None,
-    ) -> tuple[Tensor, Tensor]:
+        generator: Generator | None,
+    ) -> WithLadj:
         batch = joint_batch_shape(x, context)
         with outside_inference_mode(), drawing_from(generator, self):
             rows = _rows(x, batch, shape)

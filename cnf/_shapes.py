@@ -1,0 +1,19 @@
+"""Names of the shapes that public methods take and give, for their annotations."""
+
+from typing import TypeAlias
+
+from jaxtyping import Float
+from torch import Tensor
+
+Events: TypeAlias = Float[Tensor, "*batch_and_event"]
+"""Points on the side of the data: vectors, or events of another shape such as images."""
+Rows: TypeAlias = Float[Tensor, "*batch features"]
+"""Vectors."""
+BaseRows: TypeAlias = Float[Tensor, "*batch base_features"]
+"""Points on the side of the base, which are vectors."""
+Context: TypeAlias = Float[Tensor, "*c_batch context_features"]
+"""What a density is conditioned on; its batch axes broadcast against those of the points."""
+Values: TypeAlias = Float[Tensor, "*batch"]
+"""One number for each point, such as a ladj."""
+Costs: TypeAlias = Float[Tensor, "costs *batch"]
+"""One number for each point by each regularizer."""
