@@ -134,6 +134,10 @@ def _how_to_convert(name: str, x: Any, like: Tensor) -> str:
         return f" Try torch.stack(list({given}))."
     if not isinstance(x, Sequence | np.ndarray) or isinstance(x, str):
         return ""
+    if np.ma.isMA(x):
+        return f" A tensor has no mask: leave masked rows out, or fill them: {name}.filled(value)."
+    if isinstance(x, np.ndarray) and x.dtype.kind not in "biuf":
+        return f" It must hold real numbers; got {x.dtype}."
     try:
         rows = torch.as_tensor(np.asarray(x, dtype=np.float64))
     except (TypeError, ValueError):  # text, or rows of different lengths

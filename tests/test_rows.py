@@ -322,6 +322,17 @@ BAD_DATA = {
         ValueError,
         "weight of",
     ),
+    "masked": (
+        np.ma.masked_equal(np.arange(10.0).reshape(5, 2), 3),
+        TypeError,
+        r"A tensor has no mask: leave masked rows out, or fill them: data\.filled\(value\)",
+    ),
+    "dates": (
+        np.array([["2020-01-01"]], "datetime64[s]"),
+        TypeError,
+        r"It must hold real numbers; got datetime64\[s\]",
+    ),
+    "numbers as text": (np.array([["1", "2"]]), TypeError, "It must hold real numbers; got <U1"),
     "three of a tuple": (
         (zeros(5, 2), zeros(5, 1), zeros(5)),
         ValueError,
