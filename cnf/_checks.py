@@ -134,10 +134,8 @@ def _how_to_convert(name: str, x: Any, like: Tensor) -> str:
         return f" Try torch.stack(list({given}))."
     if not isinstance(x, Sequence | np.ndarray) or isinstance(x, str):
         return ""
-    if np.ma.isMA(x):
-        return f" A tensor has no mask: leave masked rows out, or fill them: {name}.filled(value)."
-    if isinstance(x, np.ndarray) and x.dtype.kind not in "biuf":
-        return f" It must hold real numbers; got {x.dtype}."
+    if isinstance(x, np.ndarray) and (np.ma.isMA(x) or x.dtype.kind not in "biuf"):
+        return _why_no_conversion(name, x)
     try:
         rows = torch.as_tensor(np.asarray(x, dtype=np.float64))
     except (TypeError, ValueError):  # text, or rows of different lengths
@@ -149,6 +147,13 @@ def _how_to_convert(name: str, x: Any, like: Tensor) -> str:
             f"{dtype} would round most of its digits away."
         )
     return f" Try torch.{make}({given}, dtype={dtype})."
+
+
+def _why_no_conversion(name: str, x: np.ndarray) -> str:
+    """What of an array no tensor holds: a mask, or what is no real number."""
+    if np.ma.isMA(x):
+        return f" A tensor has no mask: leave masked rows out, or fill them: {name}.filled(value)."
+    return f" It must hold real numbers; got {x.dtype}."
 
 
 def check_dense(name: str, x: Tensor) -> None:
