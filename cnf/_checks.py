@@ -150,7 +150,7 @@ def _how_to_convert(name: str, x: Any, like: Tensor) -> str:
 
 
 def _why_no_conversion(name: str, x: np.ndarray) -> str:
-    """What of an array no tensor holds: a mask, or what is no real number."""
+    """The reason why an array cannot become a tensor: its mask, or its dtype."""
     if np.ma.isMA(x):
         return f" A tensor has no mask: leave masked rows out, or fill them: {name}.filled(value)."
     return f" It must hold real numbers; got {x.dtype}."
