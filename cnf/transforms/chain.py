@@ -80,12 +80,13 @@ class Chain(Transform):
     def __getitem__(self, index: slice) -> "Chain": ...
 
     def __getitem__(self, index: int | slice) -> "Transform | Chain":
-        parts = self.transforms
         if not isinstance(index, slice):
-            return parts[index]
-        sizes = [*(part.features for part in parts), self.base_features]
-        chosen = parts[index]
-        return Chain(chosen, None if chosen else sizes[index.indices(len(parts))[0]])
+            return self.transforms[index]
+        chosen = self.transforms[index]
+        if chosen:
+            return Chain(chosen)
+        start, _, _ = index.indices(len(self))
+        return Chain([], [*(part.features for part in self), self.base_features][start])
 
     @property
     def transforms(self) -> list[Transform]:
