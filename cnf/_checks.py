@@ -506,6 +506,8 @@ def _shown(value: object) -> str:
 
 
 def _is_integer(value: object) -> bool:
+    if type(value) is int:  # soon, for the check of a protocol takes microseconds
+        return True
     others = bool | Tensor | np.ndarray | type
     return isinstance(value, SupportsIndex) and not isinstance(value, others)
 

@@ -8,8 +8,7 @@ from cnf.bases import Base
 from cnf.divergence import Divergence
 from cnf.flow import Flow
 from cnf.ode import ODESolver
-from cnf.transforms import Augment, ContinuousTransform, Standardize, Transform
-from cnf.transforms.chain import as_chain
+from cnf.transforms import Augment, Chain, ContinuousTransform, Standardize, Transform
 from cnf.vector_fields import MLPField
 from cnf.vector_fields.conditions import context_scalings
 
@@ -80,19 +79,14 @@ class CNF(Flow):
         augment: int = 0,
     ) -> None:
         check_count("blocks", blocks)
-        chain = as_chain(transforms)
-        if chain and chain[0].features != features:
-            raise ValueError(
-                f"features must be the {chain[0].features} that the first of the transforms "
-                f"takes; got {features}."
-            )
+        parts = Chain(transforms, check_count("features", features)).transforms
         if check_flag("standardize", standardize) and not (
-            chain and isinstance(chain[-1], Standardize)
+            parts and isinstance(parts[-1], Standardize)
         ):
-            chain.append(Standardize(chain[-1].base_features if chain else features))
+            parts.append(Standardize(parts[-1].base_features if parts else features))
         if check_count("augment", augment, least=0):
-            chain.append(Augment(chain[-1].base_features if chain else features, augment))
-        size = chain[-1].base_features if chain else features
+            parts.append(Augment(parts[-1].base_features if parts else features, augment))
+        size = parts[-1].base_features if parts else features
         continuous = [
             ContinuousTransform(
                 MLPField(
@@ -109,7 +103,7 @@ class CNF(Flow):
             )
             for _ in range(blocks)
         ]
-        super().__init__([*chain, *continuous], base)
+        super().__init__([*parts, *continuous], base)
         if not standardize:
             for scaling in context_scalings(self):
                 scaling.keep_identity()

@@ -20,6 +20,7 @@ from cnf.transforms import (
     Affine,
     AffineCoupling,
     Augment,
+    Chain,
     ConditionalAffine,
     ContinuousTransform,
     Conv1x1,
@@ -61,7 +62,7 @@ _CLASSES: dict[str, type] = {
     for cls in (
         *(CNF, Flow, StandardNormal),
         *(NamedMixture, NamedTransform),
-        *(ActNorm, Affine, Augment, ContinuousTransform, Dequantize, FactorOut, Flatten),
+        *(ActNorm, Affine, Augment, Chain, ContinuousTransform, Dequantize, FactorOut, Flatten),
         *(Logit, Permute, Squeeze, Standardize, Unconstrain),
         *(AdditiveCoupling, AffineCoupling, ConditionalAffine, Conv1x1),
         *(ConvConditioner, MLPConditioner),
@@ -99,7 +100,7 @@ def describe(value: Any) -> Any:
                 f"constructor cannot be saved. Set self.{name} = {name} there. {_REMEDY}"
             )
         try:
-            settings[name] = describe(getattr(value, name))
+            settings[name] = describe(_setting(value, name))
         except _NoDescriptionError as error:
             raise TypeError(
                 f"the setting {name!r} of {cls.__qualname__} cannot be saved: {error}"
@@ -188,6 +189,14 @@ def _refuse_other_classes(cls: type) -> None:
             f"a class of your own must have a name of its own; got {cls.__qualname__}, and cnf has "
             f"a class {cls.__name__}. Rename yours."
         )
+
+
+def _setting(part: Any, name: str) -> Any:
+    """A setting that a part has; the transforms of a flow are a list, as they were given."""
+    setting = getattr(part, name)
+    if isinstance(part, Flow | FactorOut) and isinstance(setting, Chain):
+        return setting.transforms
+    return setting
 
 
 def _settings(cls: type) -> list[str]:

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from operator import methodcaller
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
-from torch.distributions.constraints import Constraint
+from torch.distributions import constraints
 
 from cnf._checks import (
     check_context,
@@ -33,7 +33,8 @@ from cnf.divergence import Divergence
 from cnf.ode import ODESolver
 from cnf.regularizers import CostRate
 from cnf.trajectory import check_times, follow
-from cnf.transforms import Likelihood, Transform, chain
+from cnf.transforms import Chain, Likelihood, Transform
+from cnf.transforms.chain import as_list, base_for, check_importance_samples
 from cnf.transforms.standard_error import to_base_with_error
 from cnf.transforms.supports import row_before, select, spread
 from cnf.vector_fields import VectorField
@@ -65,27 +66,31 @@ class Flow(nn.Module):
 
     def __init__(self, transforms: Iterable[Transform], base: Base | None = None) -> None:
         super().__init__()
-        parts = chain.as_chain(transforms)
-        self.base = chain.base_for(parts, base)
-        self.transforms = nn.ModuleList(parts)
-        self.features = parts[0].features if parts else self.base.features
-        self.event_shape = parts[0].event_shape if parts else torch.Size([self.features])
-        self.context_features = chain.agreed_context_features(parts)
+        parts = as_list(transforms)
+        self.base = base_for(parts, base)
+        self.transforms = Chain(parts, None if parts else self.base.features)
+        self.features = self.transforms.features
+        self.event_shape = self.transforms.event_shape
+        self.context_features = self.transforms.context_features
 
     @property
-    def chain(self) -> list[Transform]:
-        """The transforms as a list, from data to base."""
-        return cast("list[Transform]", list(self.transforms))
+    def chain(self) -> Chain:
+        """The transforms, from data to base: the same as `transforms`."""
+        return self.transforms
 
     @property
     def likelihood(self) -> Likelihood:
         """What `log_prob` is: the weakest kind among the parts, in the order of `Likelihood`."""
-        return chain.weakest_likelihood(self.chain)
+        return self.transforms.likelihood
 
     @property
-    def support(self) -> Constraint:
+    def support(self) -> constraints.Constraint:
         """Which x may be asked about: real numbers, or those that the first transforms take."""
-        return chain.joint_support(self.chain)
+        support = self.transforms.support
+        if support is None:
+            support = constraints.real_vector
+        more_axes = len(self.event_shape) - 1
+        return constraints.independent(support, more_axes) if more_axes else support
 
     @torch.no_grad()
     def initialize(
@@ -102,9 +107,9 @@ class Flow(nn.Module):
         """
         check_trainable("flow", self)
         x = self._admit("x", x, context, generator)
-        chain.initialize(self.chain, x, context, generator=generator)
+        self.transforms.initialize(x, context, generator=generator)
         if self.base.awaits_data:
-            z = chain.to_base(self.chain, x, context, generator=generator)
+            z = self.transforms.to_base(x, context, generator=generator)
             self.base.initialize(z.reshape(-1, self.base.features), generator=generator)
 
     def using(
@@ -183,7 +188,7 @@ class Flow(nn.Module):
             ValueError: If an argument has a wrong shape, dtype, device or value.
             ODEError: If a solve fails.
         """
-        chain.check_importance_samples(self.chain, importance_samples)
+        check_importance_samples(self.transforms, importance_samples)
         x = self._admit("x", x, context, generator, "anywhere")
         inside = rows_inside(x, self.support)
         if holds(~inside.all()):
@@ -197,7 +202,7 @@ class Flow(nn.Module):
         if importance_samples > 1:
             log_prob = self._log_mean_weight(x, context, importance_samples, generator)
         else:
-            z, ladj = chain.to_base_and_ladj(self.chain, x, context, generator=generator)
+            z, ladj = self.transforms.to_base_and_ladj(x, context, generator=generator)
             log_prob = self.base.log_prob(z) + ladj
         refuse_overflow("x", log_prob.detach().isnan(), "its log-density", x.dtype)
         if not is_hidden(inside):
@@ -223,7 +228,7 @@ class Flow(nn.Module):
                 log_prob, error = self.log_prob_and_error(*rows, generator=generator)
             error = spread(inside, error, elsewhere=0.0)
             return spread(inside, log_prob, elsewhere=-math.inf), error
-        z, ladj, error = to_base_with_error(self.chain, x, context, generator=generator)
+        z, ladj, error = to_base_with_error(self.transforms, x, context, generator=generator)
         return self.base.log_prob(z) + ladj, error
 
     def sample(
@@ -252,7 +257,7 @@ class Flow(nn.Module):
             generator: Source of the draws.
         """
         z = self.base.rsample(self._shape(sample_shape, context, generator), generator=generator)
-        return chain.to_data(self.chain, z, context, generator=generator)
+        return self.transforms.to_data(z, context, generator=generator)
 
     def sample_and_log_prob(
         self,
@@ -277,11 +282,11 @@ class Flow(nn.Module):
         A part that makes a lower bound takes a second solve, by `log_prob`: the weight at the very
         numbers that the draw came from is too large on average to be a bound.
         """
-        if "lower_bound" in chain.likelihoods(self.chain):
+        if "lower_bound" in self.transforms.likelihoods:
             x = self.rsample(sample_shape, context, generator=generator)
             return x, self.log_prob(x, context, generator=generator)
         z = self.base.rsample(self._shape(sample_shape, context, generator), generator=generator)
-        x, ladj = chain.to_data_and_ladj(self.chain, z, context, generator=generator)
+        x, ladj = self.transforms.to_data_and_ladj(z, context, generator=generator)
         return x, self.base.log_prob(z) - ladj
 
     def to_base(
@@ -289,21 +294,21 @@ class Flow(nn.Module):
     ) -> Float[Tensor, "*joint_batch base_features"]:
         """From data to base."""
         x = self._admit("x", x, context, generator)
-        return chain.to_base(self.chain, x, context, generator=generator)
+        return self.transforms.to_base(x, context, generator=generator)
 
     def to_data(
         self, z: BaseRows, context: Context | None = None, *, generator: Generator | None = None
     ) -> Float[Tensor, "*joint_batch_and_event"]:
         """From base to data."""
         z = self._admit("z", z, context, generator, "base")
-        return chain.to_data(self.chain, z, context, generator=generator)
+        return self.transforms.to_data(z, context, generator=generator)
 
     def to_base_and_ladj(
         self, x: Events, context: Context | None = None, *, generator: Generator | None = None
     ) -> tuple[Float[Tensor, "*joint_batch base_features"], Float[Tensor, "*joint_batch"]]:
         """From data to base: z and log|det dz/dx|, in nats."""
         x = self._admit("x", x, context, generator)
-        return chain.to_base_and_ladj(self.chain, x, context, generator=generator)
+        return self.transforms.to_base_and_ladj(x, context, generator=generator)
 
     def to_base_with_costs(
         self,
@@ -319,8 +324,8 @@ class Flow(nn.Module):
     ]:
         """From data to base: z, ladj in nats, and the cost of the path by each regularizer."""
         x = self._admit("x", x, context, generator)
-        return chain.to_base_with_costs(
-            self.chain, x, context, regularizers=regularizers, generator=generator
+        return self.transforms.to_base_with_costs(
+            x, context, regularizers=regularizers, generator=generator
         )
 
     def to_data_and_ladj(
@@ -328,7 +333,7 @@ class Flow(nn.Module):
     ) -> tuple[Float[Tensor, "*joint_batch_and_event"], Float[Tensor, "*joint_batch"]]:
         """From base to data: x and log|det dx/dz|, in nats."""
         z = self._admit("z", z, context, generator, "base")
-        return chain.to_data_and_ladj(self.chain, z, context, generator=generator)
+        return self.transforms.to_data_and_ladj(z, context, generator=generator)
 
     def trajectory(
         self,
@@ -353,7 +358,7 @@ class Flow(nn.Module):
         """
         times = check_times(times, like=reference_tensor(self))
         x_or_z = self._admit("x_or_z", x_or_z, context, generator, "base" if times[0] == 0 else "")
-        return follow(self.chain, x_or_z, times, context, generator=generator)
+        return follow(self.transforms, x_or_z, times, context, generator=generator)
 
     def _shape(
         self, sample_shape: int | Sequence[int], context: Tensor | None, generator: Generator | None
@@ -377,7 +382,7 @@ class Flow(nn.Module):
         check_fits("importance_samples", samples, samples * x.numel(), like=x, remedy=remedy)
         x = x.expand(samples, *x.shape)
         with rows_of_caller(lambda row: row[1:]):
-            z, ladj = chain.to_base_and_ladj(self.chain, x, context, generator=generator)
+            z, ladj = self.transforms.to_base_and_ladj(x, context, generator=generator)
         return (self.base.log_prob(z) + ladj).logsumexp(0) - math.log(samples)
 
     def _admit(

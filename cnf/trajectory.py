@@ -7,7 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cnf._checks import check_dense
-from cnf.transforms import ContinuousTransform, Transform, chain
+from cnf.transforms import Chain, ContinuousTransform
+from cnf.transforms.chain import context_for
 
 
 def check_times(times: Float[Tensor, " times"], *, like: Tensor) -> Float[Tensor, " times"]:
@@ -38,14 +39,14 @@ def check_times(times: Float[Tensor, " times"], *, like: Tensor) -> Float[Tensor
 
 
 def follow(
-    transforms: Sequence[Transform],
+    chain: Chain,
     start: Float[Tensor, "*start_batch_and_event"],
     times: Float[Tensor, " times"],
     context: Float[Tensor, "*c_batch context_features"] | None,
     *,
     generator: torch.Generator | None,
 ) -> Float[Tensor, "times *batch_and_event"]:
-    """States at `times` along the chain `transforms`, in the units of the data.
+    """States at `times` along the chain, in the units of the data.
 
     `Flow.trajectory` documents the arguments.
 
@@ -53,20 +54,19 @@ def follow(
         ValueError: If the chain has no path.
         ODEError: If a solve fails.
     """
-    blocks = [part for part in transforms if isinstance(part, ContinuousTransform)]
-    discrete = transforms[: len(transforms) - len(blocks)]
-    inner = [module for part in discrete for module in part.modules()]
-    if not blocks or any(isinstance(part, ContinuousTransform) for part in inner):
+    blocks = [part for part in chain if isinstance(part, ContinuousTransform)]
+    discrete = chain[: len(chain) - len(blocks)]
+    if not blocks or any(isinstance(part, ContinuousTransform) for part in discrete.modules()):
         raise ValueError(
             "a trajectory needs a flow that ends, on its base side, in its continuous transforms; "
-            f"got {[type(part).__name__ for part in transforms]} from data to base."
+            f"got {[type(part).__name__ for part in chain]} from data to base."
         )
     if times[0] == 1:
-        start = chain.to_base(discrete, start, context, generator=generator)
+        start = discrete.to_base(start, context, generator=generator)
     else:
         blocks = blocks[::-1]
     states = _follow_blocks(blocks, start, times, context)
-    return chain.to_data(discrete, states, context, generator=generator)
+    return discrete.to_data(states, context, generator=generator)
 
 
 def _follow_blocks(
@@ -82,7 +82,7 @@ def _follow_blocks(
         if goes_on and stops[-1] < 1:
             stops = torch.cat([stops, stops.new_ones(1)])
         here = stops if times[0] == 0 else 1 - stops
-        states = block.trajectory(state, here, chain.context_for(block, context))
+        states = block.trajectory(state, here, context_for(block, context))
         passed.append(states[1 : 1 + len(inside)])
         if not goes_on:
             break

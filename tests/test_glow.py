@@ -9,7 +9,8 @@ from training_runs import config
 from zoo import perturbed, rows_for
 
 from cnf import ActNorm, ConditionalAffine, Conv1x1, FactorOut, Flow, Logit, fit, glow
-from cnf.transforms import AdditiveCoupling, AffineCoupling, chain
+from cnf.transforms import AdditiveCoupling, AffineCoupling, Chain
+from cnf.transforms.chain import context_for
 
 
 def small(shape=(1, 4, 4), context_features=0, **settings):
@@ -22,7 +23,7 @@ def results(transforms, x, context=None):
     for part in transforms:
         if isinstance(part, FactorOut):
             yield from results(part.chain, x[:, : part.kept], context)
-        x = part.to_base(x, chain.context_for(part, context))
+        x = part.to_base(x, context_for(part, context))
         yield part, x
 
 
@@ -73,7 +74,7 @@ def test_the_density_is_that_of_the_first_half_times_a_normal_of_the_last_given_
     flow = perturbed(small((1, 4, 4), 3), 0.1)
     x, context = rows_for(flow, 5)
     *steps, prior, factor_out = flow.chain
-    y, ladj = chain.to_base_and_ladj(steps, x, context, generator=None)
+    y, ladj = Chain(steps).to_base_and_ladj(x, context)
     kept, rest = y.chunk(2, -1)
 
     loc, raw = prior.conditioner(kept, context).chunk(2, -1)

@@ -15,7 +15,7 @@ from cnf import (
     TruncatedSeries,
     certify,
 )
-from cnf.transforms import chain
+from cnf.transforms import Chain
 
 
 def biased(features=2):
@@ -40,7 +40,7 @@ def test_a_flow_is_as_weak_as_its_weakest_part(kind):
     assert Flow(parts).likelihood == kind
     nested = FactorOut(parts, 3)
     assert nested.likelihood == kind
-    assert chain.likelihoods([nested]) == chain.likelihoods(parts) | {kind}
+    assert Chain([nested]).likelihoods == Chain(parts).likelihoods | {kind}
 
 
 def test_a_bound_is_no_bound_by_weights_that_are_estimates():
@@ -76,7 +76,7 @@ def test_a_draw_of_a_biased_bound_comes_with_a_weight_of_its_own():
     flow = Flow([perturbed(Augment(2, 1, hidden_features=(4,))), biased(3), perturbed(Affine(3))])
     with torch.no_grad():
         z = torch.randn(4000, 3, generator=seeded())
-        x, ladj = chain.to_data_and_ladj(flow.chain, z, None, generator=seeded())
+        x, ladj = flow.chain.to_data_and_ladj(z, generator=seeded())
         own, fresh = flow.base.log_prob(z) - ladj, flow.log_prob(x, generator=seeded())
         _, given = flow.sample_and_log_prob(4000, generator=seeded())
     error = 2 * own.std() / 4000**0.5

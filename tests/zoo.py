@@ -59,7 +59,7 @@ from cnf import (
     glow,
 )
 from cnf.baselines import build
-from cnf.transforms import FromNflows, FromNormflows, FromTorch, FromZuko, Transform
+from cnf.transforms import Chain, FromNflows, FromNormflows, FromTorch, FromZuko, Transform
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.layers import LAYERS
 
@@ -287,6 +287,7 @@ BIJECTIONS: dict[str, Callable[[], Transform]] = {
     "factor out continuous with context": lambda: FactorOut(
         [perturbed(Affine(2)), ContinuousTransform(mlp(2, 3), solver=PRECISE)], 3
     ),
+    "chain with context": lambda: Chain([perturbed(Affine(2)), perturbed(ConditionalAffine(2, 3))]),
     "torch": lambda: FromTorch(ComposeTransform([AffineTransform(0.3, 0.5), ExpTransform()]), 2),
     "zuko": lambda: perturbed(
         FromZuko(zuko.flows.NSF(2, transforms=2, hidden_features=(8, 8)).transform, 2), 0.1

@@ -23,41 +23,41 @@ _BLOCKS = 4
 _STEPS = 4
 _MOST_LEVELS = 3
 
-Chain = list[Transform]
+Transforms = list[Transform]
 
 
-def planar(features: int, context_features: int, size: int) -> Chain:
+def planar(features: int, context_features: int, size: int) -> Transforms:
     """So many planar layers, which take no context."""
     del context_features
     return [Planar(features) for _ in range(size)]
 
 
-def radial(features: int, context_features: int, size: int) -> Chain:
+def radial(features: int, context_features: int, size: int) -> Transforms:
     """So many radial layers, which take no context."""
     del context_features
     return [Radial(features) for _ in range(size)]
 
 
-def exact_lipschitz(features: int, context_features: int, size: int) -> Chain:
+def exact_lipschitz(features: int, context_features: int, size: int) -> Transforms:
     """Exact-Lipschitz layers with hidden layers of this width, the order reversed between them."""
-    chain: Chain = []
+    chain: Transforms = []
     for _ in range(_BLOCKS):
         layer = ExactLipschitz(features, context_features, hidden_features=(size, size))
         chain += [ActNorm(features), layer, Permute(list(reversed(range(features))))]
     return chain
 
 
-def i_resnet(features: int, context_features: int, size: int) -> Chain:
+def i_resnet(features: int, context_features: int, size: int) -> Transforms:
     """Residual blocks of perceptrons of this width, their log-determinants cut off."""
     return _residual(features, _perceptrons(features, context_features, size), TruncatedSeries())
 
 
-def residual(features: int, context_features: int, size: int) -> Chain:
+def residual(features: int, context_features: int, size: int) -> Transforms:
     """The same, with log-determinants that are estimated without bias."""
     return _residual(features, _perceptrons(features, context_features, size), RussianRoulette())
 
 
-def attentive(features: int, context_features: int, size: int) -> Chain:
+def attentive(features: int, context_features: int, size: int) -> Transforms:
     """The same, with attention before each perceptron.
 
     The features are split evenly into tokens, about as many as are in each. Of a few features the
@@ -70,7 +70,7 @@ def attentive(features: int, context_features: int, size: int) -> Chain:
     return _residual(features, networks, RussianRoulette())
 
 
-def glow_of(shape: Sequence[int], context_features: int, size: int) -> Chain:
+def glow_of(shape: Sequence[int], context_features: int, size: int) -> Transforms:
     """Glow with so many hidden channels, and as many levels as the image has room for.
 
     Raises:
@@ -83,7 +83,7 @@ def glow_of(shape: Sequence[int], context_features: int, size: int) -> Chain:
     return glow(shape, context_features, levels=levels, steps=_STEPS, hidden_channels=(size, size))
 
 
-OURS: dict[str, Callable[[int, int, int], Chain]] = {
+OURS: dict[str, Callable[[int, int, int], Transforms]] = {
     "acf": attentive,
     "elf": exact_lipschitz,
     "iresnet": i_resnet,
@@ -91,7 +91,7 @@ OURS: dict[str, Callable[[int, int, int], Chain]] = {
     "radial": radial,
     "residual": residual,
 }
-"""Chains of vectors by name: of so many features, a context of some size, and a size."""
+"""Transformss of vectors by name: of so many features, a context of some size, and a size."""
 
 
 def _perceptrons(features: int, context_features: int, size: int) -> list[LipschitzMLP]:
@@ -101,8 +101,8 @@ def _perceptrons(features: int, context_features: int, size: int) -> list[Lipsch
     ]
 
 
-def _residual(features: int, networks: Sequence[ContractiveNetwork], log_det: LogDet) -> Chain:
-    chain: Chain = []
+def _residual(features: int, networks: Sequence[ContractiveNetwork], log_det: LogDet) -> Transforms:
+    chain: Transforms = []
     for network in networks:
         chain += [ActNorm(features), ResidualFlow(network, log_det=log_det)]
     return [*chain, ActNorm(features)]

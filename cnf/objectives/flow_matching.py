@@ -24,7 +24,8 @@ from cnf.objectives.pairings import IndependentPairing, Pairing
 from cnf.objectives.paths import LinearPath, ProbabilityPath
 from cnf.objectives.solving import check_flow
 from cnf.objectives.weights import check_weight, weighted_mean
-from cnf.transforms import ContinuousTransform, Transform, chain
+from cnf.transforms import Chain, ContinuousTransform
+from cnf.transforms.chain import context_for
 
 _TIMES: dict[str, Callable[[Tensor], Tensor]] = {
     "uniform": lambda u: u,
@@ -128,9 +129,9 @@ class FlowMatching(nn.Module):
             x, context, weight = _resampled(x, context, weight, generator)
         before, transform, behind = _split(self.flow)
         with torch.no_grad():
-            x1 = chain.to_base(before, x, context, generator=generator)
+            x1 = before.to_base(x, context, generator=generator)
             z = self.flow.base.rsample(x1.shape[:1], generator=generator)
-            x0 = chain.to_data(behind, z, context, generator=generator)
+            x0 = behind.to_data(z, context, generator=generator)
             x0 = self.pairing(x0, x1, context)
             rows = math.gcd(len(x1), _ROWS_PER_TIME) if transform.vector_field.shares_times else 1
             share = self._draw_times(len(x1) // rows, generator=generator, like=x1)
@@ -141,7 +142,7 @@ class FlowMatching(nn.Module):
             state, target = self.path.state_and_velocity(share, x0, x1, generator=generator)
             start, end = transform.field_times(torch.tensor([0.0, 1.0]).to(x1))
             t = torch.lerp(start, end, share)
-        velocity = transform.vector_field(t, state, chain.context_for(transform, context))
+        velocity = transform.vector_field(t, state, context_for(transform, context))
         errors = (end - start) * velocity - target
         losses = errors.square().mean(-1).flatten()
         refuse_overflow("x", ~losses.detach().isfinite(), "the loss of flow matching", x.dtype)
@@ -186,7 +187,7 @@ def _resampled(
     return x[drawn], context, weight.mean().expand(len(x))
 
 
-def _split(flow: Flow) -> tuple[list[Transform], ContinuousTransform, list[Transform]]:
+def _split(flow: Flow) -> tuple[Chain, ContinuousTransform, Chain]:
     """The transforms between data and ODE, the ODE, and the transforms between it and the base."""
     parts = flow.chain
     place = next(i for i, part in enumerate(parts) if isinstance(part, ContinuousTransform))

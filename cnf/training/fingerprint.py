@@ -16,6 +16,7 @@ from cnf.flow import Flow
 from cnf.training.plan import Plan
 from cnf.training.processes import Processes
 from cnf.training.rows import DatasetRows, PartOfRows, Rows
+from cnf.transforms import Chain
 
 _ROWS_AT_ONCE = 2**14
 _ONCE_HASHED = 1000
@@ -62,6 +63,8 @@ def differences(there: Mapping[str, str], here: Mapping[str, str]) -> str:
 
 def _settings(place: str, part: nn.Module) -> dict[str, str]:
     """The class of a module, and its constructor's arguments, if they are attributes."""
+    if isinstance(part, Chain):  # runs of older versions, which resume here, held a list
+        return {place: nn.ModuleList.__qualname__}
     told = {place: type(part).__qualname__}
     for name in inspect.signature(type(part)).parameters:
         value = vars(part).get(name)

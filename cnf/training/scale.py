@@ -13,7 +13,7 @@ from cnf.data.degeneracy import check_columns
 from cnf.data.tabular import Table, point_out_fill_values
 from cnf.flow import Flow
 from cnf.training.rows import Rows
-from cnf.transforms import ContinuousTransform, Standardize, Transform, chain
+from cnf.transforms import ContinuousTransform, Standardize, Transform
 from cnf.vector_fields.conditions import context_scalings
 
 _ROWS = 10_000
@@ -70,7 +70,7 @@ def initialize(flow: Flow, sample: Sample) -> None:
         for part in flow.modules():
             if isinstance(part, Standardize):
                 part.keep_identity()
-    elif any(part.awaits_data for part in (*flow.chain, flow.base)):
+    elif flow.chain.awaits_data or flow.base.awaits_data:
         if any(parameter.grad is not None for parameter in flow.parameters()):
             warn(
                 "the flow has been trained, or at least differentiated, before it was given the "
@@ -113,9 +113,9 @@ def warn_if_far_from_standard(flow: Flow, sample: Sample) -> None:
     x, context = sample.x, sample.context
     if x is None:
         return
-    discrete = list(itertools.takewhile(_is_discrete, flow.chain))
+    discrete = flow.chain[: sum(1 for _ in itertools.takewhile(_is_discrete, flow.chain))]
     noise = torch.Generator(x.device).manual_seed(0)
-    size = chain.to_base(discrete, x, context, generator=noise).square().mean(0).sqrt()
+    size = discrete.to_base(x, context, generator=noise).square().mean(0).sqrt()
     far = len(discrete) < len(flow.chain) and not (size > 1 / _FAR).all()
     if far or not (size < _FAR).all():
         warn(

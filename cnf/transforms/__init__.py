@@ -5,6 +5,7 @@ from cnf.transforms.adapters import FromNflows, FromNormflows, FromTorch, FromZu
 from cnf.transforms.attention import LipschitzAttention
 from cnf.transforms.augment import Augment
 from cnf.transforms.base import Likelihood, Transform
+from cnf.transforms.chain import Chain
 from cnf.transforms.conditioners import ConvConditioner, MLPConditioner
 from cnf.transforms.continuous import ContinuousTransform
 from cnf.transforms.contractive import ContractiveNetwork, LipschitzConv, LipschitzMLP
@@ -29,6 +30,7 @@ __all__ = [
     "Affine",
     "AffineCoupling",
     "Augment",
+    "Chain",
     "ConditionalAffine",
     "ContinuousTransform",
     "ContractiveNetwork",

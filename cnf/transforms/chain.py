@@ -1,9 +1,10 @@
 """A chain of transforms, from data to base: what its parts must agree on, and the way through."""
 
 import itertools
-from collections.abc import Iterable, Sequence
-from typing import get_args
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, cast, get_args, overload
 
+import torch
 from torch import Generator, Tensor, nn
 from torch.distributions import constraints
 
@@ -14,42 +15,199 @@ from cnf._checks import (
     reference_tensor,
     refuse_overflow,
 )
-from cnf._shapes import BaseRows, Context, Costs, Events, Values
 from cnf.bases import Base, StandardNormal
 from cnf.regularizers import CostRate
-from cnf.transforms.base import Likelihood, Transform
+from cnf.transforms.base import Likelihood, Transform, WithLadj
+
+if TYPE_CHECKING:
+    from cnf.transforms.continuous import ContinuousTransform
 
 _STRONGEST_FIRST: tuple[Likelihood, ...] = get_args(Likelihood)
 
 
-def as_chain(transforms: Iterable[Transform]) -> list[Transform]:
-    """The transforms as a list, if each takes what the one before it gives.
+class Chain(Transform):
+    """Transforms one after the other, from data to base: a transform, and the sequence of them.
+
+    The transforms are its children ``0``, ``1``, …; ``chain[0]`` is the one next to the data,
+    ``chain[1:]`` is a chain of the others. Those that take a context are all given the same.
+
+    Args:
+        transforms: From data to base; each takes as many features as the one before it gives.
+        features: Size of x, for a chain without transforms, which changes nothing.
 
     Raises:
-        TypeError: If they are not transforms, or a single one.
-        ValueError: If neighbours do not fit.
+        TypeError: If an argument has the wrong type.
+        ValueError: If the transforms do not fit together, or differ from `features`; or if there
+            are none and `features` is None.
+
+    Example:
+        >>> from cnf.transforms import Affine, Permute
+        >>> chain = Chain([Affine(2), Permute([1, 0])])
+        >>> chain.to_base(torch.tensor([1.0, 2.0])).tolist()
+        [2.0, 1.0]
+        >>> len(chain), chain[1:]
+        (2, Chain(
+          (0): Permute(order=[1, 0])
+        ))
     """
+
+    def __init__(self, transforms: Iterable[Transform], features: int | None = None) -> None:
+        parts = as_list(transforms)
+        _check_neighbours(parts)
+        if features is None:
+            if not parts:
+                raise ValueError("transforms must hold at least one transform; got none.")
+            features = parts[0].features
+        elif parts and features != parts[0].features:
+            raise ValueError(
+                f"features must be the {parts[0].features} that the first of the transforms "
+                f"takes; got {features}."
+            )
+        super().__init__(features, _agreed_context_features(parts))
+        for place, part in enumerate(parts):
+            self.add_module(str(place), part)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __iter__(self) -> Iterator[Transform]:
+        return iter(self.transforms)
+
+    @overload
+    def __getitem__(self, index: int) -> Transform: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Chain": ...
+
+    def __getitem__(self, index: int | slice) -> "Transform | Chain":
+        if not isinstance(index, slice):
+            return self.transforms[index]
+        chosen = self.transforms[index]
+        if chosen:
+            return Chain(chosen)
+        start, _, _ = index.indices(len(self))
+        return Chain([], [*(part.features for part in self), self.base_features][start])
+
+    @property
+    def transforms(self) -> list[Transform]:
+        """The transforms as a list, from data to base."""
+        return cast("list[Transform]", list(self._modules.values()))
+
+    @property
+    def base_features(self) -> int:
+        """Number of entries of z."""
+        return self.transforms[-1].base_features if len(self) else self.features
+
+    @property
+    def event_shape(self) -> torch.Size:
+        """Shape of a single x."""
+        return self.transforms[0].event_shape if len(self) else super().event_shape
+
+    @property
+    def support(self) -> constraints.Constraint | None:
+        """What the first says that says something; None if none does."""
+        return next((part.support for part in self if part.support is not None), None)
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """The weakest kind among the transforms, in the order of `Likelihood`."""
+        return max((part.likelihood for part in self), key=_STRONGEST_FIRST.index, default="exact")
+
+    @property
+    def likelihoods(self) -> set[Likelihood]:
+        """Every kind among the transforms and their parts."""
+        return {part.likelihood for part in self.modules() if isinstance(part, Transform)}
+
+    @property
+    def is_bijective(self) -> bool:
+        """Whether all transforms are."""
+        return all(part.is_bijective for part in self)
+
+    @property
+    def awaits_data(self) -> bool:
+        """Whether one of the transforms does."""
+        return any(part.awaits_data for part in self)
+
+    def rebuilt(self, change: Callable[["ContinuousTransform"], "ContinuousTransform"]) -> "Chain":
+        """The same chain, sharing every parameter, with `change` made to what is continuous."""
+        return Chain([part.rebuilt(change) for part in self], self.features)
+
+    def _initialize(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> None:
+        """Set what depends on data in each part from what the parts before it make of the rows."""
+        last = max(i for i, part in enumerate(self) if part.awaits_data)
+        for i, part in enumerate(self.transforms[: last + 1]):
+            given = context_for(part, context)
+            part.initialize(x, given, generator=generator)
+            if i < last:
+                x = part.to_base(x, given, generator=generator)
+
+    def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
+        total = x.new_zeros(x.shape[: x.ndim - len(self.event_shape)])
+        for part in self.transforms:
+            x, ladj = part.to_base_and_ladj(x, context_for(part, context), generator=generator)
+            total = total + ladj
+        _refuse_overflow("x", x, total, event_dim=1)
+        return x, total
+
+    def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
+        total = z.new_zeros(z.shape[:-1])
+        for part in reversed(self.transforms):
+            z, ladj = part.to_data_and_ladj(z, context_for(part, context), generator=generator)
+            total = total + ladj
+        _refuse_overflow("z", z, total, event_dim=len(self.event_shape))
+        return z, total
+
+    def _to_base_value(
+        self, x: Tensor, context: Tensor | None, generator: Generator | None
+    ) -> Tensor:
+        for part in self.transforms:
+            x = part.to_base(x, context_for(part, context), generator=generator)
+        _refuse_overflow("x", x, event_dim=1)
+        return x
+
+    def _to_data_value(
+        self, z: Tensor, context: Tensor | None, generator: Generator | None
+    ) -> Tensor:
+        for part in reversed(self.transforms):
+            z = part.to_data(z, context_for(part, context), generator=generator)
+        _refuse_overflow("z", z, event_dim=len(self.event_shape))
+        return z
+
+    def _to_base_with_costs(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        generator: Generator | None,
+        regularizers: Sequence[CostRate],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ladj = x.new_zeros(x.shape[: x.ndim - len(self.event_shape)])
+        costs = x.new_zeros(len(regularizers), *ladj.shape)
+        for part in self.transforms:
+            x, further, spent = part.to_base_with_costs(
+                x, context_for(part, context), regularizers=regularizers, generator=generator
+            )
+            ladj, costs = ladj + further, costs + spent
+        _refuse_overflow("x", x, ladj, event_dim=1)
+        return x, ladj, costs
+
+
+def as_list(transforms: Iterable[Transform]) -> list[Transform]:
+    """The transforms as a list.
+
+    Raises:
+        TypeError: If they are not transforms, or a single one that is no `Chain`.
+    """
+    if isinstance(transforms, Chain):
+        return transforms.transforms
     if isinstance(transforms, Transform):
         raise TypeError("transforms must be a list; put the single transform in brackets.")
     if isinstance(transforms, str | Tensor) or not isinstance(transforms, Iterable):
         raise TypeError(f"transforms must be a list; got {type(transforms).__name__}.")
-    chain = list(transforms)
-    for part in chain:
+    parts = list(transforms)
+    for part in parts:
         if not isinstance(part, Transform):
             raise TypeError(f"transforms must be cnf transforms; got {type(part).__name__}.")
-    for part, following in itertools.pairwise(chain):
-        name, next_name = type(part).__name__, type(following).__name__
-        if len(following.event_shape) != 1:
-            raise ValueError(
-                "only the first of the transforms may take events that are not vectors; "
-                f"{next_name} takes {tuple(following.event_shape)} and comes after {name}."
-            )
-        if part.base_features != following.features:
-            raise ValueError(
-                "each of the transforms must take as many features as the one before it gives; "
-                f"{name} gives {part.base_features} and {next_name} takes {following.features}."
-            )
-    return chain
+    return parts
 
 
 def base_for(transforms: Sequence[Transform], base: Base | None) -> Base:
@@ -78,36 +236,12 @@ def base_for(transforms: Sequence[Transform], base: Base | None) -> Base:
     return base
 
 
-def agreed_context_features(transforms: Sequence[Transform]) -> int:
-    """Size of the context that the transforms take; 0 if none takes one.
-
-    Raises:
-        ValueError: If they take contexts of different sizes.
-    """
-    sizes = {transform.context_features for transform in transforms} - {0}
-    if len(sizes) > 1:
-        raise ValueError(f"transforms must agree on context_features; got {sorted(sizes)}.")
-    return sizes.pop() if sizes else 0
-
-
 def context_for(part: Transform, context: Tensor | None) -> Tensor | None:
     """The context, if this part of a conditional chain takes one."""
     return context if part.context_features else None
 
 
-def weakest_likelihood(transforms: Sequence[Transform]) -> Likelihood:
-    """The weakest kind among the transforms, in the order of `Likelihood`."""
-    kinds = [transform.likelihood for transform in transforms]
-    return max(kinds, key=_STRONGEST_FIRST.index, default="exact")
-
-
-def likelihoods(transforms: Sequence[Transform]) -> set[Likelihood]:
-    """Every kind among the transforms and their parts."""
-    parts = [part for transform in transforms for part in transform.modules()]
-    return {part.likelihood for part in parts if isinstance(part, Transform)}
-
-
-def check_importance_samples(transforms: Sequence[Transform], importance_samples: int) -> None:
+def check_importance_samples(chain: Chain, importance_samples: int) -> None:
     """Refuse more than one importance sample where the mean of weights is no better bound.
 
     Raises:
@@ -116,13 +250,15 @@ def check_importance_samples(transforms: Sequence[Transform], importance_samples
             a part that is an estimate.
     """
     check_count("importance_samples", importance_samples)
-    kinds = likelihoods(transforms)
-    if importance_samples > 1 and "lower_bound" not in kinds:
+    if importance_samples == 1:
+        return
+    kinds = chain.likelihoods
+    if "lower_bound" not in kinds:
         raise ValueError(
             "importance_samples must be 1 unless the likelihood is a lower bound; "
-            f"got {importance_samples} for one that is {weakest_likelihood(transforms)!r}."
+            f"got {importance_samples} for one that is {chain.likelihood!r}."
         )
-    if importance_samples > 1 and kinds & {"estimate", "biased_estimate"}:
+    if kinds & {"estimate", "biased_estimate"}:
         raise ValueError(
             "importance_samples must be 1 where a part of the likelihood is an estimate, for the "
             f"mean of such weights is no bound; got {importance_samples}. "
@@ -130,108 +266,27 @@ def check_importance_samples(transforms: Sequence[Transform], importance_samples
         )
 
 
-def joint_support(transforms: Sequence[Transform]) -> constraints.Constraint:
-    """Which x the first transform may be given, as a constraint of whole events."""
-    stated = (part.support for part in transforms if part.support is not None)
-    support = next(stated, constraints.real_vector)
-    more_axes = _event_dim(transforms) - 1
-    return constraints.independent(support, more_axes) if more_axes else support
+def _check_neighbours(parts: Sequence[Transform]) -> None:
+    for part, following in itertools.pairwise(parts):
+        name, next_name = type(part).__name__, type(following).__name__
+        if len(following.event_shape) != 1:
+            raise ValueError(
+                "only the first of the transforms may take events that are not vectors; "
+                f"{next_name} takes {tuple(following.event_shape)} and comes after {name}."
+            )
+        if part.base_features != following.features:
+            raise ValueError(
+                "each of the transforms must take as many features as the one before it gives; "
+                f"{name} gives {part.base_features} and {next_name} takes {following.features}."
+            )
 
 
-def initialize(
-    transforms: Sequence[Transform],
-    x: Events,
-    context: Context | None,
-    *,
-    generator: Generator | None,
-) -> None:
-    """Set what depends on data in each part from what the parts before it make of the rows."""
-    last = max((i for i, part in enumerate(transforms) if part.awaits_data), default=-1)
-    for i, part in enumerate(transforms[: last + 1]):
-        given = context_for(part, context)
-        part.initialize(x, given, generator=generator)
-        if i < last:
-            x = part.to_base(x, given, generator=generator)
-
-
-def to_base(
-    transforms: Sequence[Transform],
-    x: Events,
-    context: Context | None,
-    *,
-    generator: Generator | None,
-) -> BaseRows:
-    """From data to base."""
-    for part in transforms:
-        x = part.to_base(x, context_for(part, context), generator=generator)
-    _refuse_overflow("x", x, event_dim=1)
-    return x
-
-
-def to_data(
-    transforms: Sequence[Transform],
-    z: BaseRows,
-    context: Context | None,
-    *,
-    generator: Generator | None,
-) -> Events:
-    """From base to data."""
-    for part in reversed(transforms):
-        z = part.to_data(z, context_for(part, context), generator=generator)
-    _refuse_overflow("z", z, event_dim=_event_dim(transforms))
-    return z
-
-
-def to_base_and_ladj(
-    transforms: Sequence[Transform],
-    x: Events,
-    context: Context | None,
-    *,
-    generator: Generator | None,
-) -> tuple[BaseRows, Values]:
-    """From data to base: z and ladj, in nats."""
-    total = x.new_zeros(x.shape[: x.ndim - _event_dim(transforms)])
-    for part in transforms:
-        x, ladj = part.to_base_and_ladj(x, context_for(part, context), generator=generator)
-        total = total + ladj
-    _refuse_overflow("x", x, total, event_dim=1)
-    return x, total
-
-
-def to_data_and_ladj(
-    transforms: Sequence[Transform],
-    z: BaseRows,
-    context: Context | None,
-    *,
-    generator: Generator | None,
-) -> tuple[Events, Values]:
-    """From base to data: x and ladj, in nats."""
-    total = z.new_zeros(z.shape[:-1])
-    for part in reversed(transforms):
-        z, ladj = part.to_data_and_ladj(z, context_for(part, context), generator=generator)
-        total = total + ladj
-    _refuse_overflow("z", z, total, event_dim=_event_dim(transforms))
-    return z, total
-
-
-def to_base_with_costs(
-    transforms: Sequence[Transform],
-    x: Events,
-    context: Context | None,
-    *,
-    regularizers: Sequence[CostRate],
-    generator: Generator | None,
-) -> tuple[BaseRows, Values, Costs]:
-    """From data to base: z, ladj in nats, and the cost of the path by each regularizer."""
-    ladj = x.new_zeros(x.shape[: x.ndim - _event_dim(transforms)])
-    costs = x.new_zeros(len(regularizers), *ladj.shape)
-    for part in transforms:
-        x, further, spent = part.to_base_with_costs(
-            x, context_for(part, context), regularizers=regularizers, generator=generator
-        )
-        ladj, costs = ladj + further, costs + spent
-    _refuse_overflow("x", x, ladj, event_dim=1)
-    return x, ladj, costs
+def _agreed_context_features(parts: Sequence[Transform]) -> int:
+    """Size of the context that the transforms take; 0 if none takes one."""
+    sizes = {part.context_features for part in parts} - {0}
+    if len(sizes) > 1:
+        raise ValueError(f"transforms must agree on context_features; got {sorted(sizes)}.")
+    return sizes.pop() if sizes else 0
 
 
 def _refuse_overflow(
@@ -247,10 +302,6 @@ def _refuse_overflow(
     refuse_overflow(name, bad, "what the flow makes of it", moved.dtype)
     if ladj is not None:
         refuse_overflow(name, ladj.detach().isnan(), "the ladj", moved.dtype)
-
-
-def _event_dim(transforms: Sequence[Transform]) -> int:
-    return len(transforms[0].event_shape) if transforms else 1
 
 
 def _check_one_dtype(parts: Sequence[nn.Module]) -> None:

@@ -1,14 +1,13 @@
 """A transform that leaves features out: the multi-scale architecture."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import cast
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from cnf.regularizers import CostRate
-from cnf.transforms import chain
 from cnf.transforms.base import Likelihood, Transform, WithLadj
+from cnf.transforms.chain import Chain
 from cnf.transforms.continuous import ContinuousTransform
 
 
@@ -36,61 +35,59 @@ class FactorOut(Transform):
         >>> FactorOut([Affine(3)], features=12)
         FactorOut(
           kept=3, left_out=9
-          (transforms): ModuleList(
+          (transforms): Chain(
             (0): Affine()
           )
         )
     """
 
     def __init__(self, transforms: Iterable[Transform], features: int) -> None:
-        parts = chain.as_chain(transforms)
-        if not parts:
-            raise ValueError("transforms must hold at least one transform; got none.")
-        if len(parts[0].event_shape) != 1:
+        chain = Chain(transforms)
+        if len(chain.event_shape) != 1:
             raise ValueError(
                 "transforms must take vectors; "
-                f"{type(parts[0]).__name__} takes {tuple(parts[0].event_shape)}."
+                f"{type(chain[0]).__name__} takes {tuple(chain.event_shape)}."
             )
-        super().__init__(features, chain.agreed_context_features(parts))
-        self.kept = parts[0].features
+        super().__init__(features, chain.context_features)
+        self.kept = chain.features
         if self.kept >= self.features:
             raise ValueError(
                 f"features must be more than the {self.kept} that transforms take; "
                 f"got {self.features}."
             )
-        self.transforms = nn.ModuleList(parts)
+        self.transforms = chain
 
     def extra_repr(self) -> str:
         """How many features are kept and left out."""
         return f"kept={self.kept}, left_out={self.features - self.kept}"
 
     @property
-    def chain(self) -> list[Transform]:
-        """The transforms as a list, from data to base."""
-        return cast("list[Transform]", list(self.transforms))
+    def chain(self) -> Chain:
+        """The transforms, from data to base: the same as `transforms`."""
+        return self.transforms
 
     @property
     def base_features(self) -> int:
         """Number of entries of z."""
-        return self.chain[-1].base_features + self.features - self.kept
+        return self.transforms.base_features + self.features - self.kept
 
     @property
     def likelihood(self) -> Likelihood:
         """The weakest among the transforms."""
-        return chain.weakest_likelihood(self.chain)
+        return self.transforms.likelihood
 
     @property
     def is_bijective(self) -> bool:
         """Whether all transforms are."""
-        return all(part.is_bijective for part in self.chain)
+        return self.transforms.is_bijective
 
     @property
     def awaits_data(self) -> bool:
         """Whether one of the transforms does."""
-        return any(part.awaits_data for part in self.chain)
+        return self.transforms.awaits_data
 
     def _initialize(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> None:
-        chain.initialize(self.chain, self._split(x)[0], context, generator=generator)
+        self.transforms.initialize(self._split(x)[0], context, generator=generator)
 
     def rebuilt(self, change: Callable[[ContinuousTransform], ContinuousTransform]) -> "FactorOut":
         """The same with `change` made to what is continuous in the transforms."""
@@ -98,12 +95,12 @@ class FactorOut(Transform):
 
     def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         kept, rest = self._split(x)
-        z, ladj = chain.to_base_and_ladj(self.chain, kept, context, generator=generator)
+        z, ladj = self.transforms.to_base_and_ladj(kept, context, generator=generator)
         return torch.cat([z, rest], -1), ladj
 
     def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         kept, rest = self._split(z)
-        x, ladj = chain.to_data_and_ladj(self.chain, kept, context, generator=generator)
+        x, ladj = self.transforms.to_data_and_ladj(kept, context, generator=generator)
         return torch.cat([x, rest], -1), ladj
 
     def _to_base_with_costs(
@@ -114,8 +111,8 @@ class FactorOut(Transform):
         regularizers: Sequence[CostRate],
     ) -> tuple[Tensor, Tensor, Tensor]:
         kept, rest = self._split(x)
-        z, ladj, costs = chain.to_base_with_costs(
-            self.chain, kept, context, regularizers=regularizers, generator=generator
+        z, ladj, costs = self.transforms.to_base_with_costs(
+            kept, context, regularizers=regularizers, generator=generator
         )
         return torch.cat([z, rest], -1), ladj, costs
 
@@ -123,14 +120,14 @@ class FactorOut(Transform):
         self, x: Tensor, context: Tensor | None, generator: Generator | None
     ) -> Tensor:
         kept, rest = self._split(x)
-        z = chain.to_base(self.chain, kept, context, generator=generator)
+        z = self.transforms.to_base(kept, context, generator=generator)
         return torch.cat([z, rest], -1)
 
     def _to_data_value(
         self, z: Tensor, context: Tensor | None, generator: Generator | None
     ) -> Tensor:
         kept, rest = self._split(z)
-        x = chain.to_data(self.chain, kept, context, generator=generator)
+        x = self.transforms.to_data(kept, context, generator=generator)
         return torch.cat([x, rest], -1)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:

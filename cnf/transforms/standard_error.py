@@ -1,6 +1,5 @@
 """The standard error of a likelihood that is an estimate, from the spread of its probes."""
 
-from collections.abc import Sequence
 from functools import partial
 from operator import methodcaller
 
@@ -10,13 +9,12 @@ from torch import Generator, Tensor
 from cnf._shapes import BaseRows, Context, Events, Values
 from cnf.divergence import Exact, FieldEvaluation, Hutchinson
 from cnf.regularizers import Regularizer
-from cnf.transforms.base import Transform
-from cnf.transforms.chain import to_base_and_ladj, to_base_with_costs, weakest_likelihood
+from cnf.transforms.chain import Chain
 from cnf.transforms.continuous import ContinuousTransform
 
 
 def to_base_with_error(
-    transforms: Sequence[Transform],
+    chain: Chain,
     x: Events,
     context: Context | None,
     *,
@@ -30,35 +28,34 @@ def to_base_with_error(
         ValueError: If the likelihood is a lower bound or biased, or an estimate by less than two
             probes, or not by the divergence alone.
     """
-    kind = weakest_likelihood(transforms)
+    kind = chain.likelihood
     if kind in ("lower_bound", "biased_estimate"):
         raise ValueError(
             "the likelihood must be exact or an unbiased estimate; it is a "
             f"{kind.replace('_', ' ')}."
         )
     if kind == "exact":
-        z, ladj = to_base_and_ladj(transforms, x, context, generator=generator)
+        z, ladj = chain.to_base_and_ladj(x, context, generator=generator)
         return z, ladj, torch.zeros_like(ladj)
-    probes = _number_of_probes(transforms)
+    probes = _number_of_probes(chain)
     each = [
         Regularizer(f"probe {i}", partial(_estimate, i=i), needs_products=False)
         for i in range(probes)
     ]
-    z, ladj, estimates = to_base_with_costs(
-        transforms, x, context, regularizers=each, generator=generator
+    z, ladj, estimates = chain.to_base_with_costs(
+        x, context, regularizers=each, generator=generator
     )
     # Not estimates.std(0), which warns of a batch without rows.
     spread = (estimates - estimates.mean(0)).square().sum(0) / (probes - 1)
     return z, ladj, (spread / probes).sqrt()
 
 
-def _number_of_probes(transforms: Sequence[Transform]) -> int:
+def _number_of_probes(chain: Chain) -> int:
     exact = methodcaller("using", divergence=Exact())
-    others = {
-        type(part).__name__ for part in transforms if part.rebuilt(exact).likelihood != "exact"
-    }
-    parts = [part for transform in transforms for part in transform.modules()]
-    divergences = [part.divergence for part in parts if isinstance(part, ContinuousTransform)]
+    others = {type(part).__name__ for part in chain if part.rebuilt(exact).likelihood != "exact"}
+    divergences = [
+        part.divergence for part in chain.modules() if isinstance(part, ContinuousTransform)
+    ]
     estimates = [part for part in divergences if part is not None and not part.is_exact]
     numbers = {part.probes for part in estimates if isinstance(part, Hutchinson)}
     others |= {type(part).__name__ for part in estimates if not isinstance(part, Hutchinson)}

@@ -3,7 +3,7 @@
 Both hold for a chain that begins with an `Unconstrain`, as those of `transforms_for` do.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import Float
@@ -36,7 +36,7 @@ def centred(
 
 
 def fixed_noise(
-    transforms: Sequence[Transform], draws: int
+    transforms: Iterable[Transform], draws: int
 ) -> tuple[list[Transform], Float[Tensor, "draws features"]]:
     """The chain without noise, and the noise to add before it: evenly spread draws for all rows.
 
@@ -45,7 +45,7 @@ def fixed_noise(
     """
     first, *others = transforms
     if not isinstance(first, Unconstrain) or first.is_bijective:
-        return list(transforms), torch.zeros(1, first.features, dtype=torch.float64)
+        return [first, *others], torch.zeros(1, first.features, dtype=torch.float64)
     whole = [i for i, column in enumerate(first.columns) if column == "integer"]
     noise = torch.zeros(draws, first.features, dtype=torch.float64)
     spread = SobolEngine(len(whole), scramble=True, seed=0).draw(draws, dtype=torch.float64)
