@@ -506,7 +506,7 @@ def _shown(value: object) -> str:
 
 
 def _is_integer(value: object) -> bool:
-    if type(value) is int:  # soon, for the check of a protocol takes microseconds
+    if type(value) is int:  # by far the most, and the check of a protocol takes microseconds
         return True
     others = bool | Tensor | np.ndarray | type
     return isinstance(value, SupportsIndex) and not isinstance(value, others)

@@ -33,7 +33,7 @@ from cnf.divergence import Divergence
 from cnf.ode import ODESolver
 from cnf.regularizers import CostRate
 from cnf.trajectory import check_times, follow
-from cnf.transforms import Chain, Likelihood, Transform
+from cnf.transforms import Chain, ContinuousTransform, Likelihood, Transform
 from cnf.transforms.chain import as_list, base_for, check_importance_samples
 from cnf.transforms.standard_error import to_base_with_error
 from cnf.transforms.supports import row_before, select, spread
@@ -117,7 +117,17 @@ class Flow(nn.Module):
     ) -> AnyFlow:
         """The same flow, sharing every parameter, with another solver or divergence."""
         change = methodcaller("using", solver=solver, divergence=divergence)
-        return self._with_parts([part.rebuilt(change) for part in self.chain], self.base)
+        return self.map_continuous(change)
+
+    def map_continuous(
+        self: AnyFlow, change: Callable[[ContinuousTransform], ContinuousTransform]
+    ) -> AnyFlow:
+        """The same flow, sharing every parameter, with `change` made to each continuous transform.
+
+        It reaches those inside of other transforms too. `change` returns a transform of the same
+        size, such as ``part.using(start_time=0.1)``.
+        """
+        return self._with_parts([part.map_continuous(change) for part in self.chain], self.base)
 
     def compile(
         self, *, backend: str | Callable[..., Any] = "inductor", mode: str | None = None

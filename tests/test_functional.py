@@ -148,7 +148,7 @@ MAPPED = {
 
 @pytest.mark.parametrize("make", MAPPED.values(), ids=MAPPED)
 def test_a_transform_is_mapped_over_rows(make):
-    transform = make().rebuilt(lambda part: part.using(solver=GRID))
+    transform = make().map_continuous(lambda part: part.using(solver=GRID))
     x, context = rows_for(transform, 3)
     z = torch.randn(3, transform.base_features)
     in_rows = (0, None if context is None else 0)

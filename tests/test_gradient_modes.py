@@ -202,7 +202,7 @@ def test_an_adaptive_solve_is_the_same_whoever_asks_for_gradients(batch, solver)
     "make", {**TRANSFORMS, **ESTIMATES}.values(), ids={**TRANSFORMS, **ESTIMATES}
 )
 def test_a_transform_gives_the_same_numbers_whoever_asks_for_gradients(make):
-    transform = make().rebuilt(lambda part: part.using(solver=coarse("adjoint")))
+    transform = make().map_continuous(lambda part: part.using(solver=coarse("adjoint")))
     x, context = rows_for(transform, 2, 3)
     z = torch.randn(2, 3, transform.base_features)
 

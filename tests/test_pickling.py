@@ -88,7 +88,7 @@ def value_of(part):
     if isinstance(part, Flow):
         return part.using(solver=GRID).log_prob(x, context, generator=seeded())
     if isinstance(part, Transform):
-        part = part.rebuilt(lambda inner: inner.using(solver=GRID))
+        part = part.map_continuous(lambda inner: inner.using(solver=GRID))
         return part.to_base_and_ladj(x, context, generator=seeded())
     return part.velocity_and_divergence(torch.tensor(0.3), x, context)
 

@@ -140,7 +140,7 @@ def _standard_error(case: Case) -> Outcome:
     probes = [part.probes for part in divergences if isinstance(part, Hutchinson)]
     if len(probes) < sum(part is not None and not part.is_exact for part in divergences):
         raise NotMeasuredError("known of estimates by Hutchinson's method only")
-    estimated = Flow([part.rebuilt(_with_probes) for part in case.flow.chain], case.flow.base)
+    estimated = case.flow.map_continuous(_with_probes)
     _, error = estimated.log_prob_and_error(case.x, case.context, generator=case.generator)
     return Outcome(
         float(error.mean()) * math.sqrt(_PROBES / min(probes)),
@@ -169,11 +169,10 @@ def _gradient_modes(case: Case) -> Outcome:
 def _tolerance(case: Case) -> Outcome:
     _need_continuous(case)
     resolution = torch.finfo(case.x.dtype).eps
-    finer = [
-        part.rebuilt(lambda part: part.using(solver=_finer(part.solver, resolution)))
-        for part in case.flow.chain
-    ]
-    change = case.by(Flow(finer, case.flow.base)).log_prob() - case.log_prob()
+    finer = case.flow.map_continuous(
+        lambda part: part.using(solver=_finer(part.solver, resolution))
+    )
+    change = case.by(finer).log_prob() - case.log_prob()
     return Outcome(
         float(change.abs().max()),
         0.05,
@@ -295,10 +294,10 @@ def _inverse_lipschitz(case: Case) -> Outcome:
     if any(methods()[part.solver.method] == "external" for part in case.continuous):
         raise NotMeasuredError("the solver leaves torch, so that the Jacobian is not at hand")
     few = case.few()
-    chain = [part.rebuilt(_by_backprop) for part in few.flow.chain]
+    flow = few.flow.map_continuous(_by_backprop)
     with torch.enable_grad():
         x = few.x.clone().requires_grad_()
-        z = Flow(chain, few.flow.base).to_base(x, few.context, generator=few.generator)
+        z = flow.to_base(x, few.context, generator=few.generator)
         rows = [
             torch.autograd.grad(z[:, i].sum(), x, retain_graph=True)[0].flatten(1)
             for i in range(z.shape[-1])

@@ -193,7 +193,7 @@ def _by(gradient: Gradient, flow: Flow) -> Flow:
     def change(part: ContinuousTransform) -> ContinuousTransform:
         return part.using(solver=dataclasses.replace(part.solver, gradient=gradient))
 
-    return Flow([part.rebuilt(change) for part in flow.chain], flow.base)
+    return flow.map_continuous(change)
 
 
 def _trainable(flow: Flow) -> list[Tensor]:

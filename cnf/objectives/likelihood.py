@@ -14,7 +14,6 @@ from cnf.flow import Flow
 from cnf.objectives.solving import (
     check_flow,
     for_training,
-    rebuilt,
     training_divergence,
     training_solver,
 )
@@ -121,7 +120,7 @@ class MaximumLikelihood(nn.Module):
         if x.numel() == 0:
             raise ValueError(f"x must have at least one row; got shape {tuple(x.shape)}.")
         check_generator(generator, like=x)
-        flow = rebuilt(self.flow, partial(self._for_training, generator=generator))
+        flow = self.flow.map_continuous(partial(self._for_training, generator=generator))
         z, ladj, costs = flow.to_base_with_costs(
             x, context, regularizers=list(self.regularizers), generator=generator
         )

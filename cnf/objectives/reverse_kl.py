@@ -13,7 +13,6 @@ from cnf.flow import Flow
 from cnf.objectives.solving import (
     check_flow,
     for_training,
-    rebuilt,
     training_divergence,
     training_solver,
 )
@@ -118,7 +117,7 @@ class ReverseKL(nn.Module):
             ODEError: If the solve fails.
         """
         draws = self.draws if draws is None else check_count("draws", draws)
-        flow = rebuilt(self.flow, self._for_training)
+        flow = self.flow.map_continuous(self._for_training)
         x, log_prob = flow.rsample_and_log_prob(draws, context, generator=generator)
         target = self._target(x, log_prob, context)
         _refuse(~target.detach().isfinite(), "finite")

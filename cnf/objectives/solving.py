@@ -1,7 +1,5 @@
 """How the ODE of a flow is solved in training: less precisely than for a reported likelihood."""
 
-from collections.abc import Callable
-
 from cnf._checks import check_type
 from cnf.divergence import Divergence, Exact, Hutchinson
 from cnf.flow import Flow
@@ -44,11 +42,6 @@ def check_flow(flow: Flow) -> Flow:
     if not isinstance(flow, Flow):
         raise TypeError(f"flow must be a cnf.Flow; got {type(flow).__name__}.")
     return flow
-
-
-def rebuilt(flow: Flow, change: Callable[[ContinuousTransform], ContinuousTransform]) -> Flow:
-    """The same flow, sharing every parameter, with `change` made to what is continuous in it."""
-    return Flow([part.rebuilt(change) for part in flow.chain], flow.base)
 
 
 def for_training(

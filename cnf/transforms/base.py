@@ -112,7 +112,7 @@ class Transform(nn.Module, ABC):
         """Whether something is still to be set from data by `initialize`."""
         return any(scaling.awaits_data for scaling in context_scalings(self))
 
-    def rebuilt(
+    def map_continuous(
         self, change: Callable[["ContinuousTransform"], "ContinuousTransform"]
     ) -> "Transform":
         """The same transform, sharing every parameter, with `change` made to what is continuous."""

@@ -116,7 +116,7 @@ class ContinuousTransform(Transform):
         end_time = self.log_end_time.exp() if self.learn_end_time else self.end_time
         return end_time * (self.start_time + shares * (1 - self.start_time))
 
-    def rebuilt(
+    def map_continuous(
         self, change: Callable[["ContinuousTransform"], "ContinuousTransform"]
     ) -> "ContinuousTransform":
         """What `change` makes of this transform."""

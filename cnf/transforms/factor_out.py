@@ -89,9 +89,11 @@ class FactorOut(Transform):
     def _initialize(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> None:
         self.transforms.initialize(self._split(x)[0], context, generator=generator)
 
-    def rebuilt(self, change: Callable[[ContinuousTransform], ContinuousTransform]) -> "FactorOut":
+    def map_continuous(
+        self, change: Callable[[ContinuousTransform], ContinuousTransform]
+    ) -> "FactorOut":
         """The same with `change` made to what is continuous in the transforms."""
-        return FactorOut([part.rebuilt(change) for part in self.chain], self.features)
+        return FactorOut(self.transforms.map_continuous(change), self.features)
 
     def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         kept, rest = self._split(x)

@@ -52,7 +52,9 @@ def to_base_with_error(
 
 def _number_of_probes(chain: Chain) -> int:
     exact = methodcaller("using", divergence=Exact())
-    others = {type(part).__name__ for part in chain if part.rebuilt(exact).likelihood != "exact"}
+    others = {
+        type(part).__name__ for part in chain if part.map_continuous(exact).likelihood != "exact"
+    }
     divergences = [
         part.divergence for part in chain.modules() if isinstance(part, ContinuousTransform)
     ]
