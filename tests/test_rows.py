@@ -403,7 +403,7 @@ OTHER_FORMS = {
         r"tensor\(data\.to_numpy\(\), dtype=torch\.float32\)\.",
     ),
     "days": (DAYS, r"as_tensor\(data, dtype=torch\.float64\), with model\.to\(torch\.float64\)"),
-    "text": (np.array([["a", "b"]] * 3), "rows must hold numbers"),
+    "text": (np.array([["a", "b"]] * 3), "must hold real numbers; got <U1"),
     "ragged": ([[1.0], [1.0, 2.0], [3.0]], "rows must hold numbers, the same count in each"),
     "string": ("data.csv", r"data must be a torch\.Tensor; got str\."),
 }
