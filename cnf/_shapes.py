@@ -12,7 +12,7 @@ Rows: TypeAlias = Float[Tensor, "*batch features"]
 BaseRows: TypeAlias = Float[Tensor, "*batch base_features"]
 """Points on the side of the base, which are vectors."""
 Context: TypeAlias = Float[Tensor, "*c_batch context_features"]
-"""What a density is conditioned on; its batch axes broadcast against those of the points."""
+"""Contexts, which a density is conditioned on; batch axes broadcast against the points'."""
 Values: TypeAlias = Float[Tensor, "*batch"]
 """One number for each point, such as a ladj."""
 Costs: TypeAlias = Float[Tensor, "costs *batch"]

@@ -862,7 +862,7 @@ def test_pyro_draws_and_scores_in_one_solve_and_never_by_other_parameters():
 
 
 class Drawing(Normal):
-    """A normal distribution, of which another thread asks something while it draws."""
+    """A normal distribution that another thread asks something while it draws."""
 
     def __init__(self, loc, scale, ask):
         super().__init__(loc, scale)

@@ -172,7 +172,7 @@ def test_the_jacobian_of_an_exact_lipschitz_flow_far_away_is_that_of_its_limit(
     dtype, size, nearer, hidden_features
 ):
     transform = lipschitz(3, hidden_features=hidden_features).to(dtype)
-    x = torch.tensor([1.0, -0.5, 0.3], dtype=dtype)  # of which the map is homogeneous far away
+    x = torch.tensor([1.0, -0.5, 0.3], dtype=dtype)  # far along it the map is homogeneous
     found, expected = (
         torch.autograd.functional.jacobian(transform.to_base, factor * x)
         for factor in (size, nearer)

@@ -353,7 +353,7 @@ def test_data_without_a_bounded_density_are_pointed_out(name, settings, monkeypa
 
 
 def dependent(x):
-    """Three columns, of which the last follows from the others."""
+    """Three columns; the last follows from the others."""
     return torch.cat([x, 3 * x[:, :1] - x[:, 1:]], -1)
 
 
