@@ -32,7 +32,7 @@ from benchmarks.timing import machine, measure, training_step
 from cnf import Exact, Hutchinson, MLPField
 from cnf._checks import check_count
 from cnf.divergence import Divergence
-from cnf.vector_fields.derivatives import standard_basis
+from cnf.vector_fields.jacobian.autograd import standard_basis
 
 _HALF_WAY = 0.5
 _WAYS: dict[str, dict[str, Divergence | None]] = {

@@ -1,16 +1,14 @@
 """Continuous normalizing flows in PyTorch: a density model whose transform follows an ODE.
 
-From the top: `fit` (`cnf.training`) minimises an objective (`cnf.objectives`) of a `Flow`
-(`cnf.flow`), such as a `CNF` (`cnf.cnf`). A flow is a base (`cnf.bases`) and transforms
-(`cnf.transforms`), of which `ContinuousTransform` follows a vector field (`cnf.vector_fields`) with
-its divergence (`cnf.divergence`) through an `ODESolver` (`cnf.ode`). `NeuralODE` (`cnf.neural_ode`)
-follows a field without density. `save` and `load` (`cnf.saving`) keep a flow in one file. Beside
-them stand toy densities with the truth (`cnf.data`), metrics (`cnf.metrics`) and plots
-(`cnf.plots`).
+From the top: `fit` (`cnf.training`) minimises an objective (`cnf.objectives`) of a `Flow`, such as
+a `CNF` (`cnf.flows`). A flow is a base (`cnf.bases`) and a chain of transforms (`cnf.transforms`).
+`ContinuousTransform` follows a vector field (`cnf.vector_fields`) with its divergence
+(`cnf.divergence`) through an `ODESolver` (`cnf.ode`). `save` and `load` (`cnf.saving`) keep a flow
+in one file. Beside them stand toy densities with the truth (`cnf.data`), metrics (`cnf.metrics`)
+and plots (`cnf.plots`).
 """
 
-from cnf.chunks import log_prob_in_chunks, sample_in_chunks
-from cnf.cnf import CNF
+from cnf.baselines import glow
 from cnf.diagnostics import (
     Check,
     GradientReport,
@@ -19,8 +17,10 @@ from cnf.diagnostics import (
     check_gradients,
 )
 from cnf.divergence import Exact, Hutchinson
-from cnf.flow import Flow
-from cnf.neural_ode import NeuralODE
+from cnf.flows.chunks import log_prob_in_chunks, sample_in_chunks
+from cnf.flows.cnf import CNF
+from cnf.flows.flow import Flow
+from cnf.flows.neural_ode import NeuralODE
 from cnf.objectives import (
     FlowMatching,
     IndependentPairing,
@@ -67,7 +67,6 @@ from cnf.transforms import (
     TruncatedSeries,
     Unconstrain,
     WoodburyConv,
-    glow,
     transforms_for,
 )
 from cnf.vector_fields import (

@@ -10,7 +10,7 @@ from torch import Tensor
 from cnf._checks import check_choice, check_count, check_flag
 from cnf._memory import check_fits
 from cnf.vector_fields import VectorField
-from cnf.vector_fields.derivatives import standard_basis
+from cnf.vector_fields.jacobian.autograd import standard_basis
 
 _NOISES = ("rademacher", "gaussian")
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cnf.data.benchmarks import BENCHMARKS, benchmark_table, prepare_power
 from cnf.data.splits import Splits, split_rows
-from cnf.data.tabular import read_table
+from cnf.data.table_files import read_table
+from cnf.data.uci import BENCHMARKS, benchmark_table, prepare_power
 
 PARTS = ("x_train", "x_val", "x_test")
 

@@ -30,7 +30,7 @@ from cnf import (
     save,
 )
 from cnf.regularizers import jacobian_frobenius, kinetic_energy
-from cnf.training.average import Average
+from cnf.training.ema import Average
 
 # torch's own, of which the first is hidden, but not from those who make errors of warnings.
 pytestmark = [

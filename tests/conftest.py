@@ -41,5 +41,5 @@ def _slow_without_shapes(request: pytest.FixtureRequest) -> None:
 def coarse_grid() -> Iterator[None]:
     """Densities of tables are evaluated in fewer steps, where precision does not count."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cnf.density.GRID_STEPS", 25)
+        patch.setattr("cnf.tables.fit.GRID_STEPS", 25)
         yield

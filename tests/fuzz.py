@@ -28,7 +28,7 @@ import cnf
 from cnf import metrics, plots
 from cnf.bases import StandardNormal
 from cnf.data.toy import toy_density
-from cnf.density import DensitySettings
+from cnf.tables.fit import DensitySettings
 from cnf.training import TrainingConfig, TrainingError, recipe
 
 PACKAGE = str(Path(cnf.__file__).parent)

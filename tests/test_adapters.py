@@ -42,6 +42,10 @@ from cnf import (
     fit,
 )
 from cnf.adapters import (
+    FromNflows,
+    FromNormflows,
+    FromTorch,
+    FromZuko,
     TorchBase,
     from_nflows,
     from_normflows,
@@ -54,7 +58,6 @@ from cnf.adapters import (
 )
 from cnf.baselines import build
 from cnf.bases import StandardNormal
-from cnf.transforms import FromNflows, FromNormflows, FromTorch, FromZuko
 
 pytestmark = [
     pytest.mark.usefixtures("shapes_unchecked"),  # whole solves
@@ -766,7 +769,7 @@ def tolerant_zuko_cnf(**tolerances):
 
 
 def test_a_solve_of_zuko_that_would_never_end_is_an_error(monkeypatch):
-    monkeypatch.setattr("cnf.transforms.bounded_solve._BUDGET", 500)
+    monkeypatch.setattr("cnf.adapters.bounded_solve._BUDGET", 500)
     flow = from_zuko(tolerant_zuko_cnf(atol=2e-7, rtol=1e-9).float())
     x = 10 * torch.randn(50, 2, dtype=torch.float32)
     with torch.no_grad():

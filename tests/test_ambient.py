@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from cnf import CNF, ODESolver, Standardize, TrainingConfig, certify, fit, load, save
-from cnf.density import DensitySettings, Rows, fit_density
-from cnf.estimator import CNFDensity
+from cnf.tables.estimator import CNFDensity
+from cnf.tables.fit import DensitySettings, Rows, fit_density
 
 pytestmark = [pytest.mark.usefixtures("coarse_grid", "shapes_unchecked")]
 

@@ -5,8 +5,8 @@ import sys
 import numpy as np
 import pytest
 
-from cnf.data.benchmarks import BENCHMARKS, benchmark_table, prepare_power
-from cnf.data.tabular import write_table
+from cnf.data.table_files import write_table
+from cnf.data.uci import BENCHMARKS, benchmark_table, prepare_power
 
 
 def saved(folder, *names):

@@ -18,7 +18,7 @@ from cnf import (
     sample_in_chunks,
 )
 from cnf._memory import LiveBytes
-from cnf.chunks import in_chunks
+from cnf.flows.chunks import in_chunks
 
 GRID = ODESolver(method="rk4", steps=3)
 

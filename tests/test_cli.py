@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from cnf import Flow, History, TrainingError, load
-from cnf.cli.entry import main
-from cnf.data.tabular import read_table, write_table
+from cnf.cli.main import main
+from cnf.data.table_files import read_table, write_table
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("coarse_grid")]
 
@@ -277,7 +277,7 @@ def test_certify_prints_the_report(folder, capsys):
 
 
 def test_certify_fails_for_a_model_that_is_not_to_be_trusted(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("cnf.density.GRID_STEPS", 1)
+    monkeypatch.setattr("cnf.tables.fit.GRID_STEPS", 1)
     wild = [
         "--matching-steps",
         "0",
@@ -565,7 +565,7 @@ def test_an_interruption_while_writing_leaves_the_old_model(
 def test_control_c_ends_a_fit_without_a_trace(folder, tmp_path):
     # Where the tests run in the background, a shell may have told them to ignore the signal.
     heeding = "signal.signal(signal.SIGINT, signal.default_int_handler)"
-    program = f"import signal, sys; {heeding}; from cnf.cli.entry import main; sys.exit(main())"
+    program = f"import signal, sys; {heeding}; from cnf.cli.main import main; sys.exit(main())"
     command = [sys.executable, "-c", program, "fit", folder / "data.csv"]
     with subprocess.Popen(
         [*command, "--matching-steps", "1000000", "--out", tmp_path / "m"],
@@ -590,7 +590,7 @@ def test_control_c_ends_a_fit_without_a_trace(folder, tmp_path):
 def test_control_c_between_chunks_leaves_no_file(
     folder, tmp_path, capsys, monkeypatch, method, first
 ):
-    monkeypatch.setattr("cnf.density._ROWS_AT_ONCE", 20)
+    monkeypatch.setattr("cnf.tables.fit._ROWS_AT_ONCE", 20)
     of_chunk, done = getattr(Flow, method), []
 
     def interrupted(*arguments, **options):
@@ -637,7 +637,7 @@ def test_failures_of_training_and_of_ours_are_told_apart(folder, tmp_path, capsy
         def failing(*_, **__):
             raise error
 
-        monkeypatch.setattr("cnf.density.fit", failing)
+        monkeypatch.setattr("cnf.tables.fit.fit", failing)
         return error_of(capsys, "fit", folder / "data.csv", "--out", tmp_path / "m")
 
     assert fail(TrainingError("the loss\nis nan", History())) == "cnf: error: the loss is nan\n"
@@ -651,7 +651,7 @@ def test_warnings_are_one_line_too(folder, capsys, monkeypatch):
         warnings.warn("mind\nthe gap", stacklevel=1)
         return torch.zeros(60)
 
-    monkeypatch.setattr("cnf.density.log_prob", warn)
+    monkeypatch.setattr("cnf.tables.fit.log_prob", warn)
     assert run("score", folder / "plain", folder / "data.csv") == 0
     assert "cnf: warning: mind the gap\n" in capsys.readouterr().err
 

@@ -7,7 +7,7 @@ import torch
 from zoo import ESTIMATES, EVERY_FLOW, FIELDS, TRANSFORMS, UserNetwork, perturbed, rows_for, seeded
 
 from cnf import ContinuousTransform, Flow, LinearField, ModuleField, ODESolver, load, save
-from cnf.vector_fields.conditions import ContextScaling, context_scalings
+from cnf.vector_fields.conditioning import ContextScaling, context_scalings
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")
 

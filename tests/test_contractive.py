@@ -9,8 +9,8 @@ from zoo import lipschitz_attention, lipschitz_conv, lipschitz_mlp, rows_for
 
 from cnf import LipschitzAttention, LipschitzConv, LipschitzMLP
 from cnf.transforms import ContractiveNetwork
-from cnf.transforms.attention import largest_spread
-from cnf.transforms.bounded_layers import BoundedConvolution, BoundedLinear, LipSwish
+from cnf.transforms.residual.attention import largest_spread
+from cnf.transforms.residual.spectral_layers import BoundedConvolution, BoundedLinear, LipSwish
 
 NETWORKS = {
     "lipswish": lambda: lipschitz_mlp(4, hidden_features=(6, 5)),

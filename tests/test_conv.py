@@ -9,7 +9,7 @@ from torch import nn
 from zoo import conv, perturbed, rows_for
 
 from cnf import ContinuousTransform, ConvField
-from cnf.vector_fields.affine import AffineMap
+from cnf.vector_fields.affine_map import AffineMap
 from cnf.vector_fields.conv import Convolution
 from cnf.vector_fields.layers import LAYERS
 

@@ -19,10 +19,10 @@ from cnf import CNF, Affine, Checkpoints, Flow, History, ODESolver, fit, load, s
 from cnf._building import Building
 from cnf._files import BLANK_DIGEST, seal
 from cnf.baselines import build
-from cnf.data.npy import NpyRows
-from cnf.data.tabular import read_table
-from cnf.description import describe, rebuild
-from cnf.table_model import Columns, TableModel
+from cnf.data.memmap import NpyRows
+from cnf.data.table_files import read_table
+from cnf.saving.description import describe, rebuild
+from cnf.tables.model import Columns, TableModel
 from cnf.training import TrainingConfig
 from cnf.training.checkpoint import checkpoints_in, read_newest_checkpoint, write_checkpoint
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cnf import Affine, Flow, ODESolver, Standardize, load, save, transforms_for
-from cnf.density import (
+from cnf.tables.fit import (
     GRID_STEPS,
     DensitySettings,
     Rows,
@@ -135,7 +135,7 @@ def test_chunks_change_nothing(monkeypatch):
     flow = fitted(torch.randn(50, 2))
     x, z = torch.randn(23, 2), sample(flow, 23, seed=1)
     whole = log_prob(flow, Rows(x))
-    monkeypatch.setattr("cnf.density._ROWS_AT_ONCE", 10)
+    monkeypatch.setattr("cnf.tables.fit._ROWS_AT_ONCE", 10)
     torch.testing.assert_close(log_prob(flow, Rows(x)), whole, rtol=0, atol=1e-12)
     assert sample(flow, 23, seed=1).shape == z.shape
     assert log_prob(flow, Rows(x[:0])).shape == (0,)

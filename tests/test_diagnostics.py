@@ -26,9 +26,9 @@ from cnf import (
     certify,
     count_evaluations,
 )
+from cnf.adapters.transforms import FromNflows
 from cnf.transforms import Transform
-from cnf.transforms.adapters import FromNflows
-from cnf.transforms.contractive import ContractiveNetwork
+from cnf.transforms.residual.contractions import ContractiveNetwork
 
 NAMES = [
     "hutchinson",

@@ -20,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from cnf.data.degeneracy import DegenerateDataWarning
-from cnf.estimator import CNFDensity
+from cnf.tables.estimator import CNFDensity
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("coarse_grid")]
 

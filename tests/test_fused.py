@@ -10,9 +10,9 @@ from zoo import mlp, rows_for
 
 from cnf.vector_fields import fused
 from cnf.vector_fields.activations import ACTIVATIONS
-from cnf.vector_fields.affine import AffineMap
+from cnf.vector_fields.affine_map import AffineMap
+from cnf.vector_fields.jacobian.perceptron import Perceptron
 from cnf.vector_fields.layers import LAYERS
-from cnf.vector_fields.perceptron import Perceptron
 
 DEPTHS = {1: (5,), 2: (5, 4), 3: (5, 4, 6), 4: (5, 4, 6, 3), 5: (4, 3, 5, 2, 3)}
 WHAT = ["divergence", "products"]

@@ -17,8 +17,8 @@ from cnf import (
     sample_in_chunks,
 )
 from cnf._memory import LiveBytes
-from cnf._methods import evaluations_per_step
 from cnf.ode import methods
+from cnf.ode.torchdiffeq_door import evaluations_per_step
 from cnf.transforms import Augment
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")

@@ -8,7 +8,7 @@ from training_runs import config
 from zoo import lipschitz, perturbed, rows_for
 
 from cnf import ExactLipschitz, Flow, Permute, fit
-from cnf.transforms.lipschitz import Ramps
+from cnf.transforms.exact_lipschitz import Ramps
 
 
 def ramps(batch=50, units=5):

@@ -8,8 +8,8 @@ import torch
 from zoo import LinearContraction, lipschitz_attention, lipschitz_mlp, rows_for, seeded
 
 from cnf import ExactLogDet, LipschitzMLP, RussianRoulette, TruncatedSeries
-from cnf.transforms.log_det import power_series
-from cnf.vector_fields.derivatives import standard_basis
+from cnf.transforms.residual.log_det import power_series
+from cnf.vector_fields.jacobian.autograd import standard_basis
 
 
 def strong(coefficient, context_features=0):

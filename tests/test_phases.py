@@ -39,8 +39,8 @@ from cnf import (
 )
 from cnf.objectives import MaximumLikelihood
 from cnf.training import TrainingError
-from cnf.training.plan import make_plan, usual_phases
-from cnf.training.rows import as_rows, held_out_of
+from cnf.training.data import as_rows, held_out_of
+from cnf.training.phases import make_plan, usual_phases
 
 X = torch.randn(40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -428,7 +428,8 @@ def test_a_flow_alone_is_trained_by_the_recipe_on_standardised_data(monkeypatch)
     phases = recipe(matching_steps=3, likelihood_steps=2, progress=False)
     asked = []
     monkeypatch.setattr(
-        "cnf.training.plan.recipe", lambda rows, patience: asked.append((rows, patience)) or phases
+        "cnf.training.phases.recipe",
+        lambda rows, patience: asked.append((rows, patience)) or phases,
     )
     x = 100 + 10 * X
     flow = small_cnf()

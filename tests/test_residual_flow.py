@@ -34,7 +34,7 @@ from cnf import (
     load,
     save,
 )
-from cnf.transforms.fixed_point import fixed_point
+from cnf.transforms.residual.fixed_point import fixed_point
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # whole solves
 

@@ -22,7 +22,7 @@ from training_runs import CHEAP, affine_flow, assert_same, config, weights
 from cnf import CNF, Affine, Flow, Logit, Standardize, fit
 from cnf.data import NpyRows
 from cnf.objectives import MaximumLikelihood
-from cnf.training.rows import as_rows
+from cnf.training.data import as_rows
 
 KINDS_OF_NUMBERS = (np.float32, np.float64, np.array, torch.tensor)
 
@@ -248,7 +248,7 @@ def with_bad_row(value):
     ],
 )
 def test_a_bad_row_of_a_dataset_is_named_when_it_is_read(value, message, monkeypatch):
-    monkeypatch.setattr("cnf.training.scale._ROWS", 2)
+    monkeypatch.setattr("cnf.training.initialization._ROWS", 2)
     flow = Flow([Logit(2), Affine(2)])
     with pytest.raises(ValueError, match=message):
         fit(flow, Listed(with_bad_row(value)), config(100, batch_size=8), validation=None)
@@ -264,7 +264,7 @@ def test_a_bad_context_of_a_dataset_is_named_by_its_row():
 
 
 def test_a_bad_row_stops_the_training_with_the_last_good_weights(monkeypatch):
-    monkeypatch.setattr("cnf.training.scale._ROWS", 2)
+    monkeypatch.setattr("cnf.training.initialization._ROWS", 2)
     read = Listed(with_bad_row(math.nan))
     flow, shorter = affine_flow(), affine_flow()
     with pytest.raises(ValueError, match="must be finite"):
@@ -435,7 +435,7 @@ def test_data_of_no_form_are_refused(data, error, message):
 
 
 def test_standardisation_of_a_dataset_is_that_of_its_rows(monkeypatch):
-    monkeypatch.setattr("cnf.training.plan.recipe", lambda *rows, **settings: (config(1),))
+    monkeypatch.setattr("cnf.training.phases.recipe", lambda *rows, **settings: (config(1),))
     x = 5 + 3 * torch.randn(200, 2)
     flow = CNF(2, hidden_features=(4,), solver=CHEAP)
     fit(flow, TensorDataset(x), validation=None)
@@ -451,7 +451,7 @@ def test_standardisation_of_a_dataset_is_that_of_its_rows(monkeypatch):
 def test_a_share_to_hold_out_is_a_number_of_any_kind(share, held_out, monkeypatch):
     kept = []
     monkeypatch.setattr(
-        "cnf.training.loop.check_plan", lambda plan, flow, *rows: kept.extend(rows[:2])
+        "cnf.training.fit.check_plan", lambda plan, flow, *rows: kept.extend(rows[:2])
     )
     fit(affine_flow(), torch.randn(20, 2), config(1, objective=Weighted), validation=share)
     assert len(kept[0]) == 20 - held_out

@@ -10,8 +10,8 @@ from torchdiffeq import odeint  # noqa: TID251 - the oracle
 from torchdiffeq._impl.odeint import SOLVERS  # noqa: TID251 - the oracle's tableaus
 
 from cnf import ODEError, ODESolver
-from cnf._runge_kutta import constant, moved, tableau, take_step
 from cnf.ode import methods
+from cnf.ode.runge_kutta import constant, moved, tableau, take_step
 
 ADAPTIVE = [name for name, kind in methods().items() if kind == "adaptive"]
 METHOD = pytest.mark.parametrize("method", ADAPTIVE)

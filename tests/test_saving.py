@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributions import ExpTransform
 from zoo import EVERY_FLOW, perturbed, rows_for
 
-import cnf.description
+import cnf.saving.description
 from cnf import (
     CNF,
     Affine,
@@ -39,16 +39,18 @@ from cnf import (
     Standardize,
 )
 from cnf._files import BLANK_DIGEST, seal
+from cnf.adapters import FromTorch
+from cnf.adapters.wrapped_transform import WrappedTransform
 from cnf.bases import StandardNormal
-from cnf.data.benchmarks import benchmark_table
-from cnf.data.npy import NpyRows
-from cnf.data.tabular import read_table, write_table
-from cnf.description import describe, rebuild
-from cnf.saving import FORMAT_VERSION, load, save
-from cnf.table_model import Columns, TableModel
+from cnf.data.memmap import NpyRows
+from cnf.data.table_files import read_table, write_table
+from cnf.data.uci import benchmark_table
+from cnf.saving import load, save
+from cnf.saving.description import describe, rebuild
+from cnf.saving.flow_files import FORMAT_VERSION
+from cnf.tables.model import Columns, TableModel
 from cnf.training import TrainingConfig, fit
-from cnf.transforms import FromTorch, Transform
-from cnf.transforms.wrapped import WrappedTransform
+from cnf.transforms import Transform
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.layers import LAYERS
 
@@ -814,7 +816,7 @@ def test_settings_are_saved_as_pythons_numbers_whatever_they_came_as(change):
     own = {"UserNetwork": zoo.UserNetwork}
     for (name, key), settings in every_setting().items():
         plain = {other: rebuild(value, own, int) for other, value in settings.items()}
-        cls = own.get(name) or getattr(cnf.description, name)
+        cls = own.get(name) or getattr(cnf.saving.description, name)
         try:
             part = cls(**{**plain, key: with_numbers(settings[key], change)})
         except (TypeError, ValueError):

@@ -37,8 +37,8 @@ from cnf import (
 )
 from cnf._moments import column_moments
 from cnf.data.degeneracy import DegenerateDataWarning, check_columns
-from cnf.training.rows import as_rows
-from cnf.vector_fields.conditions import ContextScaling
+from cnf.training.data import as_rows
+from cnf.vector_fields.conditioning import ContextScaling
 
 
 class Rowwise(Dataset):
@@ -142,7 +142,7 @@ def test_a_context_far_from_zero_is_learnt_as_well_as_one_near_it():
 
 @pytest.mark.parametrize("settings", [None, PHASES, PHASES[:1], config(2)], ids=str)
 def test_scaling_and_holding_out_do_not_depend_on_the_settings(settings, monkeypatch):
-    monkeypatch.setattr("cnf.training.plan.recipe", lambda *rows, **options: PHASES[1:])
+    monkeypatch.setattr("cnf.training.phases.recipe", lambda *rows, **options: PHASES[1:])
     x = 500 + 100 * torch.randn(100, 2)
     flow = small()
     keys = list(flow.state_dict())
@@ -346,7 +346,7 @@ DEGENERATE = {
 @pytest.mark.parametrize("name", DEGENERATE)
 @pytest.mark.parametrize("settings", [None, config(1)], ids=["none", "one"])
 def test_data_without_a_bounded_density_are_pointed_out(name, settings, monkeypatch):
-    monkeypatch.setattr("cnf.training.plan.recipe", lambda *rows, **options: (config(1),))
+    monkeypatch.setattr("cnf.training.phases.recipe", lambda *rows, **options: (config(1),))
     make, message = DEGENERATE[name]
     with pytest.warns(DegenerateDataWarning, match=message):
         fit(small(3), with_column(make), settings)

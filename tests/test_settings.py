@@ -27,8 +27,8 @@ from cnf import (
     save,
 )
 from cnf.data.toy import toy_density
-from cnf.density import DensitySettings
 from cnf.regularizers import kinetic_energy
+from cnf.tables.fit import DensitySettings
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")
 

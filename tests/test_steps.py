@@ -5,7 +5,7 @@ import torch
 from zoo import UserNetwork, mlp, perturbed
 
 from cnf import CNF, ContinuousTransform, ModuleField, ODESolver
-from cnf._methods import is_multistep, methods
+from cnf.ode.torchdiffeq_door import is_multistep, methods
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # whole solves
 

@@ -11,8 +11,8 @@ from zoo import cnf
 
 from cnf import History
 from cnf._files import new_folder, write_atomically
-from cnf.data.tabular import Table
-from cnf.table_model import Columns, TableModel, check_destination
+from cnf.data.table_files import Table
+from cnf.tables.model import Columns, TableModel, check_destination
 
 TABLE = Table(np.arange(12.0).reshape(4, 3) ** 2, ("year", "size", "mass"))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cnf.data.csv_files import to_csv
-from cnf.data.tabular import (
+from cnf.data.table_files import (
     Table,
     check_for_training,
     point_out_fill_values,

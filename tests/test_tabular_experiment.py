@@ -14,9 +14,9 @@ from scipy.stats import multivariate_normal
 from sklearn.mixture import GaussianMixture
 
 from cnf import History, load
-from cnf.data.benchmarks import BENCHMARKS
 from cnf.data.splits import Splits
-from cnf.data.tabular import write_table
+from cnf.data.table_files import write_table
+from cnf.data.uci import BENCHMARKS
 from experiments import tabular, tabular_data
 
 

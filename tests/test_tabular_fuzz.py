@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cnf.data.csv_files import to_csv
-from cnf.data.tabular import read_table
+from cnf.data.table_files import read_table
 
 FILES = 200
 LINE_ENDS = re.compile(rb"\r\n|\r|\n")

@@ -48,9 +48,9 @@ from cnf import (
 )
 from cnf.objectives import MaximumLikelihood
 from cnf.training import History, TrainingConfig, TrainingError, fit
-from cnf.training.processes import Processes
-from cnf.training.rows import as_rows
-from cnf.training.scale import sample_of, warn_if_far_from_standard
+from cnf.training.data import as_rows
+from cnf.training.distributed import Processes
+from cnf.training.initialization import sample_of, warn_if_far_from_standard
 from cnf.training.validation import negative_log_likelihood
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # whole solves

@@ -20,7 +20,7 @@ from cnf import (
     fit,
     transforms_for,
 )
-from cnf.transforms.unconstrain import rarest_place
+from cnf.transforms.support.unconstrain import rarest_place
 
 CIRCLE = 2 * math.pi
 

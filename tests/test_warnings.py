@@ -25,8 +25,8 @@ from cnf import (
     load,
     save,
 )
-from cnf.data.tabular import read_table
-from cnf.estimator import CNFDensity
+from cnf.data.table_files import read_table
+from cnf.tables.estimator import CNFDensity
 
 EULER = ODESolver(method="euler", steps=1)
 

@@ -58,8 +58,9 @@ from cnf import (
     WoodburyConv,
     glow,
 )
+from cnf.adapters import FromNflows, FromNormflows, FromTorch, FromZuko
 from cnf.baselines import build
-from cnf.transforms import Chain, FromNflows, FromNormflows, FromTorch, FromZuko, Transform
+from cnf.transforms import Chain, Transform
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.layers import LAYERS
 

@@ -11,9 +11,9 @@ from torch.distributions import Distribution, constraints
 
 from cnf._building import Building
 from cnf._checks import rows_inside
+from cnf.adapters.library_modes import as_rows, drawing_from, is_a
 from cnf.bases import Base
-from cnf.transforms.foreign import as_rows, drawing_from, is_a
-from cnf.transforms.supports import spread
+from cnf.transforms.support.constraints import spread
 
 
 class TorchBase(Base):

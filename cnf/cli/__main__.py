@@ -2,6 +2,6 @@
 
 import sys
 
-from cnf.cli.entry import main
+from cnf.cli.main import main
 
 sys.exit(main())

@@ -8,7 +8,6 @@ from typing import Annotated
 import torch
 from tyro.conf import arg
 
-from cnf import density
 from cnf._checks import check_count
 from cnf.cli.options import (
     STDOUT,
@@ -26,7 +25,8 @@ from cnf.cli.options import (
     write_rows,
 )
 from cnf.diagnostics import certify
-from cnf.table_model import TableModel
+from cnf.tables import fit as density
+from cnf.tables.model import TableModel
 from cnf.transforms import Unconstrain
 
 

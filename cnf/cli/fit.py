@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
-from cnf import density
 from cnf.cli.options import (
     Assignments,
     DataFile,
@@ -23,13 +22,14 @@ from cnf.cli.options import (
 )
 from cnf.data.degeneracy import DegenerateDataWarning, check_columns
 from cnf.data.names import listed, quoted, shortened
-from cnf.data.tabular import check_for_training, point_out_fill_values, read_table
-from cnf.density import DensitySettings, Rows, fit_density, hold_out
-from cnf.flow import Flow
+from cnf.data.table_files import check_for_training, point_out_fill_values, read_table
+from cnf.flows.flow import Flow
 from cnf.metrics import gaussian_log_prob
-from cnf.table_model import Columns, TableModel, check_destination
+from cnf.tables import fit as density
+from cnf.tables.fit import DensitySettings, Rows, fit_density, hold_out
+from cnf.tables.model import Columns, TableModel, check_destination
 from cnf.transforms import Unconstrain, transforms_for
-from cnf.transforms.columns import Support
+from cnf.transforms.support.columns import Support
 
 _NOTES = 4
 """Columns that notes are printed about."""

@@ -13,9 +13,9 @@ from tyro.conf import Positional, arg
 
 from cnf.data.csv_files import to_csv
 from cnf.data.names import shortened
-from cnf.data.tabular import place_of_row, write_table
+from cnf.data.table_files import place_of_row, write_table
 from cnf.transforms import Unconstrain
-from cnf.transforms.columns import Support
+from cnf.transforms.support.columns import Support
 
 ModelFolder = Annotated[Positional[Path], arg(metavar="MODEL")]
 DataFile = Annotated[Positional[Path], arg(metavar="DATA")]

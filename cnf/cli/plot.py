@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from tyro.conf import Positional, arg
 
-from cnf import density
 from cnf._checks import check_count
 from cnf.cli.options import (
     Assignments,
@@ -19,10 +18,11 @@ from cnf.cli.options import (
     files_of,
 )
 from cnf.data.names import quoted, shortened
-from cnf.density import Rows
-from cnf.flow import Flow
+from cnf.flows.flow import Flow
 from cnf.plots import plot_column, plot_pairs, plot_two_columns, save_figure
-from cnf.table_model import TableModel
+from cnf.tables import fit as density
+from cnf.tables.fit import Rows
+from cnf.tables.model import TableModel
 
 if TYPE_CHECKING:
     import matplotlib.figure

@@ -1,5 +1,5 @@
 """Data as tensors; knows nothing of models."""
 
-from cnf.data.npy import NpyRows
+from cnf.data.memmap import NpyRows
 
 __all__ = ["NpyRows"]

@@ -43,7 +43,7 @@ class _Layout(NamedTuple):
 def read_csv(
     path: Path, columns: tuple[str, ...] | None, header: bool | None = None
 ) -> tuple[NDArray[np.float64], tuple[str, ...]]:
-    """Values and names of columns of a file of text; see `cnf.data.tabular.read_table`.
+    """Values and names of columns of a file of text; see `cnf.data.table_files.read_table`.
 
     Raises:
         ValueError: If anything is wrong with the file.

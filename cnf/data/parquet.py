@@ -16,7 +16,7 @@ from cnf.data.names import find_columns, shortened
 def read_parquet(
     path: Path, columns: tuple[str, ...] | None
 ) -> tuple[NDArray[np.float64], tuple[str, ...]]:
-    """Values and names of columns of a Parquet file; see `cnf.data.tabular.read_table`.
+    """Values and names of columns of a Parquet file; see `cnf.data.table_files.read_table`.
 
     Raises:
         ValueError: If it is damaged, or a column holds anything but numbers.

@@ -17,7 +17,7 @@ from cnf._checks import (
 )
 from cnf.diagnostics.checks import CHECKS, Case, NotMeasuredError, Outcome
 from cnf.diagnostics.report import Check, LikelihoodReport
-from cnf.flow import Flow
+from cnf.flows.flow import Flow
 
 
 def certify(

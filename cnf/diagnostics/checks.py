@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from cnf.divergence import Exact, Hutchinson
-from cnf.flow import Flow
+from cnf.flows.flow import Flow
 from cnf.ode import ODESolver, methods
 from cnf.transforms import ContinuousTransform, Transform
 from cnf.vector_fields import count_evaluations

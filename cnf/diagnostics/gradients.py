@@ -20,7 +20,7 @@ from cnf._checks import (
     is_positive,
     reference_tensor,
 )
-from cnf.flow import Flow
+from cnf.flows.flow import Flow
 from cnf.ode import Gradient, ODEError
 from cnf.transforms import ContinuousTransform
 from cnf.vector_fields import count_evaluations

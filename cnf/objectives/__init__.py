@@ -1,7 +1,7 @@
 """Training objectives: modules whose ``forward`` returns the loss."""
 
 from cnf.objectives.flow_matching import FlowMatching
-from cnf.objectives.likelihood import MaximumLikelihood
+from cnf.objectives.maximum_likelihood import MaximumLikelihood
 from cnf.objectives.pairings import IndependentPairing, OptimalTransport, Pairing
 from cnf.objectives.paths import (
     LinearPath,

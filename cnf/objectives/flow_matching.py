@@ -19,7 +19,7 @@ from cnf._checks import (
     reference_tensor,
     refuse_overflow,
 )
-from cnf.flow import Flow
+from cnf.flows.flow import Flow
 from cnf.objectives.pairings import IndependentPairing, Pairing
 from cnf.objectives.paths import LinearPath, ProbabilityPath
 from cnf.objectives.solving import check_flow

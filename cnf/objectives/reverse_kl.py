@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from cnf._checks import check_count
 from cnf._row_names import name_rows
 from cnf.divergence import Divergence
-from cnf.flow import Flow
+from cnf.flows.flow import Flow
 from cnf.objectives.solving import (
     check_flow,
     for_training,

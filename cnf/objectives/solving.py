@@ -2,7 +2,7 @@
 
 from cnf._checks import check_type
 from cnf.divergence import Divergence, Exact, Hutchinson
-from cnf.flow import Flow
+from cnf.flows.flow import Flow
 from cnf.ode import ODESolver
 from cnf.transforms import ContinuousTransform
 from cnf.vector_fields import VectorField

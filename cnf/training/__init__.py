@@ -3,8 +3,8 @@
 from cnf.training.callbacks import Callback, StepReport
 from cnf.training.checkpoint import Checkpoints
 from cnf.training.config import TrainingConfig
+from cnf.training.fit import fit
 from cnf.training.history import History
-from cnf.training.loop import fit
 from cnf.training.recipe import recipe
 from cnf.training.run import TrainingError
 

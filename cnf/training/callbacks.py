@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from cnf.flow import Flow
+from cnf.flows.flow import Flow
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import nn
 
 from cnf._checks import check_choice, check_count, check_flag, check_number, check_seed, is_positive
-from cnf.flow import Flow
+from cnf.flows.flow import Flow
 from cnf.objectives import MaximumLikelihood
 
 _SCHEDULES = ("cosine", "constant")

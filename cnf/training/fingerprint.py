@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import StackDataset, TensorDataset
 
-from cnf.data.npy import NpyRows
-from cnf.flow import Flow
-from cnf.training.plan import Plan
-from cnf.training.processes import Processes
-from cnf.training.rows import DatasetRows, PartOfRows, Rows
+from cnf.data.memmap import NpyRows
+from cnf.flows.flow import Flow
+from cnf.training.data import DatasetRows, PartOfRows, Rows
+from cnf.training.distributed import Processes
+from cnf.training.phases import Plan
 from cnf.transforms import Chain
 
 _ROWS_AT_ONCE = 2**14

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cnf._warnings import warn
-from cnf.flow import Flow
+from cnf.flows.flow import Flow
 from cnf.saving import save
 from cnf.training.checkpoint import (
     CHECKPOINTS,

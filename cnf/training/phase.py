@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from cnf._checks import NotFiniteError
-from cnf.flow import Flow
-from cnf.training.average import Average
+from cnf.flows.flow import Flow
 from cnf.training.checkpoint import check_form
 from cnf.training.config import TrainingConfig
-from cnf.training.processes import Processes
-from cnf.training.randomness import Order, draws
-from cnf.training.rows import Batch, Rows
+from cnf.training.data import Batch, Rows
+from cnf.training.distributed import Processes
+from cnf.training.ema import Average
+from cnf.training.sampling import Order, draws
 from cnf.vector_fields import count_evaluations
 
 _WARM_UP = 0.02

@@ -14,19 +14,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cnf._checks import NotFiniteError
-from cnf.flow import Flow
+from cnf.flows.flow import Flow
 from cnf.objectives.reverse_kl import TargetError
 from cnf.ode import ODEError
 from cnf.training.callbacks import Callback, StepReport
 from cnf.training.checkpoint import Checkpoints, check_form
 from cnf.training.config import TrainingConfig
+from cnf.training.data import Rows
+from cnf.training.distributed import OtherProcessError, Processes
 from cnf.training.fingerprint import fingerprint
 from cnf.training.folder import RunFolder
 from cnf.training.history import WHOLE, History
 from cnf.training.phase import Phase, check_finite, restore, snapshot
-from cnf.training.plan import Plan
-from cnf.training.processes import OtherProcessError, Processes
-from cnf.training.rows import Rows
+from cnf.training.phases import Plan
 from cnf.training.validation import negative_log_likelihood
 
 _FAILURES = (NotFiniteError, ODEError, OtherProcessError, TargetError)

@@ -6,10 +6,10 @@ import torch
 
 from cnf._checks import reference_tensor
 from cnf._row_names import counted_from, rows_of_caller
-from cnf.flow import Flow
-from cnf.training.processes import Processes
-from cnf.training.randomness import validation_draws
-from cnf.training.rows import Rows
+from cnf.flows.flow import Flow
+from cnf.training.data import Rows
+from cnf.training.distributed import Processes
+from cnf.training.sampling import validation_draws
 
 _ROWS = 8192
 

@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 
 from cnf._checks import check_count
 from cnf.transforms.base import Likelihood, Transform, WithLadj
-from cnf.vector_fields.conditions import ContextScaling, scaled_context
+from cnf.vector_fields.conditioning import ContextScaling, scaled_context
 
 
 class Augment(Transform):

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from cnf._checks import check_count
 from cnf._shapes import Context, Rows
-from cnf.vector_fields.conditions import ContextScaling, scaled_context
+from cnf.vector_fields.conditioning import ContextScaling, scaled_context
 
 
 class AutoregressiveNetwork(nn.Module):

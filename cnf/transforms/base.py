@@ -11,7 +11,7 @@ from torch.distributions import constraints
 from cnf._checks import check_count
 from cnf._shapes import BaseRows, Context, Costs, Events, Values
 from cnf.regularizers import CostRate
-from cnf.vector_fields.conditions import context_scalings
+from cnf.vector_fields.conditioning import context_scalings
 
 if TYPE_CHECKING:
     from cnf.transforms.continuous import ContinuousTransform

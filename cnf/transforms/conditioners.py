@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cnf._checks import check_count, check_image_shape
 from cnf._shapes import Rows
-from cnf.vector_fields.conditions import ContextScaling, scaled_context
+from cnf.vector_fields.conditioning import ContextScaling, scaled_context
 
 
 class MLPConditioner(nn.Module):

@@ -12,10 +12,10 @@ from cnf._shapes import Context, Rows
 from cnf._warnings import warn
 from cnf.divergence import Divergence, Exact, Hutchinson
 from cnf.ode import ODESolver, RightHandSide, State
+from cnf.ode.compiled_steps import FieldSteps
 from cnf.regularizers import CostRate, needs_products
 from cnf.transforms.base import Likelihood, Transform, WithLadj
 from cnf.vector_fields import VectorField
-from cnf.vector_fields.compiled_steps import FieldSteps
 
 _MANY_FEATURES = 64
 

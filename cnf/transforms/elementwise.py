@@ -17,7 +17,7 @@ from cnf._checks import (
 )
 from cnf._moments import column_moments
 from cnf.transforms.base import Transform, WithLadj
-from cnf.vector_fields.conditions import ContextScaling, scaled_context
+from cnf.vector_fields.conditioning import ContextScaling, scaled_context
 
 
 class Affine(Transform):

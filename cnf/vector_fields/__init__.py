@@ -4,7 +4,7 @@ from cnf.vector_fields.base import VectorField, count_evaluations
 from cnf.vector_fields.conv import ConvField
 from cnf.vector_fields.linear import LinearField
 from cnf.vector_fields.mlp import MLPField
-from cnf.vector_fields.module_field import ModuleField
+from cnf.vector_fields.module import ModuleField
 from cnf.vector_fields.potential import PotentialField
 from cnf.vector_fields.residual import ResidualField
 

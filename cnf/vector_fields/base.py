@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cnf._checks import check_count, is_exporting
 from cnf.vector_fields.compiled import Compilation
-from cnf.vector_fields.derivatives import (
+from cnf.vector_fields.jacobian.autograd import (
     derivative_along,
     functions_are_transformed,
     outside_inference_mode,

@@ -4,7 +4,7 @@ An evaluation is dozens of small operations, each of which takes a call of Pytho
 memory. The compiler makes a few loops of them, and again of their gradient: the same numbers but
 for rounding. What is compiled is the evaluation and not the solve, so that every method of solving,
 every kind of gradient and every message of a failed solve stay what they are. Only steps of fixed
-size may be programs as a whole: see `cnf.vector_fields.compiled_steps`.
+size may be programs as a whole: see `cnf.ode.compiled_steps`.
 
 A compiled field has, beside its state, bound methods that stand in front of those of its class.
 """
@@ -61,7 +61,7 @@ class Compilation:
     def step(
         self, key: tuple[Any, ...], make: Callable[[], Callable[..., Any]]
     ) -> Callable[..., Any]:
-        """The program of a step: see `cnf.vector_fields.compiled_steps`."""
+        """The program of a step: see `cnf.ode.compiled_steps`."""
         if torch.is_grad_enabled():
             _let_graphs_be_kept()
         if key not in self.steps:

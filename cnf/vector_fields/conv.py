@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from cnf._checks import check_count, check_image_shape
 from cnf.vector_fields.activations import ACTIVATIONS
-from cnf.vector_fields.affine import AffineMap
-from cnf.vector_fields.conditions import ContextScaling, scaled_context
+from cnf.vector_fields.affine_map import AffineMap
+from cnf.vector_fields.conditioning import ContextScaling, scaled_context
 from cnf.vector_fields.gates import affine_maps
-from cnf.vector_fields.layered import Activated, LayeredField, Stage, Tangent
 from cnf.vector_fields.layers import LAYERS, TimeLinear
 from cnf.vector_fields.settings import check_activation, check_layer, check_widths
+from cnf.vector_fields.staged import Activated, LayeredField, Stage, Tangent
 
 
 class ConvField(LayeredField):

@@ -61,14 +61,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cnf.vector_fields.activations import Activation
-from cnf.vector_fields.affine import AffineMap
+from cnf.vector_fields.affine_map import AffineMap
 from cnf.vector_fields.chains import Chain, Products, Sums, trace_chain
 from cnf.vector_fields.handwritten import (
     asks_for_more,
     gradients_of_formula,
     only_autograd_looks_on,
 )
-from cnf.vector_fields.perceptron import Perceptron
+from cnf.vector_fields.jacobian.perceptron import Perceptron
 
 _CACHE_BYTES = 2**22
 _LEAST_ROWS = 512

@@ -25,8 +25,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from cnf.vector_fields.affine import AffineMap
-from cnf.vector_fields.conditions import time_and_context
+from cnf.vector_fields.affine_map import AffineMap
+from cnf.vector_fields.conditioning import time_and_context
 from cnf.vector_fields.handwritten import (
     asks_for_more,
     gradients_of_formula,

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cnf.vector_fields.affine import AffineMap
-from cnf.vector_fields.conditions import time_and_context
+from cnf.vector_fields.affine_map import AffineMap
+from cnf.vector_fields.conditioning import time_and_context
 
 
 class TimeLinear(nn.Module, ABC):

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cnf.vector_fields.base import VectorField
-from cnf.vector_fields.conditions import ContextScaling, scaled_context
+from cnf.vector_fields.conditioning import ContextScaling, scaled_context
 
 
 class LinearField(VectorField):

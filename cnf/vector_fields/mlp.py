@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from cnf.vector_fields import fused
 from cnf.vector_fields.activations import ACTIVATIONS
-from cnf.vector_fields.conditions import ContextScaling, scaled_context, waves_and_context
+from cnf.vector_fields.conditioning import ContextScaling, scaled_context, waves_and_context
 from cnf.vector_fields.gates import affine_maps
-from cnf.vector_fields.layered import LayeredField, Stage
+from cnf.vector_fields.jacobian.perceptron import Perceptron
 from cnf.vector_fields.layers import LAYERS, TimeLinear
-from cnf.vector_fields.perceptron import Perceptron
 from cnf.vector_fields.settings import (
     check_activations,
     check_frequency,
@@ -21,6 +20,7 @@ from cnf.vector_fields.settings import (
     check_time_features,
     check_widths,
 )
+from cnf.vector_fields.staged import LayeredField, Stage
 
 _CLOSED_FORM_DEPTH = 2
 _WAVES = 8

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from cnf._checks import check_count
 from cnf.vector_fields.activations import ACTIVATIONS, ANTIDERIVATIVES
-from cnf.vector_fields.affine import AffineMap
+from cnf.vector_fields.affine_map import AffineMap
 from cnf.vector_fields.base import VectorField
-from cnf.vector_fields.conditions import ContextScaling, scaled_context, time_and_context
-from cnf.vector_fields.derivatives import derivative_along
+from cnf.vector_fields.conditioning import ContextScaling, scaled_context, time_and_context
 from cnf.vector_fields.gates import affine_maps
+from cnf.vector_fields.jacobian.autograd import derivative_along
 from cnf.vector_fields.layers import LAYERS
 from cnf.vector_fields.settings import check_frequency, check_layer, check_name
 

@@ -9,22 +9,22 @@ from torch import Tensor, nn
 
 from cnf._checks import check_count
 from cnf.vector_fields.activations import ACTIVATIONS
-from cnf.vector_fields.conditions import ContextScaling, scaled_context, waves_and_context
+from cnf.vector_fields.conditioning import ContextScaling, scaled_context, waves_and_context
 from cnf.vector_fields.gates import affine_maps
-from cnf.vector_fields.layered import (
-    Activated,
-    LayeredField,
-    Stage,
-    Tangent,
-    applied,
-    linearised,
-)
 from cnf.vector_fields.layers import LAYERS, TimeLinear
 from cnf.vector_fields.settings import (
     check_activations,
     check_frequency,
     check_layer,
     check_time_features,
+)
+from cnf.vector_fields.staged import (
+    Activated,
+    LayeredField,
+    Stage,
+    Tangent,
+    applied,
+    linearised,
 )
 
 

@@ -1,0 +1,143 @@
+"""Our flows in the interfaces of other libraries. What they return shares the flow's parameters."""
+
+import importlib
+from typing import Any
+
+from torch import Tensor, nn
+
+from cnf._checks import check_type
+from cnf.flows.flow import Flow
+
+_REMEDY = "wrap the transforms in Flow([...])"
+
+
+def to_zuko(flow: Flow) -> Any:
+    """An instance of a subclass of zuko's own `Flow`, for code that asks for one.
+
+    Where a call that returns a distribution is enough, as in lampe and in sbi's wrapper of zuko's
+    flows, `flow` itself is: ``flow(context)`` is a distribution with `rsample_and_log_prob`.
+
+    Args:
+        flow: The flow, of vectors.
+
+    Raises:
+        TypeError: If `flow` is no `Flow`.
+        ImportError: If zuko is not installed.
+
+    Example:
+        >>> from cnf import CNF
+        >>> x, log_prob = to_zuko(CNF(2))().rsample_and_log_prob((5,))
+        >>> x.shape, log_prob.shape
+        (torch.Size([5, 2]), torch.Size([5]))
+    """
+    check_type("flow", flow, Flow, _REMEDY)
+    return _door("zuko_flow", "zuko", "zuko").ZukoFlow(flow)
+
+
+def to_pyro(flow: Flow, context: Tensor | None = None) -> Any:
+    """A flow given a context as a Pyro distribution, for ``pyro.sample``.
+
+    Register the flow by ``pyro.module("flow", flow)`` to train it.
+
+    Args:
+        flow: The flow.
+        context: What it is conditioned on.
+
+    Raises:
+        TypeError: If `flow` is no `Flow`.
+        ValueError: If the context does not fit.
+        ImportError: If Pyro is not installed.
+    """
+    check_type("flow", flow, Flow, _REMEDY)
+    return _door("pyro_distribution", "pyro", "pyro-ppl").PyroDistribution(flow(context))
+
+
+def _door(module: str, library: str, package: str) -> Any:
+    """The module that builds on a library from its first line."""
+    try:
+        importlib.import_module(library)
+    except ImportError as error:
+        raise ImportError(f"{library} is not installed; try pip install {package}.") from error
+    return importlib.import_module(f"cnf.adapters.{module}")
+
+
+def to_nflows_transform(flow: Flow) -> nn.Module:
+    """The map of a flow as a transform of nflows, from data to noise, with a batch of rows.
+
+    Args:
+        flow: The flow, a bijection; its base plays no part.
+
+    Raises:
+        TypeError: If `flow` is no `Flow`.
+        ValueError: If a part of it is no bijection.
+
+    Example:
+        >>> import torch
+        >>> from cnf import CNF
+        >>> outputs, logabsdet = to_nflows_transform(CNF(2))(torch.zeros(5, 2))
+        >>> outputs.shape, logabsdet.shape
+        (torch.Size([5, 2]), torch.Size([5]))
+    """
+    _check_bijection(flow)
+    return _NflowsTransform(flow)
+
+
+def to_normflows_flow(flow: Flow) -> nn.Module:
+    """The map of a flow as a layer of normflows, from latent to data, with a batch of rows.
+
+    Args:
+        flow: The flow, a bijection; its base plays no part.
+
+    Raises:
+        TypeError: If `flow` is no `Flow`.
+        ValueError: If a part of it is no bijection.
+
+    Example:
+        >>> import torch
+        >>> from cnf import CNF
+        >>> x, log_det = to_normflows_flow(CNF(2))(torch.zeros(5, 2))
+        >>> x.shape, log_det.shape
+        (torch.Size([5, 2]), torch.Size([5]))
+    """
+    _check_bijection(flow)
+    return _NormflowsFlow(flow)
+
+
+def _check_bijection(flow: Flow) -> None:
+    """Refuse what the other library would take for the log-determinant of a Jacobian.
+
+    Raises:
+        TypeError: If `flow` is no `Flow`.
+        ValueError: If a part of it is no bijection.
+    """
+    check_type("flow", flow, Flow, _REMEDY)
+    for part in flow.chain:
+        if not part.is_bijective:
+            raise ValueError(
+                f"flow must be a bijection; got one with {type(part).__name__}. Leave that out "
+                "and apply it to the data yourself, or use flow.log_prob, which is a lower bound."
+            )
+
+
+class _NflowsTransform(nn.Module):
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.flow.to_base_and_ladj(inputs, context)
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.flow.to_data_and_ladj(inputs, context)
+
+
+class _NormflowsFlow(nn.Module):
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.flow.to_data_and_ladj(z, context)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.flow.to_base_and_ladj(z, context)

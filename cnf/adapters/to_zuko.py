@@ -1,0 +1,47 @@
+"""Our flows as zuko's. Importing it imports zuko; `cnf.adapters.to_zuko` does so when called."""
+
+from torch import Tensor
+from torch.distributions import Distribution, Transform
+from zuko.lazy import Flow as TheirFlow
+from zuko.lazy import LazyDistribution, LazyTransform
+
+from cnf.bases import Base
+from cnf.flows.distribution import FlowTransform
+from cnf.flows.flow import Flow
+
+
+class ZukoFlow(TheirFlow):
+    """A flow that is an instance of zuko's class.
+
+    Called, it returns our distribution, whose `rsample_and_log_prob` takes a single solve.
+
+    Args:
+        flow: The flow.
+    """
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__(_Map(flow), _Base(flow.base))
+
+    def forward(self, c: Tensor | None = None) -> Distribution:
+        """The flow given a context."""
+        distribution: Distribution = self.transform.flow(c)
+        return distribution
+
+
+class _Map(LazyTransform):
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, c: Tensor | None = None) -> Transform:
+        return FlowTransform(self.flow, c)
+
+
+class _Base(LazyDistribution):
+    def __init__(self, base: Base) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, c: Tensor | None = None) -> Distribution:
+        del c
+        return self.base.distribution()

@@ -1,0 +1,257 @@
+"""Transforms of other libraries as ours. They wrap what the user made, and import nothing."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.distributions import Transform as TorchTransform
+from torch.distributions import constraints
+
+from cnf._checks import check_type
+from cnf._warnings import warn
+from cnf.adapters.bounded_solve import bounded
+from cnf.adapters.library_modes import is_a, refuse_what_has_no_likelihood
+from cnf.adapters.wrapped_transform import WrappedTransform
+from cnf.transforms.base import WithLadj
+
+
+class OfTorchTransforms(WrappedTransform):
+    """What one torch transform does, made for each context, from data to base."""
+
+    @abstractmethod
+    def _at(self, context: Tensor | None) -> TorchTransform:
+        """The map from data to base."""
+
+    def _rows_to_base(self, x: Tensor, context: Tensor | None) -> WithLadj:
+        return _call_and_ladj(self._at(context), x)
+
+    def _rows_to_data(self, z: Tensor, context: Tensor | None) -> WithLadj:
+        return _call_and_ladj(self._at(context).inv, z)
+
+    def _to_base_value(
+        self, x: Tensor, context: Tensor | None, generator: Generator | None
+    ) -> Tensor:
+        def call(rows: Tensor, context: Tensor | None) -> WithLadj:
+            return _call_alone(self._at(context), rows)
+
+        return self._trusted("x", call, x, context, generator)[0]
+
+    def _to_data_value(
+        self, z: Tensor, context: Tensor | None, generator: Generator | None
+    ) -> Tensor:
+        def call(rows: Tensor, context: Tensor | None) -> WithLadj:
+            return _call_alone(self._at(context).inv, rows)
+
+        return self._trusted("z", call, z, context, generator)[0]
+
+
+class FromTorch(OfTorchTransforms):
+    """A `torch.distributions.Transform`, which maps base to data as in a `TransformedDistribution`.
+
+    For one that maps data to base, give its ``.inv``. Tensors that it holds are no parameters:
+    they are not trained, and stay on their device. Data are supported where its codomain says.
+
+    Args:
+        transform: From base to data, of vectors or of each number.
+        features: Number of entries of x.
+
+    Raises:
+        TypeError: If `transform` is no torch transform.
+        ValueError: If it is not bijective, or not a map between vectors of this size.
+
+    Example:
+        >>> from torch.distributions import ExpTransform
+        >>> FromTorch(ExpTransform(), features=2).to_base(torch.ones(2)).tolist()
+        [0.0, 0.0]
+    """
+
+    def __init__(self, transform: TorchTransform, features: int) -> None:
+        check_type("transform", transform, TorchTransform, "of torch.distributions.transforms")
+        super().__init__(features)
+        vectors = max(transform.domain.event_dim, transform.codomain.event_dim) <= 1
+        if not transform.bijective or not vectors or not self._keeps_size(transform):
+            raise ValueError(
+                f"transform must be a bijection between vectors of {features} entries; "
+                f"got {transform}."
+            )
+        self.transform = transform
+
+    def _keeps_size(self, transform: TorchTransform) -> bool:
+        shape = torch.Size([self.features])
+        return torch.Size(transform.forward_shape(shape)) == shape
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """What the codomain of the torch transform is, for whole rows."""
+        codomain = self.transform.codomain
+        if codomain.event_dim == 1:
+            return codomain
+        return constraints.independent(codomain, 1)
+
+    def _at(self, context: Tensor | None) -> TorchTransform:
+        return self.transform.inv
+
+
+class FromZuko(OfTorchTransforms):
+    """A lazy transform of zuko, which maps data to base as here, also given a context.
+
+    Called in training mode throughout, for some of zuko's transforms have no gradient in the other.
+    The ladj of zuko's CNF, which it solves a hundred times more loosely than the path, is as
+    precise as the path here; and since one step size holds for a whole batch, the value of a row
+    changes with the batch by about the tolerance (arguments `atol` and `rtol` of zuko's CNF). A
+    solve that would take more than 10 000 evaluations, or never end, is an `ODEError`.
+
+    Args:
+        transform: The lazy transform; the ``.inv`` of one that maps base to data.
+        features: Number of entries of x.
+        context_features: Size of the context that it is called with; 0 for none.
+
+    Raises:
+        TypeError: If `transform` is no module.
+    """
+
+    def __init__(self, transform: nn.Module, features: int, context_features: int = 0) -> None:
+        check_type("transform", transform, nn.Module, "a zuko.lazy.LazyTransform")
+        super().__init__(features, context_features)
+        self.transform = transform
+
+    def _at(self, context: Tensor | None) -> TorchTransform:
+        transform: TorchTransform = self.transform(context)
+        return transform
+
+
+class FromNflows(WrappedTransform):
+    """A transform of nflows, which maps data to base as here.
+
+    Args:
+        transform: The transform.
+        shape: Number of features, or shape of the event that a vector is, flattened in C order.
+        context_features: Size of the context; 0 for none.
+        latent_shape: Shape of the event at the base, if that is another.
+        embedding: What the context goes through first, as in a flow of nflows; None for nothing.
+
+    Raises:
+        TypeError: If `transform` is no module.
+        ValueError: If a part is a SqueezeTransform with a factor that it cannot invert.
+    """
+
+    def __init__(
+        self,
+        transform: nn.Module,
+        shape: int | Sequence[int],
+        context_features: int = 0,
+        *,
+        latent_shape: Sequence[int] | None = None,
+        embedding: nn.Module | None = None,
+    ) -> None:
+        check_type("transform", transform, nn.Module, "a nflows.transforms.Transform")
+        super().__init__(shape, context_features, latent_shape=latent_shape)
+        for part in transform.modules():
+            factor: Any = getattr(part, "factor", 2)
+            if is_a(part, "nflows", "SqueezeTransform") and factor % 2:
+                raise ValueError(
+                    f"SqueezeTransform of nflows inverts no odd factor; got {factor}. "
+                    "Use cnf.Squeeze."
+                )
+        self.transform = transform
+        self.embedding = embedding
+
+    def _embedded(self, context: Tensor | None) -> Tensor | None:
+        if context is None or self.embedding is None:
+            return context
+        embedded: Tensor = self.embedding(context)
+        return embedded
+
+    def _rows_to_base(self, x: Tensor, context: Tensor | None) -> WithLadj:
+        z, ladj = self.transform(x, self._embedded(context))
+        return z, ladj
+
+    def _rows_to_data(self, z: Tensor, context: Tensor | None) -> WithLadj:
+        inverse: Any = self.transform.inverse
+        x, ladj = inverse(z, self._embedded(context))
+        return x, ladj
+
+
+class FromNormflows(WrappedTransform):
+    """Flow layers of normflows, which map base to data: the other way round than here.
+
+    A residual layer has the ladj of its evaluation mode, with a gradient in any mode: exact for
+    vectors of two entries, else an unbiased estimate with 20 exact terms and some more. So a step
+    of training costs more than in normflows, and a series that is to be truncated is not. The way
+    to the data is as coarse as there, off by some thousandths, for its iteration ends early.
+
+    Args:
+        flows: One layer, or several in the order of normflows, from base to data.
+        shape: Number of features, or shape of the event that a vector is, flattened in C order.
+        context_features: Size of the context; 0 for none.
+        latent_shape: Shape of the event at the base, if that is another.
+
+    Raises:
+        TypeError: If `flows` are no modules, or no bijection of each row by itself.
+
+    Warns:
+        UserWarning: If a layer is an inverse autoregressive flow, by the name of a masked one.
+    """
+
+    def __init__(
+        self,
+        flows: nn.Module | Sequence[nn.Module],
+        shape: int | Sequence[int],
+        context_features: int = 0,
+        *,
+        latent_shape: Sequence[int] | None = None,
+    ) -> None:
+        layers = list(flows) if isinstance(flows, nn.ModuleList | Sequence) else [flows]
+        for layer in layers:
+            check_type("each of flows", layer, nn.Module, "a normflows.flows.Flow")
+            refuse_what_has_no_likelihood(layer)
+            if is_a(layer, "normflows", "MaskedAffineAutoregressive"):
+                warn(
+                    "MaskedAffineAutoregressive of normflows is an inverse autoregressive flow: "
+                    "log_prob of data calls its network once for each feature; for a masked one "
+                    "wrap it in normflows.flows.Reverse.",
+                )
+        super().__init__(shape, context_features, latent_shape=latent_shape)
+        self.flows = nn.ModuleList(layers)
+
+    def _rows_to_base(self, x: Tensor, context: Tensor | None) -> WithLadj:
+        inverses = [(layer, layer.inverse) for layer in list(self.flows)[::-1]]
+        return _through(inverses, x, context)
+
+    def _rows_to_data(self, z: Tensor, context: Tensor | None) -> WithLadj:
+        return _through([(layer, layer) for layer in self.flows], z, context)
+
+
+def _through(calls: Sequence[tuple[nn.Module, Any]], x: Tensor, context: Tensor | None) -> WithLadj:
+    """Through one layer of normflows after another; a ladj is 0, 0-dim or one number each row."""
+    total = x.new_zeros(len(x))
+    given = {} if context is None else {"context": context}
+    for layer, call in calls:
+        try:
+            x, ladj = call(x, **given)
+        except NotImplementedError as error:
+            raise NotImplementedError(
+                f"{type(layer).__name__} of normflows goes one way only ({error}); such a flow can "
+                "be sampled and trained by ReverseKL, but has no log_prob of given data."
+            ) from error
+        total = total + torch.as_tensor(ladj).to(total).reshape(-1)
+    return x, total
+
+
+def _call_alone(transform: TorchTransform, x: Tensor) -> WithLadj:
+    """The map of `x`, and zeros in place of its ladj, which is not computed."""
+    with bounded(transform, x.dtype):
+        return transform(x), x.new_zeros(len(x))
+
+
+def _call_and_ladj(transform: TorchTransform, x: Tensor) -> WithLadj:
+    """The map of `x` and its ladj, by zuko in one go."""
+    with bounded(transform, x.dtype):
+        if hasattr(transform, "call_and_ladj"):
+            y, ladj = transform.call_and_ladj(x)
+        else:
+            y = transform(x)
+            ladj = transform.log_abs_det_jacobian(x, y)
+    return y, ladj.sum(-1) if transform.domain.event_dim == 0 else ladj

@@ -1,0 +1,108 @@
+"""Discrete flows of this package, put together from its transforms."""
+
+from collections.abc import Callable, Sequence
+
+from cnf.baselines.glow import glow
+from cnf.transforms import (
+    ActNorm,
+    ExactLipschitz,
+    LipschitzAttention,
+    LipschitzMLP,
+    Permute,
+    Planar,
+    Radial,
+    ResidualFlow,
+    RussianRoulette,
+    Transform,
+    TruncatedSeries,
+)
+from cnf.transforms.residual.contractions import ContractiveNetwork
+from cnf.transforms.residual.log_det import LogDet
+
+_BLOCKS = 4
+_STEPS = 4
+_MOST_LEVELS = 3
+
+Transforms = list[Transform]
+
+
+def planar(features: int, context_features: int, size: int) -> Transforms:
+    """So many planar layers, which take no context."""
+    del context_features
+    return [Planar(features) for _ in range(size)]
+
+
+def radial(features: int, context_features: int, size: int) -> Transforms:
+    """So many radial layers, which take no context."""
+    del context_features
+    return [Radial(features) for _ in range(size)]
+
+
+def exact_lipschitz(features: int, context_features: int, size: int) -> Transforms:
+    """Exact-Lipschitz layers with hidden layers of this width, the order reversed between them."""
+    chain: Transforms = []
+    for _ in range(_BLOCKS):
+        layer = ExactLipschitz(features, context_features, hidden_features=(size, size))
+        chain += [ActNorm(features), layer, Permute(list(reversed(range(features))))]
+    return chain
+
+
+def i_resnet(features: int, context_features: int, size: int) -> Transforms:
+    """Residual blocks of perceptrons of this width, their log-determinants cut off."""
+    return _residual(features, _perceptrons(features, context_features, size), TruncatedSeries())
+
+
+def residual(features: int, context_features: int, size: int) -> Transforms:
+    """The same, with log-determinants that are estimated without bias."""
+    return _residual(features, _perceptrons(features, context_features, size), RussianRoulette())
+
+
+def attentive(features: int, context_features: int, size: int) -> Transforms:
+    """The same, with attention before each perceptron.
+
+    The features are split evenly into tokens, about as many as are in each. Of a few features the
+    attention has few parameters, so that the flow is nearly `residual`.
+    """
+    tokens = next(n for n in range(1, features + 1) if n * n >= features and features % n == 0)
+    networks: list[ContractiveNetwork] = []
+    for network in _perceptrons(features, context_features, size):
+        networks += [LipschitzAttention(tokens=tokens, width=features // tokens), network]
+    return _residual(features, networks, RussianRoulette())
+
+
+def glow_of(shape: Sequence[int], context_features: int, size: int) -> Transforms:
+    """Glow with so many hidden channels, and as many levels as the image has room for.
+
+    Raises:
+        ValueError: If height or width is odd.
+    """
+    _, height, width = shape
+    levels = 1
+    while levels < _MOST_LEVELS and not (height % 2 ** (levels + 1) or width % 2 ** (levels + 1)):
+        levels += 1
+    return glow(shape, context_features, levels=levels, steps=_STEPS, hidden_channels=(size, size))
+
+
+OURS: dict[str, Callable[[int, int, int], Transforms]] = {
+    "acf": attentive,
+    "elf": exact_lipschitz,
+    "iresnet": i_resnet,
+    "planar": planar,
+    "radial": radial,
+    "residual": residual,
+}
+"""Transformss of vectors by name: of so many features, a context of some size, and a size."""
+
+
+def _perceptrons(features: int, context_features: int, size: int) -> list[LipschitzMLP]:
+    return [
+        LipschitzMLP(features, context_features, hidden_features=(size, size))
+        for _ in range(_BLOCKS)
+    ]
+
+
+def _residual(features: int, networks: Sequence[ContractiveNetwork], log_det: LogDet) -> Transforms:
+    chain: Transforms = []
+    for network in networks:
+        chain += [ActNorm(features), ResidualFlow(network, log_det=log_det)]
+    return [*chain, ActNorm(features)]

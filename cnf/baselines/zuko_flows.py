@@ -1,0 +1,224 @@
+"""The classics among discrete flows, from zuko, rebuilt from their name and size.
+
+So `save` and `load` keep them like any flow. ``pip install zuko`` brings the library.
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.distributions import Transform as TorchTransform
+
+from cnf._checks import check_choice, check_count
+from cnf.adapters import TorchBase
+from cnf.adapters.transforms import OfTorchTransforms
+from cnf.baselines.monotone import Gaussianization, MonotonicNetwork, start_near_identity
+from cnf.bases import Base
+from cnf.vector_fields.conditioning import ContextScaling, scaled_context
+
+
+class NamedTransform(OfTorchTransforms):
+    """The transform of a named flow of zuko.
+
+    Of "naf" and "gf", the increasing functions are onto the line here, and "gf" starts near the
+    identity; see `cnf.baselines.monotone`. The network sees the context scaled, as in the parts of
+    this package.
+
+    Args:
+        name: One of `names`.
+        features: Number of entries of x.
+        context_features: Size of the context; 0 for none.
+        size: Width of the hidden layers, or number of components.
+
+    Raises:
+        TypeError: If a number is not an int.
+        ValueError: If there is no such name, or a number is out of range.
+        ImportError: If zuko is not installed.
+
+    References:
+        NICE: Dinh et al. (2015), https://arxiv.org/abs/1410.8516. Real NVP: Dinh et al. (2017),
+        https://arxiv.org/abs/1605.08803. MAF: Papamakarios et al. (2017),
+        https://arxiv.org/abs/1705.07057. IAF: Kingma et al. (2016),
+        https://arxiv.org/abs/1606.04934. NAF: Huang et al. (2018),
+        https://arxiv.org/abs/1804.00779. Spline flows: Durkan et al. (2019),
+        https://arxiv.org/abs/1906.04032. Gaussianization flows: Meng et al. (2020),
+        https://arxiv.org/abs/2003.01941
+    """
+
+    def __init__(self, name: str, features: int, context_features: int = 0, *, size: int) -> None:
+        super().__init__(features, context_features)
+        self.name = check_choice("name", name, _MAKERS)
+        self.size = check_count("size", size)
+        self.transform: nn.Module = _MAKERS[name](
+            _zuko(), self.features, self.context_features, self.size
+        )
+        if self.context_features:
+            self.context_scaling = ContextScaling(self.context_features)
+
+    def extra_repr(self) -> str:
+        """Name and size."""
+        return f"name={self.name!r}, size={self.size}"
+
+    def _at(self, context: Tensor | None) -> TorchTransform:
+        transform: TorchTransform = self.transform(scaled_context(self, context))
+        return transform
+
+
+class NamedMixture(Base):
+    """Mixture of Gaussians with full covariances, of zuko.
+
+    Its draws have no gradient. `initialize` puts the components on rows of the data, which `fit`
+    does before its first step.
+
+    Args:
+        features: Size of z.
+        size: Number of components.
+
+    Raises:
+        TypeError: If a number is not an int.
+        ValueError: If one is less than 1.
+        ImportError: If zuko is not installed.
+    """
+
+    def __init__(self, features: int, size: int) -> None:
+        super().__init__(features)
+        self.size = check_count("size", size)
+        module: nn.Module = _zuko().mixtures.GMM(self.features, components=self.size)
+        self.mixture = TorchBase(module)
+        self.register_buffer("is_initialized", torch.zeros((), dtype=torch.bool))
+        self.is_initialized: Tensor
+
+    @property
+    def has_rsample(self) -> bool:
+        """False, for which component a draw is of has no gradient."""
+        return False
+
+    @property
+    def awaits_data(self) -> bool:
+        """Whether the components are still to be put on data by `initialize`."""
+        return not self.is_initialized
+
+    @torch.no_grad()
+    def initialize(
+        self, z: Float[Tensor, "rows features"], *, generator: torch.Generator | None = None
+    ) -> None:
+        """Put a component on each of as many rows: of equal weights, and shaped like the data.
+
+        Each has the covariance of all rows, made narrower as that of a kernel is for so many of
+        them. Once only: later calls change nothing.
+
+        Raises:
+            ValueError: If there are fewer rows than components, or they lie in a plane.
+
+        References:
+            Silverman (1986), Density Estimation, for the width.
+        """
+        if not self.awaits_data:
+            return
+        if len(z) < self.size:
+            raise ValueError(
+                f"z must have a row for each of the {self.size} components; got {len(z)}. "
+                "Perhaps give fewer components."
+            )
+        factor, failed = torch.linalg.cholesky_ex(z.double().T.cov().reshape(2 * (self.features,)))
+        if failed:
+            raise ValueError("z must vary in every direction; its covariance is singular.")
+        factor = factor * self.size ** (-1 / (self.features + 4))
+        rows = torch.randperm(len(z), generator=generator, device=z.device)[: self.size]
+        below = torch.tril_indices(self.features, self.features, offset=-1, device=z.device)
+        logits, loc, log_diagonal, off_diagonal = self.mixture.parameters()
+        logits.zero_()
+        loc.copy_(z[rows])
+        log_diagonal.copy_(factor.diagonal().log().expand_as(log_diagonal))
+        off_diagonal.copy_(factor[below[0], below[1]].expand_as(off_diagonal))
+        self.is_initialized.fill_(True)
+
+    def log_prob(self, z: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch"]:
+        """Log-density of `z`, in nats."""
+        return self.mixture.log_prob(z)
+
+    def rsample(
+        self, shape: torch.Size, *, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "*batch features"]:
+        """Draws of batch shape `shape`.
+
+        Raises:
+            NotImplementedError: If gradients are on.
+        """
+        return self.mixture.rsample(shape, generator=generator)
+
+    def distribution(self, batch_shape: Sequence[int] = ()) -> Distribution:
+        """The same as a `torch.distributions.Distribution`."""
+        return self.mixture.distribution(batch_shape)
+
+
+def _zuko() -> Any:
+    try:
+        return importlib.import_module("zuko")
+    except ImportError as error:
+        raise ImportError("zuko is not installed; try pip install zuko.") from error
+
+
+def _autoregressive(zuko: Any, features: int, context: int, size: int) -> Any:
+    return zuko.flows.MAF(features, context, transforms=4, hidden_features=(size, size)).transform
+
+
+def _inverse_autoregressive(zuko: Any, features: int, context: int, size: int) -> Any:
+    return _autoregressive(zuko, features, context, size).inv
+
+
+def _neural_autoregressive(zuko: Any, features: int, context: int, size: int) -> Any:
+    widths = (size, size)
+    network = {"hidden_features": 2 * (max(size, 2),)}  # it splits its units in two
+    flow = zuko.flows.NAF(features, context, hidden_features=widths, network=network)
+    # Without the soft clips between them.
+    layers = [part for part in flow.transform.transforms if hasattr(part, "univariate")]
+    for layer in layers:
+        layer.univariate = MonotonicNetwork(zuko, layer.univariate)
+    return zuko.lazy.LazyComposedTransform(*layers)
+
+
+def _spline(zuko: Any, features: int, context: int, size: int) -> Any:
+    return zuko.flows.NSF(features, context, hidden_features=(size, size)).transform
+
+
+def _coupling(zuko: Any, features: int, context: int, size: int, **univariate: Any) -> Any:
+    widths = (size, size)
+    flow = zuko.flows.NICE(features, context, transforms=6, hidden_features=widths, **univariate)
+    return flow.transform
+
+
+def _additive(zuko: Any, features: int, context: int, size: int) -> Any:
+    additive = zuko.transforms.AdditiveTransform  # zuko's NICE is affine unless it is told
+    return _coupling(zuko, features, context, size, univariate=additive, shapes=[()])
+
+
+def _coupling_spline(zuko: Any, features: int, context: int, size: int) -> Any:
+    spline = zuko.transforms.MonotonicRQSTransform
+    shapes = [(8,), (8,), (7,)]
+    return _coupling(zuko, features, context, size, univariate=spline, shapes=shapes)
+
+
+def _gaussianization(zuko: Any, features: int, context: int, size: int) -> Any:
+    transform = zuko.flows.GF(features, context, transforms=6, components=size).transform
+    for layer in transform.transforms[::2]:
+        layer.univariate = partial(Gaussianization, bisection=zuko.utils.bisection)
+        start_near_identity(layer, size)
+    return transform
+
+
+_MAKERS: dict[str, Callable[[Any, int, int, int], Any]] = {
+    "gf": _gaussianization,
+    "iaf": _inverse_autoregressive,
+    "maf": _autoregressive,
+    "naf": _neural_autoregressive,
+    "nice": _additive,
+    "nsf": _spline,
+    "nsf_coupling": _coupling_spline,
+    "realnvp": _coupling,
+}

@@ -1,0 +1,345 @@
+"""Tables of numbers, read from files and written to them.
+
+Whatever is wrong with a file is a `ValueError` in one line that names the file, the line, the
+column and what was found there.
+"""
+
+import io
+import os
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from cnf._files import TooLargeError, as_path, check_unpacked, write_atomically
+from cnf._warnings import warn
+from cnf.data.cells import (
+    LARGEST,
+    cell_of_row,
+    first_inexact,
+    refuse_unless_numbers,
+    unacceptable,
+)
+from cnf.data.csv_files import line_of_row, read_csv, to_csv
+from cnf.data.degeneracy import DegenerateDataWarning
+from cnf.data.memmap import DAMAGES, check_header
+from cnf.data.names import find_columns, listed, numbered_names, shortened
+from cnf.data.parquet import read_parquet
+
+_RAW_FILL_VALUES = (-32768, 32767, 65535)
+"""Ends of whole numbers of 16 bits, which raw data use for missing values."""
+
+
+class Table(NamedTuple):
+    """Rows of numbers with names for the columns."""
+
+    values: NDArray[np.float64]
+    """``(rows, columns)``, finite."""
+    columns: tuple[str, ...]
+    """One name for each column; ``x1, x2, …`` where the file has none."""
+
+
+def read_table(
+    path: str | os.PathLike[str],
+    columns: Sequence[str] | None = None,
+    *,
+    array: str | None = None,
+    header: bool | None = None,
+) -> Table:
+    r"""Read a table of finite numbers from a file.
+
+    The suffix says what the file is: text (``.csv``, ``.tsv``, ``.txt``), ``.npy``, ``.npz`` or
+    ``.parquet`` (which needs pyarrow). Text is UTF-8, with or without byte-order mark, its cells
+    parted by comma, semicolon or tab, perhaps quoted. Each row is one line; blank lines are
+    skipped.
+
+    Args:
+        path: The file.
+        columns: Names of those to read, in this order; None for all. The others may hold anything.
+        array: Name of the array in an ``.npz`` file; None if it has one of two axes only. An array
+            of text called ``columns`` beside it gives the names.
+        header: Whether the first line of text holds names. If None, it does unless it holds a
+            number; a warning says so where it was taken for a row.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is of another kind, damaged or empty, has no such column, lines of
+            different length, or holds anything but numbers that single precision can hold, or
+            whole numbers with more digits than double precision holds, or a first line of which
+            nobody can tell whether it is a header. The message names line and column.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "points.csv"
+        >>> _ = path.write_text("name,height,width\nA,1.5,2\nB,3,4.5\n")
+        >>> read_table(path, ["width", "height"])
+        Table(values=array([[2. , 1.5], [4.5, 3. ]]), columns=('width', 'height'))
+    """
+    path = as_path("path", path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {str(path)!r} to read a table from.")
+    if isinstance(columns, str):
+        raise TypeError(f"columns must be a list of names; got the text {columns!r}.")
+    if header is not None and not isinstance(header, bool):
+        raise TypeError(f"header must be True, False or None; got {header!r}.")
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise ValueError(
+            f"{path} must be one of {', '.join(_READERS)}; got the suffix {path.suffix!r}. "
+            "Rename it if it is one of them."
+        )
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}, line 1: must hold a table; the file is empty.")
+    if array is not None and reader is not _read_npz:
+        raise ValueError(f"array must be None unless the file is an .npz; got {array!r}.")
+    wanted = None if columns is None else tuple(columns)
+    if reader is read_csv:
+        return Table(*read_csv(path, wanted, header))
+    if header is not None:
+        raise ValueError(f"header must be None unless the file is text; got {header} for {path}.")
+    return Table(*(reader(path, wanted) if array is None else _read_npz(path, wanted, array)))
+
+
+def place_of_row(
+    path: Path, row: int, columns: Sequence[str] | None = None, *, header: bool | None = None
+) -> str:
+    """Where a row, counted from 0, stands in a file that `read_table` has read, for a message."""
+    if _READERS[path.suffix.lower()] is read_csv:
+        wanted = None if columns is None else tuple(columns)
+        return f"{path}, line {line_of_row(path, row, wanted, header)}"
+    return f"{path}, row {row + 1} (from 1)"
+
+
+def write_table(
+    path: str | os.PathLike[str],
+    values: ArrayLike,
+    columns: Sequence[str] | None = None,
+    *,
+    replace: bool = True,
+) -> None:
+    """Write a table, atomically, as ``.csv``, ``.tsv`` or ``.npy`` by the suffix.
+
+    Numbers come back as they were: text has as many digits as their dtype needs.
+
+    Args:
+        path: Where to; the folder must exist.
+        values: ``(rows, columns)``.
+        columns: Names for the header of text; None for no header. ``.npy`` keeps no names.
+        replace: Whether an old file may be replaced.
+
+    Raises:
+        OSError: If the file cannot be written, or is there and `replace` is False.
+        ValueError: If the suffix is another, the names do not fit the values, or these are no
+            numbers, or masked.
+    """
+    path = as_path("path", path)
+    refuse_unless_numbers("values", values)
+    table = np.asarray(values)
+    if table.ndim != 2:
+        raise ValueError(f"values must have shape (rows, columns); got {table.shape}.")
+    if path.suffix.lower() == ".npy":
+        content = io.BytesIO()
+        np.save(content, table, allow_pickle=False)
+        write_atomically(path, content.getvalue(), replace=replace)
+    elif path.suffix.lower() in (".csv", ".tsv"):
+        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+        text = to_csv(table, columns, delimiter=delimiter)
+        write_atomically(path, text.encode(), replace=replace)
+    else:
+        raise ValueError(f"{path} must end in .csv, .tsv or .npy; got {path.suffix!r}.")
+
+
+def check_for_training(table: Table, name: str = "the table") -> None:
+    """Refuse a table that no density can be fitted to.
+
+    Args:
+        table: The table.
+        name: What to call it in the message, such as the path.
+
+    Raises:
+        ValueError: If it has less than two rows, or a column is constant.
+    """
+    if len(table.values) < 2:
+        raise ValueError(f"{name} must have at least 2 rows to fit; got {len(table.values)}.")
+    constant = np.flatnonzero((table.values == table.values[0]).all(0))
+    if len(constant):
+        found = [
+            f"{shortened(table.columns[i])!r} (always {table.values[0, i]:g})" for i in constant
+        ]
+        raise ValueError(
+            f"{name} must vary in every column, for a constant has no density; it does not in "
+            f"{listed(found)}. Leave such columns out."
+        )
+
+
+def point_out_fill_values(table: Table, name: str = "the table") -> None:
+    """Warn of values far outside of a column that may stand for missing ones, as 1e20 or -999.
+
+    A column's least or greatest value is one if it is further from the others than 30 times their
+    range; 3 times, if it comes twice or is one of those that mark missing values by custom.
+
+    Args:
+        table: The table.
+        name: What to call it in the message, such as the path.
+
+    Warns:
+        DegenerateDataWarning: If there are any.
+    """
+    found = [
+        f"{value:g} in {count} of {len(column)} rows of {shortened(label)!r}"
+        for label, column in zip(table.columns, table.values.T, strict=True)
+        for value, count in _fill_values(column)
+    ]
+    if found:
+        warn(
+            f"{name} has values far outside of all others in their column, which may stand for "
+            f"missing ones: {listed(found)}. Drop these rows or mend them, for a density follows "
+            "all its rows.",
+            DegenerateDataWarning,
+        )
+
+
+def _fill_values(column: NDArray[np.float64]) -> list[tuple[float, int]]:
+    """Values of a column that may stand for missing ones, and how often they come."""
+    low, high = float(column.min()), float(column.max())
+    others = column[(column > low) & (column < high)]
+    if not len(others):
+        return []
+    least, greatest = float(others.min()), float(others.max())
+    found = []
+    for value, distance in ((low, least - low), (high, high - greatest)):
+        count = int((column == value).sum())
+        by_custom = value in _RAW_FILL_VALUES or set(f"{abs(value):g}") == {"9"}
+        ranges = 3 if count > 1 or by_custom else 30
+        if distance > ranges * (greatest - least) > 0:
+            found.append((value, count))
+    return found
+
+
+def _read_npy(
+    path: Path, columns: tuple[str, ...] | None
+) -> tuple[NDArray[np.float64], tuple[str, ...]]:
+    values = _numbers(path, "the array", _open_numpy(path))
+    return _selected(path, values, numbered_names(values.shape[1]), columns)
+
+
+def _read_npz(
+    path: Path, columns: tuple[str, ...] | None, array: str | None = None
+) -> tuple[NDArray[np.float64], tuple[str, ...]]:
+    arrays = _open_numpy(path)
+    if array is None:
+        tables = [name for name, found in arrays.items() if found.ndim == 2]
+        if len(tables) != 1:
+            raise ValueError(
+                f"{path} must have one array of two axes; it has "
+                f"{listed([f'{name} {found.shape}' for name, found in arrays.items()])}. Save the "
+                "one that is meant in a file of its own: numpy.save(path, array). (In Python, "
+                "read_table(path, array=NAME) reads it here.)"
+            )
+        array = tables[0]
+    if array not in arrays:
+        raise ValueError(f"{path} has no array {array!r}; it has {listed(list(arrays))}.")
+    values = _numbers(path, f"the array {array}", arrays[array])
+    names = numbered_names(values.shape[1])
+    stated = arrays.get("columns")
+    if stated is not None and stated.dtype.kind == "U" and stated.shape == (values.shape[1],):
+        names = tuple(map(str, stated))
+    return _selected(path, values, names, columns)
+
+
+def _open_numpy(path: Path) -> Any:
+    """The array of an .npy file, or those of an .npz file by name."""
+    try:
+        with path.open("rb") as file:
+            packed = file.read(4).startswith(b"PK")
+            file.seek(0)
+            if packed:
+                _check_archive(path, file)
+            else:
+                check_header(file, path.stat().st_size)
+            content = np.load(file, allow_pickle=False)
+            return dict(content) if packed else content
+    except TooLargeError:
+        raise
+    except DAMAGES as error:
+        reason = (str(error) or repr(error)).splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"{path} must be a NumPy file of plain numbers; it is damaged, or holds Python "
+            f"objects ({reason}). Save it again from NumPy."
+        ) from error
+
+
+def _check_archive(path: Path, file: io.BufferedIOBase) -> None:
+    """Compare the sizes that an .npz file states before anything is unpacked."""
+    with zipfile.ZipFile(file) as archive:
+        check_unpacked(path, sum(entry.file_size for entry in archive.infolist()))
+        for entry in archive.infolist():
+            with archive.open(entry) as member:
+                check_header(member, entry.file_size)
+    file.seek(0)
+
+
+def _read_parquet(
+    path: Path, columns: tuple[str, ...] | None
+) -> tuple[NDArray[np.float64], tuple[str, ...]]:
+    return _checked(path, *read_parquet(path, columns))
+
+
+def _numbers(path: Path, what: str, values: Any) -> NDArray[Any]:
+    """An array as a table; a vector is one column."""
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiub":
+        kind = getattr(values, "dtype", type(values).__name__)
+        raise ValueError(f"{path} must hold real numbers; {what} holds {kind}.")
+    if values.ndim == 1:
+        values = values[:, None]
+    if values.ndim != 2:
+        raise ValueError(f"{path} must have shape (rows, columns); {what} has {values.shape}.")
+    if values.size == 0:
+        raise ValueError(f"{path} must have rows and columns; got the shape {values.shape}.")
+    table: NDArray[Any] = values
+    return table
+
+
+def _selected(
+    path: Path,
+    values: NDArray[Any],
+    names: tuple[str, ...],
+    columns: tuple[str, ...] | None,
+) -> tuple[NDArray[np.float64], tuple[str, ...]]:
+    chosen = find_columns(str(path), names, columns)
+    if columns is not None:
+        values = values[:, chosen]
+    names = tuple(names[index] for index in chosen)
+    inexact = first_inexact(values)
+    if inexact:
+        (row, column), defect = inexact
+        raise ValueError(f"{cell_of_row(path, row, names[column])}: {defect}")
+    return _checked(path, values.astype(np.float64), names)
+
+
+def _checked(
+    path: Path, values: NDArray[np.float64], names: tuple[str, ...]
+) -> tuple[NDArray[np.float64], tuple[str, ...]]:
+    if values.size == 0:
+        raise ValueError(f"{path} must have rows and columns; got the shape {values.shape}.")
+    bad = ~(np.abs(values) <= LARGEST)
+    if bad.any():
+        row, column = map(int, np.argwhere(bad)[0])
+        value = values[row, column]
+        reason = unacceptable(str(value), value)
+        raise ValueError(f"{cell_of_row(path, row, names[column])}: {reason}")
+    return values, names
+
+
+_Reader = Callable[[Path, tuple[str, ...] | None], tuple[NDArray[np.float64], tuple[str, ...]]]
+_READERS: dict[str, _Reader] = {
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".txt": read_csv,
+    ".npy": _read_npy,
+    ".npz": _read_npz,
+    ".parquet": _read_parquet,
+}

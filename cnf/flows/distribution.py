@@ -1,0 +1,479 @@
+"""A flow given a context, as a torch distribution."""
+
+import inspect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, Transform, constraints
+from torch.distributions.kl import register_kl
+from torch.distributions.transforms import _InverseTransform
+from torch.nn.utils.stateless import _functional_call
+
+from cnf._checks import (
+    check_count,
+    check_events,
+    check_sample_shape,
+    joint_batch_shape,
+    reference_tensor,
+)
+
+if TYPE_CHECKING:
+    import cnf.flows.flow
+
+
+class BoundFlow(nn.Module):
+    """A flow, and the tensors that `torch.func.functional_call` has put into it for now.
+
+    They would be gone when a distribution that was made within the call is asked. All other
+    parameters and buffers are those of the flow, whatever becomes of them: by training, `to` or
+    `load_state_dict`.
+
+    Args:
+        flow: The flow.
+    """
+
+    def __init__(self, flow: "cnf.flows.flow.Flow") -> None:
+        super().__init__()
+        self.flow = flow
+        self.kept = _exchanged(flow)
+
+    def ask(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """What the method of the flow returns, with the tensors kept.
+
+        Raises:
+            RuntimeError: If these no longer fit the flow.
+        """
+        exchanged = self.exchanged()
+        if not exchanged:
+            return getattr(self.flow, method)(*args, **kwargs)
+        return torch.func.functional_call(self, exchanged, (method, *args), kwargs)
+
+    def exchanged(self) -> dict[str, Tensor]:
+        """The tensors kept, by their names here, that are not in the flow now.
+
+        Raises:
+            RuntimeError: If they no longer fit the flow.
+        """
+        now = _tensors_of(self.flow) if self.kept else {}
+        exchanged = {}
+        for name, kept in self.kept.items():
+            there = now.get(name)
+            if there is None or (kept.dtype, kept.device) != (there.dtype, there.device):
+                raise RuntimeError(
+                    f"the flow was changed after the distribution was made by functional_call: "
+                    f"{name} was {kept.dtype} on {kept.device}, and is "
+                    f"{'gone' if there is None else f'{there.dtype} on {there.device}'}. Make the "
+                    "distribution anew, with parameters of the new kind."
+                )
+            if kept is not there:
+                exchanged[f"flow.{name}"] = kept
+        return exchanged
+
+    def forward(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """The call with tensors exchanged."""
+        return getattr(self.flow, method)(*args, **kwargs)
+
+
+def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _exchanged(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors that a `functional_call` under way has put into a module, by name.
+
+    The module does not show it: the stack of calls does. Under `torch.compile` it cannot be read.
+    """
+    if torch.compiler.is_compiling():
+        return {}
+    given: set[int] = set()
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is _functional_call.__code__:
+            given.update(map(id, frame.f_locals["parameters_and_buffers"].values()))
+        frame = frame.f_back
+    return {name: tensor for name, tensor in _tensors_of(module).items() if id(tensor) in given}
+
+
+class FlowDistribution(Distribution):
+    """A flow given a context: draws of shape ``sample_shape + batch_shape + event_shape``.
+
+    Made by calling a flow, ``flow(context)``, as with zuko's flows. The batch shape is that of
+    the context, ``()`` without one; `expand` gives another. A distribution follows the flow, in
+    training as through `to` and `load_state_dict`. Made by `torch.func.functional_call`, it keeps
+    to the parameters and buffers of that call.
+
+    It has no moments, entropy or quantiles in closed form; `estimate_mean`, `estimate_variance` and
+    `estimate_entropy` draw. Nor has it a `kl_divergence` to a distribution q, which is the mean of
+    ``log_p - q.log_prob(x)`` over draws ``x, log_p = p.rsample_and_log_prob((1000,))``.
+
+    Args:
+        flow: The flow.
+        context: What it is conditioned on, ``(*batch, context_features)``.
+        batch_shape: Batch shape when there is no context.
+
+    Example:
+        >>> from cnf import CNF
+        >>> distribution = CNF(2)().expand((4,))
+        >>> distribution.sample((3,)).shape
+        torch.Size([3, 4, 2])
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 - torch's own form
+
+    def __init__(
+        self,
+        flow: "cnf.flows.flow.Flow",
+        context: Tensor | None = None,
+        batch_shape: Sequence[int] = (),
+    ) -> None:
+        self.flow = flow
+        self.context = context
+        self._bound = BoundFlow(flow)
+        # Draws from some bases have no gradient, and rounded ones none that could be followed.
+        self.has_rsample = flow.base.has_rsample and not flow.support.is_discrete
+        super().__init__(
+            torch.Size(batch_shape) if context is None else context.shape[:-1],
+            flow.event_shape,
+            validate_args=False,  # the flow checks what comes in
+        )
+
+    def __repr__(self) -> str:
+        shapes = f"batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)}"
+        return f"{type(self).__name__}({type(self.flow).__name__}, {shapes})"
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "FlowDistribution":
+        """The same distribution for a larger batch; the draws are independent."""
+        del _instance
+        shape = check_sample_shape(batch_shape, "batch_shape")
+        if not _broadcasts(self.batch_shape, shape):
+            raise ValueError(
+                f"batch_shape must be one that {tuple(self.batch_shape)} expands to; "
+                f"got {tuple(shape)}."
+            )
+        if self.context is None:
+            expanded = FlowDistribution(self.flow, batch_shape=shape)
+        else:
+            context = self.context.expand(*shape, self.context.shape[-1])
+            expanded = FlowDistribution(self.flow, context)
+        expanded._bound = self._bound
+        return expanded
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Which values have a density."""
+        return self.flow.support
+
+    @property
+    def base(self) -> Distribution:
+        """The distribution at t = 0, of the same batch shape."""
+        return self.flow.base.distribution(self.batch_shape)
+
+    @property
+    def transform(self) -> "FlowTransform":
+        """The map from data to base."""
+        transform = FlowTransform(self.flow, self.context)
+        transform._bound = self._bound
+        return transform
+
+    def log_prob(
+        self,
+        value: Tensor,
+        *,
+        importance_samples: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Log-density of `value` as `Flow.log_prob`, in nats; batch shapes broadcast."""
+        self._bound.exchanged()  # for a flow that was converted is the cause of what comes below
+        check_events("value", value, self.event_shape, like=reference_tensor(self.flow))
+        shape = joint_batch_shape(value, torch.empty(*self.batch_shape, 0), len(self.event_shape))
+        log_prob: Tensor = self._bound.ask(
+            "log_prob",
+            value,
+            self.context,
+            importance_samples=importance_samples,
+            generator=generator,
+        )
+        return log_prob.expand(shape)
+
+    def sample(
+        self,
+        sample_shape: int | Sequence[int] = (),
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw without gradient."""
+        with torch.no_grad():
+            return self.rsample(sample_shape, generator=generator)
+
+    def rsample(
+        self,
+        sample_shape: int | Sequence[int] = (),
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw differentiably."""
+        shape = self._shape(sample_shape)
+        drawn: Tensor = self._bound.ask("rsample", shape, self.context, generator=generator)
+        return drawn
+
+    def rsample_and_log_prob(
+        self,
+        sample_shape: int | Sequence[int] = (),
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw differentiably, with the log-density in nats; see `Flow.rsample_and_log_prob`."""
+        shape = self._shape(sample_shape)
+        drawn: tuple[Tensor, Tensor] = self._bound.ask(
+            "rsample_and_log_prob", shape, self.context, generator=generator
+        )
+        return drawn
+
+    def estimate_mean(
+        self, draws: int, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean of each entry by Monte Carlo, and the standard error of this estimate.
+
+        Args:
+            draws: Number of draws, at least 2.
+            generator: Source of the draws.
+
+        Returns:
+            Two tensors of shape ``batch_shape + event_shape``.
+
+        Raises:
+            TypeError: If `draws` is not an int.
+            ValueError: If it is less than 2, or takes more memory than there is.
+            ODEError: If the solve fails.
+        """
+        return _mean_and_error(self._draw(draws, generator))
+
+    def estimate_variance(
+        self, draws: int, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Variance of each entry by Monte Carlo, and the standard error; see `estimate_mean`."""
+        x = self._draw(draws, generator)
+        squares = (x - x.mean(0)).square() * (draws / (draws - 1))
+        return _mean_and_error(squares)
+
+    def estimate_entropy(
+        self, draws: int, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Differential entropy in nats by Monte Carlo, and the standard error of this estimate.
+
+        It is the mean of -log p over draws, without bias where the likelihood is exact or an
+        estimate without bias.
+
+        Args:
+            draws: Number of draws, at least 2.
+            generator: Source of the draws, and of probes.
+
+        Returns:
+            Two tensors of shape ``batch_shape``.
+
+        Raises:
+            TypeError: If `draws` is not an int.
+            ValueError: If it is less than 2, or takes more memory than there is.
+            NotImplementedError: If the likelihood is a lower bound or a biased estimate.
+            ODEError: If the solve fails.
+        """
+        if self.flow.likelihood not in ("exact", "estimate"):
+            raise NotImplementedError(
+                f"the likelihood of this flow is a {self.flow.likelihood.replace('_', ' ')}, whose "
+                "mean over draws is not the entropy; -log_prob of draws gives an upper bound of "
+                "it on average where it is a lower bound."
+            )
+        check_count("draws", draws, least=2)
+        with torch.no_grad():
+            _, log_prob = self.rsample_and_log_prob(draws, generator=generator)
+        return _mean_and_error(-log_prob)
+
+    def _draw(self, draws: int, generator: torch.Generator | None) -> Tensor:
+        return self.sample(check_count("draws", draws, least=2), generator=generator)
+
+    @property
+    def mean(self) -> NoReturn:
+        """There is no closed form: use `estimate_mean`."""
+        raise _lacking("mean", "estimate_mean(draws)")
+
+    @property
+    def variance(self) -> NoReturn:
+        """There is no closed form: use `estimate_variance`."""
+        raise _lacking("variance", "estimate_variance(draws)")
+
+    @property
+    def stddev(self) -> NoReturn:
+        """There is no closed form: use `estimate_variance`."""
+        raise _lacking("stddev", "estimate_variance(draws), and the square root of it")
+
+    @property
+    def mode(self) -> NoReturn:
+        """There is no closed form: climb `log_prob`."""
+        raise _lacking("mode", "an optimizer of torch on -log_prob(x), from the best of many draws")
+
+    def entropy(self) -> NoReturn:
+        """There is no closed form: use `estimate_entropy`."""
+        raise _lacking("entropy", "estimate_entropy(draws)")
+
+    def perplexity(self) -> NoReturn:
+        """There is no closed form: use `estimate_entropy`."""
+        raise _lacking("perplexity", "estimate_entropy(draws), and exp of it")
+
+    def cdf(self, value: Tensor) -> NoReturn:
+        """There is none of vectors in closed form: count draws."""
+        del value
+        raise _lacking("cdf", "the share of draws below, (sample(n) <= value).all(-1).mean()")
+
+    def icdf(self, value: Tensor) -> NoReturn:
+        """There is none of vectors: take quantiles of draws."""
+        del value
+        raise _lacking("icdf", "quantiles of draws, sample((n,)).quantile(q, 0)")
+
+    def enumerate_support(self, expand: bool = True) -> NoReturn:
+        """The support cannot be enumerated: draw from it."""
+        del expand
+        raise _lacking("enumerate_support", "sample(n): there are too many values")
+
+    def _shape(self, sample_shape: int | Sequence[int]) -> torch.Size:
+        shape = check_sample_shape(sample_shape)
+        return shape + self.batch_shape if self.context is None else shape
+
+
+def _broadcasts(smaller: torch.Size, larger: torch.Size) -> bool:
+    try:
+        return bool(torch.broadcast_shapes(smaller, larger) == larger)
+    except RuntimeError:
+        return False
+
+
+def _lacking(name: str, remedy: str) -> NotImplementedError:
+    return NotImplementedError(f"a flow has no {name} in closed form; use {remedy}.")
+
+
+def _refuse_divergence(p: Distribution, q: Distribution) -> NoReturn:
+    del q
+    if isinstance(p, FlowDistribution):
+        raise _lacking(
+            "kl_divergence",
+            "the mean over draws: x, log_p = p.rsample_and_log_prob((1000,)); "
+            "(log_p - q.log_prob(x)).mean(0)",
+        )
+    raise _lacking(
+        "kl_divergence",
+        "the mean over draws: x = p.sample((1000,)); (p.log_prob(x) - q.log_prob(x)).mean(0)",
+    )
+
+
+# Where torch asks to be told of kinds of distributions; no pair of other kinds is touched.
+register_kl(FlowDistribution, FlowDistribution)(_refuse_divergence)
+register_kl(FlowDistribution, Distribution)(_refuse_divergence)
+register_kl(Distribution, FlowDistribution)(_refuse_divergence)
+
+
+def _mean_and_error(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of independent values along the first axis, and its standard error."""
+    return values.mean(0), values.std(0) / len(values) ** 0.5
+
+
+class FlowTransform(Transform):
+    """The map of a flow from data to base, as a torch transform.
+
+    It says whether it is bijective, which one that draws on the way to the base is not.
+
+    Args:
+        flow: The flow.
+        context: What it is conditioned on.
+        cache_size: As torch's; with 1 the ladj of the last call is kept too, at its cost.
+    """
+
+    codomain = constraints.real_vector
+
+    def __init__(
+        self, flow: "cnf.flows.flow.Flow", context: Tensor | None = None, *, cache_size: int = 0
+    ) -> None:
+        super().__init__(cache_size)
+        self.flow = flow
+        self.context = context
+        self._bound = BoundFlow(flow)
+        self.domain = flow.support
+        self.bijective = flow.chain.is_bijective
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what is cached, whose graph cannot be copied."""
+        return {**vars(self), "_inv": None, "_last": None, "_cached_x_y": (None, None)}
+
+    @property
+    def inv(self) -> "InverseFlowTransform":
+        """The map from base to data."""
+        if not isinstance(self._inv, InverseFlowTransform):
+            self._inv = InverseFlowTransform(self)
+        return self._inv
+
+    def with_cache(self, cache_size: int = 1) -> "FlowTransform":
+        """The same map, which keeps its last call or none."""
+        other = FlowTransform(self.flow, self.context, cache_size=cache_size)
+        other._bound = self._bound
+        return other
+
+    def forward_shape(self, shape: Sequence[int]) -> torch.Size:
+        """Shape of base points, given that of data."""
+        batch = tuple(shape)[: len(shape) - len(self.flow.event_shape)]
+        return torch.Size([*batch, self.flow.base.features])
+
+    def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
+        """Shape of data, given that of base points."""
+        return torch.Size([*shape[:-1], *self.flow.event_shape])
+
+    def _call(self, x: Tensor) -> Tensor:
+        if self._cache_size:
+            y, ladj = self.call_and_ladj(x)
+            self._last = x, y, ladj
+            return y
+        z: Tensor = self._bound.ask("to_base", x, self.context)
+        return z
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        if self._cache_size:
+            moved, ladj = self.inv.call_and_ladj(y)
+            self._last = moved, y, -ladj
+            return moved
+        x: Tensor = self._bound.ask("to_data", y, self.context)
+        return x
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """log|det dz/dx| at `x`, in nats.
+
+        Raises:
+            NotImplementedError: If the map is not a bijection, and so has no such number.
+        """
+        if not self.bijective:
+            raise NotImplementedError("the flow is not a bijection; use flow.to_base_and_ladj.")
+        if self._last is not None and x is self._last[0] and y is self._last[1]:
+            return self._last[2]
+        return self.call_and_ladj(x)[1]
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The map of `x` and its ladj, in one solve."""
+        moved: tuple[Tensor, Tensor] = self._bound.ask("to_base_and_ladj", x, self.context)
+        return moved
+
+
+class InverseFlowTransform(_InverseTransform):
+    """The map of a flow from base to data, as a torch transform.
+
+    Args:
+        transform: The map from data to base.
+    """
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All: torch's own inverses leave out what they are the inverse of."""
+        return dict(vars(self))
+
+    def call_and_ladj(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The map of `z` and its ladj, in one solve."""
+        way: Any = self._inv
+        moved: tuple[Tensor, Tensor] = way._bound.ask("to_data_and_ladj", z, way.context)
+        return moved

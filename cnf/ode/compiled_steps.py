@@ -1,0 +1,172 @@
+r"""Steps of fixed size along a compiled field, each of them one program.
+
+An explicit Runge-Kutta method goes from :math:`s` at :math:`t_0` to :math:`s'` at :math:`t_1 = t_0
++ h` by slopes :math:`k_i` at stages in between,
+
+.. math:: k_i = f\Big(t_0 + h \sum_j a_{ij}, \; s + h \sum_j a_{ij} k_j\Big), \qquad
+    s' = s + h \sum_i b_i k_i
+
+The program of a step holds all its evaluations and what combines them, for points and ladj alike. A
+loop runs it once for each step: the time to compile grows with the stages, but not with the steps.
+The methods and the grid are torchdiffeq's, and so are the numbers but for rounding.
+
+Steps run so where the field is compiled, makes its divergence without reverse mode, and is looked
+on by nothing but counts of its evaluations. Left out, and solved evaluation by evaluation, are
+adaptive and Adams methods; the adjoint and checkpoint, where there is a gradient; regularizers;
+divergences but `Exact` and `Hutchinson`; and what runs within `torch.func`. So is, once more, a
+solve that fails or would spend its budget, to say where and why.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from cnf._warnings import warn
+from cnf.ode.monitor import State
+from cnf.vector_fields.compiled import Compilation, reason
+
+if TYPE_CHECKING:
+    from cnf.vector_fields.base import VectorField
+
+_STAGES: dict[str, tuple[tuple[float, ...], ...]] = {
+    "euler": ((1,),),
+    "midpoint": ((1 / 2,), (0, 1)),
+    "heun2": ((1,), (1 / 2, 1 / 2)),
+    "heun3": ((1 / 3,), (0, 2 / 3), (1 / 4, 0, 3 / 4)),
+    "rk4": ((1 / 3,), (-1 / 3, 1), (1, -1, 1), (1 / 8, 3 / 8, 3 / 8, 1 / 8)),
+}
+"""For each method, what weighs the slopes so far on the way to the next stage; last, to the end."""
+
+Rates = Callable[..., State]
+"""Takes a field, a time, points and further inputs; returns the rate of each part of the state, of
+which the points are the first and the others never an input."""
+
+
+@dataclass(frozen=True)
+class FieldSteps:
+    """How to make steps along a field into programs.
+
+    Args:
+        field: The field.
+        rates: The rates of the state; a function that outlives the call, as its program does.
+        inputs: Its further inputs.
+    """
+
+    field: "VectorField"
+    rates: Rates
+    inputs: tuple[Any, ...]
+
+    def serve(self, method: str) -> bool:
+        """Whether steps of the method run as programs here and now."""
+        return (
+            method in _STAGES
+            and "_compilation" in vars(self.field)
+            and not self._compilation.steps_failed
+            and self._compilation.serves()
+            and len(self.field._compilable) > 1
+            and self.field._is_but_counted
+        )
+
+    def solve(
+        self,
+        method: str,
+        state: State,
+        grid: Tensor,
+        times: Tensor,
+        *,
+        budget: int,
+        otherwise: Callable[[], State],
+    ) -> State:
+        """The state at each of `times`.
+
+        Args:
+            method: A method that is served.
+            state: The state at the first time.
+            grid: Where steps start and end, each of `times` among them.
+            times: The times.
+            budget: Largest number of evaluations.
+            otherwise: The same solve without these programs, which alone tells why it fails.
+        """
+        stages = len(_STAGES[method]) * (len(grid) - 1)
+        if stages > budget or not _advances(grid.detach()):
+            return otherwise()
+        try:
+            solution = self._follow(method, state, grid, set(times.tolist()))
+        except Exception as error:
+            solution = otherwise()  # which raises if the inputs are at fault
+            self._do_without(error)
+            return solution
+        if not all(bool(part.isfinite().all()) for part in solution):
+            return otherwise()
+        for _ in range(stages):
+            self.field._announce_evaluation(grid[0], state[0], None)
+        return solution
+
+    @property
+    def _compilation(self) -> Compilation:
+        return cast("Compilation", vars(self.field)["_compilation"])
+
+    def _follow(self, method: str, state: State, grid: Tensor, times: set[float]) -> State:
+        key = type(self.field), self.rates, method
+        step = self._compilation.step(key, lambda: _step(self.rates, _STAGES[method]))
+        seen = [state]
+        here = _uniform(state)
+        # Copies, for a program is made for the sizes of what its inputs are views of, too.
+        marks = [t.clone() for t in grid]
+        for (start, end), time in zip(pairwise(marks), grid.tolist()[1:], strict=True):
+            moved = step(self.field, start, end, here, self.inputs)
+            # A CUDA graph writes where it wrote before.
+            here = tuple(part.clone() for part in moved)
+            if time in times:
+                seen.append(here)
+        return tuple(map(torch.stack, zip(*seen, strict=True)))
+
+    def _do_without(self, error: Exception) -> None:
+        self._compilation.steps_failed = True
+        if not self._compilation.failed:  # of which there has been a warning
+            warn(
+                f"torch.compile failed on a whole step ({reason(error)}). The flow goes on "
+                "with programs of single evaluations: the same numbers, more slowly.",
+            )
+
+
+def _step(rates: Rates, stages: tuple[tuple[float, ...], ...]) -> Callable[..., State]:
+    def step(
+        field: "VectorField", start: Tensor, end: Tensor, state: State, inputs: tuple[Any, ...]
+    ) -> State:
+        size = end - start
+        t, here = start, state
+        slopes: list[State] = []
+        for weights in stages:
+            found = rates(field, t.to(state[0].dtype), here[0], *inputs)
+            # Under autocast a network returns what is coarser than the state may be.
+            slopes.append(tuple(map(torch.Tensor.type_as, found, state)))
+            t = start + sum(weights) * size
+            here = tuple(
+                part + size * _weighted(weights, slope)
+                for part, *slope in zip(state, *slopes, strict=True)
+            )
+        return here
+
+    return step
+
+
+def _weighted(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
+    terms = [weight * slope for weight, slope in zip(weights, slopes, strict=True) if weight]
+    return sum(terms[1:], terms[0])
+
+
+def _uniform(state: State) -> State:
+    """The state as it is after a step: no view, and each part needs a gradient, or none does."""
+    copies = tuple(part.clone() for part in state)
+    return tuple(part.requires_grad_() for part in copies) if torch.is_grad_enabled() else copies
+
+
+def _advances(grid: Tensor) -> bool:
+    """Whether the time advances in each step, as `cnf.ode.monitor.SteppingWatch` asks."""
+    starts = grid[:-1].abs()
+    return bool((starts + grid.diff().abs() > starts).all())

@@ -1,0 +1,347 @@
+"""How an ordinary differential equation is solved, by the methods of torchdiffeq."""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cnf._checks import check_choice, check_count, check_number, is_hidden, is_positive
+from cnf._memory import check_fits
+from cnf.ode.checkpointing import RecordingWatch, solve_by_steps
+from cnf.ode.compiled_steps import FieldSteps
+from cnf.ode.monitor import ODEError, RightHandSide, State, SteppingWatch, Watch
+from cnf.ode.torchdiffeq_door import evaluations_per_step, is_multistep, methods, one_step, solvers
+from cnf.vector_fields.jacobian.autograd import functions_are_transformed
+
+__all__ = ["Control", "Gradient", "ODEError", "ODESolver", "RightHandSide", "State", "methods"]
+
+Gradient = Literal["adjoint", "backprop", "checkpoint"]
+Control = Literal["points_and_ladj", "points"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ODESolver:
+    """How the ODE is solved: settings that can be shared, compared and saved.
+
+    Raises:
+        TypeError: If `steps` or `max_evaluations` is not an int.
+        ValueError: If a setting is out of range or two of them do not fit together.
+
+    References:
+        Chen et al. (2018), Neural Ordinary Differential Equations, for the adjoint.
+        https://arxiv.org/abs/1806.07366
+        Kidger et al. (2021), "Hey, that's not an ODE", for its seminorm.
+        https://arxiv.org/abs/2009.09457
+
+    Example:
+        >>> ODESolver(method="rk4", steps=20).gradient
+        'adjoint'
+    """
+
+    method: str = "dopri5"
+    """Any method name of the installed torchdiffeq; `methods()` lists them. Its Adams methods are
+    of high order and stable for small steps only: check them against another."""
+    rtol: float = 1e-5
+    """Relative tolerance of every part of the state, ladj included; for adaptive methods."""
+    atol: float = 1e-5
+    """Absolute tolerance, likewise."""
+    control: Control = "points_and_ladj"
+    """What an adaptive method chooses its steps by: the error of the points and of the ladj, or of
+    the points alone, where the ladj is needed less precisely than they are."""
+    first_step: float | None = None
+    """Size of the first step of each solve by an adaptive method, in units of time; None to choose
+    it by one more evaluation, and tiny where the field is at rest. One too large is cut."""
+    steps: int | None = None
+    """Number of equal steps; for fixed-step methods, which need it, only."""
+    gradient: Gradient = "adjoint"
+    """How gradients are made. The "adjoint" solves a second ODE backwards, so that memory does not
+    grow with the evaluations and the gradient has an error of the order of the tolerance;
+    "backprop" differentiates the steps taken, exactly and faster, with memory for each of them;
+    "checkpoint" does the same but redoes one step at a time, with memory for the graph of one."""
+    max_evaluations: int = 10_000
+    """Budget of a solve, and again of each backward pass that evaluates; spending it raises an
+    `ODEError`, at once where it is known beforehand that more are needed."""
+
+    def __post_init__(self) -> None:
+        kinds = methods()
+        check_choice("method", self.method, kinds)
+        for name in ("rtol", "atol", "first_step"):
+            value = getattr(self, name)
+            if value is not None or name != "first_step":
+                number = check_number(name, value, "positive and finite", is_positive)
+                object.__setattr__(self, name, number)
+        check_choice("gradient", self.gradient, get_args(Gradient))
+        check_choice("control", self.control, get_args(Control))
+        budget = check_count("max_evaluations", self.max_evaluations)
+        object.__setattr__(self, "max_evaluations", budget)
+        self._check_kind(kinds[self.method])
+
+    def _check_kind(self, kind: str) -> None:
+        if kind == "fixed":
+            if self.steps is None:
+                raise ValueError(f"method {self.method!r} takes fixed steps; give steps=.")
+            object.__setattr__(self, "steps", check_count("steps", self.steps))
+        elif self.steps is not None:
+            raise ValueError(
+                f"method {self.method!r} chooses its own steps; got steps={self.steps}. "
+                "Leave steps out, or choose a fixed-step method such as 'rk4'."
+            )
+        if kind != "adaptive" and self.first_step is not None:
+            raise ValueError(
+                f"first_step is for adaptive methods such as 'dopri5', and {self.method!r} is "
+                f"none; got {self.first_step}. Leave it out."
+            )
+        if kind == "external" and self.gradient != "adjoint":
+            raise ValueError(
+                f"method {self.method!r} leaves torch, which {self.gradient} cannot follow; "
+                "use gradient='adjoint'."
+            )
+        if self.gradient == "checkpoint" and is_multistep(self.method):
+            raise ValueError(
+                f"method {self.method!r} remembers earlier steps, so that checkpoint cannot redo "
+                "one alone; use gradient='adjoint' or 'backprop', or a method such as 'rk4'."
+            )
+
+    def solve(
+        self,
+        rhs: RightHandSide,
+        state: State,
+        times: Float[Tensor, " times"],
+        *,
+        dependencies: Callable[[], Sequence[Tensor]] = tuple,
+        controlled: int | None = None,
+        programs: FieldSteps | None = None,
+    ) -> State:
+        """Follow dstate/dt = rhs(t, state) through the given times.
+
+        Args:
+            rhs: Takes a 0-dim time and the state, returns the derivative of each of its tensors.
+            state: The state at ``times[0]``: tensors; the first holds rows, ``(*batch, features)``.
+            times: At least two times, strictly increasing or decreasing.
+            dependencies: Returns every other tensor that `rhs` depends on. The adjoint and
+                checkpoint give no gradient to a tensor not named here.
+            controlled: How many tensors of the state, from the first, the error control of an
+                adaptive method looks at; None for all. With ``control="points"`` it is one.
+            programs: What makes steps of the same right-hand side into programs where it serves.
+
+        Returns:
+            The state at each time, in tensors with a first axis of ``len(times)`` more. For a
+            state without rows, `rhs` is not called.
+
+        Raises:
+            ValueError: If the tolerances are finer than the dtype of the state can tell, or there
+                is no memory for the state at so many times.
+            ODEError: If the solve fails.
+        """
+        kind = methods()[self.method]
+        self._check_precision(kind, state[0].dtype)
+        if state[0].numel() == 0:
+            return _nowhere(state, times, dependencies())
+        self._check_budget(kind, len(times) - 1)
+        numbers = len(times) * sum(part.numel() for part in state)
+        remedy = "Ask for fewer times, or fewer rows at once."
+        check_fits("times", f"{len(times)} of them", numbers, like=state[0], remedy=remedy)
+        unique = {id(tensor): tensor for tensor in dependencies() if tensor.requires_grad}
+        parameters = tuple(unique.values())
+        needs_gradient = torch.is_grad_enabled() and any(
+            tensor.requires_grad for tensor in (*state, times, *parameters)
+        )
+        gradient = self.gradient if needs_gradient else "backprop"
+        hidden = any(map(is_hidden, (*state, times, *dependencies())))
+        self._check_transformed(kind, gradient, times, hidden=hidden)
+        watch = _watch_for(kind, gradient)(
+            rhs,
+            dependencies,
+            method=self.method,
+            kind=kind,
+            gradient=gradient,
+            budget=self.max_evaluations,
+            controlled=1 if self.control == "points" else controlled,
+        )
+        watch.check_start(state)
+        arguments = self._arguments(watch, times)
+        if gradient == "adjoint":
+            solution = self._by_adjoint(watch, state, times, parameters, arguments)
+        elif gradient == "checkpoint":
+            solution = self._by_steps(watch, state, times, parameters, arguments)
+        else:
+            # Where nothing needs a gradient, a field in reverse mode would leave a graph all the
+            # same, because it differentiates with respect to x.
+            with torch.set_grad_enabled(needs_gradient):
+                if hidden:
+                    solution = self._solve_hidden(watch, state, times)
+                else:
+                    solution = self._by_rule(watch, state, times, arguments, programs)
+        watch.check_end(solution, times)
+        return tuple(solution)
+
+    def _by_adjoint(
+        self,
+        watch: Watch,
+        state: State,
+        times: Tensor,
+        parameters: Sequence[Tensor],
+        arguments: dict[str, Any],
+    ) -> State:
+        _, odeint_adjoint = solvers()
+        options = self._options(watch, times, everywhere=True)
+        solution = odeint_adjoint(
+            watch,
+            state,
+            times,
+            **arguments,
+            adjoint_options={**options, "norm": "seminorm"},
+            adjoint_params=parameters,
+        )
+        return watch.backward_once(solution)
+
+    def _by_steps(
+        self,
+        watch: Watch,
+        state: State,
+        times: Tensor,
+        parameters: Sequence[Tensor],
+        arguments: dict[str, Any],
+    ) -> State:
+        assert isinstance(watch, RecordingWatch)  # noqa: S101 - for mypy: `_watch_for` sees to it
+
+        def solve() -> State:
+            return _odeint(watch, state, times, arguments)
+
+        step = one_step(self.method, watch, like=state[0])
+        return solve_by_steps(watch, solve, step, state, times, parameters)
+
+    def _by_rule(
+        self,
+        watch: Watch,
+        state: State,
+        times: Tensor,
+        arguments: dict[str, Any],
+        programs: FieldSteps | None,
+    ) -> State:
+        def solve() -> State:
+            return _odeint(watch, state, times, arguments)
+
+        if programs is None or not programs.serve(self.method):
+            return solve()
+        grid = self._grid(times, (times[-1] - times[0]).abs().detach())
+        budget = self.max_evaluations
+        return programs.solve(self.method, state, grid, times, budget=budget, otherwise=solve)
+
+    def _solve_hidden(self, watch: Watch, state: State, times: Tensor) -> State:
+        """On a fixed grid, without the branches on numbers and writes in place of torchdiffeq."""
+        step = one_step(self.method, watch, like=state[0])
+        span = (times[-1] - times[0]).abs().detach()
+        seen = [state]
+        for start, end in itertools.pairwise(times):
+            for t0, t1 in itertools.pairwise(self._grid(torch.stack([start, end]), span)):
+                state, _ = step(t0, t1, state, ())
+            seen.append(state)
+        return tuple(map(torch.stack, zip(*seen, strict=True)))
+
+    def _check_transformed(
+        self, kind: str, gradient: Gradient, times: Tensor, *, hidden: bool
+    ) -> None:
+        """Refuse what functions of torch that transform functions cannot go through."""
+        remedy = "use ODESolver(method='rk4', steps=..., gradient='backprop')."
+        if gradient != "backprop" and (hidden or functions_are_transformed()):
+            raise ODEError(
+                f"gradient={gradient!r} works by backward passes of its own, which torch.func "
+                f"(grad, jacrev, jvp, vmap, ...) and torch.export do not go through; {remedy}"
+            )
+        if hidden and (kind != "fixed" or is_multistep(self.method)):
+            raise ODEError(
+                f"method {self.method!r} chooses what it does by numbers, which torch.vmap and "
+                f"torch.export hide; {remedy}"
+            )
+        if len(times) > 2 and is_hidden(times):
+            raise ODEError(
+                "a trajectory at times that torch.vmap or torch.export hide has no grid."
+            )
+
+    def _check_precision(self, kind: str, dtype: torch.dtype) -> None:
+        resolution = torch.finfo(dtype).eps
+        if kind == "adaptive" and max(self.rtol, self.atol) < resolution:
+            raise ValueError(
+                f"rtol and atol must not both be finer than {dtype} can tell, {resolution:.1e}; "
+                f"got {self.rtol} and {self.atol}. Loosen them, or use float64."
+            )
+
+    def _check_budget(self, kind: str, spans: int) -> None:
+        """Refuse what is known to need more evaluations, before there is a grid for them."""
+        if kind == "external" or (kind == "adaptive" and self.method == "dopri5"):
+            return  # which need no step for a time
+        steps = spans if self.steps is None else max(self.steps, spans)
+        needed = steps * evaluations_per_step(self.method)
+        if needed > self.max_evaluations:
+            raise ODEError(
+                f"the solve with {self.method} needs at least {needed} evaluations, for {steps} "
+                f"steps, more than max_evaluations={self.max_evaluations}; take fewer steps or "
+                "times, or raise max_evaluations."
+            )
+
+    def _arguments(self, watch: Watch, times: Tensor) -> dict[str, Any]:
+        """What torchdiffeq takes beside the right-hand side, state and times."""
+        count = watch.controlled
+        # Dense output is as accurate as the steps with dopri5 only; checkpoint redoes steps, and
+        # no more.
+        everywhere = self.method != "dopri5" or self.gradient == "checkpoint"
+        options = self._options(watch, times, everywhere=everywhere)
+        options["norm"] = lambda parts: _largest_rms(parts[:count])
+        return {"method": self.method, "rtol": self.rtol, "atol": self.atol, "options": options}
+
+    def _options(self, watch: Watch, times: Tensor, *, everywhere: bool) -> dict[str, Any]:
+        if watch.kind == "adaptive":
+            return {
+                "everywhere": everywhere,
+                "on_trial": watch.keep_errors,
+                "first_step": self.first_step,
+            }
+        if watch.kind == "fixed":
+            span = (times[-1] - times[0]).abs().detach()
+            return {"grid_constructor": lambda _f, _y, t: self._grid(t, span)}
+        return {}
+
+    def _grid(self, times: Tensor, span: Tensor) -> Tensor:
+        """Equal steps through `times`, as many as `steps` makes of `span`, that meet each time."""
+        assert self.steps is not None  # noqa: S101 - for mypy: checked when self was made
+        pieces = [times[:1]]
+        for start, end in itertools.pairwise(times):
+            # Times that are hidden are two, which share nothing.
+            share = 1.0 if is_hidden(times) else float((end - start).abs().detach() / span)
+            count = max(1, math.ceil(self.steps * share - 1e-4))
+            fraction = torch.linspace(0, 1, count + 1, dtype=times.dtype, device=times.device)[1:]
+            pieces.append(torch.cat([start + (end - start) * fraction[:-1], end[None]]))
+        return torch.cat(pieces)
+
+
+def _odeint(watch: Watch, state: State, times: Tensor, arguments: dict[str, Any]) -> State:
+    odeint, _ = solvers()
+    solution: State = odeint(watch, state, times, **arguments)
+    return solution
+
+
+def _watch_for(kind: str, gradient: str) -> type[Watch]:
+    if kind == "external":
+        return Watch
+    return RecordingWatch if gradient == "checkpoint" else SteppingWatch
+
+
+def _nowhere(state: State, times: Tensor, dependencies: Sequence[Tensor]) -> State:
+    """A state without rows at each time; its graph reaches what it does for other states."""
+    nothing = sum(tensor.sum() for tensor in (times, *dependencies)) * 0
+    return tuple(part.expand(len(times), *part.shape) + nothing for part in state)
+
+
+@torch.no_grad()
+def _largest_rms(parts: State) -> Tensor:
+    """Norm of a state as torchdiffeq takes it: the largest root mean square of its tensors.
+
+    It has no graph, so that the sizes of the steps, which it decides, are constants to backprop.
+    """
+    return torch.stack([part.square().mean().sqrt() for part in parts]).max()

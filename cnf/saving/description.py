@@ -1,0 +1,216 @@
+"""A flow as JSON: the class and the constructor's settings of each part, and back."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from cnf.baselines import NamedMixture, NamedTransform
+from cnf.bases import StandardNormal
+from cnf.divergence import Divergence, Exact, Hutchinson
+from cnf.flows.cnf import CNF
+from cnf.flows.flow import Flow
+from cnf.ode import ODESolver
+from cnf.transforms import (
+    ActNorm,
+    AdditiveCoupling,
+    Affine,
+    AffineCoupling,
+    Augment,
+    Chain,
+    ConditionalAffine,
+    ContinuousTransform,
+    Conv1x1,
+    ConvConditioner,
+    Dequantize,
+    EmergingConv,
+    ExactLipschitz,
+    ExactLogDet,
+    FactorOut,
+    Flatten,
+    LipschitzAttention,
+    LipschitzConv,
+    LipschitzMLP,
+    Logit,
+    MLPConditioner,
+    PeriodicConv,
+    Permute,
+    Planar,
+    Radial,
+    ResidualFlow,
+    RussianRoulette,
+    Squeeze,
+    Standardize,
+    TruncatedSeries,
+    Unconstrain,
+    WoodburyConv,
+)
+from cnf.vector_fields import (
+    ConvField,
+    LinearField,
+    MLPField,
+    ModuleField,
+    PotentialField,
+    ResidualField,
+)
+
+_CLASSES: dict[str, type] = {
+    cls.__name__: cls
+    for cls in (
+        *(CNF, Flow, StandardNormal),
+        *(NamedMixture, NamedTransform),
+        *(ActNorm, Affine, Augment, Chain, ContinuousTransform, Dequantize, FactorOut, Flatten),
+        *(Logit, Permute, Squeeze, Standardize, Unconstrain),
+        *(AdditiveCoupling, AffineCoupling, ConditionalAffine, Conv1x1),
+        *(ConvConditioner, MLPConditioner),
+        *(EmergingConv, ExactLipschitz, PeriodicConv, Planar, Radial, WoodburyConv),
+        *(ConvField, LinearField, MLPField, ModuleField, PotentialField, ResidualField),
+        *(ResidualFlow, LipschitzAttention, LipschitzConv, LipschitzMLP),
+        *(ExactLogDet, RussianRoulette, TruncatedSeries),
+        *(Exact, Hutchinson, ODESolver),
+    )
+}
+
+
+_REMEDY = "Save flow.state_dict() instead, and rebuild the flow in your own code."
+
+
+def describe(value: Any) -> Any:
+    """JSON for a setting or part: a part is its class and its constructor's arguments.
+
+    Raises:
+        TypeError: If it has a part or setting that no file can describe.
+    """
+    if isinstance(value, np.generic) or _is_number_in_an_array(value):
+        value = value.item()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple | nn.ModuleList):
+        return [describe(item) for item in value]
+    cls = type(value)
+    _refuse_other_classes(cls)
+    settings = {}
+    for name in _settings(cls):
+        if not hasattr(value, name):
+            raise TypeError(
+                f"{cls.__qualname__} has no attribute {name!r}, so that this setting of its "
+                f"constructor cannot be saved. Set self.{name} = {name} there. {_REMEDY}"
+            )
+        try:
+            settings[name] = describe(_setting(value, name))
+        except _NoDescriptionError as error:
+            raise TypeError(
+                f"the setting {name!r} of {cls.__qualname__} cannot be saved: {error}"
+            ) from error
+    return {"class": cls.__name__, **settings}
+
+
+def rebuild(description: Any, classes: Mapping[str, type], count_part: Callable[[], object]) -> Any:
+    """What `describe` described.
+
+    Args:
+        description: The JSON.
+        classes: Classes beside those of cnf, by name.
+        count_part: Called once for each part, to stop where there are too many.
+
+    Raises:
+        Exception: Whatever a constructor raises.
+    """
+    if isinstance(description, list):
+        return [rebuild(item, classes, count_part) for item in description]
+    if not isinstance(description, dict):
+        return description
+    count_part()
+    name = description["class"]
+    cls = _CLASSES.get(name) or classes.get(name)
+    if cls is None:
+        raise MissingClassError(
+            f"it names the class {name!r}, which is none of cnf; if it is yours, give it: "
+            f"load(path, classes=[{name}])"
+        )
+    settings = {
+        key: rebuild(value, classes, count_part)
+        for key, value in description.items()
+        if key != "class"
+    }
+    if issubclass(cls, Flow):
+        return cls._with_parts(settings["transforms"], settings["base"])
+    return cls(**settings)
+
+
+def by_name(classes: Iterable[type]) -> dict[str, type]:
+    """Classes of a user's own, by name.
+
+    Raises:
+        TypeError: If one is no class, or cannot be saved.
+        ValueError: If two have the same name, or one has a name of cnf's own.
+    """
+    if isinstance(classes, type) or not isinstance(classes, Iterable):
+        raise TypeError(f"classes must be a list of classes, such as [Mine]; got {classes!r}.")
+    named: dict[str, type] = {}
+    for cls in classes:
+        if not isinstance(cls, type):
+            raise TypeError(f"classes must hold classes; got {cls!r}.")
+        _refuse_other_classes(cls)
+        if named.setdefault(cls.__name__, cls) is not cls:
+            raise ValueError(f"classes must differ in name; got {cls.__name__} twice.")
+    return named
+
+
+def _is_number_in_an_array(value: object) -> bool:
+    if isinstance(value, nn.Parameter) or not isinstance(value, np.ndarray | Tensor):
+        return False
+    return value.ndim == 0
+
+
+class MissingClassError(ValueError):
+    """A description names a class that is not known here."""
+
+
+class _NoDescriptionError(TypeError):
+    """What is neither a plain setting nor a part."""
+
+
+def _refuse_other_classes(cls: type) -> None:
+    """Refuse classes that no file may name."""
+    own = _CLASSES.get(cls.__name__)
+    if own is cls:
+        return
+    if not issubclass(cls, nn.Module | Divergence) or issubclass(cls, Flow):
+        raise _NoDescriptionError(
+            "settings must be numbers, texts, lists of them, or parts: vector fields, transforms, "
+            f"bases, divergences and other modules; got {cls.__qualname__}. {_REMEDY}"
+        )
+    if own is not None:
+        raise ValueError(
+            f"a class of your own must have a name of its own; got {cls.__qualname__}, and cnf has "
+            f"a class {cls.__name__}. Rename yours."
+        )
+
+
+def _setting(part: Any, name: str) -> Any:
+    """A setting that a part has; the transforms of a flow are a list, as they were given."""
+    setting = getattr(part, name)
+    if isinstance(part, Flow | FactorOut) and isinstance(setting, Chain):
+        return setting.transforms
+    return setting
+
+
+def _settings(cls: type) -> list[str]:
+    """Names of the settings that a part is rebuilt from, each also an attribute."""
+    if issubclass(cls, Flow):
+        return ["transforms", "base"]
+    if dataclasses.is_dataclass(cls):
+        return [field.name for field in dataclasses.fields(cls)]
+    parameters = inspect.signature(cls).parameters.values()
+    for parameter in parameters:
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise TypeError(
+                f"{cls.__qualname__} takes settings without a name ({parameter}), which cannot be "
+                "saved. Wrap it in a class whose constructor names each of its settings. "
+                f"{_REMEDY}"
+            )
+    return [parameter.name for parameter in parameters]

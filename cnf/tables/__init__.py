@@ -1,0 +1,1 @@
+"""Densities of tables: fitted, scored row by row, kept in a folder, and for scikit-learn."""

@@ -1,0 +1,263 @@
+"""A density estimator for scikit-learn; the only module that talks to it.
+
+Importing it imports scikit-learn, which ``pip install 'cnf-flows[sklearn]'`` brings.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.random import RandomState
+from numpy.typing import ArrayLike
+from sklearn.base import BaseEstimator, DensityMixin
+from sklearn.utils import check_array, check_random_state
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor
+
+from cnf._checks import check_count
+from cnf.data.cells import refuse_unless_numbers
+from cnf.data.degeneracy import DegenerateDataWarning, check_columns
+from cnf.data.names import shortened
+from cnf.data.table_files import Table, check_for_training, point_out_fill_values
+from cnf.tables import fit as density
+from cnf.tables.fit import DensitySettings, Rows, continue_density, fit_density, hold_out
+from cnf.training import History
+from cnf.transforms import Standardize
+
+_SEEDS = 2**31 - 1
+_LEAST_ROWS = 2
+"""So that there is a standard deviation."""
+
+
+class CNFDensity(DensityMixin, BaseEstimator):
+    """Density estimation by a continuous normalizing flow, with `KernelDensity`'s interface.
+
+    Columns are standardised; what is left to a user is how long and how large. Densities are in
+    nats, computed in float64 on a fixed grid of times (`cnf.tables.fit.GRID_STEPS`), so that the
+    score of a row does not depend on the rows beside it.
+
+    Args:
+        matching_steps: Steps of flow matching of each `fit`; None for as many as the rows ask for,
+            as in `cnf.recipe`.
+        likelihood_steps: Steps of maximum likelihood after them, and of each `partial_fit`; None
+            likewise.
+        batch_size: Rows of a minibatch; all rows if there are fewer.
+        learning_rate: Peak learning rate of matching; likelihood has a quarter of it.
+        hidden_features: Widths of the hidden layers of the network.
+        validation_fraction: Share of the rows held out of training; the weights that are best on
+            them are kept. With 0, or too few rows, the last weights are.
+        random_state: Seed, `RandomState` or None (numpy's global one), of the rows held out, the
+            initial weights and the training.
+        verbose: Whether to show a progress bar.
+
+    Attributes:
+        flow_: The fitted `Flow`, in float64.
+        history_: The record of the training, by every call since `fit`; its losses are those of
+            the standardised rows.
+        n_features_in_: Number of columns.
+        feature_names_in_: Names of the columns, if X had names that are strings.
+
+    References:
+        Chen et al. (2018), Neural Ordinary Differential Equations.
+        https://arxiv.org/abs/1806.07366
+
+    Example:
+        >>> X = np.random.RandomState(0).normal(5, 2, size=(300, 2))
+        >>> model = CNFDensity(matching_steps=20, likelihood_steps=2, random_state=0).fit(X)
+        >>> model.score_samples(X[:3]).shape
+        (3,)
+        >>> model.sample(10, random_state=0).shape
+        (10, 2)
+    """
+
+    def __init__(
+        self,
+        *,
+        matching_steps: int | None = None,
+        likelihood_steps: int | None = None,
+        batch_size: int = 512,
+        learning_rate: float = 4e-3,
+        hidden_features: Sequence[int] = (128, 128),
+        validation_fraction: float = 0.1,
+        random_state: int | RandomState | None = None,
+        verbose: bool = False,
+    ) -> None:
+        self.matching_steps = matching_steps
+        self.likelihood_steps = likelihood_steps
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.hidden_features = hidden_features
+        self.validation_fraction = validation_fraction
+        self.random_state = random_state
+        self.verbose = verbose
+
+    @torch.inference_mode(False)
+    def fit(
+        self, X: ArrayLike, y: Any = None, sample_weight: ArrayLike | None = None
+    ) -> "CNFDensity":
+        """Fit a new flow.
+
+        Args:
+            X: Rows (n_samples, n_features), two at least.
+            y: Ignored.
+            sample_weight: How often each row counts.
+
+        Raises:
+            TypeError: If X is sparse, or a parameter of another type than expected.
+            ValueError: If X has NaN, infinity, masked values, dates, text, a constant column or
+                less than two rows, or a parameter is out of range.
+            TrainingError: If training cannot go on.
+        """
+        del y
+        rows = self._rows(X, sample_weight, first=True)
+        names = getattr(self, "feature_names_in_", range(self.n_features_in_))
+        table = Table(rows.x.numpy(), tuple(map(str, names)))
+        check_for_training(table, "X")
+        point_out_fill_values(table, "X")
+        check_columns("X", rows.x, table.columns)
+        settings = self._settings()
+        training, held_out = hold_out(rows, settings)
+        if len(training.x) < _LEAST_ROWS:
+            raise ValueError(
+                f"X must leave at least {_LEAST_ROWS} rows to train on; got {len(rows.x)}, and "
+                f"validation_fraction={self.validation_fraction} leaves {len(training.x)}."
+            )
+        standardize = Standardize.from_data(rows.x, weight=rows.weight)
+        with warnings.catch_warnings():  # said above, of the columns as they came
+            warnings.simplefilter("ignore", DegenerateDataWarning)
+            self.flow_, self.history_ = fit_density(
+                [standardize], training, held_out, settings=settings, progress=self.verbose
+            )
+        return self
+
+    def partial_fit(
+        self, X: ArrayLike, y: Any = None, sample_weight: ArrayLike | None = None
+    ) -> "CNFDensity":
+        """Train the fitted flow further, on these rows alone; without one, `fit`.
+
+        The standardisation stays that of the first rows. A flow trained on other rows only
+        forgets the first ones in time.
+
+        Args and errors are those of `fit`, but one row is enough, columns may be constant, and
+        `likelihood_steps` must not be 0.
+        """
+        if not hasattr(self, "flow_"):
+            return self.fit(X, y, sample_weight)
+        rows = self._rows(X, sample_weight, first=False)
+        settings = self._settings()
+        self.flow_, history = continue_density(
+            self.flow_, *hold_out(rows, settings), settings=settings, progress=self.verbose
+        )
+        self.history_ = _joined(self.history_, history)
+        return self
+
+    def score_samples(self, X: ArrayLike) -> Float[np.ndarray, " n_samples"]:
+        """Log-density of each row, in nats.
+
+        Raises:
+            NotFittedError: Before `fit`.
+            ValueError: If X has NaN or infinity, or does not fit.
+        """
+        check_is_fitted(self)
+        rows = self._rows(X, None, first=False)
+        return density.log_prob(self.flow_, rows, progress=self.verbose).numpy()
+
+    def score(self, X: ArrayLike, y: Any = None) -> float:
+        """Total log-density of the rows, in nats; see `score_samples`."""
+        del y
+        return float(self.score_samples(X).sum())
+
+    def sample(
+        self, n_samples: int = 1, random_state: int | RandomState | None = None
+    ) -> Float[np.ndarray, "n_samples n_features"]:
+        """Draw rows.
+
+        Raises:
+            NotFittedError: Before `fit`.
+            ValueError: If `n_samples` is less than 1.
+        """
+        check_is_fitted(self)
+        check_count("n_samples", n_samples)
+        seed = _seed(random_state)
+        return density.sample(self.flow_, n_samples, seed=seed, progress=self.verbose).numpy()
+
+    def _settings(self) -> DensitySettings:
+        return DensitySettings(
+            matching_steps=self.matching_steps,
+            likelihood_steps=self.likelihood_steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            hidden_features=self.hidden_features,
+            validation_fraction=self.validation_fraction,
+            seed=_seed(self.random_state),
+        )
+
+    def _rows(self, X: ArrayLike, sample_weight: ArrayLike | None, *, first: bool) -> Rows:
+        """Checked rows of positive weight."""
+        least = _LEAST_ROWS if first else 1
+        refuse_unless_numbers("X", X)
+        values = validate_data(self, X, dtype=np.float64, reset=first, ensure_all_finite=False)
+        _refuse_not_finite(values, getattr(self, "feature_names_in_", None))
+        if len(values) < least:  # in words that scikit-learn expects
+            raise ValueError(f"X must have at least {least} rows; got 1 sample.")
+        x = _as_tensor(values)
+        if sample_weight is None:
+            return Rows(x)
+        refuse_unless_numbers("sample_weight", sample_weight)
+        weight = _as_tensor(_checked_weights(sample_weight, values))
+        counted = (weight > 0).nonzero().flatten()
+        if len(counted) < least:
+            raise ValueError(
+                f"sample_weight must be positive for at least {least} rows; got {len(counted)}, "
+                "and zero for the others."
+            )
+        return Rows(x, weight=weight).take(counted)
+
+
+def _refuse_not_finite(X: Float[np.ndarray, "rows columns"], names: ArrayLike | None) -> None:
+    bad = np.argwhere(~np.isfinite(X))
+    if len(bad):
+        row, column = map(int, bad[0])
+        name = column if names is None else shortened(str(np.asarray(names)[column]))
+        kind = "NaN, a missing value," if np.isnan(X[row, column]) else str(X[row, column])
+        raise ValueError(
+            f"X must be finite; got {kind} in row {row} (from 0), column {name!r}; {len(bad)} in "
+            "all. Fill these values or drop the rows."
+        )
+
+
+def _as_tensor(values: np.ndarray) -> Tensor:
+    """A copy in float64: the array may be read-only, and of any strides and byte order."""
+    return torch.from_numpy(np.array(values, dtype=np.float64, order="C"))
+
+
+def _checked_weights(
+    sample_weight: ArrayLike, X: Float[np.ndarray, "rows columns"]
+) -> Float[np.ndarray, " rows"]:
+    weight: np.ndarray = check_array(
+        sample_weight, ensure_2d=False, dtype=np.float64, input_name="sample_weight"
+    )
+    if weight.shape != X.shape[:1]:
+        raise ValueError(
+            f"sample_weight must have shape ({len(X)},), a weight for each row; got {weight.shape}."
+        )
+    if (weight < 0).any():
+        raise ValueError(f"sample_weight must not be negative; got {weight.min():g}.")
+    return weight
+
+
+def _seed(random_state: int | RandomState | None) -> int:
+    """A seed for torch, drawn as scikit-learn draws."""
+    return int(check_random_state(random_state).randint(_SEEDS))
+
+
+def _joined(first: History, then: History) -> History:
+    """The record of two runs as one: steps, phases and seconds count on."""
+    columns = {name: values + then.columns[name] for name, values in first.columns.items()}
+    for name in ("step", "phase", "seconds"):
+        passed = first.columns[name][-1]
+        columns[name][len(first.step) :] = [passed + value for value in then.columns[name]]
+    return History(**columns)

@@ -1,0 +1,58 @@
+"""What whole numbers need beside `Unconstrain`: their digits in training, fixed noise in scores.
+
+Both hold for a chain that begins with an `Unconstrain`, as those of `transforms_for` do.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.quasirandom import SobolEngine
+
+from cnf.transforms.base import Transform
+from cnf.transforms.elementwise import Standardize
+from cnf.transforms.support.unconstrain import Unconstrain
+
+
+def centred(
+    unconstrain: Unconstrain, standardize: Standardize
+) -> tuple[list[Transform], list[Transform]]:
+    """The two transforms as two pairs: one without noise, and one with it that needs few digits.
+
+    Together the pairs are what the two are. Behind the first, columns are standardised, but for
+    whole numbers, which are counted from the one next to their mean.
+    """
+    whole = [column == "integer" for column in unconstrain.columns]
+    mask = torch.tensor(whole, device=standardize.mean.device)
+    centre = standardize.mean.round()
+    exact, noisy = Standardize(len(whole)).to(centre), Standardize(len(whole)).to(centre)
+    exact.mean.copy_(torch.where(mask, centre, standardize.mean))
+    exact.log_std.copy_(torch.where(mask, 0, standardize.log_std))
+    noisy.mean.copy_(torch.where(mask, standardize.mean - centre, 0))
+    noisy.log_std.copy_(torch.where(mask, standardize.log_std, 0))
+    integers = Unconstrain("integer" if is_whole else "real" for is_whole in whole)
+    return [_without_noise(unconstrain), exact], [integers, noisy]
+
+
+def fixed_noise(
+    transforms: Iterable[Transform], draws: int
+) -> tuple[list[Transform], Float[Tensor, "draws features"]]:
+    """The chain without noise, and the noise to add before it: evenly spread draws for all rows.
+
+    The draws are the same at each call. Where the chain begins with no whole numbers it stays as it
+    is, and there is a single draw, of zeros.
+    """
+    first, *others = transforms
+    if not isinstance(first, Unconstrain) or first.is_bijective:
+        return [first, *others], torch.zeros(1, first.features, dtype=torch.float64)
+    whole = [i for i, column in enumerate(first.columns) if column == "integer"]
+    noise = torch.zeros(draws, first.features, dtype=torch.float64)
+    spread = SobolEngine(len(whole), scramble=True, seed=0).draw(draws, dtype=torch.float64)
+    noise[:, whole] = spread
+    return [_without_noise(first), *others], noise
+
+
+def _without_noise(unconstrain: Unconstrain) -> Unconstrain:
+    columns: Iterable[str | tuple[str | int | float, ...]] = unconstrain.columns
+    return Unconstrain("real" if column == "integer" else column for column in columns)

@@ -1,0 +1,300 @@
+"""The density of named columns of a table, and the folder that keeps it."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cnf import saving
+from cnf._files import (
+    BLANK_DIGEST,
+    as_path,
+    digest_of,
+    is_intact,
+    left_over,
+    new_folder,
+    seal,
+    write_atomically,
+)
+from cnf._warnings import warn
+from cnf.data.cells import refuse_unless_numbers
+from cnf.data.names import quoted
+from cnf.data.table_files import Table, read_table
+from cnf.flows.flow import Flow
+from cnf.tables.fit import Rows
+from cnf.training import History
+from cnf.vector_fields.conditioning import context_scalings
+
+FORMAT_VERSION = 2
+
+_FLOW, _DESCRIPTION, _HISTORY = _FILES = ("model.safetensors", "model.json", "history.csv")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Which columns of a table a density is of, and which it is conditioned on.
+
+    Raises:
+        ValueError: If names repeat, or numbers are missing.
+    """
+
+    names: tuple[str, ...]
+    """Columns that the density is of."""
+    context_names: tuple[str, ...] = ()
+    """Columns that it is conditioned on."""
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            raise ValueError("the density must be of at least one column; all are contexts.")
+        if len(set(self.all)) < len(self.all):
+            raise ValueError(f"columns must differ; got {quoted(self.all)}.")
+
+    @classmethod
+    def of(cls, table: Table, context_names: Sequence[str] = ()) -> "Columns":
+        """All columns of a table, some of them as context.
+
+        Raises:
+            ValueError: If it lacks one of `context_names`.
+        """
+        for name in context_names:
+            _refuse_missing(table, name)
+        names = tuple(name for name in table.columns if name not in context_names)
+        return cls(names=names, context_names=tuple(context_names))
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """Every column that a table must have."""
+        return (*self.names, *self.context_names)
+
+    def read(self, path: str | os.PathLike[str], *, header: bool | None = None) -> Rows:
+        """The rows of a file, whose columns are found by name and may have others between them.
+
+        Args:
+            path: The file.
+            header: Whether the first line of text holds names; see `read_table`.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it lacks a column, or is no table of finite numbers.
+        """
+        return self.rows(read_table(path, self.all, header=header))
+
+    def rows(self, table: Table) -> Rows:
+        """The rows of a table.
+
+        Raises:
+            ValueError: If it lacks a column.
+        """
+        context = _select(table, self.context_names) if self.context_names else None
+        return Rows(_select(table, self.names), context)
+
+    def context(self, values: Mapping[str, float]) -> Tensor | None:
+        """One context, made of a number for each context column; None if there are none.
+
+        Raises:
+            ValueError: If a number is missing or superfluous.
+        """
+        if values and not self.context_names:
+            raise ValueError(
+                f"context must be left out, for the model has no context columns; got "
+                f"{quoted(list(values))}."
+            )
+        if set(values) != set(self.context_names):
+            raise ValueError(
+                f"context must have a number for each of {quoted(self.context_names)}; "
+                f"got {quoted(list(values))}."
+            )
+        numbers = [values[name] for name in self.context_names]
+        return torch.tensor(numbers, dtype=torch.float64) if numbers else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableModel:
+    """A flow and the columns that it is the density of.
+
+    Raises:
+        ValueError: If the two do not fit.
+    """
+
+    flow: Flow
+    """The density."""
+    columns: Columns
+    """The columns."""
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """What else is kept about the fit: numbers, texts, lists and mappings."""
+
+    def __post_init__(self) -> None:
+        expected = (len(self.columns.names), len(self.columns.context_names))
+        if expected != (self.flow.features, self.flow.context_features):
+            raise ValueError(
+                f"the flow must have {expected[0]} features and {expected[1]} context features, "
+                f"as there are columns; got {self.flow.features} and {self.flow.context_features}."
+            )
+
+    def save(
+        self, folder: str | os.PathLike[str], history: History, *, replace: bool = False
+    ) -> None:
+        """Write a folder with the flow, its columns and the record of its training.
+
+        It appears whole or not at all. A model that is there is replaced if `replace` is True;
+        anything else never is.
+
+        Raises:
+            OSError: If it cannot be written.
+            ValueError: If `check_destination` refuses the place, or a note is NaN or infinite.
+        """
+        check_destination(folder, replace=replace)
+
+        def check_old(found: Path) -> None:
+            _check_replaceable(found, str(folder), replace=replace)
+
+        with new_folder(folder, check_old=check_old) as temporary:
+            saving.save(self.flow, temporary / _FLOW)
+            text = self._description(digest_of(temporary / _FLOW))
+            write_atomically(temporary / _DESCRIPTION, seal(text.encode()))
+            history.save(temporary / _HISTORY)
+
+    def _description(self, digest_of_flow: str) -> str:
+        """The text of ``model.json``, whose own digest is blank."""
+        description = {
+            "sha256": BLANK_DIGEST,
+            "format": FORMAT_VERSION,
+            "version": version("cnf-flows"),
+            "flow_sha256": digest_of_flow,
+            "columns": asdict(self.columns),
+            "notes": self.notes,
+        }
+        return json.dumps(description, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "TableModel":
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such folder, or it lacks a file.
+            ValueError: If a file in it is damaged, belongs to another model, or is by a newer
+                version.
+
+        Warns:
+            UserWarning: If it is from before there was a digest.
+        """
+        folder = as_path("folder", folder)
+        for name in (_DESCRIPTION, _FLOW):
+            if not (folder / name).is_file():
+                left = left_over(folder)
+                if left is not None and not folder.exists():
+                    raise FileNotFoundError(
+                        f"there is no model in {str(folder)!r}; the computer stopped when it was "
+                        f"being replaced. Bring it back by: mv {left} {folder}"
+                    )
+                raise FileNotFoundError(
+                    f"there is no model in {str(folder)!r}, which has no file {name}. "
+                    "Make one with: cnf fit DATA --out MODEL"
+                )
+        path = folder / _DESCRIPTION
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            newer = found["format"] > FORMAT_VERSION
+            stated = {key: tuple(value) for key, value in found["columns"].items()}
+            # Format 1 scaled contexts outside of the flow.
+            scales = [stated.pop(f"context_{name}", None) for name in ("mean", "std")]
+            columns = Columns(**stated)
+            count = len(columns.context_names)
+            if any(scales) and any(len(part or ()) != count for part in scales):
+                raise ValueError("each context column must have a mean and a standard deviation")
+            notes = dict(found["notes"])
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{str(path)!r} is damaged ({error!r}). Restore it from a copy, or fit again."
+            ) from error
+        if newer:
+            raise ValueError(
+                f"{str(path)!r} has format {found['format']}, newer than the {FORMAT_VERSION} that "
+                "this version of cnf reads. Upgrade cnf-flows."
+            )
+        _refuse_damage(folder, found)
+        flow = saving.load(folder / _FLOW)
+        if any(scales):
+            for scaling in context_scalings(flow):
+                scaling.set(*map(scaling.mean.new_tensor, scales))
+        return cls(flow=flow, columns=columns, notes=notes)
+
+
+def _refuse_damage(folder: Path, found: dict[str, Any]) -> None:
+    """Refuse a description with other bytes than were written, or of another flow.
+
+    A damaged name of a key could pass for a file from before there was a digest, so that all keys
+    must be known.
+    """
+    path = folder / _DESCRIPTION
+    others = found.keys() - {"format", "version", "columns", "notes"}
+    if not others:
+        warn(
+            f"{str(path)!r} is from a version of cnf that wrote no digest, so that damage cannot "
+            "be told. Save the model again, or fit again.",
+        )
+    elif others != {"sha256", "flow_sha256"} or not is_intact(path, found["sha256"]):
+        raise ValueError(
+            f"{str(path)!r} is damaged: its bytes are not those that were written. Restore it from "
+            "a copy, or fit again."
+        )
+    elif digest_of(folder / _FLOW) != found["flow_sha256"]:
+        raise ValueError(
+            f"{str(folder / _FLOW)!r} is damaged, or of another model than {_DESCRIPTION} beside "
+            "it. Restore both from a copy, or fit again."
+        )
+
+
+def check_destination(folder: str | os.PathLike[str], *, replace: bool) -> None:
+    """Refuse a place where a model cannot be saved, or where that would lose anything else.
+
+    Raises:
+        OSError: If the folder around it does not exist or cannot be written to.
+        ValueError: If there is a model and `replace` is False, or there is something else.
+    """
+    name, folder = str(folder), as_path("folder", folder).resolve()
+    if Path.cwd().is_relative_to(folder):
+        raise ValueError(f"{name!r} must be a new folder, not the one that you are in.")
+    if not folder.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {str(folder.parent)!r} to write a model to.")
+    if not os.access(folder.parent, os.W_OK):
+        raise PermissionError(f"the folder {str(folder.parent)!r} cannot be written to.")
+    if folder.exists():
+        _check_replaceable(folder, name, replace=replace)
+
+
+def _check_replaceable(folder: Path, name: str, *, replace: bool) -> None:
+    """Refuse to lose what a folder holds, whose user knows it by a name."""
+    if not folder.is_dir():
+        raise ValueError(f"{name!r} must be a folder; there is a file of that name.")
+    others = sorted({path.name for path in folder.iterdir()} - set(_FILES))
+    if others:
+        raise ValueError(
+            f"{name!r} must be a new folder, or hold nothing but a model; it holds "
+            f"{quoted(others[:3])}. Choose another, or move them elsewhere."
+        )
+    if any(folder.iterdir()) and not replace:
+        raise ValueError(
+            f"there is a model in {name!r}. Choose another folder, or replace it by --force."
+        )
+
+
+def _select(table: Table, names: Sequence[str]) -> Tensor:
+    for name in names:
+        _refuse_missing(table, name)
+    refuse_unless_numbers("table.values", table.values)
+    chosen = [table.columns.index(name) for name in names]
+    values = np.array(table.values[:, chosen], dtype=np.float64, order="C")  # of any byte order
+    return torch.from_numpy(values)
+
+
+def _refuse_missing(table: Table, name: str) -> None:
+    if name not in table.columns:
+        raise ValueError(f"the table has no column {name!r}; it has {quoted(table.columns)}.")

@@ -1,0 +1,130 @@
+"""What of a flow starts from the data, and the scale at which they reach the vector field."""
+
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from cnf._moments import column_moments
+from cnf._warnings import warn
+from cnf.data.degeneracy import check_columns
+from cnf.data.table_files import Table, point_out_fill_values
+from cnf.flows.flow import Flow
+from cnf.training.data import Rows
+from cnf.transforms import ContinuousTransform, Standardize, Transform
+from cnf.vector_fields.conditioning import context_scalings
+
+_ROWS = 10_000
+_FAR = 20.0
+_MOST_OF_ALL = 0.95
+
+
+class Sample(NamedTuple):
+    """Some of the training rows, of which each stands as often as it counts."""
+
+    x: Tensor | None = None
+    """None for a flow that is trained without data."""
+    context: Tensor | None = None
+    rows: Tensor | None = None
+    """The rows that are in `x`, each once."""
+
+
+def sample_of(rows: Rows | None) -> Sample:
+    """Training rows for statistics, evenly from first to last."""
+    if rows is None:
+        return Sample()
+    inputs, weight = rows.some(_ROWS)
+    if rows.contexts:
+        return Sample(context=inputs[0])
+    x, context = inputs
+    if weight is None or bool((weight == weight[0]).all()):
+        return Sample(x, context, rows=x)
+    _refuse_single(rows.name, weight)
+    passed = weight.to("cpu", torch.float64).cumsum(0)
+    places = passed[-1] * (torch.arange(_ROWS, dtype=torch.float64) + 0.5) / _ROWS
+    index = torch.searchsorted(passed, places).clamp(max=len(weight) - 1).to(weight.device)
+    return Sample(x[index], None if context is None else context[index], rows=x[index.unique()])
+
+
+def _refuse_single(name: str, weight: Tensor) -> None:
+    share = weight.max() / weight.sum()
+    if share > _MOST_OF_ALL:
+        raise ValueError(
+            f"the weights of {name} must not leave nearly all to a single row; one has {share:.4%} "
+            "of all, and the best density of a single row is infinite at it."
+        )
+
+
+def initialize(flow: Flow, sample: Sample) -> None:
+    """Set what starts from data, such as `Standardize`, from training rows.
+
+    A flow that is trained without data keeps its points at the scale that they have; contexts, if
+    it is trained on these, are scaled all the same.
+    """
+    x, context = sample.x, sample.context
+    if x is None:
+        for scaling in context_scalings(flow):
+            scaling.initialize(context)
+        for part in flow.modules():
+            if isinstance(part, Standardize):
+                part.keep_identity()
+    elif flow.chain.awaits_data or flow.base.awaits_data:
+        if any(parameter.grad is not None for parameter in flow.parameters()):
+            warn(
+                "the flow has been trained, or at least differentiated, before it was given the "
+                "scale of its data. fit sets that now, and weights that were trained without it "
+                "lose their meaning: call flow.initialize(x, context) before a training loop of "
+                "your own."
+            )
+        flow.initialize(x, context, generator=torch.Generator(x.device).manual_seed(0))
+
+
+def check_sample(name: str, flow: Flow, sample: Sample) -> None:
+    """Refuse constant columns of real vectors, and warn where a likelihood would say little.
+
+    Raises:
+        ValueError: If a column is constant, or one of data or context varies by less than its dtype
+            can tell.
+    """
+    if sample.context is not None and len(sample.context) > 1:
+        column_moments("context", sample.context)
+    if sample.rows is None or len(flow.event_shape) != 1 or len(sample.rows) < 2:
+        return
+    real = [i for i, kind in enumerate(_columns(flow)) if not kind.is_discrete]
+    if real:
+        rows, names = sample.rows[:, real], [f"column {i}" for i in real]
+        check_columns(name, rows, names)
+        point_out_fill_values(Table(rows.numpy(force=True).astype(float), tuple(names)), name)
+
+
+def _columns(flow: Flow) -> list[constraints.Constraint]:
+    """What each entry of a vector may be."""
+    support = flow.support
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return list(getattr(support, "cseq", [support] * flow.event_shape[0]))
+
+
+@torch.no_grad()
+def warn_if_far_from_standard(flow: Flow, sample: Sample) -> None:
+    """Warn if the data reach the first vector field at another scale than it starts from."""
+    x, context = sample.x, sample.context
+    if x is None:
+        return
+    discrete = flow.chain[: sum(1 for _ in itertools.takewhile(_is_discrete, flow.chain))]
+    noise = torch.Generator(x.device).manual_seed(0)
+    size = discrete.to_base(x, context, generator=noise).square().mean(0).sqrt()
+    far = len(discrete) < len(flow.chain) and not (size > 1 / _FAR).all()
+    if far or not (size < _FAR).all():
+        warn(
+            "the data reach the vector field with a root mean square of "
+            f"{size.min():.3g} to {size.max():.3g}, where training expects about 1; put "
+            f"Standardize({flow.features}) first among the transforms, which fit then sets from "
+            "the data, and look for outliers.",
+        )
+
+
+def _is_discrete(transform: Transform) -> bool:
+    return not any(isinstance(part, ContinuousTransform) for part in transform.modules())

@@ -1,0 +1,130 @@
+"""Self-attention that is a contraction."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cnf._checks import check_count
+from cnf._shapes import Context
+from cnf.transforms.residual.contractions import ContractiveNetwork
+from cnf.transforms.residual.spectral_layers import Map, shrunk, spectral_norm
+
+
+class LipschitzAttention(ContractiveNetwork):
+    r"""Self-attention over tokens by the distance of their queries, bounded for all inputs.
+
+    x is the tokens one after the other. Head h turns token i into a query :math:`q_i = W_h^\top
+    x_i` of size m, averages the queries by weights that fall with the distance, and maps the mean:
+
+    .. math:: p_{ij} \propto \exp(-\|q_i - q_j\|^2 / \sqrt m), \qquad
+        f_{h,i} = V_h^\top W_h \, {\textstyle\sum_j} p_{ij} q_j / \sqrt m
+
+    and an output matrix U mixes the heads. (Attention by dot products has no bound: its slopes grow
+    with its inputs.) As all tokens are treated alike, a permutation of them permutes the result.
+
+    *The bound.* The mean of the queries has the derivative
+
+    .. math:: {\textstyle\sum_j} p_{ij} \, dq_j + \frac{2}{\sqrt m} \, C_i \, dq_i
+        - \frac{2}{\sqrt m} {\textstyle\sum_j} p_{ij} (q_j - \bar q_i)(q_j - q_i)^\top dq_j
+
+    with the mean :math:`\bar q_i` and covariance :math:`C_i` of the queries by the weights of
+    token i. As :math:`\sum_j p_{ij} \|q_j - q_i\|^2 \le \sqrt m \, \varphi` with
+    :math:`\varphi \, e^{\varphi + 1} = n - 1` for n tokens, the three parts have norms of at most
+    :math:`\sqrt n`, :math:`2 \varphi` (a token's own place) and :math:`2 \varphi \sqrt n`. So the
+    network has a Lipschitz constant of at most
+
+    .. math:: \frac{\sqrt n + 2 \varphi (1 + \sqrt n)}{\sqrt m} \,
+        \sqrt{{\textstyle\sum_h} \|W_h\|^2 \, \|W_h^\top V_h\|^2} \; \|U\|
+
+    in spectral norms, taken anew at each evaluation; where that is more than the `coefficient`, the
+    result is scaled down. (It is shaped after that of Kim et al., with each part of the derivative
+    bounded by itself.)
+
+    The output matrix starts at zero, so that a new residual flow is the identity.
+
+    Args:
+        tokens: Number n of tokens.
+        width: Size of a token; `features` is the product of both.
+        heads: Number of heads, each with queries of the size m = width / heads.
+        coefficient: Bound of the Lipschitz constant in x.
+
+    Raises:
+        TypeError: If a size is not an int.
+        ValueError: If a size or the coefficient is out of range, or `heads` do not divide `width`.
+
+    References:
+        Kim, Papamakarios & Mnih (2021), The Lipschitz Constant of Self-Attention.
+        https://arxiv.org/abs/2006.04710
+        Mukherjee, Patro & Namboodiri (2021), Attentive Contractive Flow.
+        https://arxiv.org/abs/2109.12135
+
+    Example:
+        >>> network = LipschitzAttention(5, 4, heads=2)
+        >>> network(torch.randn(3, 20)).shape
+        torch.Size([3, 20])
+    """
+
+    def __init__(
+        self, tokens: int, width: int, *, heads: int = 1, coefficient: float = 0.97
+    ) -> None:
+        features = check_count("tokens", tokens) * check_count("width", width)
+        super().__init__(features, coefficient=coefficient)
+        self.tokens = int(tokens)
+        self.width = int(width)
+        self.heads = check_count("heads", heads)
+        if self.width % self.heads:
+            raise ValueError(f"heads must divide the width {width}; got {heads}.")
+        size = self.width // self.heads
+        # W and V of each head, with queries of about the size of the tokens.
+        scale = 1 / math.sqrt(self.width)
+        self.query = nn.Parameter(scale * torch.randn(self.heads, self.width, size))
+        self.value = nn.Parameter(scale * torch.randn(self.heads, self.width, size))
+        self.output = nn.Parameter(torch.zeros(self.width, self.width))
+
+    def given(self, context: Context | None) -> Map:
+        """The map of x; there is no context."""
+        mixed = self.query.mT @ self.value
+        output = shrunk(self.output, self._bound(mixed), self.coefficient)
+        scale = math.sqrt(self.query.shape[-1])
+
+        def attended(x: Tensor) -> Tensor:
+            queries = x.unflatten(-1, (self.tokens, self.width)).unsqueeze(-3) @ self.query
+            # Of differences: products of queries far from 0 are rounded by more than they differ.
+            apart = queries.unsqueeze(-3) - queries.unsqueeze(-2)
+            weights = (-apart.square().sum(-1) / scale).softmax(-1)
+            means = queries + (weights.unsqueeze(-1) * apart).sum(-2)
+            heads = means @ mixed / scale
+            mixture: Tensor = heads.transpose(-3, -2).flatten(-2) @ output
+            return mixture.flatten(-2)
+
+        return attended
+
+    def _bound(self, mixed: Tensor) -> Float[Tensor, ""]:
+        """Bound of the Lipschitz constant by the weights as they are."""
+        spread, root = largest_spread(self.tokens), math.sqrt(self.tokens)
+        of_means = (root + 2 * spread * (1 + root)) / math.sqrt(self.query.shape[-1])
+        heads = torch.linalg.vector_norm(spectral_norm(self.query) * spectral_norm(mixed))
+        bound: Tensor = of_means * heads * spectral_norm(self.output)
+        return bound
+
+
+def largest_spread(tokens: int) -> float:
+    r"""The largest mean of squared distances :math:`s_j` under weights :math:`\propto e^{-s_j}`.
+
+    One of the distances, of a token to itself, is 0. The mean is largest where the others are equal
+    and is the solution c of :math:`c \, e^{c + 1} = n - 1`, by Newton's method from above.
+
+    Args:
+        tokens: Number n of distances.
+
+    Example:
+        >>> round(largest_spread(2), 4)
+        0.2785
+    """
+    spread = math.log(tokens)
+    for _ in range(50):
+        growth = math.exp(spread + 1)
+        spread -= (spread * growth - (tokens - 1)) / (growth * (1 + spread))
+    return spread

@@ -1,0 +1,265 @@
+"""The log-determinant of a residual flow: exact, or estimated from a power series."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor
+
+from cnf._checks import check_count, check_number, is_hidden
+from cnf._shapes import Rows, Values
+from cnf.divergence import Hutchinson
+from cnf.transforms.base import Likelihood
+from cnf.transforms.residual.spectral_layers import Map
+from cnf.vector_fields.jacobian.autograd import (
+    refuse_transformed_functions,
+    standard_basis,
+    vector_jacobian_product,
+)
+
+_MOST_TERMS = 10_000
+"""Largest number of terms: each is a pass through the network, and the last of so many counts less
+than 1e-8 nats for a contraction with Lipschitz constant 0.999."""
+_FEWER = "Take fewer, or for few features ExactLogDet()."
+
+
+class LogDet(ABC):
+    r"""How log det(I + J) is computed, for the Jacobian J of a contraction g.
+
+    With L, less than 1, the Lipschitz constant of g, and d features, it is real, and
+
+    .. math:: d \log(1 - L) \le \log\det(I + J) = \sum_{k \ge 1} \frac{(-1)^{k+1}}{k}
+        \mathrm{tr}(J^k) \le d \log(1 + L)
+    """
+
+    @property
+    @abstractmethod
+    def likelihood(self) -> Likelihood:
+        """What the number is."""
+
+    @abstractmethod
+    def __call__(
+        self, contraction: Map, x: Rows, *, generator: Generator | None = None
+    ) -> tuple[Rows, Values]:
+        """g(x) and log det(I + J) at `x`, in nats, for each row."""
+
+
+@dataclass(frozen=True)
+class ExactLogDet(LogDet):
+    """The log-determinant of the whole Jacobian.
+
+    It costs a vector-Jacobian product for each feature, and so is for few features.
+
+    Example:
+        >>> change, ladj = ExactLogDet()(lambda x: 0.5 * x, torch.zeros(3, 2))
+        >>> ladj
+        tensor([0.8109, 0.8109, 0.8109])
+    """
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """Exact."""
+        return "exact"
+
+    def __call__(
+        self, contraction: Map, x: Rows, *, generator: Generator | None = None
+    ) -> tuple[Rows, Values]:
+        """g(x) and log det(I + J) at `x`, in nats, for each row."""
+        basis = standard_basis(x)
+        point, changes = _at_copies(contraction, x, len(basis))
+        rows = vector_jacobian_product(changes, point, basis, torch.is_grad_enabled())
+        identity = torch.eye(len(basis), dtype=x.dtype, device=x.device)
+        ladj = torch.linalg.slogdet(identity + rows.movedim(0, -2)).logabsdet
+        return _as_wanted(changes), ladj
+
+
+@dataclass(frozen=True, kw_only=True)
+class TruncatedSeries(LogDet):
+    r"""The first terms of the power series, with random probes for the traces.
+
+    What is left out is a bias, of unknown sign: for d features and a Lipschitz constant of at most
+    L it is up to :math:`-d \, (\log(1 - L) + \sum_{k \le n} L^k / k)`, with n the `terms`.
+
+    Costs a vector-Jacobian product for each term and probe, and gradients one more, whatever the
+    number of terms.
+
+    Raises:
+        TypeError: If a number is not an int.
+        ValueError: If a number is less than 1, or `terms` more than 10 000.
+
+    References:
+        Behrmann et al. (2019), Invertible Residual Networks. https://arxiv.org/abs/1811.00995
+
+    Example:
+        >>> change, ladj = TruncatedSeries(terms=1)(lambda x: 0.5 * x, torch.zeros(3, 2))
+        >>> ladj
+        tensor([1., 1., 1.])
+    """
+
+    terms: int = 10
+    """Number of terms."""
+    probes: int = 1
+    """Number of Rademacher probes for each row."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "terms", _checked_terms("terms", self.terms, least=1))
+        object.__setattr__(self, "probes", check_count("probes", self.probes))
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """A biased estimate."""
+        return "biased_estimate"
+
+    def __call__(
+        self, contraction: Map, x: Rows, *, generator: Generator | None = None
+    ) -> tuple[Rows, Values]:
+        """g(x) and the estimate of log det(I + J) at `x`, in nats, for each row."""
+        probes = Hutchinson(probes=self.probes).draw_probes(x, generator=generator)
+        return power_series(contraction, x, probes, [1.0] * self.terms)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RussianRoulette(LogDet):
+    r"""An unbiased estimate from a power series that is cut off at random.
+
+    After the exact terms come N more, with :math:`P(N \ge m) = (1 - p)^{m - 1}`; each counts by
+    the inverse of the probability that it is there. N is drawn once for each call, and probes for
+    the traces once for each row. Costs as `TruncatedSeries` with 1 / p further terms on average.
+
+    Where powers of the Jacobian fall as slowly as :math:`\lambda^k`, the variance is finite if
+    :math:`\lambda^2 < 1 - p`; many exact terms make it small. With the defaults it is finite up to
+    :math:`\lambda = 0.974`, and so for every contraction of the default coefficient, 0.97.
+
+    Raises:
+        TypeError: If a number is not an int.
+        ValueError: If a number is too small or `exact_terms` more than 10 000, or if `probability`
+            is not at least 1e-4, which is for 10 000 further terms on average, and less than 1.
+
+    References:
+        Chen et al. (2019), Residual Flows for Invertible Generative Modeling.
+        https://arxiv.org/abs/1906.02735
+
+    Example:
+        >>> change, ladj = RussianRoulette()(lambda x: 0.0 * x, torch.zeros(3, 2))
+        >>> ladj
+        tensor([0., 0., 0.])
+    """
+
+    exact_terms: int = 8
+    """Number of terms that are always there."""
+    probability: float = 0.05
+    """Probability p that a further term is the last, less than 1."""
+    probes: int = 1
+    """Number of Rademacher probes for each row."""
+
+    def __post_init__(self) -> None:
+        terms = _checked_terms("exact_terms", self.exact_terms, least=0)
+        object.__setattr__(self, "exact_terms", terms)
+        object.__setattr__(self, "probes", check_count("probes", self.probes))
+        probability = check_number(
+            "probability",
+            self.probability,
+            f"between 0 and 1, and at least {1 / _MOST_TERMS:g}",
+            lambda number: 1 / _MOST_TERMS <= number < 1,
+            remedy=f"A call takes exact_terms + 1 / probability terms on average. {_FEWER}",
+        )
+        object.__setattr__(self, "probability", probability)
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """An unbiased estimate."""
+        return "estimate"
+
+    def __call__(
+        self, contraction: Map, x: Rows, *, generator: Generator | None = None
+    ) -> tuple[Rows, Values]:
+        """g(x) and the estimate of log det(I + J) at `x`, in nats, for each row."""
+        further = self.draw_terms(generator=generator)
+        weights = [(1 - self.probability) ** -m for m in range(further)]
+        probes = Hutchinson(probes=self.probes).draw_probes(x, generator=generator)
+        return power_series(contraction, x, probes, [1.0] * self.exact_terms + weights)
+
+    def has_finite_variance(self, coefficient: float) -> bool:
+        """Whether the variance is finite for any contraction with this Lipschitz constant.
+
+        Example:
+            >>> RussianRoulette().has_finite_variance(0.97)
+            True
+        """
+        return coefficient**2 < 1 - self.probability
+
+    def draw_terms(self, *, generator: Generator | None = None) -> int:
+        """The random number N of further terms, at least 1."""
+        device = "cpu" if generator is None else generator.device
+        draw = torch.rand((), generator=generator, dtype=torch.float64, device=device)
+        if is_hidden(draw):
+            refuse_transformed_functions("the number of terms of a RussianRoulette")
+        return 1 + int(math.log1p(-draw.item()) / math.log1p(-self.probability))
+
+
+def _checked_terms(name: str, value: int, *, least: int) -> int:
+    terms = check_count(name, value, least=least)
+    if terms > _MOST_TERMS:
+        raise ValueError(
+            f"{name} must be at most {_MOST_TERMS}, for each costs a pass through the network; got "
+            f"{terms}. {_FEWER}"
+        )
+    return terms
+
+
+def power_series(
+    contraction: Map,
+    x: Rows,
+    probes: Float[Tensor, "probes *batch features"],
+    weights: Sequence[float],
+) -> tuple[Rows, Values]:
+    r"""g(x), and the first terms of the power series of log det(I + J) at `x`, each weighted.
+
+    .. math:: \sum_{k \ge 1} w_k \frac{(-1)^{k+1}}{k} \, p^\top J^k p \quad\text{has in the mean
+        over probes p the gradient of}\quad \sum_{k \ge 1} w_k (-1)^{k+1} \, \bar p^\top
+        \bar J^{k-1} J p
+
+    where bars mark what is held fixed: one differentiable product, in place of one for each term.
+    The result is the left sum, and has the gradient of the right one.
+
+    Args:
+        contraction: The map g.
+        x: Points.
+        probes: Random vectors with :math:`\mathbb{E}\, p p^\top = I`; the result is the mean over
+            them.
+        weights: The weight of each term, from the first.
+
+    References:
+        Chen et al. (2019), Residual Flows. https://arxiv.org/abs/1906.02735
+    """
+    point, changes = _at_copies(contraction, x, len(probes))
+    ladj = x.new_zeros(probes.shape[:-1])
+    product, fixed = probes, torch.zeros_like(probes)
+    for order, weight in enumerate(weights, start=1):
+        signed = weight if order % 2 else -weight
+        fixed = fixed + signed * product
+        product = vector_jacobian_product(changes, point, product, differentiable=False)
+        ladj = ladj + signed / order * (product * probes).sum(-1)
+    if torch.is_grad_enabled():
+        slope = vector_jacobian_product(changes, point, fixed, differentiable=True)
+        surrogate = (slope * probes).sum(-1)
+        ladj = ladj + (surrogate - surrogate.detach())
+    return _as_wanted(changes), ladj.mean(0)
+
+
+def _at_copies(contraction: Map, x: Tensor, copies: int) -> tuple[Tensor, Tensor]:
+    """Copies of `x` for as many products at once, and g of them, with a graph in any case."""
+    with torch.enable_grad():
+        point = x.expand(copies, *x.shape)
+        if not point.requires_grad:
+            refuse_transformed_functions("the ladj of a ResidualFlow")
+        point = point if point.requires_grad else point.detach().requires_grad_()
+        return point, contraction(point)
+
+
+def _as_wanted(changes: Tensor) -> Tensor:
+    """g(x) out of its copies, without a graph where none is wanted."""
+    return changes[0] if torch.is_grad_enabled() else changes[0].detach()

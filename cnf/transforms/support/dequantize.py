@@ -1,0 +1,165 @@
+"""Discrete data and bounded data as real numbers."""
+
+import math
+
+import torch
+from torch import Generator, Tensor
+from torch.distributions import constraints
+from torch.nn.functional import logsigmoid
+
+from cnf._checks import check_count, check_number, check_support
+from cnf.transforms.base import Likelihood, Transform, WithLadj
+from cnf.transforms.support.constraints import OpenInterval
+
+COARSEST_NOISE = 0.01
+"""Largest resolution of a dtype, in steps between levels, that noise may have."""
+
+
+class Dequantize(Transform):
+    r"""Integers 0, …, K - 1 made continuous by uniform noise u: ``z = (x + u) / K``.
+
+    With it, `Flow.log_prob` is a lower bound of the log-probability of the integers, in nats:
+
+    .. math:: \log P(x) \ge \mathbb{E}_u \log p_z((x + u) / K) - D \log K
+
+    Back towards the data numbers are rounded down, those outside [0, 1) to the nearest level. This
+    carries no gradient.
+
+    Args:
+        features: Size of x, the D of the formula.
+        levels: Number K of the integers; they come as floating numbers.
+
+    Raises:
+        TypeError: If an argument is not an int.
+        ValueError: If `features` is less than 1 or `levels` less than 2, or, when called, x holds
+            anything but these integers, or is of a dtype too coarse for the noise between them.
+
+    References:
+        Theis, van den Oord & Bethge (2016), A Note on the Evaluation of Generative Models.
+        https://arxiv.org/abs/1511.01844
+
+    Example:
+        >>> dequantize = Dequantize(features=2, levels=256)
+        >>> z = dequantize.to_base(torch.tensor([0.0, 255.0]))
+        >>> dequantize.to_data(z)
+        tensor([  0., 255.])
+    """
+
+    def __init__(self, features: int, levels: int) -> None:
+        super().__init__(features)
+        self.levels = check_count("levels", levels, least=2)
+
+    def extra_repr(self) -> str:
+        """Number of levels."""
+        return f"levels={self.levels}"
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """The integers from 0 to levels - 1."""
+        return constraints.independent(constraints.integer_interval(0, self.levels - 1), 1)
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """A lower bound, by the noise."""
+        return "lower_bound"
+
+    @property
+    def is_bijective(self) -> bool:
+        """False, for a whole cell comes from each x."""
+        return False
+
+    def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
+        check_support("x", x, self.support)
+        if self.levels * torch.finfo(x.dtype).eps > COARSEST_NOISE:
+            raise ValueError(
+                f"x must have a finer dtype than {x.dtype}, in which noise between {self.levels} "
+                "levels is rounded away; use float32 or float64."
+            )
+        return with_noise(x, generator) / self.levels, -self._log_volume(x)
+
+    def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
+        x = (z * self.levels).floor().clamp(0, self.levels - 1)
+        return x, self._log_volume(z)
+
+    def _log_volume(self, x: Tensor) -> Tensor:
+        return x.new_full(x.shape[:-1], self.features * math.log(self.levels))
+
+
+class Logit(Transform):
+    r"""Numbers in [0, 1] spread over the real line: the logit of ``alpha + (1 - 2 alpha) x``.
+
+    `alpha` keeps 0 and 1 from going to infinity. It also lets x reach beyond them, by
+    ``alpha / (1 - 2 alpha)`` on each side: so far draws of a flow may go, and have a density.
+
+    Args:
+        features: Size of x.
+        alpha: Share of the unit interval kept free on each side; 0 if x never is 0 or 1.
+
+    Raises:
+        TypeError: If `features` is not an int.
+        ValueError: If `features` is less than 1 or `alpha` not in [0, 0.5), or, when called, x
+            reaches as far as said above.
+
+    References:
+        Dinh et al. (2017), Density Estimation Using Real NVP. https://arxiv.org/abs/1605.08803
+
+    Example:
+        >>> Logit(2, alpha=0.25).to_base(torch.tensor([0.5, 1.0]))
+        tensor([0.0000, 1.0986])
+    """
+
+    def __init__(self, features: int, *, alpha: float = 0.05) -> None:
+        super().__init__(features)
+        self.alpha = check_number(
+            "alpha", alpha, "at least 0 and less than 0.5", lambda share: 0 <= share < 0.5
+        )
+
+    def extra_repr(self) -> str:
+        """Share of the unit interval kept free."""
+        return f"alpha={self.alpha}"
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """The unit interval, its ends excluded, and what `alpha` adds to it."""
+        margin = self.alpha / (1 - 2 * self.alpha)
+        return constraints.independent(OpenInterval(0 - margin, 1 + margin), 1)
+
+    def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
+        check_support("x", x, self.support)
+        z = logit(self.alpha + (1 - 2 * self.alpha) * x)
+        return z, -self._log_slope(z)
+
+    def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
+        z = within_reach_of_logit(z)
+        return (z.sigmoid() - self.alpha) / (1 - 2 * self.alpha), self._log_slope(z)
+
+    def _log_slope(self, z: Tensor) -> Tensor:
+        """Log of dx/dz, summed over the features."""
+        slopes = log_slope_of_sigmoid(z)
+        return slopes.sum(-1) - self.features * math.log(1 - 2 * self.alpha)
+
+
+def with_noise(x: Tensor, generator: Generator | None) -> Tensor:
+    """Integers plus noise in [0, 1), which rounding does not carry to the next integer."""
+    noise = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+    # An ulp and more below: neither the sum nor a quotient of it may be rounded up.
+    below_next = (x + 1) - 2 * torch.finfo(x.dtype).eps * (x + 1).abs()
+    return torch.minimum(x + noise, below_next)
+
+
+def logit(share: Tensor) -> Tensor:
+    """The logit of numbers between 0 and 1, finite where rounding has made them 0 or 1."""
+    info = torch.finfo(share.dtype)
+    share = share.clamp(info.tiny, 1 - info.eps / 2)
+    return share.log() - (-share).log1p()
+
+
+def within_reach_of_logit(z: Tensor) -> Tensor:
+    """The nearest number whose sigmoid is not rounded to 1, which has no logit."""
+    farthest = -math.log(4 * torch.finfo(z.dtype).eps)
+    return z.clamp(-farthest, farthest)
+
+
+def log_slope_of_sigmoid(z: Tensor) -> Tensor:
+    """Log of the derivative of the sigmoid."""
+    return logsigmoid(z) + logsigmoid(-z)

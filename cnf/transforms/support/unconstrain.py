@@ -1,0 +1,177 @@
+"""Columns of a table that are bounded, periodic or whole numbers, as real numbers."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor
+from torch.distributions import constraints
+
+from cnf._checks import check_support, check_vectors
+from cnf.transforms.base import Likelihood, Transform, WithLadj
+from cnf.transforms.elementwise import Standardize
+from cnf.transforms.support.columns import Support, column_map
+from cnf.transforms.support.dequantize import COARSEST_NOISE
+
+_SEARCHED = 1 / 16
+"""Share of a circle to each side of a cut in which the data are counted."""
+
+
+class Unconstrain(Transform):
+    r"""Each column spread over the real line, by what its numbers may be.
+
+    - ``"real"``: any number, left as it is.
+    - ``"positive"``: greater than 0; its logarithm, so that a heavy tail becomes a light one.
+    - ``("interval", low, high)``: between the two, the ends excluded; the logit of its place there.
+      If rounding puts data on an end, widen the interval by half a step of the rounding.
+    - ``("periodic", low, high, cut)``: on a circle, such as an angle or a time of day, where low
+      and high are the same place. The circle is cut open at `cut` (low, if left out), and treated
+      as an interval. The density is exact; it goes to 0 at the cut or is otherwise free to differ
+      on its two sides, so the cut belongs where data are rare, as `transforms_for` chooses it.
+    - ``"integer"``: whole numbers of either sign, of which there is a probability. Uniform noise in
+      [0, 1) is added, so that a likelihood is a lower bound; numbers are rounded down on the way
+      back, without gradient.
+
+    Args:
+        columns: What each column may be.
+
+    Raises:
+        TypeError: If `columns` is not a list.
+        ValueError: If one of `columns` is none of these or, when called, x is outside of them.
+
+    References:
+        Theis, van den Oord & Bethge (2016), A Note on the Evaluation of Generative Models, for the
+        noise. https://arxiv.org/abs/1511.01844
+
+    Example:
+        >>> unconstrain = Unconstrain(["positive", ("interval", 0, 10)])
+        >>> unconstrain.to_base(torch.tensor([1.0, 5.0]))
+        tensor([0., 0.])
+    """
+
+    def __init__(self, columns: Iterable[Support]) -> None:
+        if isinstance(columns, str | Tensor) or not isinstance(columns, Iterable):
+            raise TypeError(f"columns must be a list with one entry for each; got {columns!r}.")
+        specifications = list(columns)
+        if not specifications:
+            raise ValueError("columns must have at least one entry; got none.")
+        super().__init__(len(specifications))
+        self._maps = [column_map(i, column) for i, column in enumerate(specifications)]
+        self.columns = tuple(
+            column if isinstance(column, str) else tuple(map(_plain, column))
+            for column in specifications
+        )
+
+    def extra_repr(self) -> str:
+        """What each column may be."""
+        return f"columns={list(self.columns)}"
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """What each column may be, as one constraint of whole rows."""
+        return constraints.independent(
+            constraints.cat([column.constraint for column in self._maps], dim=-1), 1
+        )
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """A lower bound if a column has noise, else exact."""
+        return "exact" if self.is_bijective else "lower_bound"
+
+    @property
+    def is_bijective(self) -> bool:
+        """Whether no column has noise."""
+        return not any(column.constraint.is_discrete for column in self._maps)
+
+    def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
+        check_support("x", x, self.support)
+        spread = [
+            column.to_reals(values, generator)
+            for column, values in zip(self._maps, x.unbind(-1), strict=True)
+        ]
+        z, log_slopes = (torch.stack(parts, -1) for parts in zip(*spread, strict=True))
+        return z, -log_slopes.sum(-1)
+
+    def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
+        brought = [
+            column.from_reals(values)
+            for column, values in zip(self._maps, z.unbind(-1), strict=True)
+        ]
+        x, log_slopes = (torch.stack(parts, -1) for parts in zip(*brought, strict=True))
+        return x, log_slopes.sum(-1)
+
+
+def _plain(entry: Any) -> str | int | float:
+    """An entry of a column as Python has it, so that it can be saved."""
+    return entry if isinstance(entry, str | int) else float(entry)
+
+
+def transforms_for(
+    x: Float[Tensor, "rows features"], support: Iterable[Support]
+) -> list[Transform]:
+    """The transforms that a table needs before an ODE: its columns unconstrained, standardised.
+
+    Args:
+        x: Rows to train on.
+        support: What each column may be, as for `Unconstrain`. A circle without a cut is cut where
+            `x` is rare.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If there is not one entry for each column, `x` is outside of them, constant in
+            one, or of a dtype too coarse for noise between its integers.
+
+    Example:
+        >>> hours = torch.tensor([[23.0, 1.5], [1.0, 20.0], [3.0, 0.1]])
+        >>> transforms_for(hours, [("periodic", 0, 24), "positive"])
+        [Unconstrain(columns=[('periodic', 0, 24, 13.0), 'positive']), Standardize(...)]
+    """
+    check_vectors("x", x, x.shape[-1] if isinstance(x, Tensor) and x.ndim else 0, like=x)
+    try:
+        unconstrain = Unconstrain(support)
+    except (TypeError, ValueError) as error:  # whose argument has another name
+        raise type(error)(f"support cannot be taken: {error}") from error
+    if x.ndim != 2 or x.shape[-1] != unconstrain.features:
+        raise ValueError(
+            "support must have one entry for each column of x, which has shape (rows, columns); "
+            f"got {unconstrain.features} and x of shape {tuple(x.shape)}."
+        )
+    check_support("x", x, unconstrain.support)
+    if all(column == "real" for column in unconstrain.columns):
+        return [Standardize.from_data(x)]
+    for i, column in enumerate(unconstrain.columns):
+        largest = float(x[:, i].abs().max())
+        if column == "integer" and largest * torch.finfo(x.dtype).eps > COARSEST_NOISE:
+            raise ValueError(
+                f"x must have a finer dtype than {x.dtype} for the integers of column {i}, of up "
+                f"to {largest:.6g}, between which noise is rounded away; use float64, or call "
+                "them real."
+            )
+    unconstrain = Unconstrain(
+        (*column, rarest_place(x[:, i], *map(float, column[1:])))
+        if column[0] == "periodic" and len(column) == 3
+        else column
+        for i, column in enumerate(unconstrain.columns)
+    )
+    noise = torch.Generator(x.device).manual_seed(0)  # the same transforms at each call
+    return [unconstrain, Standardize.from_data(unconstrain.to_base(x.detach(), generator=noise))]
+
+
+def rarest_place(values: Float[Tensor, " rows"], low: float, high: float) -> float:
+    """Where on the circle from `low` to `high` to cut it open, far from the values.
+
+    Of all places halfway between neighbours, the one with fewest values within a sixteenth of the
+    circle to each side; near it, the middle of the widest gap.
+    """
+    circle = high - low
+    near = _SEARCHED * circle
+    around = torch.remainder(values.detach().double().cpu() - low, circle).sort().values
+    gaps = torch.cat([around[1:], around[:1] + circle]) - around
+    middles = around + gaps / 2
+    laps = torch.cat([around - circle, around, around + circle])
+    counts = torch.searchsorted(laps, middles + near) - torch.searchsorted(laps, middles - near)
+    centre = middles[counts.argmin()]
+    distance = torch.remainder(middles - centre + circle / 2, circle) - circle / 2
+    best = torch.where(distance.abs() <= near, gaps, 0).argmax()
+    return low + float(torch.remainder(middles[best], circle))

@@ -1,0 +1,1 @@
+"""Products with the Jacobian of a vector field, and its trace."""
