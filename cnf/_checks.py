@@ -3,7 +3,7 @@
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, SupportsIndex
 
@@ -514,3 +514,21 @@ def _is_integer(value: object) -> bool:
 
 def _shape(value: object) -> object:
     return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+
+
+def refuse_overrides(cls: type, parent: type, hooks: Mapping[str, str]) -> None:
+    """Refuse a class that overrides a final method of its parent.
+
+    Args:
+        cls: The class.
+        parent: Where the methods are.
+        hooks: For each final method, what to write in its place.
+
+    Raises:
+        TypeError: If it overrides one.
+    """
+    for method, hook in hooks.items():
+        if getattr(cls, method) is not getattr(parent, method):
+            raise TypeError(
+                f"{cls.__name__} must not override {method}, which is final; write {hook}."
+            )

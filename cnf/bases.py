@@ -2,30 +2,87 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, final, get_args
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, Normal
+from torch import Generator, Tensor, nn
+from torch.distributions import Distribution, Independent, Normal, constraints
 
-from cnf._checks import check_count
+from cnf._checks import check_count, refuse_overrides
+from cnf._shapes import BaseRows, Context, Values
+
+Likelihood = Literal[
+    "exact", "estimate", "lower_bound", "biased_estimate", "on_manifold", "not_a_likelihood"
+]
+"""What a log-likelihood is, the strongest first: exact up to rounding and solver tolerance; an
+unbiased estimate; a lower bound; an estimate whose mean may be on either side of the truth; the
+density on the surface that the flow covers, as if every point were on it; or no likelihood."""
+
+_STRONGEST_FIRST: tuple[Likelihood, ...] = get_args(Likelihood)
+
+
+def weakest(kinds: Iterable[Likelihood]) -> Likelihood:
+    """The weakest of some kinds, in the order of `Likelihood`; "exact" if there are none."""
+    return max(kinds, key=_STRONGEST_FIRST.index, default="exact")
+
+
+_HOOKS = {
+    "log_prob": "_log_prob(z, context, generator)",
+    "rsample": "_rsample(shape, context, generator)",
+    "initialize": "_initialize(z, generator), which is called while awaits_data is true",
+}
+"""What a subclass writes in place of each final method."""
 
 
 class Base(nn.Module, ABC):
-    """Distribution of z, ``(*batch, features)``.
+    """Distribution of z, ``(*batch, features)``, perhaps given a context.
+
+    The public methods are final; a subclass writes the hooks `_log_prob` and `_rsample` and, if it
+    starts from data, `awaits_data` and `_initialize`. One that is not on all of the real numbers
+    says where it is by `support`.
 
     Args:
         features: Size of z.
+        context_features: Size of the context; 0 for none.
 
     Raises:
-        TypeError: If `features` is not an int.
-        ValueError: If `features` is less than 1.
+        TypeError: If a size is not an int, or a subclass overrides a final method.
+        ValueError: If a size is out of range.
+
+    Example:
+        >>> class Uniform(Base):
+        ...     support = torch.distributions.constraints.unit_interval
+        ...
+        ...     def _log_prob(self, z, context, generator):
+        ...         return torch.where(((z >= 0) & (z <= 1)).all(-1), 0.0, -torch.inf)
+        ...
+        ...     def _rsample(self, shape, context, generator):
+        ...         return torch.rand(*shape, self.features, generator=generator)
+        >>> Uniform(2).log_prob(torch.tensor([0.5, 2.0]))
+        tensor(-inf)
     """
 
-    def __init__(self, features: int) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a class that overrides a final method, whose hook it would have to write."""
+        super().__init_subclass__(**kwargs)
+        refuse_overrides(cls, Base, _HOOKS)
+
+    def __init__(self, features: int, context_features: int = 0) -> None:
         super().__init__()
         self.features = check_count("features", features)
+        self.context_features = check_count("context_features", context_features, least=0)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Which numbers or vectors have a positive density."""
+        return constraints.real_vector
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """What `log_prob` is: the weakest kind among the parts that have one."""
+        parts: Iterable[Any] = (part for part in self.modules() if part is not self)
+        return weakest(part.likelihood for part in parts if hasattr(type(part), "likelihood"))
 
     @property
     def has_rsample(self) -> bool:
@@ -37,25 +94,61 @@ class Base(nn.Module, ABC):
         """Whether something is still to be set from data by `initialize`."""
         return False
 
-    def initialize(
-        self, z: Float[Tensor, "rows features"], *, generator: torch.Generator | None = None
-    ) -> None:
-        """Set, once, what depends on the data, from the first rows that come; here nothing."""
-        del z, generator
+    @final
+    @torch.no_grad()
+    def initialize(self, z: BaseRows, *, generator: Generator | None = None) -> None:
+        """Set what depends on the data from these rows. Once only: later calls change nothing.
 
-    @abstractmethod
-    def log_prob(self, z: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch"]:
-        """Log-density of `z`, in nats."""
+        Raises:
+            ValueError: If these rows do not do, such as too few of them.
+        """
+        if self.awaits_data:
+            self._initialize(z, generator)
 
-    @abstractmethod
+    @final
+    def log_prob(
+        self, z: BaseRows, context: Context | None = None, *, generator: Generator | None = None
+    ) -> Values:
+        """Log-density of `z`, in nats; -inf outside of the support."""
+        return self._log_prob(z, context if self.context_features else None, generator)
+
+    @final
     def rsample(
-        self, shape: torch.Size, *, generator: torch.Generator | None = None
-    ) -> Float[Tensor, "*batch features"]:
-        """Draws of batch shape `shape`."""
+        self,
+        shape: torch.Size,
+        context: Context | None = None,
+        *,
+        generator: Generator | None = None,
+    ) -> BaseRows:
+        """Draws of batch shape `shape`, to which the batch axes of the context broadcast.
+
+        Raises:
+            NotImplementedError: If gradients are on, and the draws have none.
+        """
+        return self._rsample(shape, context if self.context_features else None, generator)
 
     @abstractmethod
-    def distribution(self, batch_shape: Sequence[int] = ()) -> Distribution:
-        """The same as a `torch.distributions.Distribution`."""
+    def _log_prob(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> Tensor:
+        """Hook: log-density of each row."""
+
+    @abstractmethod
+    def _rsample(
+        self, shape: torch.Size, context: Tensor | None, generator: Generator | None
+    ) -> Tensor:
+        """Hook: draws of batch shape `shape`."""
+
+    def _initialize(self, z: Tensor, generator: Generator | None) -> None:
+        """Hook: set what depends on the data."""
+
+    def distribution(
+        self, batch_shape: Sequence[int] = (), context: Tensor | None = None
+    ) -> Distribution:
+        """The same as a `torch.distributions.Distribution`.
+
+        Raises:
+            NotImplementedError: If there is none.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is no torch distribution.")
 
 
 class StandardNormal(Base):
@@ -79,24 +172,21 @@ class StandardNormal(Base):
         self.register_buffer("loc", torch.zeros(features), persistent=False)
         self.loc: Tensor
 
-    def log_prob(self, z: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch"]:
-        """Log-density of `z`, in nats."""
+    def _log_prob(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> Tensor:
         log_normalizer = 0.5 * self.features * math.log(2 * math.pi)
         return -0.5 * z.square().sum(-1) - log_normalizer
 
-    def rsample(
-        self, shape: torch.Size, *, generator: torch.Generator | None = None
-    ) -> Float[Tensor, "*batch features"]:
-        """Draws of batch shape `shape`."""
+    def _rsample(
+        self, shape: torch.Size, context: Tensor | None, generator: Generator | None
+    ) -> Tensor:
+        like = self.loc
         return torch.randn(
-            *shape,
-            self.features,
-            generator=generator,
-            dtype=self.loc.dtype,
-            device=self.loc.device,
+            *shape, self.features, generator=generator, dtype=like.dtype, device=like.device
         )
 
-    def distribution(self, batch_shape: Sequence[int] = ()) -> Distribution:
+    def distribution(
+        self, batch_shape: Sequence[int] = (), context: Tensor | None = None
+    ) -> Distribution:
         """The same as a `torch.distributions.Distribution`."""
         loc = self.loc.expand(*batch_shape, self.features)
         return Independent(Normal(loc, torch.ones_like(loc), validate_args=False), 1)

@@ -425,14 +425,11 @@ def test_integers_of_numpy_are_integers():
 
 def test_a_flow_without_tensors_is_checked_against_the_default_dtype():
     class Uniform(Base):
-        def log_prob(self, z):
+        def _log_prob(self, z, context, generator):
             return torch.where((z.abs() < 1).all(-1), -self.features * math.log(2), -torch.inf)
 
-        def rsample(self, shape, *, generator=None):
+        def _rsample(self, shape, context, generator):
             return 2 * torch.rand(*shape, self.features, generator=generator) - 1
-
-        def distribution(self, batch_shape=()):
-            raise NotImplementedError
 
     flow = Flow([], Uniform(2))
     torch.testing.assert_close(flow.log_prob(torch.zeros(3, 2)), torch.full((3,), -math.log(4)))

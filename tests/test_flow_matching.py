@@ -507,8 +507,8 @@ def test_rows_outside_the_support_are_refused():
 
 def test_the_base_need_not_be_normal():
     class Shifted(StandardNormal):
-        def rsample(self, shape, *, generator=None):
-            return 7 + super().rsample(shape, generator=generator)
+        def _rsample(self, shape, context, generator):
+            return 7 + super()._rsample(shape, context, generator)
 
     flow = Flow([ContinuousTransform(LinearField(1))], Shifted(1))
     assert FlowMatching(flow)(torch.full((200, 1), 7.0)) < 2

@@ -30,6 +30,7 @@ from cnf import (
     Standardize,
     Unconstrain,
 )
+from cnf.transforms.continuous import map_continuous
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # which cannot read hidden numbers
 
@@ -148,7 +149,7 @@ MAPPED = {
 
 @pytest.mark.parametrize("make", MAPPED.values(), ids=MAPPED)
 def test_a_transform_is_mapped_over_rows(make):
-    transform = make().map_continuous(lambda part: part.using(solver=GRID))
+    transform = map_continuous(make(), lambda part: part.using(solver=GRID))
     x, context = rows_for(transform, 3)
     z = torch.randn(3, transform.base_features)
     in_rows = (0, None if context is None else 0)

@@ -48,6 +48,7 @@ from cnf.regularizers import (
     kinetic_energy,
     total_derivative,
 )
+from cnf.transforms.continuous import map_continuous
 from cnf.vector_fields import PotentialField
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # whole solves
@@ -202,7 +203,7 @@ def test_an_adaptive_solve_is_the_same_whoever_asks_for_gradients(batch, solver)
     "make", {**TRANSFORMS, **ESTIMATES}.values(), ids={**TRANSFORMS, **ESTIMATES}
 )
 def test_a_transform_gives_the_same_numbers_whoever_asks_for_gradients(make):
-    transform = make().map_continuous(lambda part: part.using(solver=coarse("adjoint")))
+    transform = map_continuous(make(), lambda part: part.using(solver=coarse("adjoint")))
     x, context = rows_for(transform, 2, 3)
     z = torch.randn(2, 3, transform.base_features)
 

@@ -49,6 +49,7 @@ from cnf.adapters import TorchBase, to_nflows_transform, to_normflows_flow, to_z
 from cnf.data.toy import Checkerboard, Pinwheel, TwoSpirals
 from cnf.regularizers import hjb_residual, kinetic_energy
 from cnf.transforms import Transform
+from cnf.transforms.continuous import map_continuous
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # for speed
 
@@ -88,7 +89,7 @@ def value_of(part):
     if isinstance(part, Flow):
         return part.using(solver=GRID).log_prob(x, context, generator=seeded())
     if isinstance(part, Transform):
-        part = part.map_continuous(lambda inner: inner.using(solver=GRID))
+        part = map_continuous(part, lambda inner: inner.using(solver=GRID))
         return part.to_base_and_ladj(x, context, generator=seeded())
     return part.velocity_and_divergence(torch.tensor(0.3), x, context)
 

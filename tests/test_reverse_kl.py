@@ -327,7 +327,7 @@ def test_training_without_data_finds_the_target():
         (
             lambda: ReverseKL(CNF(2, augment=1), normal_target),
             ValueError,
-            r"flow must have a log-density.*is a lower bound.*Augment",
+            r"flow must have a log-density.*is 'lower_bound'.*Augment",
         ),
         (lambda: ReverseKL(CNF(2), TARGET), TypeError, "log_density must be callable; got Multi"),
         (lambda: ReverseKL(CNF(2), normal_target, draws=0), ValueError, "draws must be at least 1"),

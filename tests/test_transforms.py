@@ -32,6 +32,7 @@ from cnf import (
 )
 from cnf.regularizers import kinetic_energy
 from cnf.transforms import Transform
+from cnf.transforms.continuous import map_continuous
 
 EVERY = {**TRANSFORMS, **ESTIMATES}
 every_transform = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
@@ -63,7 +64,7 @@ def test_gradient_reaches_every_parameter(make):
 def test_dtype_is_kept(make):
     loose = ODESolver(rtol=1e-4, atol=1e-4)
     for dtype in (torch.float32, torch.float64):
-        transform = make().to(dtype).map_continuous(lambda part: part.using(solver=loose))
+        transform = map_continuous(make().to(dtype), lambda part: part.using(solver=loose))
         x, context = rows_for(transform, 3)
         context = None if context is None else context.to(dtype)
         z, ladj = transform.to_base_and_ladj(x.to(dtype), context)
@@ -118,7 +119,7 @@ def test_costs_stand_beside_the_same_map_and_are_those_of_the_continuous_parts(m
 @every_transform
 def test_rebuilding_changes_every_continuous_part_and_shares_every_parameter(make):
     transform = make()
-    other = transform.map_continuous(lambda part: part.using(divergence=Hutchinson()))
+    other = map_continuous(transform, lambda part: part.using(divergence=Hutchinson()))
     assert [id(p) for p in other.parameters()] == [id(p) for p in transform.parameters()]
     divergences = [p.divergence for p in other.modules() if isinstance(p, ContinuousTransform)]
     assert all(divergence == Hutchinson() for divergence in divergences)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
@@ -67,8 +66,14 @@ class TorchBase(Base):
         found: Distribution = self.source() if isinstance(self.source, nn.Module) else self.source
         return found
 
-    def log_prob(self, z: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch"]:
-        """Log-density of `z`, in nats; -inf outside of the support."""
+    @property
+    def support(self) -> constraints.Constraint:
+        """What the distribution says."""
+        return _support(self._distribution())
+
+    def _log_prob(
+        self, z: Tensor, context: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
         distribution = self._distribution()
         inside = rows_inside(z, _support(distribution))
         if not inside.any():  # torch checks no empty batch
@@ -77,14 +82,9 @@ class TorchBase(Base):
             return distribution.log_prob(z).to(z)
         return spread(inside, distribution.log_prob(z[inside]).to(z), elsewhere=-math.inf)
 
-    def rsample(
-        self, shape: torch.Size, *, generator: torch.Generator | None = None
-    ) -> Float[Tensor, "*batch features"]:
-        """Draws of batch shape `shape`.
-
-        Raises:
-            NotImplementedError: If gradients are on, and the distribution has none of its draws.
-        """
+    def _rsample(
+        self, shape: torch.Size, context: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
         distribution = self._distribution()
         _check_gradient(distribution, distribution.has_rsample)
         if 0 in shape:  # which some, such as mixtures, refuse
@@ -93,7 +93,9 @@ class TorchBase(Base):
         with drawing_from(generator):
             return draw(shape).to(self.loc)
 
-    def distribution(self, batch_shape: Sequence[int] = ()) -> Distribution:
+    def distribution(
+        self, batch_shape: Sequence[int] = (), context: Tensor | None = None
+    ) -> Distribution:
         """The same as a `torch.distributions.Distribution`."""
         expanded: Distribution = self._distribution().expand(torch.Size(batch_shape))
         return expanded
@@ -145,34 +147,22 @@ class NormflowsBase(Base):
         """Not for a mixture: which component a draw is of has no gradient."""
         return not is_a(self.wrapped, "normflows", "GaussianMixture")
 
-    def log_prob(self, z: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch"]:
-        """Log-density of `z`, in nats."""
+    def _log_prob(
+        self, z: Tensor, context: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
         wrapped: Any = self.wrapped
         log_prob: Tensor = wrapped.log_prob(as_rows(z, self.shape))
         return log_prob.to(z).reshape(z.shape[:-1])
 
-    def rsample(
-        self, shape: torch.Size, *, generator: torch.Generator | None = None
-    ) -> Float[Tensor, "*batch features"]:
-        """Draws of batch shape `shape`.
-
-        Raises:
-            NotImplementedError: If gradients are on, and the distribution has none of its draws.
-        """
+    def _rsample(
+        self, shape: torch.Size, context: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
         _check_gradient(self.wrapped, self.has_rsample)
         if 0 in shape:  # which some, such as mixtures, refuse
             return self.loc.new_empty(*shape, self.features)
         with drawing_from(generator):
             drawn: Tensor = self.wrapped(math.prod(shape))[0]
         return drawn.to(self.loc).reshape(*shape, self.features)
-
-    def distribution(self, batch_shape: Sequence[int] = ()) -> Distribution:
-        """Not to be had.
-
-        Raises:
-            NotImplementedError: Always.
-        """
-        raise NotImplementedError(f"{type(self.wrapped).__name__} is no torch distribution.")
 
 
 def _refuse_what_is_no_base(wrapped: nn.Module) -> None:

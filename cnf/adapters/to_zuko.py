@@ -43,5 +43,5 @@ class _Base(LazyDistribution):
         self.base = base
 
     def forward(self, c: Tensor | None = None) -> Distribution:
-        del c
-        return self.base.distribution()
+        batch = () if c is None or not self.base.context_features else c.shape[:-1]
+        return self.base.distribution(batch, c)

@@ -84,14 +84,20 @@ class FromTorch(OfTorchTransforms):
 
     @property
     def support(self) -> constraints.Constraint:
-        """What the codomain of the torch transform is, for whole rows."""
-        codomain = self.transform.codomain
-        if codomain.event_dim == 1:
-            return codomain
-        return constraints.independent(codomain, 1)
+        """The codomain of the torch transform, for whole rows."""
+        return _of_rows(self.transform.codomain)
+
+    @property
+    def codomain(self) -> constraints.Constraint:
+        """The domain of the torch transform, for whole rows."""
+        return _of_rows(self.transform.domain)
 
     def _at(self, context: Tensor | None) -> TorchTransform:
         return self.transform.inv
+
+
+def _of_rows(constraint: constraints.Constraint) -> constraints.Constraint:
+    return constraint if constraint.event_dim == 1 else constraints.independent(constraint, 1)
 
 
 class FromZuko(OfTorchTransforms):

@@ -15,7 +15,8 @@ from cnf.adapters.library_modes import (
     is_estimate,
     right_values_and_gradients,
 )
-from cnf.transforms.base import Likelihood, Transform, WithLadj
+from cnf.bases import Likelihood
+from cnf.transforms.base import Transform, WithLadj
 from cnf.vector_fields.jacobian.autograd import outside_inference_mode
 
 _Map = Callable[[Tensor, Tensor | None], WithLadj]

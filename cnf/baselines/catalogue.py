@@ -8,8 +8,9 @@ from cnf._building import Building
 from cnf._checks import check_choice, check_count, check_image_shape
 from cnf.baselines.residual_flows import OURS, glow_of
 from cnf.baselines.zuko_flows import NamedMixture, NamedTransform
+from cnf.bases import Likelihood
 from cnf.flows.flow import Flow
-from cnf.transforms import Affine, Flatten, Likelihood, Transform
+from cnf.transforms import Affine, Flatten, Transform
 
 _LARGEST = 2**13
 

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.distributions import Transform as TorchTransform
@@ -72,8 +71,8 @@ class NamedTransform(OfTorchTransforms):
 class NamedMixture(Base):
     """Mixture of Gaussians with full covariances, of zuko.
 
-    Its draws have no gradient. `initialize` puts the components on rows of the data, which `fit`
-    does before its first step.
+    Its draws have no gradient. `initialize` puts the components on rows of the data, of equal
+    weights and shaped like all rows, which `fit` does before its first step.
 
     Args:
         features: Size of z.
@@ -81,8 +80,12 @@ class NamedMixture(Base):
 
     Raises:
         TypeError: If a number is not an int.
-        ValueError: If one is less than 1.
+        ValueError: If one is less than 1; from `initialize`, if there are fewer rows than
+            components, or they lie in a plane.
         ImportError: If zuko is not installed.
+
+    References:
+        Silverman (1986), Density Estimation, for the width of the components.
     """
 
     def __init__(self, features: int, size: int) -> None:
@@ -103,23 +106,8 @@ class NamedMixture(Base):
         """Whether the components are still to be put on data by `initialize`."""
         return not self.is_initialized
 
-    @torch.no_grad()
-    def initialize(
-        self, z: Float[Tensor, "rows features"], *, generator: torch.Generator | None = None
-    ) -> None:
-        """Put a component on each of as many rows: of equal weights, and shaped like the data.
-
-        Each has the covariance of all rows, made narrower as that of a kernel is for so many of
-        them. Once only: later calls change nothing.
-
-        Raises:
-            ValueError: If there are fewer rows than components, or they lie in a plane.
-
-        References:
-            Silverman (1986), Density Estimation, for the width.
-        """
-        if not self.awaits_data:
-            return
+    def _initialize(self, z: Tensor, generator: torch.Generator | None) -> None:
+        # The covariance of all rows, narrower for more components: Silverman (1986), chapter 4.
         if len(z) < self.size:
             raise ValueError(
                 f"z must have a row for each of the {self.size} components; got {len(z)}. "
@@ -138,21 +126,19 @@ class NamedMixture(Base):
         off_diagonal.copy_(factor[below[0], below[1]].expand_as(off_diagonal))
         self.is_initialized.fill_(True)
 
-    def log_prob(self, z: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch"]:
-        """Log-density of `z`, in nats."""
+    def _log_prob(
+        self, z: Tensor, context: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
         return self.mixture.log_prob(z)
 
-    def rsample(
-        self, shape: torch.Size, *, generator: torch.Generator | None = None
-    ) -> Float[Tensor, "*batch features"]:
-        """Draws of batch shape `shape`.
-
-        Raises:
-            NotImplementedError: If gradients are on.
-        """
+    def _rsample(
+        self, shape: torch.Size, context: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
         return self.mixture.rsample(shape, generator=generator)
 
-    def distribution(self, batch_shape: Sequence[int] = ()) -> Distribution:
+    def distribution(
+        self, batch_shape: Sequence[int] = (), context: Tensor | None = None
+    ) -> Distribution:
         """The same as a `torch.distributions.Distribution`."""
         return self.mixture.distribution(batch_shape)
 

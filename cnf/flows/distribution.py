@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,8 @@ from cnf._checks import (
     reference_tensor,
 )
 
-if TYPE_CHECKING:
-    import cnf.flows.flow
+Flow: TypeAlias = Any
+"""A `cnf.flows.flow.Flow`, whose module stands above this one."""
 
 
 class BoundFlow(nn.Module):
@@ -34,7 +34,7 @@ class BoundFlow(nn.Module):
         flow: The flow.
     """
 
-    def __init__(self, flow: "cnf.flows.flow.Flow") -> None:
+    def __init__(self, flow: Flow) -> None:
         super().__init__()
         self.flow = flow
         self.kept = _exchanged(flow)
@@ -124,7 +124,7 @@ class FlowDistribution(Distribution):
 
     def __init__(
         self,
-        flow: "cnf.flows.flow.Flow",
+        flow: Flow,
         context: Tensor | None = None,
         batch_shape: Sequence[int] = (),
     ) -> None:
@@ -163,12 +163,14 @@ class FlowDistribution(Distribution):
     @property
     def support(self) -> constraints.Constraint:
         """Which values have a density."""
-        return self.flow.support
+        support: constraints.Constraint = self.flow.support
+        return support
 
     @property
     def base(self) -> Distribution:
         """The distribution at t = 0, of the same batch shape."""
-        return self.flow.base.distribution(self.batch_shape)
+        base: Distribution = self.flow.base.distribution(self.batch_shape, self.context)
+        return base
 
     @property
     def transform(self) -> "FlowTransform":
@@ -281,9 +283,9 @@ class FlowDistribution(Distribution):
         """
         if self.flow.likelihood not in ("exact", "estimate"):
             raise NotImplementedError(
-                f"the likelihood of this flow is a {self.flow.likelihood.replace('_', ' ')}, whose "
-                "mean over draws is not the entropy; -log_prob of draws gives an upper bound of "
-                "it on average where it is a lower bound."
+                f"the likelihood of this flow is {self.flow.likelihood!r}, whose mean over draws "
+                "is not the entropy; -log_prob of draws gives an upper bound of it on average "
+                "where it is a lower bound."
             )
         check_count("draws", draws, least=2)
         with torch.no_grad():
@@ -390,9 +392,7 @@ class FlowTransform(Transform):
 
     codomain = constraints.real_vector
 
-    def __init__(
-        self, flow: "cnf.flows.flow.Flow", context: Tensor | None = None, *, cache_size: int = 0
-    ) -> None:
+    def __init__(self, flow: Flow, context: Tensor | None = None, *, cache_size: int = 0) -> None:
         super().__init__(cache_size)
         self.flow = flow
         self.context = context

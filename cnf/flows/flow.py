@@ -27,15 +27,21 @@ from cnf._checks import (
 from cnf._memory import check_fits
 from cnf._row_names import rows_of_caller
 from cnf._shapes import BaseRows, Context, Events
-from cnf.bases import Base
+from cnf.bases import Base, Likelihood, weakest
 from cnf.divergence import Divergence
 from cnf.flows.distribution import FlowDistribution
 from cnf.flows.standard_error import to_base_with_error
 from cnf.flows.trajectory import check_times, follow
 from cnf.ode import ODESolver
 from cnf.regularizers import CostRate
-from cnf.transforms import Chain, ContinuousTransform, Likelihood, Transform
-from cnf.transforms.chain import as_list, base_for, check_importance_samples
+from cnf.transforms import Chain, ContinuousTransform, Transform
+from cnf.transforms.chain import (
+    agreed_context_features,
+    as_list,
+    base_for,
+    check_importance_samples,
+)
+from cnf.transforms.continuous import map_continuous
 from cnf.transforms.support.constraints import row_before, select, spread
 from cnf.vector_fields import VectorField
 from cnf.vector_fields.compiled import Compilation
@@ -53,25 +59,29 @@ class Flow(nn.Module):
 
     Args:
         transforms: From data to base.
-        base: Distribution at the base; None for a standard normal.
+        base: Distribution at the base; None for a standard normal. Of a flow, the transforms follow
+            these, and its base is the base.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If the parts do not fit together.
+        ValueError: If the parts do not fit together, or the base has its density where the
+            transforms do not lead.
 
     References:
         Papamakarios et al. (2021), https://arxiv.org/abs/1912.02762; for the mean of importance
         weights Burda et al. (2016), https://arxiv.org/abs/1509.00519
     """
 
-    def __init__(self, transforms: Iterable[Transform], base: Base | None = None) -> None:
+    def __init__(self, transforms: Iterable[Transform], base: "Base | Flow | None" = None) -> None:
         super().__init__()
         parts = as_list(transforms)
-        self.base = base_for(parts, base)
+        if isinstance(base, Flow):
+            parts = [*parts, *base.chain]
+        self.base: Base = base_for(parts, base.base if isinstance(base, Flow) else base)
         self.transforms = Chain(parts, None if parts else self.base.features)
         self.features = self.transforms.features
         self.event_shape = self.transforms.event_shape
-        self.context_features = self.transforms.context_features
+        self.context_features = agreed_context_features([self.transforms, self.base])
 
     @property
     def chain(self) -> Chain:
@@ -81,14 +91,14 @@ class Flow(nn.Module):
     @property
     def likelihood(self) -> Likelihood:
         """What `log_prob` is: the weakest kind among the parts, in the order of `Likelihood`."""
-        return self.transforms.likelihood
+        return weakest([self.transforms.likelihood, self.base.likelihood])
 
     @property
     def support(self) -> constraints.Constraint:
         """Which x may be asked about: real numbers, or those that the first transforms take."""
         support = self.transforms.support
         if support is None:
-            support = constraints.real_vector
+            support = self.base.support
         more_axes = len(self.event_shape) - 1
         return constraints.independent(support, more_axes) if more_axes else support
 
@@ -127,7 +137,7 @@ class Flow(nn.Module):
         It reaches those inside of other transforms too. `change` returns a transform of the same
         size, such as ``part.using(start_time=0.1)``.
         """
-        return self._with_parts([part.map_continuous(change) for part in self.chain], self.base)
+        return map_continuous(self, change)
 
     def compile(
         self, *, backend: str | Callable[..., Any] = "inductor", mode: str | None = None
@@ -198,7 +208,8 @@ class Flow(nn.Module):
             ValueError: If an argument has a wrong shape, dtype, device or value.
             ODEError: If a solve fails.
         """
-        check_importance_samples(self.transforms, importance_samples)
+        kinds = self.transforms.likelihoods | {self.base.likelihood}
+        check_importance_samples(kinds, importance_samples)
         x = self._admit("x", x, context, generator, "anywhere")
         inside = rows_inside(x, self.support)
         if holds(~inside.all()):
@@ -213,7 +224,7 @@ class Flow(nn.Module):
             log_prob = self._log_mean_weight(x, context, importance_samples, generator)
         else:
             z, ladj = self.transforms.to_base_and_ladj(x, context, generator=generator)
-            log_prob = self.base.log_prob(z) + ladj
+            log_prob = self.base.log_prob(z, context, generator=generator) + ladj
         refuse_overflow("x", log_prob.detach().isnan(), "its log-density", x.dtype)
         if not is_hidden(inside):
             return log_prob
@@ -238,8 +249,10 @@ class Flow(nn.Module):
                 log_prob, error = self.log_prob_and_error(*rows, generator=generator)
             error = spread(inside, error, elsewhere=0.0)
             return spread(inside, log_prob, elsewhere=-math.inf), error
-        z, ladj, error = to_base_with_error(self.transforms, x, context, generator=generator)
-        return self.base.log_prob(z) + ladj, error
+        z, ladj, error = to_base_with_error(
+            self.transforms, x, context, kind=self.likelihood, generator=generator
+        )
+        return self.base.log_prob(z, context) + ladj, error
 
     def sample(
         self,
@@ -266,7 +279,8 @@ class Flow(nn.Module):
             context: What the density is conditioned on.
             generator: Source of the draws.
         """
-        z = self.base.rsample(self._shape(sample_shape, context, generator), generator=generator)
+        shape = self._shape(sample_shape, context, generator)
+        z = self.base.rsample(shape, context, generator=generator)
         return self.transforms.to_data(z, context, generator=generator)
 
     def sample_and_log_prob(
@@ -295,9 +309,10 @@ class Flow(nn.Module):
         if "lower_bound" in self.transforms.likelihoods:
             x = self.rsample(sample_shape, context, generator=generator)
             return x, self.log_prob(x, context, generator=generator)
-        z = self.base.rsample(self._shape(sample_shape, context, generator), generator=generator)
+        shape = self._shape(sample_shape, context, generator)
+        z = self.base.rsample(shape, context, generator=generator)
         x, ladj = self.transforms.to_data_and_ladj(z, context, generator=generator)
-        return x, self.base.log_prob(z) - ladj
+        return x, self.base.log_prob(z, context, generator=generator) - ladj
 
     def to_base(
         self, x: Events, context: Context | None = None, *, generator: Generator | None = None
@@ -393,7 +408,8 @@ class Flow(nn.Module):
         x = x.expand(samples, *x.shape)
         with rows_of_caller(lambda row: row[1:]):
             z, ladj = self.transforms.to_base_and_ladj(x, context, generator=generator)
-        return (self.base.log_prob(z) + ladj).logsumexp(0) - math.log(samples)
+        log_prob = self.base.log_prob(z, context, generator=generator)
+        return (log_prob + ladj).logsumexp(0) - math.log(samples)
 
     def _admit(
         self,

@@ -121,8 +121,8 @@ class NeuralODE(nn.Module):
 
     def log_prob(
         self,
-        x: Float[Tensor, "*batch features"],  # noqa: ARG002 - as it would be called
-        context: Float[Tensor, "*c_batch context_features"] | None = None,  # noqa: ARG002
+        x: Float[Tensor, "*batch features"],
+        context: Float[Tensor, "*c_batch context_features"] | None = None,
     ) -> NoReturn:
         """There is none: a `CNF` is the density model.
 

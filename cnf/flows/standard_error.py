@@ -7,10 +7,11 @@ import torch
 from torch import Generator, Tensor
 
 from cnf._shapes import BaseRows, Context, Events, Values
+from cnf.bases import Likelihood
 from cnf.divergence import Exact, FieldEvaluation, Hutchinson
 from cnf.regularizers import Regularizer
 from cnf.transforms.chain import Chain
-from cnf.transforms.continuous import ContinuousTransform
+from cnf.transforms.continuous import ContinuousTransform, map_continuous
 
 
 def to_base_with_error(
@@ -18,6 +19,7 @@ def to_base_with_error(
     x: Events,
     context: Context | None,
     *,
+    kind: Likelihood,
     generator: Generator | None,
 ) -> tuple[BaseRows, Values, Values]:
     """From data to base: z, ladj and its standard error, in nats.
@@ -28,11 +30,10 @@ def to_base_with_error(
         ValueError: If the likelihood is a lower bound or biased, or an estimate by less than two
             probes, or not by the divergence alone.
     """
-    kind = chain.likelihood
-    if kind in ("lower_bound", "biased_estimate"):
+    if kind not in ("exact", "estimate"):
         raise ValueError(
-            "the likelihood must be exact or an unbiased estimate; it is a "
-            f"{kind.replace('_', ' ')}."
+            f"the likelihood must be exact or an unbiased estimate; it is {kind!r}. Leave out what "
+            "makes it so, such as Augment, Dequantize or a truncated series."
         )
     if kind == "exact":
         z, ladj = chain.to_base_and_ladj(x, context, generator=generator)
@@ -53,7 +54,7 @@ def to_base_with_error(
 def _number_of_probes(chain: Chain) -> int:
     exact = methodcaller("using", divergence=Exact())
     others = {
-        type(part).__name__ for part in chain if part.map_continuous(exact).likelihood != "exact"
+        type(part).__name__ for part in chain if map_continuous(part, exact).likelihood != "exact"
     }
     divergences = [
         part.divergence for part in chain.modules() if isinstance(part, ContinuousTransform)

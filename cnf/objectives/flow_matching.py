@@ -130,7 +130,7 @@ class FlowMatching(nn.Module):
         before, transform, behind = _split(self.flow)
         with torch.no_grad():
             x1 = before.to_base(x, context, generator=generator)
-            z = self.flow.base.rsample(x1.shape[:1], generator=generator)
+            z = self.flow.base.rsample(x1.shape[:1], context, generator=generator)
             x0 = behind.to_data(z, context, generator=generator)
             x0 = self.pairing(x0, x1, context)
             rows = math.gcd(len(x1), _ROWS_PER_TIME) if transform.vector_field.shares_times else 1

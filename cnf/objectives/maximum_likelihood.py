@@ -124,7 +124,7 @@ class MaximumLikelihood(nn.Module):
         z, ladj, costs = flow.to_base_with_costs(
             x, context, regularizers=list(self.regularizers), generator=generator
         )
-        losses = -flow.base.log_prob(z) - ladj
+        losses = -flow.base.log_prob(z, context, generator=generator) - ladj
         # Not a matrix product, which autocast would round.
         for each, cost in zip(self.regularizers.values(), costs, strict=True):
             losses = losses + each * cost

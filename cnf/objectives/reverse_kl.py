@@ -84,8 +84,8 @@ class ReverseKL(nn.Module):
         if flow.likelihood not in ("exact", "estimate"):
             raise ValueError(
                 "flow must have a log-density of its draws, exact or estimated without bias; its "
-                f"likelihood is a {flow.likelihood.replace('_', ' ')}. Leave out transforms such "
-                "as Augment and Dequantize, and truncate no series: log_det=RussianRoulette()."
+                f"likelihood is {flow.likelihood!r}. Leave out transforms such as Augment and "
+                "Dequantize, and truncate no series: log_det=RussianRoulette()."
             )
         if not callable(log_density):
             raise TypeError(f"log_density must be callable; got {type(log_density).__name__}.")

@@ -1,8 +1,9 @@
 """Transforms between data and base."""
 
+from cnf.bases import Likelihood
 from cnf.transforms.actnorm import ActNorm
 from cnf.transforms.augment import Augment
-from cnf.transforms.base import Likelihood, Transform
+from cnf.transforms.base import Transform
 from cnf.transforms.chain import Chain
 from cnf.transforms.conditioners import ConvConditioner, MLPConditioner
 from cnf.transforms.continuous import ContinuousTransform

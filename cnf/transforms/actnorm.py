@@ -71,6 +71,9 @@ class ActNorm(Transform):
         loc, log_scale = self._of_features()
         return loc + log_scale.exp() * z, log_scale.sum().expand(z.shape[:-1])
 
+    def _contributions(self, x: Tensor, context: Tensor | None) -> Tensor:
+        return -self._of_features()[1].expand_as(x)
+
     def _of_features(self) -> tuple[Tensor, Tensor]:
         return self.loc.repeat_interleave(self.pixels), self.log_scale.repeat_interleave(
             self.pixels

@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from cnf._checks import check_count
-from cnf.transforms.base import Likelihood, Transform, WithLadj
+from cnf.transforms.base import Transform, WithLadj
 from cnf.vector_fields.conditioning import ContextScaling, scaled_context
 
 
@@ -74,14 +74,9 @@ class Augment(Transform):
         return self.features + self.augment
 
     @property
-    def likelihood(self) -> Likelihood:
-        """A lower bound."""
-        return "lower_bound"
-
-    @property
-    def is_bijective(self) -> bool:
-        """False, for the same x comes from every e."""
-        return False
+    def stochastic_to_base(self) -> bool:
+        """True: e is drawn."""
+        return True
 
     def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         mean, log_std = self._mean_and_log_std(x, context)

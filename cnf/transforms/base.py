@@ -1,25 +1,18 @@
 """A transform: one step of a flow between data and base."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, final
+from collections.abc import Sequence
+from typing import Any, TypeAlias, final
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.distributions import constraints
 
-from cnf._checks import check_count
-from cnf._shapes import BaseRows, Context, Costs, Events, Values
+from cnf._checks import check_count, refuse_overrides
+from cnf._shapes import BaseRows, Context, Costs, Events, Rows, Values
+from cnf.bases import Likelihood
 from cnf.regularizers import CostRate
 from cnf.vector_fields.conditioning import context_scalings
-
-if TYPE_CHECKING:
-    from cnf.transforms.continuous import ContinuousTransform
-
-Likelihood = Literal["exact", "estimate", "lower_bound", "biased_estimate"]
-"""What a ladj, and so a likelihood, is, the strongest first: exact up to rounding and solver
-tolerance; an unbiased estimate; part of a lower bound; or an estimate whose mean may be on either
-side of the truth."""
 
 WithLadj: TypeAlias = tuple[Tensor, Tensor]
 """What a hook returns: the moved points, and the ladj of each."""
@@ -49,6 +42,11 @@ class Transform(nn.Module, ABC):
     more than them; `_to_base_with_costs` is for one that follows a path. A transform that starts
     from data writes `awaits_data` and `_initialize`.
 
+    A transform that is no bijection of real vectors says so by its attributes. Where z is drawn,
+    given x, the ladj is that of a lower bound; where x is drawn, given z, a surjection has an exact
+    likelihood, whose contribution stands in place of a log-determinant (Nielsen et al., 2020, table
+    1).
+
     Args:
         features: Number of entries of x.
         context_features: Size of the context; 0 for none.
@@ -71,11 +69,7 @@ class Transform(nn.Module, ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a class that overrides a final method, whose hook it would have to write."""
         super().__init_subclass__(**kwargs)
-        for method, hook in _HOOKS.items():
-            if getattr(cls, method) is not getattr(Transform, method):
-                raise TypeError(
-                    f"{cls.__name__} must not override {method}, which is final; write {hook}."
-                )
+        refuse_overrides(cls, Transform, _HOOKS)
 
     def __init__(self, features: int, context_features: int = 0) -> None:
         super().__init__()
@@ -98,25 +92,46 @@ class Transform(nn.Module, ABC):
         return constraints.real_vector
 
     @property
-    def likelihood(self) -> Likelihood:
-        """What the ladj of this transform is."""
-        return "exact"
+    def codomain(self) -> constraints.Constraint | None:
+        """Which vectors z may be; None for the same numbers as those of x."""
+        return None if self.support is None else constraints.real_vector
+
+    @property
+    def stochastic_to_base(self) -> bool:
+        """Whether z is drawn, given x."""
+        return False
+
+    @property
+    def stochastic_to_data(self) -> bool:
+        """Whether x is drawn, given z."""
+        return False
 
     @property
     def is_bijective(self) -> bool:
-        """Whether each z comes from one x only, and the ladj is that of a Jacobian."""
-        return True
+        """Whether neither direction draws, and both sides have the same size."""
+        drawn = self.stochastic_to_base or self.stochastic_to_data
+        return not drawn and self.base_features == self.features
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """What the ladj of this transform is.
+
+        Here what the sizes and draws allow: a lower bound where z is drawn; for a map to fewer
+        numbers, from which x is not drawn, the density on the surface that `to_data` covers; for
+        one to more numbers, which are not drawn, no likelihood; exact otherwise.
+        """
+        if self.stochastic_to_base:
+            return "lower_bound"
+        if self.base_features > self.features:
+            return "not_a_likelihood"
+        if self.base_features < self.features and not self.stochastic_to_data:
+            return "on_manifold"
+        return "exact"
 
     @property
     def awaits_data(self) -> bool:
         """Whether something is still to be set from data by `initialize`."""
         return any(scaling.awaits_data for scaling in context_scalings(self))
-
-    def map_continuous(
-        self, change: Callable[["ContinuousTransform"], "ContinuousTransform"]
-    ) -> "Transform":
-        """The same transform, sharing every parameter, with `change` made to what is continuous."""
-        return self
 
     @final
     @torch.no_grad()
@@ -135,14 +150,17 @@ class Transform(nn.Module, ABC):
     def to_base_and_ladj(
         self, x: Events, context: Context | None = None, *, generator: Generator | None = None
     ) -> tuple[BaseRows, Values]:
-        """Towards the base: z and log|det dz/dx|, in nats, for each row."""
+        """Towards the base: z and the ladj of each row, in nats.
+
+        The ladj is log|det dz/dx| for a bijection, else the contribution to the log-likelihood.
+        """
         return self._to_base(x, context, generator)
 
     @final
     def to_data_and_ladj(
         self, z: BaseRows, context: Context | None = None, *, generator: Generator | None = None
     ) -> tuple[Events, Values]:
-        """Towards the data: x and log|det dx/dz|, in nats, for each row."""
+        """Towards the data: x and minus the ladj of the way back, in nats, for each row."""
         return self._to_data(z, context, generator)
 
     @final
@@ -170,6 +188,17 @@ class Transform(nn.Module, ABC):
     ) -> tuple[BaseRows, Values, Costs]:
         """Towards the base: z, ladj and the cost of the path by each regularizer, 0 without one."""
         return self._to_base_with_costs(x, context, generator, regularizers)
+
+    @final
+    def contributions(self, x: Rows, context: Context | None = None) -> Rows:
+        """The contribution of each feature to the log-likelihood, in nats; their sum is the ladj.
+
+        Known of transforms that take each feature alone and draw nothing.
+
+        Raises:
+            NotImplementedError: If this transform is of another kind.
+        """
+        return self._contributions(x, context)
 
     @abstractmethod
     def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
@@ -201,6 +230,13 @@ class Transform(nn.Module, ABC):
         """Hook: z, ladj and costs, where the way to the base is a path."""
         z, ladj = self._to_base(x, context, generator)
         return z, ladj, x.new_zeros(len(regularizers), *ladj.shape)
+
+    def _contributions(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """Hook: the contribution of each feature."""
+        raise NotImplementedError(
+            f"the ladj of a {type(self).__name__} is no sum over the features of x; ask "
+            "to_base_and_ladj for the whole."
+        )
 
     def _initialize(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> None:
         """Hook: set what depends on the data; here scalings of the context."""

@@ -1,8 +1,8 @@
 """A chain of transforms, from data to base: what its parts must agree on, and the way through."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, cast, get_args, overload
+from collections.abc import Iterable, Iterator, Sequence
+from typing import cast, overload
 
 import torch
 from torch import Generator, Tensor, nn
@@ -15,14 +15,10 @@ from cnf._checks import (
     reference_tensor,
     refuse_overflow,
 )
-from cnf.bases import Base, StandardNormal
+from cnf.bases import Base, Likelihood, StandardNormal, weakest
 from cnf.regularizers import CostRate
-from cnf.transforms.base import Likelihood, Transform, WithLadj
-
-if TYPE_CHECKING:
-    from cnf.transforms.continuous import ContinuousTransform
-
-_STRONGEST_FIRST: tuple[Likelihood, ...] = get_args(Likelihood)
+from cnf.transforms.base import Transform, WithLadj
+from cnf.transforms.support.constraints import covers
 
 
 class Chain(Transform):
@@ -61,7 +57,7 @@ class Chain(Transform):
                 f"features must be the {parts[0].features} that the first of the transforms "
                 f"takes; got {features}."
             )
-        super().__init__(features, _agreed_context_features(parts))
+        super().__init__(features, agreed_context_features(parts))
         for place, part in enumerate(parts):
             self.add_module(str(place), part)
 
@@ -107,14 +103,29 @@ class Chain(Transform):
         return next((part.support for part in self if part.support is not None), None)
 
     @property
+    def codomain(self) -> constraints.Constraint | None:
+        """Which vectors z may be, as the last says that says something; None if none does."""
+        return _codomain(self.transforms)
+
+    @property
     def likelihood(self) -> Likelihood:
         """The weakest kind among the transforms, in the order of `Likelihood`."""
-        return max((part.likelihood for part in self), key=_STRONGEST_FIRST.index, default="exact")
+        return weakest(part.likelihood for part in self)
 
     @property
     def likelihoods(self) -> set[Likelihood]:
         """Every kind among the transforms and their parts."""
         return {part.likelihood for part in self.modules() if isinstance(part, Transform)}
+
+    @property
+    def stochastic_to_base(self) -> bool:
+        """Whether one of the transforms draws on the way to the base."""
+        return any(part.stochastic_to_base for part in self)
+
+    @property
+    def stochastic_to_data(self) -> bool:
+        """Whether one of the transforms draws on the way to the data."""
+        return any(part.stochastic_to_data for part in self)
 
     @property
     def is_bijective(self) -> bool:
@@ -125,12 +136,6 @@ class Chain(Transform):
     def awaits_data(self) -> bool:
         """Whether one of the transforms does."""
         return any(part.awaits_data for part in self)
-
-    def map_continuous(
-        self, change: Callable[["ContinuousTransform"], "ContinuousTransform"]
-    ) -> "Chain":
-        """The same chain, sharing every parameter, with `change` made to what is continuous."""
-        return Chain([part.map_continuous(change) for part in self], self.features)
 
     def _initialize(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> None:
         """Set what depends on data in each part from what the parts before it make of the rows."""
@@ -232,6 +237,9 @@ def base_for(transforms: Sequence[Transform], base: Base | None) -> Base:
             f"{type(transforms[-1]).__name__} gives {transforms[-1].base_features}, and base has "
             f"{base.features}."
         )
+    if transforms:
+        check_covered(transforms, "base", base.support)
+    agreed_context_features([*transforms, base])
     _check_one_dtype([*transforms, base])
     return base
 
@@ -241,8 +249,32 @@ def context_for(part: Transform, context: Tensor | None) -> Tensor | None:
     return context if part.context_features else None
 
 
-def check_importance_samples(chain: Chain, importance_samples: int) -> None:
+def check_covered(parts: Sequence[Transform], name: str, support: constraints.Constraint) -> None:
+    """Refuse parts that do not reach all that comes next, whose density would have lost the rest.
+
+    Where z is drawn, so that the likelihood is a lower bound, it stays one.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    codomain = _codomain(parts)
+    last = next((part for part in reversed(parts) if part.codomain is not None), parts[-1])
+    if codomain is None or last.stochastic_to_base or covers(codomain, support):
+        return
+    raise ValueError(
+        f"{name} must have its density where {type(last).__name__} leads to, {codomain}; it has it "
+        f"on {support}, and so some of it would be lost. Choose a base with that support, or put a "
+        "transform between them that leads from there to the real numbers, such as Logit, "
+        "Unconstrain, or FromTorch of a torch transform."
+    )
+
+
+def check_importance_samples(kinds: set[Likelihood], importance_samples: int) -> None:
     """Refuse more than one importance sample where the mean of weights is no better bound.
+
+    Args:
+        kinds: Every kind of likelihood among the parts of the flow.
+        importance_samples: The number of samples.
 
     Raises:
         TypeError: If `importance_samples` is not an int.
@@ -252,13 +284,12 @@ def check_importance_samples(chain: Chain, importance_samples: int) -> None:
     check_count("importance_samples", importance_samples)
     if importance_samples == 1:
         return
-    kinds = chain.likelihoods
     if "lower_bound" not in kinds:
         raise ValueError(
             "importance_samples must be 1 unless the likelihood is a lower bound; "
-            f"got {importance_samples} for one that is {chain.likelihood!r}."
+            f"got {importance_samples} for one that is {weakest(kinds)!r}."
         )
-    if kinds & {"estimate", "biased_estimate"}:
+    if kinds - {"exact", "lower_bound"}:
         raise ValueError(
             "importance_samples must be 1 where a part of the likelihood is an estimate, for the "
             f"mean of such weights is no bound; got {importance_samples}. "
@@ -279,13 +310,27 @@ def _check_neighbours(parts: Sequence[Transform]) -> None:
                 "each of the transforms must take as many features as the one before it gives; "
                 f"{name} gives {part.base_features} and {next_name} takes {following.features}."
             )
+    for place, part in enumerate(parts[1:], start=1):
+        if part.support is not None:
+            check_covered(parts[:place], type(part).__name__, part.support)
 
 
-def _agreed_context_features(parts: Sequence[Transform]) -> int:
-    """Size of the context that the transforms take; 0 if none takes one."""
+def _codomain(parts: Sequence[Transform]) -> constraints.Constraint | None:
+    """Which vectors come out of the parts, as the last says that says something."""
+    return next((part.codomain for part in reversed(parts) if part.codomain is not None), None)
+
+
+def agreed_context_features(parts: Sequence[Transform | Base]) -> int:
+    """Size of the context that the parts take; 0 if none takes one.
+
+    Raises:
+        ValueError: If they differ.
+    """
     sizes = {part.context_features for part in parts} - {0}
     if len(sizes) > 1:
-        raise ValueError(f"transforms must agree on context_features; got {sorted(sizes)}.")
+        raise ValueError(
+            f"transforms and base must agree on context_features; got {sorted(sizes)}."
+        )
     return sizes.pop() if sizes else 0
 
 

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
+from typing import TypeVar, cast
 
 import torch
 from jaxtyping import Float
@@ -10,14 +12,17 @@ from torch import Generator, Tensor, nn
 from cnf._checks import check_flag, check_number, check_type, is_positive
 from cnf._shapes import Context, Rows
 from cnf._warnings import warn
+from cnf.bases import Likelihood
 from cnf.divergence import Divergence, Exact, Hutchinson
 from cnf.ode import ODESolver, RightHandSide, State
 from cnf.ode.compiled_steps import FieldSteps
 from cnf.regularizers import CostRate, needs_products
-from cnf.transforms.base import Likelihood, Transform, WithLadj
+from cnf.transforms.base import Transform, WithLadj
 from cnf.vector_fields import VectorField
 
 _MANY_FEATURES = 64
+
+Part = TypeVar("Part", bound=nn.Module)
 
 
 class ContinuousTransform(Transform):
@@ -115,12 +120,6 @@ class ContinuousTransform(Transform):
         """The times that the field sees at `shares` of the way from the base, 0, to the data, 1."""
         end_time = self.log_end_time.exp() if self.learn_end_time else self.end_time
         return end_time * (self.start_time + shares * (1 - self.start_time))
-
-    def map_continuous(
-        self, change: Callable[["ContinuousTransform"], "ContinuousTransform"]
-    ) -> "ContinuousTransform":
-        """What `change` makes of this transform."""
-        return change(self)
 
     def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         z, ladj = self._move(x, context, 1.0, 0.0, generator)
@@ -226,6 +225,37 @@ class ContinuousTransform(Transform):
                 "of this vector field; choose divergence=Hutchinson() for an unbiased estimate, or "
                 "divergence=Exact() to keep it without this warning.",
             )
+
+
+def map_continuous(
+    module: Part, change: Callable[[ContinuousTransform], ContinuousTransform]
+) -> Part:
+    """The same module, sharing every parameter, with `change` made to each continuous transform.
+
+    It reaches every part, whatever holds it: a module that holds none is returned itself, one that
+    does is copied with its other parts as they are.
+
+    Raises:
+        ValueError: If `change` returns a transform of another size.
+    """
+    if isinstance(module, ContinuousTransform):
+        changed = change(module)
+        check_type("change", changed, ContinuousTransform, "return one, as part.using(...) does")
+        if changed.features != module.features:
+            raise ValueError(
+                f"change must keep the {module.features} features of a transform; got "
+                f"{changed.features}."
+            )
+        return cast(Part, changed)
+    parts = {
+        name: None if part is None else map_continuous(part, change)
+        for name, part in module._modules.items()
+    }
+    if all(part is module._modules[name] for name, part in parts.items()):
+        return module
+    copied = copy(module)
+    copied._modules = parts
+    return copied
 
 
 def _velocity(field: VectorField, t: Tensor, x: Tensor, context: Tensor | None) -> State:

@@ -46,6 +46,9 @@ class Affine(Transform):
     def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         return _restored(z, self.loc, self.log_scale)
 
+    def _contributions(self, x: Tensor, context: Tensor | None) -> Tensor:
+        return -self.log_scale.expand_as(x)
+
 
 class ConditionalAffine(Transform):
     """Scaling and shift by the context: ``x = loc(context) + exp(log_scale(context)) * z``.
@@ -92,6 +95,9 @@ class ConditionalAffine(Transform):
 
     def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         return _restored(z, *self._loc_and_log_scale(context, z.dtype))
+
+    def _contributions(self, x: Tensor, context: Tensor | None) -> Tensor:
+        return -self._loc_and_log_scale(context, x.dtype)[1].expand_as(x)
 
     def _loc_and_log_scale(
         self, context: Tensor | None, dtype: torch.dtype
@@ -203,6 +209,9 @@ class Standardize(Transform):
 
     def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         return _restored(z, self.mean, self.log_std)
+
+    def _contributions(self, x: Tensor, context: Tensor | None) -> Tensor:
+        return -self.log_std.expand_as(x)
 
 
 def _standardized(x: Tensor, loc: Tensor, log_scale: Tensor) -> WithLadj:

@@ -1,14 +1,15 @@
 """A transform that leaves features out: the multi-scale architecture."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Generator, Tensor
+from torch.distributions import constraints
 
+from cnf.bases import Likelihood
 from cnf.regularizers import CostRate
-from cnf.transforms.base import Likelihood, Transform, WithLadj
-from cnf.transforms.chain import Chain
-from cnf.transforms.continuous import ContinuousTransform
+from cnf.transforms.base import Transform, WithLadj
+from cnf.transforms.chain import Chain, check_covered
 
 
 class FactorOut(Transform):
@@ -55,6 +56,7 @@ class FactorOut(Transform):
                 f"features must be more than the {self.kept} that transforms take; "
                 f"got {self.features}."
             )
+        check_covered(chain.transforms, "what is left out", constraints.real_vector)
         self.transforms = chain
 
     def extra_repr(self) -> str:
@@ -77,6 +79,16 @@ class FactorOut(Transform):
         return self.transforms.likelihood
 
     @property
+    def stochastic_to_base(self) -> bool:
+        """Whether one of the transforms draws on the way to the base."""
+        return self.transforms.stochastic_to_base
+
+    @property
+    def stochastic_to_data(self) -> bool:
+        """Whether one of the transforms draws on the way to the data."""
+        return self.transforms.stochastic_to_data
+
+    @property
     def is_bijective(self) -> bool:
         """Whether all transforms are."""
         return self.transforms.is_bijective
@@ -88,12 +100,6 @@ class FactorOut(Transform):
 
     def _initialize(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> None:
         self.transforms.initialize(self._split(x)[0], context, generator=generator)
-
-    def map_continuous(
-        self, change: Callable[[ContinuousTransform], ContinuousTransform]
-    ) -> "FactorOut":
-        """The same with `change` made to what is continuous in the transforms."""
-        return FactorOut(self.transforms.map_continuous(change), self.features)
 
     def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         kept, rest = self._split(x)

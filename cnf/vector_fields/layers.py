@@ -104,7 +104,7 @@ class IgnoreLinear(TimeLinear):
 
     def forward(
         self,
-        t: Float[Tensor, "*t_batch"],  # noqa: ARG002 - the interface of every layer
+        t: Float[Tensor, "*t_batch"],
         context: Float[Tensor, "*c_batch context_features"] | None,
     ) -> AffineMap:
         """The affine map at this context."""

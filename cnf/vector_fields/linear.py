@@ -37,7 +37,7 @@ class LinearField(VectorField):
 
     def forward(
         self,
-        t: Float[Tensor, "*t_batch"],  # noqa: ARG002 - the field is constant in time
+        t: Float[Tensor, "*t_batch"],
         x: Float[Tensor, "*batch features"],
         context: Float[Tensor, "*c_batch context_features"] | None = None,
     ) -> Float[Tensor, "*batch features"]:

@@ -11,8 +11,8 @@ from torch import Generator, Tensor
 
 from cnf._checks import check_count, check_number, is_hidden
 from cnf._shapes import Rows, Values
+from cnf.bases import Likelihood
 from cnf.divergence import Hutchinson
-from cnf.transforms.base import Likelihood
 from cnf.transforms.residual.spectral_layers import Map
 from cnf.vector_fields.jacobian.autograd import (
     refuse_transformed_functions,

@@ -8,7 +8,8 @@ from torch import Generator, Tensor
 
 from cnf._checks import check_number, check_type
 from cnf._warnings import warn
-from cnf.transforms.base import Likelihood, Transform, WithLadj
+from cnf.bases import Likelihood
+from cnf.transforms.base import Transform, WithLadj
 from cnf.transforms.residual.contractions import ContractiveNetwork
 from cnf.transforms.residual.fixed_point import fixed_point
 from cnf.transforms.residual.log_det import ExactLogDet, LogDet, RussianRoulette

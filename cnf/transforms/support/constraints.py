@@ -1,5 +1,7 @@
 """What numbers may be, where torch has no constraint for it, and rows picked by it."""
 
+import itertools
+import math
 from collections.abc import Callable
 
 import torch
@@ -35,6 +37,47 @@ class Integers(constraints.Constraint):
     def check(self, value: Tensor) -> Tensor:
         """Which numbers are whole."""
         return value == torch.round(value)
+
+
+def covers(larger: constraints.Constraint, smaller: constraints.Constraint) -> bool:
+    """Whether all numbers, or vectors, that fulfil `smaller` fulfil `larger`, ends aside.
+
+    Known of numbers between bounds, one or several for the entries of a vector; of others, such as
+    those on a simplex, where both constraints are the same.
+    """
+    wide, narrow = _of_entries(larger), _of_entries(smaller)
+    if len(wide) != len(narrow):
+        wide, narrow = wide * len(narrow), narrow * len(wide)
+    return all(itertools.starmap(_covers, zip(wide, narrow, strict=True)))
+
+
+def _of_entries(constraint: constraints.Constraint) -> list[constraints.Constraint]:
+    """The constraint of each entry of a vector, or a single one for all."""
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    if isinstance(constraint, constraints.cat):
+        pairs = zip(constraint.cseq, constraint.lengths, strict=True)
+        return [kind for part, length in pairs for kind in _of_entries(part) * length]
+    return [constraint]
+
+
+def _covers(larger: constraints.Constraint, smaller: constraints.Constraint) -> bool:
+    wide, narrow = _bounds(larger), _bounds(smaller)
+    if wide is None or narrow is None:
+        return type(larger) is type(smaller) and repr(larger) == repr(smaller)
+    if larger.is_discrete and not smaller.is_discrete:
+        return False
+    return bool((wide[0] <= narrow[0]).all() and (narrow[1] <= wide[1]).all())
+
+
+def _bounds(constraint: constraints.Constraint) -> tuple[Tensor, Tensor] | None:
+    """The least and the largest number; None where bounds are not what matters."""
+    bounded = hasattr(constraint, "lower_bound") or hasattr(constraint, "upper_bound")
+    if not bounded and not isinstance(constraint, type(constraints.real) | Integers):
+        return None
+    low = getattr(constraint, "lower_bound", -math.inf)
+    high = getattr(constraint, "upper_bound", math.inf)
+    return torch.as_tensor(low), torch.as_tensor(high)
 
 
 def select(mask: Tensor, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:

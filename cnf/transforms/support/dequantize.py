@@ -8,7 +8,7 @@ from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 
 from cnf._checks import check_count, check_number, check_support
-from cnf.transforms.base import Likelihood, Transform, WithLadj
+from cnf.transforms.base import Transform, WithLadj
 from cnf.transforms.support.constraints import OpenInterval
 
 COARSEST_NOISE = 0.01
@@ -59,14 +59,14 @@ class Dequantize(Transform):
         return constraints.independent(constraints.integer_interval(0, self.levels - 1), 1)
 
     @property
-    def likelihood(self) -> Likelihood:
-        """A lower bound, by the noise."""
-        return "lower_bound"
+    def codomain(self) -> constraints.Constraint:
+        """The unit interval."""
+        return constraints.independent(constraints.half_open_interval(0.0, 1.0), 1)
 
     @property
-    def is_bijective(self) -> bool:
-        """False, for a whole cell comes from each x."""
-        return False
+    def stochastic_to_base(self) -> bool:
+        """True: noise is added."""
+        return True
 
     def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         check_support("x", x, self.support)
@@ -127,16 +127,20 @@ class Logit(Transform):
     def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         check_support("x", x, self.support)
         z = logit(self.alpha + (1 - 2 * self.alpha) * x)
-        return z, -self._log_slope(z)
+        return z, -self._log_slopes(z).sum(-1)
+
+    def _contributions(self, x: Tensor, context: Tensor | None) -> Tensor:
+        check_support("x", x, self.support)
+        return -self._log_slopes(logit(self.alpha + (1 - 2 * self.alpha) * x))
 
     def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         z = within_reach_of_logit(z)
-        return (z.sigmoid() - self.alpha) / (1 - 2 * self.alpha), self._log_slope(z)
+        x = (z.sigmoid() - self.alpha) / (1 - 2 * self.alpha)
+        return x, self._log_slopes(z).sum(-1)
 
-    def _log_slope(self, z: Tensor) -> Tensor:
-        """Log of dx/dz, summed over the features."""
-        slopes = log_slope_of_sigmoid(z)
-        return slopes.sum(-1) - self.features * math.log(1 - 2 * self.alpha)
+    def _log_slopes(self, z: Tensor) -> Tensor:
+        """Log of dx/dz of each feature."""
+        return log_slope_of_sigmoid(z) - math.log(1 - 2 * self.alpha)
 
 
 def with_noise(x: Tensor, generator: Generator | None) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 from torch.distributions import constraints
 
 from cnf._checks import check_support, check_vectors
-from cnf.transforms.base import Likelihood, Transform, WithLadj
+from cnf.transforms.base import Transform, WithLadj
 from cnf.transforms.elementwise import Standardize
 from cnf.transforms.support.columns import Support, column_map
 from cnf.transforms.support.dequantize import COARSEST_NOISE
@@ -75,23 +75,28 @@ class Unconstrain(Transform):
         )
 
     @property
-    def likelihood(self) -> Likelihood:
-        """A lower bound if a column has noise, else exact."""
-        return "exact" if self.is_bijective else "lower_bound"
-
-    @property
-    def is_bijective(self) -> bool:
-        """Whether no column has noise."""
-        return not any(column.constraint.is_discrete for column in self._maps)
+    def stochastic_to_base(self) -> bool:
+        """Whether a column holds whole numbers, to which noise is added."""
+        return any(column.constraint.is_discrete for column in self._maps)
 
     def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
+        z, log_slopes = self._spread(x, generator)
+        return z, -log_slopes.sum(-1)
+
+    def _contributions(self, x: Tensor, context: Tensor | None) -> Tensor:
+        if self.stochastic_to_base:
+            return super()._contributions(x, context)
+        return -self._spread(x, None)[1]
+
+    def _spread(self, x: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:
+        """The real numbers and the log of dx/dz, of each column."""
         check_support("x", x, self.support)
         spread = [
             column.to_reals(values, generator)
             for column, values in zip(self._maps, x.unbind(-1), strict=True)
         ]
         z, log_slopes = (torch.stack(parts, -1) for parts in zip(*spread, strict=True))
-        return z, -log_slopes.sum(-1)
+        return z, log_slopes
 
     def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         brought = [

@@ -1,0 +1,249 @@
+"""Laws of what a transform and a base say of themselves: kinds of likelihood, supports, draws."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import HalfNormal, Independent, TanhTransform, Uniform, constraints
+from zoo import TRANSFORMS, mlp, rows_for, seeded
+
+from cnf import (
+    ActNorm,
+    Affine,
+    Augment,
+    ContinuousTransform,
+    Exact,
+    Flow,
+    Hutchinson,
+    Logit,
+    Standardize,
+    Unconstrain,
+)
+from cnf.adapters import FromTorch, TorchBase
+from cnf.bases import Base, StandardNormal
+from cnf.transforms import Chain, FactorOut, Permute, Transform
+from cnf.transforms.continuous import map_continuous
+from cnf.transforms.support.constraints import covers
+
+
+class Abs(Transform):
+    """Absolute values; the signs are drawn on the way back."""
+
+    codomain = constraints.independent(constraints.nonnegative, 1)
+    stochastic_to_data = True
+
+    def _to_base(self, x, context, generator):
+        return x.abs(), x.new_full(x.shape[:-1], -self.features * math.log(2))
+
+    def _to_data(self, z, context, generator):
+        signs = torch.randint(0, 2, z.shape, generator=generator) * 2 - 1
+        return z * signs, z.new_full(z.shape[:-1], self.features * math.log(2))
+
+
+class Circle(Transform):
+    """The unit circle in the plane, by its angle."""
+
+    def __init__(self):
+        super().__init__(2)
+
+    base_features = 1
+    codomain = constraints.independent(constraints.interval(-math.pi, math.pi), 1)
+
+    def _to_base(self, x, context, generator):
+        return torch.atan2(x[..., 1:], x[..., :1]), x.new_zeros(x.shape[:-1])
+
+    def _to_data(self, z, context, generator):
+        return torch.cat([z.cos(), z.sin()], -1), z.new_zeros(z.shape[:-1])
+
+
+class Holding(Base):
+    """A base that holds a flow, and passes everything on."""
+
+    def __init__(self, flow):
+        super().__init__(flow.features, flow.context_features)
+        self.flow = flow
+
+    def _log_prob(self, z, context, generator):
+        return self.flow.log_prob(z, context, generator=generator)
+
+    def _rsample(self, shape, context, generator):
+        return self.flow.rsample(() if context is not None else shape, context, generator=generator)
+
+
+def half_normal(features):
+    return TorchBase(Independent(HalfNormal(torch.ones(features)), 1))
+
+
+@torch.no_grad()
+def mass(flow, reach=8.0):
+    """The integral of the density over a square."""
+    side = torch.linspace(-reach, reach, 401)
+    x = torch.cartesian_prod(side, side)
+    return float(flow.log_prob(x).exp().sum() * (side[1] - side[0]) ** 2)
+
+
+def test_absolute_values_of_a_normal_are_refused():
+    with pytest.raises(ValueError, match=r"base must have its density where Abs leads to"):
+        Flow([Abs(2)])
+    with pytest.raises(ValueError, match=r"Affine must have its density where Abs leads to"):
+        Flow([Abs(2), Affine(2)])
+    with pytest.raises(ValueError, match=r"where FromTorch leads to"):
+        Flow([FromTorch(TanhTransform().inv, 2)])
+
+
+def test_a_surjection_on_its_own_half_is_exact_and_has_the_mass_one():
+    flow = Flow([Abs(2)], half_normal(2))
+    assert flow.likelihood == "exact"
+    assert not flow.chain.is_bijective
+    assert mass(flow) == pytest.approx(1, abs=1e-3)
+    x = torch.randn(50, 2)
+    torch.testing.assert_close(flow.log_prob(x), StandardNormal(2).log_prob(x).to(x))
+
+
+def test_a_base_smaller_than_what_is_reached_is_exact():
+    flow = Flow([Affine(2)], TorchBase(Independent(Uniform(-torch.ones(2), torch.ones(2)), 1)))
+    assert flow.likelihood == "exact"
+    assert mass(flow, 2.0) == pytest.approx(1, abs=0.02)
+
+
+def test_a_circle_in_the_plane_has_a_density_on_the_circle_alone():
+    base = TorchBase(Independent(Uniform(*(torch.tensor([s * math.pi]) for s in (-1.0, 1.0))), 1))
+    assert Flow([Circle()], base).likelihood == "on_manifold"
+    with pytest.raises(ValueError, match="base must have its density where Circle leads to"):
+        Flow([Circle()])
+
+
+@pytest.mark.parametrize("as_base", [lambda flow: flow, Holding], ids=["flow", "base"])
+def test_a_flow_inside_of_a_base_is_no_more_exact_than_it_is(as_base):
+    inner = Flow([ContinuousTransform(mlp(), divergence=Hutchinson())])
+    flow = Flow([Affine(2)], as_base(inner))
+    assert flow.likelihood == "estimate"
+
+    exact = flow.using(divergence=Exact())
+    assert (exact.likelihood, flow.likelihood) == ("exact", "estimate")
+    x = torch.randn(5, 2)
+    torch.testing.assert_close(exact.log_prob(x), inner.using(divergence=Exact()).log_prob(x))
+    assert {id(p) for p in exact.parameters()} == {id(p) for p in flow.parameters()}
+    one, other = (flow.log_prob(x, generator=torch.Generator().manual_seed(0)) for _ in range(2))
+    torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("as_base", [lambda flow: flow, Holding], ids=["flow", "base"])
+def test_the_context_reaches_into_a_base(as_base):
+    inner = Flow([ContinuousTransform(mlp(context_features=3))])
+    flow = Flow([Affine(2)], as_base(inner))
+    assert flow.context_features == 3
+    x, context = torch.randn(5, 2), torch.randn(5, 3)
+    torch.testing.assert_close(flow.log_prob(x, context), inner.log_prob(x, context))
+    draws = (part.sample(context=context, generator=seeded()) for part in (flow, inner))
+    torch.testing.assert_close(*draws)
+    with pytest.raises(ValueError, match="transforms and base must agree on context_features"):
+        Flow([ContinuousTransform(mlp(context_features=2))], as_base(inner))
+
+
+def test_a_lower_bound_inside_of_a_base_is_one():
+    flow = Flow([Affine(2)], Flow([Augment(2, 1)]))
+    assert flow.likelihood == "lower_bound"
+    assert flow.log_prob(torch.zeros(3, 2), importance_samples=4).shape == (3,)
+
+
+def test_a_final_method_of_a_base_is_refused():
+    with pytest.raises(TypeError, match=r"override log_prob, which is final; write _log_prob"):
+        type("Mine", (Base,), {"log_prob": lambda self, z: z})
+
+
+@pytest.mark.parametrize("make", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_a_transform_draws_where_it_says_so(make):
+    transform = make()
+    context = torch.randn(transform.context_features) if transform.context_features else None
+    base = StandardNormal(transform.base_features).double()
+    z = base.rsample(torch.Size([20]), generator=seeded())
+
+    x, again = (transform.to_data(z, context, generator=seeded()) for _ in range(2))
+    torch.testing.assert_close(x, again)
+    drawn = [transform.to_base(x, context, generator=g) for g in (seeded(), torch.Generator())]
+    differs = not torch.allclose(*drawn)
+    assert differs == transform.stochastic_to_base
+    if transform.is_bijective:
+        assert transform.base_features == transform.features
+    if transform.support is not None:
+        assert transform.support.check(x).all()
+    if transform.codomain is not None:
+        assert transform.codomain.check(drawn[0]).all()
+
+
+class Nested(nn.Module):
+    """A module that nobody has told how to change its parts."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.inner = nn.ModuleDict({"part": part, "other": nn.Linear(2, 2)})
+
+
+def test_continuous_parts_are_changed_wherever_they_are():
+    module = Nested(FactorOut([ContinuousTransform(mlp())], 4))
+    changed = map_continuous(module, lambda part: part.using(divergence=Hutchinson()))
+
+    assert changed.inner["part"].likelihood == "estimate"
+    assert module.inner["part"].likelihood == "exact"
+    assert changed.inner["other"] is module.inner["other"]
+    assert map_continuous(module.inner["other"], pytest.fail) is module.inner["other"]
+    with pytest.raises(ValueError, match="change must keep the 2 features"):
+        map_continuous(module, lambda _: ContinuousTransform(mlp(3)))
+    with pytest.raises(TypeError, match="change must be a"):
+        map_continuous(module, lambda _: None)
+
+
+R, POSITIVE = constraints.real, constraints.positive
+
+
+@pytest.mark.parametrize(
+    ("larger", "smaller", "does"),
+    [
+        (R, POSITIVE, True),
+        (POSITIVE, R, False),
+        (constraints.real_vector, R, True),
+        (constraints.nonnegative, POSITIVE, True),
+        (constraints.unit_interval, constraints.interval(0.2, 0.8), True),
+        (constraints.unit_interval, constraints.interval(0.2, 1.8), False),
+        (constraints.nonnegative_integer, POSITIVE, False),
+        (R, constraints.simplex, False),
+        (constraints.simplex, constraints.simplex, True),
+        (constraints.cat([R, POSITIVE], lengths=[1, 2]), POSITIVE, True),
+        (constraints.cat([R, POSITIVE], lengths=[1, 2]), R, False),
+        (R, constraints.independent(constraints.cat([R, POSITIVE]), 1), True),
+    ],
+    ids=str,
+)
+def test_one_constraint_covers_another(larger, smaller, does):
+    assert covers(larger, smaller) is does
+
+
+def test_permutations_pass_a_support_on():
+    flow = Flow([Permute([1, 0]), Unconstrain(["positive", "positive"])])
+    assert flow.likelihood == "exact"
+    with pytest.raises(ValueError, match="where Abs leads to"):
+        Flow([Abs(2), Permute([1, 0])])
+    assert Chain([Permute([1, 0])]).codomain is None
+    assert Flow([Logit(2)]).chain.codomain is constraints.real_vector
+
+
+def test_the_support_of_a_flow_without_opinion_is_the_support_of_its_base():
+    flow = Flow([Permute([1, 0])], half_normal(2))
+    outside: Tensor = flow.log_prob(torch.tensor([[1.0, -1.0], [1.0, 1.0]]))
+    assert outside[0] == -math.inf
+    assert outside[1].isfinite()
+
+
+@pytest.mark.parametrize("make", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_contributions_of_features_sum_to_the_ladj(make):
+    transform = make()
+    x, context = rows_for(transform, 7)
+    try:
+        contributions = transform.contributions(x, context)
+    except NotImplementedError:
+        assert not isinstance(transform, Affine | Standardize | ActNorm | Logit)
+        return
+    assert contributions.shape == x.shape
+    torch.testing.assert_close(contributions.sum(-1), transform.to_base_and_ladj(x, context)[1])
