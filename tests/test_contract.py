@@ -1,12 +1,13 @@
 """Laws of what a transform and a base say of themselves: kinds of likelihood, supports, draws."""
 
+import itertools
 import math
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributions import HalfNormal, Independent, TanhTransform, Uniform, constraints
-from zoo import TRANSFORMS, mlp, rows_for, seeded
+from torch.distributions import HalfNormal, Independent, Normal, TanhTransform, Uniform, constraints
+from zoo import BASES, ESTIMATES, EVERY_FLOW, FIELDS, TRANSFORMS, mlp, rows_for, seeded
 
 from cnf import (
     ActNorm,
@@ -22,6 +23,7 @@ from cnf import (
 )
 from cnf.adapters import FromTorch, TorchBase
 from cnf.bases import Base, StandardNormal
+from cnf.saving.description import FAMILIES, own_classes
 from cnf.transforms import Chain, FactorOut, Permute, Transform
 from cnf.transforms.continuous import map_continuous
 from cnf.transforms.support.constraints import covers
@@ -247,3 +249,40 @@ def test_contributions_of_features_sum_to_the_ladj(make):
         return
     assert contributions.shape == x.shape
     torch.testing.assert_close(contributions.sum(-1), transform.to_base_and_ladj(x, context)[1])
+
+
+@pytest.mark.parametrize("make", BASES.values(), ids=BASES)
+def test_a_base_draws_from_its_density(make):
+    base = make()
+    with torch.no_grad():
+        draws = base.rsample(torch.Size([20_000]), generator=seeded())
+        again = base.rsample(torch.Size([20_000]), generator=seeded())
+    torch.testing.assert_close(draws, again)
+    assert base.support.check(draws).all()
+    assert base.likelihood == "exact"
+
+    # E[q / p] = 1 under p for a density q: here a narrow normal where the draws are.
+    q = Independent(Normal(draws.mean(0), draws.std(0) / 2), 1)
+    ratio = (q.log_prob(draws) - base.log_prob(draws)).exp()
+    error = ratio.std() / len(ratio) ** 0.5
+    assert abs(ratio.mean() - 1) < 4 * error + 1e-3  # 4 standard errors: 6e-5
+
+
+def test_every_class_that_a_flow_may_have_as_a_part_is_in_the_zoo():
+    found = set()
+    for zoo in (FIELDS, TRANSFORMS, ESTIMATES, BASES, EVERY_FLOW):
+        for part in itertools.chain(*(make().modules() for make in zoo.values())):
+            found |= {type(part), *map(type, vars(part).values())}
+    missing = {name for name, cls in own_classes().items() if cls not in found}
+    assert missing <= {"Exact", "Hutchinson"}  # which every flow takes: tests/test_divergence.py
+
+
+def test_names_that_a_file_keeps_are_told_apart():
+    def classes(family):
+        for cls in family.__subclasses__():
+            yield cls
+            yield from classes(cls)
+
+    named = {cls for family in FAMILIES for cls in [family, *classes(family)]}
+    own = [cls.__name__ for cls in named if cls.__module__.startswith("cnf.")]
+    assert len(own) == len(set(own))

@@ -22,7 +22,6 @@ from torch import nn
 from torch.distributions import ExpTransform
 from zoo import EVERY_FLOW, perturbed, rows_for
 
-import cnf.saving.description
 from cnf import (
     CNF,
     Affine,
@@ -46,7 +45,7 @@ from cnf.data.memmap import NpyRows
 from cnf.data.table_files import read_table, write_table
 from cnf.data.uci import benchmark_table
 from cnf.saving import load, save
-from cnf.saving.description import describe, rebuild
+from cnf.saving.description import describe, own_classes, rebuild
 from cnf.saving.flow_files import FORMAT_VERSION
 from cnf.tables.model import Columns, TableModel
 from cnf.training import TrainingConfig, fit
@@ -816,7 +815,7 @@ def test_settings_are_saved_as_pythons_numbers_whatever_they_came_as(change):
     own = {"UserNetwork": zoo.UserNetwork}
     for (name, key), settings in every_setting().items():
         plain = {other: rebuild(value, own, int) for other, value in settings.items()}
-        cls = own.get(name) or getattr(cnf.saving.description, name)
+        cls = own.get(name) or own_classes()[name]
         try:
             part = cls(**{**plain, key: with_numbers(settings[key], change)})
         except (TypeError, ValueError):

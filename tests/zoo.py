@@ -9,7 +9,7 @@ import normflows
 import torch
 import zuko
 from torch import Tensor, nn
-from torch.distributions import AffineTransform, ComposeTransform, ExpTransform
+from torch.distributions import AffineTransform, ComposeTransform, ExpTransform, Gamma, Independent
 from torch.distributions.constraints import Constraint
 
 from cnf import (
@@ -58,8 +58,9 @@ from cnf import (
     WoodburyConv,
     glow,
 )
-from cnf.adapters import FromNflows, FromNormflows, FromTorch, FromZuko
+from cnf.adapters import FromNflows, FromNormflows, FromTorch, FromZuko, NormflowsBase, TorchBase
 from cnf.baselines import build
+from cnf.bases import Base, StandardNormal
 from cnf.transforms import Chain, Transform
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.layers import LAYERS
@@ -321,6 +322,13 @@ SURJECTIONS: dict[str, Callable[[], Transform]] = {
 """Random on the way to the base, so that a likelihood is a lower bound."""
 
 TRANSFORMS = {**BIJECTIONS, **SURJECTIONS}
+
+BASES: dict[str, Callable[[], Base]] = {
+    "standard normal": lambda: StandardNormal(2),
+    "torch": lambda: TorchBase(Independent(Gamma(torch.full((2,), 3.0), torch.full((2,), 2.0)), 1)),
+    "normflows": lambda: NormflowsBase(normflows.distributions.GaussianMixture(3, 2).double()),
+    "named": lambda: perturbed(build("gmm", 2, size=3).base),
+}
 
 ESTIMATES: dict[str, Callable[[], Transform]] = {
     "residual flow by roulette": lambda: residual_flow(

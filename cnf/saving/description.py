@@ -1,81 +1,48 @@
 """A flow as JSON: the class and the constructor's settings of each part, and back."""
 
 import dataclasses
+import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from cnf.baselines import NamedMixture, NamedTransform
-from cnf.bases import StandardNormal
-from cnf.divergence import Divergence, Exact, Hutchinson
-from cnf.flows.cnf import CNF
-from cnf.flows.flow import Flow
+from cnf.bases import Base
+from cnf.divergence import Divergence
+from cnf.flows import Flow
 from cnf.ode import ODESolver
-from cnf.transforms import (
-    ActNorm,
-    AdditiveCoupling,
-    Affine,
-    AffineCoupling,
-    Augment,
-    Chain,
-    ConditionalAffine,
-    ContinuousTransform,
-    Conv1x1,
-    ConvConditioner,
-    Dequantize,
-    EmergingConv,
-    ExactLipschitz,
-    ExactLogDet,
-    FactorOut,
-    Flatten,
-    LipschitzAttention,
-    LipschitzConv,
-    LipschitzMLP,
-    Logit,
-    MLPConditioner,
-    PeriodicConv,
-    Permute,
-    Planar,
-    Radial,
-    ResidualFlow,
-    RussianRoulette,
-    Squeeze,
-    Standardize,
-    TruncatedSeries,
-    Unconstrain,
-    WoodburyConv,
-)
-from cnf.vector_fields import (
-    ConvField,
-    LinearField,
-    MLPField,
-    ModuleField,
-    PotentialField,
-    ResidualField,
-)
+from cnf.transforms import Chain, ContractiveNetwork, FactorOut, Transform
+from cnf.transforms.conditioners import Conditioner
+from cnf.transforms.residual.log_det import LogDet
+from cnf.vector_fields import VectorField
 
-_CLASSES: dict[str, type] = {
-    cls.__name__: cls
-    for cls in (
-        *(CNF, Flow, StandardNormal),
-        *(NamedMixture, NamedTransform),
-        *(ActNorm, Affine, Augment, Chain, ContinuousTransform, Dequantize, FactorOut, Flatten),
-        *(Logit, Permute, Squeeze, Standardize, Unconstrain),
-        *(AdditiveCoupling, AffineCoupling, ConditionalAffine, Conv1x1),
-        *(ConvConditioner, MLPConditioner),
-        *(EmergingConv, ExactLipschitz, PeriodicConv, Planar, Radial, WoodburyConv),
-        *(ConvField, LinearField, MLPField, ModuleField, PotentialField, ResidualField),
-        *(ResidualFlow, LipschitzAttention, LipschitzConv, LipschitzMLP),
-        *(ExactLogDet, RussianRoulette, TruncatedSeries),
-        *(Exact, Hutchinson, ODESolver),
-    )
-}
-
+FAMILIES: tuple[type, ...] = (
+    *(Flow, Base, Transform, VectorField, Divergence),
+    *(LogDet, ContractiveNetwork, Conditioner, ODESolver),
+)
+"""What a flow is made of. Each subclass of these in cnf is saved and loaded by its name."""
 
 _REMEDY = "Save flow.state_dict() instead, and rebuild the flow in your own code."
+
+
+@functools.cache
+def own_classes() -> dict[str, type]:
+    """The classes of this package that a flow may have as parts, by name."""
+    return {
+        cls.__name__: cls
+        for family in FAMILIES
+        for cls in _with_subclasses(family)
+        if cls.__module__.startswith("cnf.")
+        and not (inspect.isabstract(cls) or cls.__name__.startswith("_"))
+    }
+
+
+def _with_subclasses(cls: Any) -> Iterator[type]:
+    yield cls
+    for subclass in cls.__subclasses__():
+        yield from _with_subclasses(subclass)
 
 
 def describe(value: Any) -> Any:
@@ -125,7 +92,7 @@ def rebuild(description: Any, classes: Mapping[str, type], count_part: Callable[
         return description
     count_part()
     name = description["class"]
-    cls = _CLASSES.get(name) or classes.get(name)
+    cls = own_classes().get(name) or classes.get(name)
     if cls is None:
         raise MissingClassError(
             f"it names the class {name!r}, which is none of cnf; if it is yours, give it: "
@@ -176,7 +143,7 @@ class _NoDescriptionError(TypeError):
 
 def _refuse_other_classes(cls: type) -> None:
     """Refuse classes that no file may name."""
-    own = _CLASSES.get(cls.__name__)
+    own = own_classes().get(cls.__name__)
     if own is cls:
         return
     if not issubclass(cls, nn.Module | Divergence) or issubclass(cls, Flow):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,17 @@ from cnf._shapes import Rows
 from cnf.vector_fields.conditioning import ContextScaling, scaled_context
 
 
-class MLPConditioner(nn.Module):
+class Conditioner(nn.Module, ABC):
+    """Base class of conditioners. A coupling takes any module; a file keeps these by their name."""
+
+    @abstractmethod
+    def forward(
+        self, x: Rows, context: Float[Tensor, "*batch context_features"] | None = None
+    ) -> Float[Tensor, "*batch outputs"]:
+        """The numbers for each row."""
+
+
+class MLPConditioner(Conditioner):
     """Fully connected network of x and the context, with SiLU between its layers.
 
     The last layer starts at zero, so that a new transform is the identity.
@@ -66,7 +77,7 @@ class MLPConditioner(nn.Module):
         return outputs
 
 
-class ConvConditioner(nn.Module):
+class ConvConditioner(Conditioner):
     """Convolutional network of a flattened image and the context, with ReLU between its layers.
 
     The first and last kernels are 3 x 3, those between 1 x 1, with zeros beyond the border. The
