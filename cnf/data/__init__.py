@@ -1,5 +1,22 @@
-"""Data as tensors; knows nothing of models."""
+"""Data as tensors: toy densities with the truth, tables, benchmarks. Knows nothing of models."""
 
+from cnf.data.densities import GaussianMixture
 from cnf.data.memmap import NpyRows
+from cnf.data.splits import Splits, split_rows
+from cnf.data.table_files import Table, read_table, write_table
+from cnf.data.toy import TOY_NAMES, toy_density
+from cnf.data.uci import BENCHMARKS, benchmark_table
 
-__all__ = ["NpyRows"]
+__all__ = [
+    "BENCHMARKS",
+    "TOY_NAMES",
+    "GaussianMixture",
+    "NpyRows",
+    "Splits",
+    "Table",
+    "benchmark_table",
+    "read_table",
+    "split_rows",
+    "toy_density",
+    "write_table",
+]

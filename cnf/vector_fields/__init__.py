@@ -1,6 +1,7 @@
 """Vector fields v(t, x | context)."""
 
 from cnf.vector_fields.base import VectorField, count_evaluations
+from cnf.vector_fields.conditioning import ContextScaling
 from cnf.vector_fields.conv import ConvField
 from cnf.vector_fields.linear import LinearField
 from cnf.vector_fields.mlp import MLPField
@@ -9,6 +10,7 @@ from cnf.vector_fields.potential import PotentialField
 from cnf.vector_fields.residual import ResidualField
 
 __all__ = [
+    "ContextScaling",
     "ConvField",
     "LinearField",
     "MLPField",
