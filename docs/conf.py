@@ -23,7 +23,7 @@ autodoc_default_options = {
 }
 default_role = "any"
 nitpicky = False
-suppress_warnings = ["ref.any", "ref.python"] # a name may be reached by two paths
+suppress_warnings = ["ref.any", "ref.python"]  # a name may be reached by two paths
 html_theme = "furo"
 exclude_patterns = ["_build", "ablation_table.md"]
 templates_path = ["_templates"]

@@ -1,6 +1,6 @@
 """The methods of the installed torchdiffeq, and one step of those that need no earlier ones.
 
-This, `cnf.ode` and `cnf.ode.runge_kutta` are the only modules that talk to torchdiffeq.
+This is the only module that talks to torchdiffeq.
 """
 
 import functools
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cnf.ode.checkpointing import Step
 from cnf.ode.monitor import RightHandSide, State
-from cnf.ode.runge_kutta import LeanSteps, tableau, take_step
+from cnf.ode.runge_kutta import constant, moved, tableau, take_step
 
 
 def methods() -> dict[str, str]:
@@ -51,6 +51,90 @@ def solvers() -> tuple[Callable[..., Any], Callable[..., Any]]:
     }
     second.odeint = first.odeint
     return first.odeint, second.odeint_adjoint
+
+
+class LeanSteps:
+    """An adaptive solver of torchdiffeq, as a base class before it, with lean arithmetic.
+
+    Args:
+        everywhere: Whether a step ends at each of the times; else at the last, beyond which the
+            field must not be evaluated.
+        on_trial: Told of each step that is tried: the errors of all numbers, in units of the
+            tolerance, and whether the step is rejected.
+        options: What torchdiffeq's solvers take.
+    """
+
+    func: Any
+    y0: Tensor
+    rk_state: Any
+    rtol: Tensor
+    atol: Tensor
+    safety: Tensor
+    ifactor: Tensor
+    dfactor: Tensor
+    order: int
+    norm: Callable[[Tensor], Tensor]
+
+    def __init__(self, *, everywhere: bool, on_trial: Callable[..., None], **options: Any) -> None:
+        super().__init__(**options)
+        self.everywhere = everywhere
+        self.on_trial = on_trial
+        self.method = tableau(type(self))
+
+    def _before_integrate(self, t: Tensor) -> None:
+        super()._before_integrate(t)  # type: ignore[misc]
+        self.rk_state = self.rk_state._replace(dt=_without_derivatives(self.rk_state.dt))
+        self.stops = t[1:] if self.everywhere else t[-1:]
+
+    def _advance(self, next_t: Tensor) -> Tensor:
+        """The state at a time, with as many steps as it takes."""
+        from torchdiffeq._impl.interp import _interp_evaluate, _interp_fit
+
+        while next_t > self.rk_state.t1:
+            self.rk_state = self._adaptive_step(self.rk_state)
+        y1, _, t0, t1, _, (y0, stages) = self.rk_state
+        if next_t == t1:
+            ended: Tensor = y1
+            return ended
+        size = (t1 - t0).to(y0)
+        y_mid = moved(y0, size, self.method.middle, stages)
+        curve = _interp_fit(y0, y1, y_mid, stages[0], stages[-1], size)
+        within: Tensor = _interp_evaluate(curve, t0, t1, next_t)
+        return within
+
+    def _adaptive_step(self, state: Any) -> Any:
+        """Try one step: where the next one starts, and its size."""
+        from torchdiffeq._impl.misc import _optimal_step_size
+
+        y0, f0, _, t0, size, _ = state
+        if not size.isfinite():
+            size = torch.zeros_like(size)  # which the callback refuses
+        self.func.callback_step(t0, y0, size)
+        t1 = t0 + size
+        stop = self.stops[torch.searchsorted(self.stops.detach(), t0.detach(), right=True)]
+        if t1 >= stop:
+            t1, size = stop, stop - t0
+        # `func` itself adds nothing but a pass over the state, to see its dtype.
+        y1, stages = take_step(self.func.base_func, y0, f0, t0, t1, self.method)
+        with torch.no_grad():
+            error = moved(torch.zeros_like(y0), constant(size.detach()), self.method.error, stages)
+            errors = error / (self.atol + self.rtol * torch.max(y0.abs(), y1.abs()))
+            ratio = self.norm(errors).abs()
+            limits = (self.safety, self.ifactor, self.dfactor)
+            next_size = _optimal_step_size(size.detach(), ratio, *limits, self.order)
+            next_size = _without_derivatives(next_size)
+        rejected = not ratio <= 1
+        self.on_trial(errors, rejected=rejected)
+        if rejected:
+            self.func.callback_reject_step(t0, y0, size)
+            return state._replace(dt=next_size)
+        self.func.callback_accept_step(t0, y0, size)
+        return type(state)(y1, stages[-1], t0, t1, next_size, (y0, stages))
+
+
+def _without_derivatives(size: Tensor) -> Tensor:
+    """A size chosen for a step: a constant, to forward-mode differentiation too."""
+    return torch.full((), float(size), dtype=size.dtype, device=size.device)
 
 
 def _copy_of(name: str) -> Any:
