@@ -21,7 +21,7 @@ from benchmarks.timing import describe, machine, markdown, report
 from cnf import CNF, Flow, FlowMatching, ODESolver, TrainingConfig, count_evaluations, fit
 from cnf._checks import check_count
 from cnf.data.toy import TOY_NAMES, toy_density
-from cnf.ode import Control
+from cnf.ode import ErrorNorm
 
 ADAPTIVE = ("dopri5", "bosh3", "fehlberg2", "adaptive_heun", "dopri8")
 STAGES = {"euler": 1, "midpoint": 2, "heun3": 3, "rk4": 4}
@@ -101,18 +101,18 @@ def trained(settings: Settings) -> tuple[Flow, Tensor]:
 
 def solvers(settings: Settings) -> Iterator[tuple[str, ODESolver]]:
     """What is compared, and what it is called."""
-    controls: tuple[Control, ...] = ("points_and_ladj", "points")
+    norms: tuple[ErrorNorm, ...] = ("points_and_ladj", "points")
     for method in ADAPTIVE:
         for tolerance in settings.tolerances:
-            for control in controls:
-                by = "" if control == controls[0] else ", steps by the points"
+            for error_norm in norms:
+                by = "" if error_norm == norms[0] else ", steps by the points"
                 yield (
                     f"{method}, {tolerance:g}{by}",
                     ODESolver(
                         method=method,
                         rtol=tolerance,
                         atol=tolerance,
-                        control=control,
+                        error_norm=error_norm,
                         gradient="backprop",
                     ),
                 )

@@ -30,7 +30,7 @@ def weakest(kinds: Iterable[Likelihood]) -> Likelihood:
 _HOOKS = {
     "log_prob": "_log_prob(z, context, generator)",
     "rsample": "_rsample(shape, context, generator)",
-    "initialize": "_initialize(z, generator), which is called while awaits_data is true",
+    "initialize": "_initialize(z, generator), which is called while needs_initialization is true",
 }
 """What a subclass writes in place of each final method."""
 
@@ -39,8 +39,8 @@ class Base(nn.Module, ABC):
     """Distribution of z, ``(*batch, features)``, perhaps given a context.
 
     The public methods are final; a subclass writes the hooks `_log_prob` and `_rsample` and, if it
-    starts from data, `awaits_data` and `_initialize`. One that is not on all of the real numbers
-    says where it is by `support`.
+    starts from data, `needs_initialization` and `_initialize`. One that is not on all of the real
+    numbers says where it is by `support`.
 
     Args:
         features: Size of z.
@@ -90,7 +90,7 @@ class Base(nn.Module, ABC):
         return True
 
     @property
-    def awaits_data(self) -> bool:
+    def needs_initialization(self) -> bool:
         """Whether something is still to be set from data by `initialize`."""
         return False
 
@@ -102,7 +102,7 @@ class Base(nn.Module, ABC):
         Raises:
             ValueError: If these rows do not do, such as too few of them.
         """
-        if self.awaits_data:
+        if self.needs_initialization:
             self._initialize(z, generator)
 
     @final

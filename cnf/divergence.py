@@ -33,7 +33,7 @@ class FieldEvaluation:
     """Trace of dv/dx or an unbiased estimate of it, ``(*batch,)``."""
     products: Tensor | None = None
     """Jacobian products with the probes, ``(probes, *batch, features)``, if they were made."""
-    share: float = 1.0
+    weight: float = 1.0
     """What each product counts: 1 over a basis, 1 / their number for random probes."""
     estimates: Tensor | None = None
     """The estimate of the divergence by each random probe, ``(probes, *batch)``."""
@@ -219,6 +219,6 @@ class Hutchinson(Divergence):
             velocity,
             divergence=estimates.mean(0),
             products=None if self.bottleneck else made,
-            share=1 / len(probes),
+            weight=1 / len(probes),
             estimates=estimates,
         )

@@ -50,7 +50,7 @@ def _squared_speed(evaluation: FieldEvaluation) -> Tensor:
 def _squared_jacobian(evaluation: FieldEvaluation) -> Tensor:
     if evaluation.products is None:
         raise ValueError("evaluation must hold products; ask for them with products=True.")
-    return evaluation.share * evaluation.products.square().sum(-1).sum(0)
+    return evaluation.weight * evaluation.products.square().sum(-1).sum(0)
 
 
 def _squared_derivative(evaluation: FieldEvaluation, dt: float) -> Tensor:

@@ -118,7 +118,7 @@ def trained(x: Tensor, settings: Settings) -> dict[str, Flow]:
         [
             Standardize.from_data(x),
             *(
-                AffineCoupling(2, kept="first" if i % 2 else "last", bound=BOUND)
+                AffineCoupling(2, mask="first" if i % 2 else "last", bound=BOUND)
                 for i in range(settings.layers)
             ),
         ]

@@ -115,7 +115,7 @@ def targets(folder: Path) -> dict[str, Target]:
                 method="dopri5",
                 rtol=1e-3,
                 atol=1e-3,
-                control="points",
+                error_norm="points",
                 first_step=None,
                 gradient="backprop",
                 max_evaluations=100,
@@ -175,11 +175,11 @@ def targets(folder: Path) -> dict[str, Target]:
         "ConditionalAffine": (cnf.ConditionalAffine, settings(shape=2, context_features=1)),
         "AffineCoupling": (
             cnf.AffineCoupling,
-            settings(shape=3, context_features=1, conditioner=None, kept="first", bound=2.0),
+            settings(shape=3, context_features=1, conditioner=None, mask="first", bound=2.0),
         ),
         "AdditiveCoupling": (
             cnf.AdditiveCoupling,
-            settings(shape=3, context_features=1, conditioner=None, kept="last"),
+            settings(shape=3, context_features=1, conditioner=None, mask="last"),
         ),
         "Augment": (
             cnf.Augment,
@@ -264,7 +264,7 @@ def targets(folder: Path) -> dict[str, Target]:
                 ema=0.5,
                 validate_every=1,
                 patience=None,
-                accumulate=1,
+                accumulation_steps=1,
                 precision="float32",
                 seed=0,
                 progress=False,

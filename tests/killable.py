@@ -37,7 +37,7 @@ def phases() -> tuple[TrainingConfig, ...]:
             learning_rate=0.01,
             ema=0.9,
             validate_every=4,
-            accumulate=2,
+            accumulation_steps=2,
         ),
         common(
             steps=60,
@@ -54,7 +54,7 @@ def phases() -> tuple[TrainingConfig, ...]:
             schedule="constant",
             ema=0.8,
             validate_every=5,
-            accumulate=3,
+            accumulation_steps=3,
         ),
     )
 
@@ -90,14 +90,14 @@ def arm(kill: str) -> None:
     if kind == "after":
         threading.Timer(float(moment), die).start()
     elif kind == "forward":
-        forward = MaximumLikelihood.forward
+        loss = MaximumLikelihood._loss
 
-        def deadly_forward(self: MaximumLikelihood, *args: object, **kwargs: object) -> object:
+        def deadly_loss(self: MaximumLikelihood, *given: object) -> object:
             if count():
                 die()
-            return forward(self, *args, **kwargs)
+            return loss(self, *given)
 
-        MaximumLikelihood.forward = deadly_forward
+        MaximumLikelihood._loss = deadly_loss
     elif kind == "write":
         fsync = os.fsync
 

@@ -12,9 +12,9 @@ from cnf import ActNorm, Affine, FactorOut, Flow, fit, load, save
 def test_the_first_rows_come_out_with_mean_0_and_standard_deviation_1(shape):
     transform = ActNorm(shape)
     x = 5 + 3 * torch.randn(50, transform.features)
-    assert transform.awaits_data
+    assert transform.needs_initialization
     transform.initialize(x)
-    assert not transform.awaits_data
+    assert not transform.needs_initialization
     channels = transform.to_base(x).reshape(50, 3, -1).movedim(1, 0).flatten(1)
     torch.testing.assert_close(channels.mean(1), torch.zeros(3), rtol=0, atol=1e-12)
     torch.testing.assert_close(channels.std(1, correction=0), torch.ones(3), rtol=0, atol=1e-12)
@@ -58,7 +58,7 @@ def test_each_part_of_a_flow_starts_from_what_the_parts_before_it_give():
     z = flow.to_base(x)
     torch.testing.assert_close(z.mean(0), torch.zeros(3), rtol=0, atol=1e-12)
     torch.testing.assert_close(z.std(0, correction=0), torch.ones(3), rtol=0, atol=1e-12)
-    assert not inner.awaits_data
+    assert not inner.needs_initialization
     torch.testing.assert_close(last.log_scale[:2], torch.zeros(2), rtol=0, atol=1e-12)
 
 
@@ -70,6 +70,6 @@ def test_fit_starts_it_and_a_file_keeps_it(tmp_path):
 
     save(flow, tmp_path / "flow.safetensors")
     loaded = load(tmp_path / "flow.safetensors")
-    assert not loaded.chain[0].awaits_data
+    assert not loaded.chain[0].needs_initialization
     rows, _ = rows_for(flow, 3)
     assert torch.equal(loaded.log_prob(rows), flow.log_prob(rows))

@@ -7,7 +7,7 @@ import torch
 
 from cnf import CNF, ODESolver, Standardize, TrainingConfig, certify, fit, load, save
 from cnf.tables.estimator import CNFDensity
-from cnf.tables.fit import DensitySettings, Rows, fit_density
+from cnf.tables.fit import DensitySettings, TableRows, fit_density
 
 pytestmark = [pytest.mark.usefixtures("coarse_grid", "shapes_unchecked")]
 
@@ -67,7 +67,7 @@ def estimator(folder):
 
 def density(folder):
     standardize = made_elsewhere(lambda: Standardize.from_data(rows()))
-    flow, _ = fit_density([standardize], Rows(rows()), settings=DensitySettings(**SMALL))
+    flow, _ = fit_density([standardize], TableRows(rows()), settings=DensitySettings(**SMALL))
     return flow, flow.log_prob(rows())
 
 

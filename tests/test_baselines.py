@@ -128,9 +128,9 @@ def test_the_mixture_is_zukos():
 def test_a_mixture_starts_on_rows_of_data(tmp_path):
     x = torch.randn(500, 2) @ torch.tensor([[3.0, 1.0], [0.0, 0.2]]) + 5
     flow = build("gmm", 2, size=4)
-    assert flow.base.awaits_data
+    assert flow.base.needs_initialization
     flow.initialize(x, generator=torch.Generator().manual_seed(0))
-    assert not flow.base.awaits_data
+    assert not flow.base.needs_initialization
     theirs = flow.base.mixture.source()
     assert all((x == loc).all(1).any() for loc in theirs.base.loc)
     assert len(theirs.base.loc.unique(dim=0)) == 4
@@ -140,7 +140,7 @@ def test_a_mixture_starts_on_rows_of_data(tmp_path):
     flow.initialize(x - 5)  # once only
     save(flow, tmp_path / "mixture.safetensors")
     loaded = load(tmp_path / "mixture.safetensors")
-    assert not loaded.base.awaits_data
+    assert not loaded.base.needs_initialization
     assert loaded.log_prob(x).equal(before)
 
 

@@ -106,9 +106,9 @@ def test_a_chain_starts_from_data_as_its_parts_do():
     flat, nested = ([ActNorm(2), Permute([1, 0]), ActNorm(2)] for _ in range(2))
     Flow(flat).initialize(x, generator=seeded())
     flow = Flow([Affine(2), Chain(nested)])
-    assert flow.chain[1].awaits_data
+    assert flow.chain[1].needs_initialization
     flow.initialize(x, generator=seeded())
-    assert not flow.chain[1].awaits_data
+    assert not flow.chain[1].needs_initialization
     for part, expected in zip(nested, flat, strict=True):
         torch.testing.assert_close(part.state_dict(), expected.state_dict())
 

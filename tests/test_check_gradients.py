@@ -90,7 +90,7 @@ def test_a_backward_solve_that_fails_is_a_check_that_fails():
         def forward(self, t, x):
             return self.scale * (x + 1e-3 * torch.sin(3e3 * x))
 
-    solver = ODESolver(rtol=1e-2, atol=1e-2, max_evaluations=60, control="points")
+    solver = ODESolver(rtol=1e-2, atol=1e-2, max_evaluations=60, error_norm="points")
     flow = Flow([ContinuousTransform(ModuleField(Rough(), 2), solver=solver)])
     report = check_gradients(flow, torch.randn(5, 2))
     assert report["adjoint"].error == math.inf

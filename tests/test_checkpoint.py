@@ -35,6 +35,7 @@ from cnf import (
 from cnf.regularizers import kinetic_energy
 from cnf.training import TrainingError
 from cnf.training.checkpoint import checkpoints_in, write_checkpoint
+from cnf.training.fingerprint import differences
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # whole solves
 
@@ -360,7 +361,7 @@ def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path):
 OTHER_RUNS = {
     "steps": ({"steps": 7}, "steps of phase 1: 6 there, 7 here"),
     "average": ({"ema": 0.5}, "ema of phase 1: None there, 0.5 here"),
-    "parts": ({"accumulate": 2}, r"parts of a minibatch .* in phase 1: 1 there, 2 here"),
+    "parts": ({"accumulation_steps": 2}, r"parts of a minibatch .* in phase 1: 1 there, 2 here"),
     "fewer rows": ({"data": X[:19]}, "data: 20 rows .* there, 19 rows .* here"),
     "other rows": ({"data": X + 1e-9}, "data: 20 rows with the hash .* there, 20 rows with"),
     "no validation": ({"validation": None}, "validation: 20 rows .* there, none here"),
@@ -445,6 +446,26 @@ def test_a_run_with_another_objective_or_field_is_told_apart(make, other, messag
     assert str(run(make()).columns) == str(first.columns)
     with pytest.raises(ValueError, match=f"are of another run.*{message}"):
         run(other())
+
+
+def test_a_run_of_before_settings_got_other_names_is_the_same():
+    """The texts are those that commit c3fd381 wrote."""
+    solver = "ODESolver(method='rk4', rtol=1e-05, atol=1e-05, {}='points', first_step=None)"
+    there = {
+        "solver of objective of phase 1": solver.format("control"),
+        "parts of a minibatch (accumulate times processes) in phase 1": "2",
+        "kept of transforms.0 of the flow": "'last'",
+    }
+    here = {
+        "solver of objective of phase 1": solver.format("error_norm"),
+        "parts of a minibatch (accumulation_steps times processes) in phase 1": "2",
+        "mask of transforms.0 of the flow": "'last'",
+    }
+    assert differences(there, here) == ""
+    other = {**here, "mask of transforms.0 of the flow": "'first'"}
+    assert (
+        differences(there, other) == "mask of transforms.0 of the flow: 'last' there, 'first' here"
+    )
 
 
 def test_the_flow_in_the_folder_is_never_older_than_the_newest_checkpoint(tmp_path, monkeypatch):
@@ -540,9 +561,8 @@ def test_parameters_of_the_objective_itself_are_kept(tmp_path):
             super().__init__(flow)
             self.own = nn.Parameter(torch.zeros(()))
 
-        def forward(self, x, context=None, *, generator=None):
-            loss = super().forward(x, context, generator=generator)
-            return loss + (self.own - 3).square()
+        def _loss(self, *given):
+            return super()._loss(*given) + (self.own - 3).square()
 
     def run(folder, steps=9, callbacks=()):
         objective = Scaled(affine_flow())

@@ -105,7 +105,7 @@ def test_what_was_kept_before_there_were_scalings_gives_the_same_numbers(make, t
     given = awaiting(make)
     given.load_state_dict(old.state_dict())
     for found in (old, load(tmp_path / "old.safetensors"), given):
-        assert not any(scaling.awaits_data for scaling in context_scalings(found))
+        assert not any(scaling.needs_initialization for scaling in context_scalings(found))
         torch.testing.assert_close(results(found, x, context), expected, rtol=0, atol=0)
 
 

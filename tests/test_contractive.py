@@ -80,7 +80,9 @@ def test_a_weight_within_its_bound_is_left_as_it_is():
         layer.weight.copy_(torch.tensor([[0.3, 0.0, 0.0], [0.0, 0.4, 0.0]]))
     x = torch.randn(5, 3)
     expected = x @ layer.weight.T + layer.bias
-    torch.testing.assert_close(layer.within(0.5, None)(x), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        layer.with_spectral_norm(0.5, None)(x), expected, rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(("image", "size"), [((3, 4), 3), ((5, 3), 1), ((3, 3), 3), ((6, 5), 5)])

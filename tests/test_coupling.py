@@ -59,7 +59,7 @@ class Constant(nn.Module):
 @every_kind
 @every_split
 def test_what_is_kept_is_bit_identical_and_all_else_changes(kind, shape, kept, places):
-    transform = perturbed(kind(shape, kept=kept))
+    transform = perturbed(kind(shape, mask=kept))
     x = torch.randn(4, transform.features)
     changed = torch.ones(transform.features, dtype=torch.bool)
     changed[places] = False
@@ -71,7 +71,7 @@ def test_what_is_kept_is_bit_identical_and_all_else_changes(kind, shape, kept, p
 @every_kind
 @every_split
 def test_a_changed_feature_depends_on_itself_and_on_what_is_kept_alone(kind, shape, kept, places):
-    transform = perturbed(kind(shape, kept=kept))
+    transform = perturbed(kind(shape, mask=kept))
     changed = [i for i in range(transform.features) if i not in places]
     jacobian = torch.autograd.functional.jacobian(
         transform.to_base, torch.randn(transform.features)
@@ -89,7 +89,7 @@ def test_a_changed_feature_depends_on_itself_and_on_what_is_kept_alone(kind, sha
     ids=str,
 )
 def test_two_layers_with_opposite_halves_change_every_feature(kind, shape, kept):
-    first, second = (perturbed(kind(shape, kept=half)) for half in kept)
+    first, second = (perturbed(kind(shape, mask=half)) for half in kept)
     x = torch.randn(3, first.features)
     z = second.to_base(first.to_base(x))
     assert (z != x).all()
@@ -100,7 +100,7 @@ def test_two_layers_with_opposite_halves_change_every_feature(kind, shape, kept)
 @every_split
 @pytest.mark.parametrize("context_features", [0, 2])
 def test_a_new_coupling_is_the_identity(kind, shape, kept, places, context_features):
-    transform = kind(shape, context_features, kept=kept)
+    transform = kind(shape, context_features, mask=kept)
     x = torch.randn(3, transform.features)
     context = torch.randn(3, context_features) if context_features else None
     z, ladj = transform.to_base_and_ladj(x, context)
@@ -110,7 +110,7 @@ def test_a_new_coupling_is_the_identity(kind, shape, kept, places, context_featu
 
 @every_split
 def test_an_additive_coupling_keeps_volumes_whatever_its_weights(shape, kept, places):
-    transform = perturbed(AdditiveCoupling(shape, kept=kept), 2.0)
+    transform = perturbed(AdditiveCoupling(shape, mask=kept), 2.0)
     x = torch.randn(3, transform.features)
     assert (transform.to_base_and_ladj(x)[1] == 0).all()
     assert (transform.to_data_and_ladj(x)[1] == 0).all()
@@ -151,7 +151,7 @@ def test_a_linear_conditioner_gives_its_gaussian():
 @pytest.mark.parametrize("kept", ["last", "odd"])
 def test_one_context_serves_all_rows_and_each_its_own(kept):
     shape = (2, 2, 1)
-    transform = perturbed(AffineCoupling(shape, 3, kept=kept))
+    transform = perturbed(AffineCoupling(shape, 3, mask=kept))
     x, context = torch.randn(5, 2, 4), torch.randn(2, 3)
     z, ladj = transform.to_base_and_ladj(x, context)
     for row in range(2):
@@ -185,7 +185,7 @@ def test_under_autocast_points_keep_their_precision():
 def test_fit_lowers_the_negative_log_likelihood(kind):
     x = toy_density("moons").sample(500, generator=torch.Generator().manual_seed(1)).double()
     x = (x - x.mean(0)) / x.std(0)
-    flow = Flow([kind(2, kept=kept) for kept in ("first", "last") * 2])
+    flow = Flow([kind(2, mask=mask) for mask in ("first", "last") * 2])
     before = -flow.log_prob(x).mean().item()
     fit(flow, x, config(200, learning_rate=3e-3))
     assert -flow.log_prob(x).mean().item() < before - 0.2
@@ -210,14 +210,14 @@ def test_a_conditioner_that_gives_too_few_numbers_is_refused():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: AdditiveCoupling(1), ValueError, "kept='first', 0 of the 1 features of 1"),
+        (lambda: AdditiveCoupling(1), ValueError, "mask='first', 0 of the 1 features of 1"),
         (lambda: AdditiveCoupling(0), ValueError, "shape must be at least 1; got 0"),
         (lambda: AdditiveCoupling(2.0), TypeError, "shape must be an int; got 2.0"),
         (lambda: AdditiveCoupling((2, 2)), ValueError, r"\(channels, height, width\); got \(2, 2"),
         (lambda: AdditiveCoupling((1, 4, 4)), ValueError, r"0 of the 16 features of \(1, 4, 4\)"),
-        (lambda: AdditiveCoupling(4, kept="even"), ValueError, "4 of the 4 features of 4 are kept"),
+        (lambda: AdditiveCoupling(4, mask="even"), ValueError, "4 of the 4 features of 4 are kept"),
         (
-            lambda: AdditiveCoupling(4, kept="left"),
+            lambda: AdditiveCoupling(4, mask="left"),
             ValueError,
             "first, last, even, odd; got 'left'",
         ),
@@ -229,10 +229,10 @@ def test_a_conditioner_that_gives_too_few_numbers_is_refused():
         (
             lambda: AffineCoupling(5, conditioner=MLPConditioner(3, 6)),
             ValueError,
-            "conditioner must take features=2, with kept='first' of 5 features",
+            "conditioner must take features=2, with mask='first' of 5 features",
         ),
         (
-            lambda: AffineCoupling(IMAGE, kept="even", conditioner=ConvConditioner((1, 4, 2), 4)),
+            lambda: AffineCoupling(IMAGE, mask="even", conditioner=ConvConditioner((1, 4, 2), 4)),
             ValueError,
             "conditioner must take features=16, .*; it takes features=8",
         ),

@@ -10,7 +10,7 @@ from cnf import Affine, Flow, ODESolver, Standardize, load, save, transforms_for
 from cnf.tables.fit import (
     GRID_STEPS,
     DensitySettings,
-    Rows,
+    TableRows,
     continue_density,
     fit_density,
     hold_out,
@@ -38,7 +38,7 @@ def settings(**changes):
 
 def fitted(x, weight=None, **changes):
     flow, _ = fit_density(
-        [Standardize.from_data(x)], Rows(x, weight=weight), settings=settings(**changes)
+        [Standardize.from_data(x)], TableRows(x, weight=weight), settings=settings(**changes)
     )
     return flow
 
@@ -47,8 +47,8 @@ def test_a_unit_of_the_data_moves_the_density_by_its_jacobian():
     x = torch.randn(200, 2)
     small, large = fitted(x), fitted(1024 * x - 512)
     torch.testing.assert_close(
-        log_prob(large, Rows(1024 * x - 512)),
-        log_prob(small, Rows(x)) - 2 * torch.tensor(1024.0).log(),
+        log_prob(large, TableRows(1024 * x - 512)),
+        log_prob(small, TableRows(x)) - 2 * torch.tensor(1024.0).log(),
         rtol=0,
         atol=1e-3,  # of float32 in training
     )
@@ -58,7 +58,10 @@ def test_large_numbers_that_differ_little_keep_their_digits():
     """In float32, 10^8 and 10^8 + 1 are one number."""
     x = torch.randn(200, 1)
     torch.testing.assert_close(
-        log_prob(fitted(x + 1e8), Rows(x + 1e8)), log_prob(fitted(x), Rows(x)), rtol=0, atol=0.01
+        log_prob(fitted(x + 1e8), TableRows(x + 1e8)),
+        log_prob(fitted(x), TableRows(x)),
+        rtol=0,
+        atol=0.01,
     )
 
 
@@ -70,11 +73,11 @@ def test_digits_are_kept_beside_whole_numbers_and_in_them():
 
     def found(offset, first):
         rows = torch.cat([x + offset, counts + first, near], 1)
-        flow, _ = fit_density(transforms_for(rows, columns), Rows(rows), settings=settings())
+        flow, _ = fit_density(transforms_for(rows, columns), TableRows(rows), settings=settings())
         assert flow.likelihood == "lower_bound"
         assert torch.equal(flow.chain[1].mean, transforms_for(rows, columns)[1].mean)
         drawn = sample(flow, 500, seed=0) - torch.tensor([offset, first, 0.0])
-        return log_prob(flow, Rows(rows)), drawn
+        return log_prob(flow, TableRows(rows)), drawn
 
     small, large = found(0.0, 0.0), found(1e8, 20_240_101.0)
     torch.testing.assert_close(large[0], small[0], rtol=0, atol=0.01)
@@ -85,31 +88,33 @@ def test_digits_are_kept_beside_whole_numbers_and_in_them():
 def test_a_transform_that_learns_is_trained():
     x = torch.randn(100, 2)
     affine = Affine(2)
-    flow, _ = fit_density([Standardize.from_data(x), affine], Rows(x), settings=settings())
+    flow, _ = fit_density([Standardize.from_data(x), affine], TableRows(x), settings=settings())
     assert flow.chain[1].loc.abs().min() > 0
-    fit_density([affine], Rows(x), settings=settings())
+    fit_density([affine], TableRows(x), settings=settings())
 
 
 def test_the_noise_of_a_row_is_its_own():
     """Alone, among others, in other chunks, beside rows outside of the support."""
     x = torch.poisson(3 * torch.ones(20, 2)) + torch.tensor([0.0, 0.5])
     transforms = transforms_for(x, ["integer", "real"])
-    flow, _ = fit_density(transforms, Rows(x), settings=settings(**FAST))
-    together = log_prob(flow, Rows(torch.cat([torch.full((3, 2), 0.5), x])))
+    flow, _ = fit_density(transforms, TableRows(x), settings=settings(**FAST))
+    together = log_prob(flow, TableRows(torch.cat([torch.full((3, 2), 0.5), x])))
     assert together[:3].tolist() == [-math.inf] * 3
-    alone = torch.cat([log_prob(flow, Rows(row[None])) for row in x[::7]])
+    alone = torch.cat([log_prob(flow, TableRows(row[None])) for row in x[::7]])
     torch.testing.assert_close(alone, together[3::7], rtol=0, atol=1e-10)
-    assert log_prob(flow, Rows(x[:0])).shape == (0,)
+    assert log_prob(flow, TableRows(x[:0])).shape == (0,)
 
 
 def test_a_probability_of_whole_numbers_is_nearly_the_integral_over_their_cells():
     counts = torch.poisson(3 * torch.ones(300, 1))
     transforms = transforms_for(counts, ["integer"])
-    flow, _ = fit_density(transforms, Rows(counts), settings=settings(**FAST))
+    flow, _ = fit_density(transforms, TableRows(counts), settings=settings(**FAST))
     all_counts = torch.arange(-10.0, 30.0)[:, None]
-    assert float(log_prob(flow, Rows(all_counts)).exp().sum()) == pytest.approx(1, abs=0.01)
+    assert float(log_prob(flow, TableRows(all_counts)).exp().sum()) == pytest.approx(1, abs=0.01)
     draws = flow.log_prob(all_counts[10:18], importance_samples=500)
-    torch.testing.assert_close(log_prob(flow, Rows(all_counts[10:18])), draws, rtol=0, atol=0.05)
+    torch.testing.assert_close(
+        log_prob(flow, TableRows(all_counts[10:18])), draws, rtol=0, atol=0.05
+    )
 
 
 def test_the_flow_is_double_and_on_the_grid_and_can_be_saved(tmp_path):
@@ -127,28 +132,30 @@ def test_the_grid_is_fine_enough():
     x = torch.rand(1000, 2).round(decimals=1) + 0.02 * torch.randn(1000, 2)
     flow = fitted(x, matching_steps=600, hidden_features=(64, 64))
     exact = flow.using(solver=ODESolver(rtol=1e-9, atol=1e-9))
-    rows = Rows(x[:100])
+    rows = TableRows(x[:100])
     torch.testing.assert_close(log_prob(flow, rows), log_prob(exact, rows), rtol=0, atol=1e-4)
 
 
 def test_chunks_change_nothing(monkeypatch):
     flow = fitted(torch.randn(50, 2))
     x, z = torch.randn(23, 2), sample(flow, 23, seed=1)
-    whole = log_prob(flow, Rows(x))
+    whole = log_prob(flow, TableRows(x))
     monkeypatch.setattr("cnf.tables.fit._ROWS_AT_ONCE", 10)
-    torch.testing.assert_close(log_prob(flow, Rows(x)), whole, rtol=0, atol=1e-12)
+    torch.testing.assert_close(log_prob(flow, TableRows(x)), whole, rtol=0, atol=1e-12)
     assert sample(flow, 23, seed=1).shape == z.shape
-    assert log_prob(flow, Rows(x[:0])).shape == (0,)
+    assert log_prob(flow, TableRows(x[:0])).shape == (0,)
 
 
 def test_a_conditional_density_follows_its_context():
     context = torch.randn(300, 1)
     x = context + 0.1 * torch.randn(300, 1)
-    flow, _ = fit_density([Standardize.from_data(x)], Rows(x, context), settings=settings(**FAST))
+    flow, _ = fit_density(
+        [Standardize.from_data(x)], TableRows(x, context), settings=settings(**FAST)
+    )
     for centre in (-1.0, 1.0):
         drawn = sample(flow, 500, torch.tensor([centre]), seed=0)
         assert abs(float(drawn.mean()) - centre) < 0.2
-        given = Rows(torch.full((3, 1), centre), torch.tensor([[-1.0], [0.0], [1.0]]))
+        given = TableRows(torch.full((3, 1), centre), torch.tensor([[-1.0], [0.0], [1.0]]))
         assert log_prob(flow, given).argmax() == (0 if centre < 0 else 2)
 
 
@@ -161,7 +168,7 @@ def test_weights_say_how_often_a_row_counts():
 
 
 def test_held_out_rows_and_the_others_are_all_rows():
-    rows = Rows(torch.arange(10.0)[:, None], torch.arange(10.0)[:, None], torch.arange(10.0))
+    rows = TableRows(torch.arange(10.0)[:, None], torch.arange(10.0)[:, None], torch.arange(10.0))
     training, held_out = hold_out(rows, settings(validation_fraction=0.3))
     assert len(held_out.x) == 3
     assert sorted(torch.cat([training.weight, held_out.weight]).tolist()) == list(range(10))
@@ -171,7 +178,7 @@ def test_held_out_rows_and_the_others_are_all_rows():
 
 def test_held_out_rows_choose_the_weights():
     x = torch.randn(40, 2)
-    training, held_out = hold_out(Rows(x), settings(validation_fraction=0.5))
+    training, held_out = hold_out(TableRows(x), settings(validation_fraction=0.5))
     flow, history = fit_density(
         [Standardize.from_data(x)],
         training,
@@ -189,10 +196,10 @@ def test_fitting_on_leaves_the_flow_it_starts_from():
     x = torch.randn(100, 2)
     flow = fitted(x)
     before = {name: value.clone() for name, value in flow.state_dict().items()}
-    further, _ = continue_density(flow, Rows(x + 1), settings=settings())
+    further, _ = continue_density(flow, TableRows(x + 1), settings=settings())
     after = flow.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)
-    assert log_prob(further, Rows(x + 1)).mean() > log_prob(flow, Rows(x + 1)).mean()
+    assert log_prob(further, TableRows(x + 1)).mean() > log_prob(flow, TableRows(x + 1)).mean()
     assert torch.equal(further.chain[0].mean, flow.chain[0].mean)
 
 
@@ -200,7 +207,7 @@ def test_the_global_random_state_is_left_alone():
     x = torch.randn(50, 2)
     before = torch.get_rng_state()
     flow = fitted(x)
-    continue_density(flow, Rows(x), settings=settings())
+    continue_density(flow, TableRows(x), settings=settings())
     sample(flow, 3, seed=0)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -219,9 +226,12 @@ def test_settings_reach_the_training():
     assert [phase.steps for phase in phases] == [7, 3]
     assert [phase.learning_rate for phase in phases] == [1e-3, 0.25e-3]
     assert {(phase.batch_size, phase.seed, phase.progress) for phase in phases} == {(5, 2, True)}
-    flow, history = fit_density([], Rows(torch.randn(9, 1)), settings=settings(**wanted))
+    rows = TableRows(torch.randn(9, 1))
+    flow, history = fit_density([], rows, settings=settings(**wanted))
     assert history.phase == [1] * 7 + [2] * 3
-    further, history = continue_density(flow, Rows(torch.randn(9, 1)), settings=settings(**wanted))
+    further, history = continue_density(
+        flow, TableRows(torch.randn(9, 1)), settings=settings(**wanted)
+    )
     assert history.phase == [1] * 3
     assert isinstance(further, Flow)
 

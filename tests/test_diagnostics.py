@@ -270,7 +270,7 @@ def test_a_residual_step_that_is_no_contraction_fails_with_its_message():
     assert "did not converge" in found.remedy
 
 
-def test_a_flow_that_still_awaits_data_is_refused():
+def test_a_flow_that_still_needs_initialization_is_refused():
     with pytest.raises(RuntimeError, match="initialize"):
         certify(Flow([FromNflows(ActNorm(2), 2)]), torch.randn(10, 2))
 

@@ -19,6 +19,7 @@ from cnf import (
     Affine,
     ContinuousTransform,
     Exact,
+    FactorOut,
     Flatten,
     Flow,
     Hutchinson,
@@ -275,6 +276,43 @@ def test_likelihood_is_the_weakest_of_the_parts():
     assert Flow([exact, estimate, exact]).likelihood == "estimate"
     assert Flow([], StandardNormal(2)).likelihood == "exact"
     assert CNF(2).using(divergence=Hutchinson()).likelihood == "estimate"
+
+
+def ode(features=2):
+    return ContinuousTransform(LinearField(features))
+
+
+class FromAFlow(StandardNormal):
+    """A base with a flow inside."""
+
+    def __init__(self, features):
+        super().__init__(features)
+        self.flow = Flow([ode(features)])
+
+
+SHARED = ode()
+
+
+@pytest.mark.parametrize(
+    ("make", "place"),
+    [
+        (lambda: [ode()], 0),
+        (lambda: [Affine(2), ode(), Affine(2)], 1),
+        (lambda: [Affine(2)], None),
+        (lambda: [ode(), ode()], None),
+        (lambda: [SHARED, SHARED], None),
+        (lambda: [FactorOut([ode()], 3)], None),
+        (lambda: [ode(3), FactorOut([ode()], 3)], None),
+    ],
+    ids=["alone", "between", "none", "two", "twice the same", "nested", "one and a nested one"],
+)
+def test_the_only_ode_is_the_one_of_its_transforms_if_there_is_no_other(make, place):
+    flow = Flow(make())
+    assert flow.only_ode is (None if place is None else flow.chain[place])
+
+
+def test_an_ode_in_the_base_is_another_one():
+    assert Flow([ode()], FromAFlow(2)).only_ode is None
 
 
 def test_using_keeps_the_class_and_shares_the_parameters():

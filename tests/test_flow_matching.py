@@ -1,5 +1,6 @@
 """Laws of flow matching: its optimum in closed form, what it trains, and what it draws."""
 
+import copy
 import math
 
 import numpy as np
@@ -425,6 +426,18 @@ def test_training_by_matching_learns_the_density():
     assert (truth.log_prob(new) - flow.log_prob(new)).mean() < 0.06
 
 
+def test_the_parts_around_the_ode_are_those_of_the_flow_alone():
+    """A copy trains its own flow, and the state holds each tensor once."""
+    flow = Flow([Affine(2), ContinuousTransform(MLPField(2, hidden_features=(4,)))])
+    objective = FlowMatching(flow)
+    assert list(objective.state_dict()) == [f"flow.{name}" for name in flow.state_dict()]
+    copied = copy.deepcopy(objective)
+    copied(torch.randn(4, 2)).backward()
+    field = copied.flow.chain[1].vector_field
+    assert any(weight.grad is not None for weight in field.parameters())
+    assert all(weight.grad is None for weight in flow.parameters())
+
+
 @pytest.mark.usefixtures("shapes_unchecked")
 @pytest.mark.parametrize(
     ("make", "message"),
@@ -433,7 +446,7 @@ def test_training_by_matching_learns_the_density():
         (lambda: Flow([Affine(2)]), "got 0. Use MaximumLikelihood"),
         (
             lambda: Flow([FactorOut([ContinuousTransform(MLPField(2))], 3)]),
-            "got 0, and there is one inside of another transform. Use MaximumLikelihood",
+            "got 0, and there is one inside of another part. Use MaximumLikelihood",
         ),
         (
             lambda: Flow(
@@ -442,7 +455,7 @@ def test_training_by_matching_learns_the_density():
                     FactorOut([ContinuousTransform(MLPField(2))], 3),
                 ]
             ),
-            "got 1, and there is one inside of another transform. Use MaximumLikelihood",
+            "got 1, and there is one inside of another part. Use MaximumLikelihood",
         ),
     ],
     ids=["two", "none", "nested", "one and a nested one"],

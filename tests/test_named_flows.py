@@ -128,11 +128,11 @@ def test_a_start_from_data_fits_them_better_and_comes_once(name):
     far = 7 + 3 * data()
     flow = build(name, 2, size=6)
     before = nll(flow, far)
-    awaits = any(part.awaits_data for part in [*flow.chain, flow.base])
+    awaits = any(part.needs_initialization for part in [*flow.chain, flow.base])
     assert awaits == (name in START_FROM_DATA)
     flow.initialize(far, generator=seeded())
     assert nll(flow, far) < before if awaits else nll(flow, far) == before
-    assert not any(part.awaits_data for part in [*flow.chain, flow.base])
+    assert not any(part.needs_initialization for part in [*flow.chain, flow.base])
     state = {key: tensor.clone() for key, tensor in flow.state_dict().items()}
     flow.initialize(data(), generator=seeded())
     assert all(torch.equal(tensor, state[key]) for key, tensor in flow.state_dict().items())

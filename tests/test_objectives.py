@@ -11,6 +11,7 @@ from zoo import (
     FLOWS,
     PRECISE,
     UserNetwork,
+    cnf,
     mlp,
     perturbed,
     rows_for,
@@ -29,7 +30,13 @@ from cnf import (
     ODESolver,
     count_evaluations,
 )
-from cnf.objectives import FlowMatching, MaximumLikelihood, ReverseKL
+from cnf.objectives import (
+    FlowMatching,
+    MaximumLikelihood,
+    Objective,
+    ReverseKL,
+    weighted_mean,
+)
 from cnf.regularizers import kinetic_energy
 
 BACKPROP = ODESolver(rtol=1e-9, atol=1e-9, gradient="backprop")
@@ -377,5 +384,65 @@ def test_bad_rows_are_refused_by_name(x, context, message):
 
 
 def test_an_empty_minibatch_is_refused():
-    with pytest.raises(ValueError, match=r"x must have at least one row; got shape \(0, 2\)"):
+    with pytest.raises(ValueError, match=r"at least one row; got batch shape \(0,\)"):
         MaximumLikelihood(CNF(2))(torch.zeros(0, 2))
+
+
+X = torch.zeros(3, 2, dtype=torch.float64)
+
+
+class MeanAtTheBase(Objective):
+    """An objective of one's own: its hook, and nothing else."""
+
+    def _loss(self, x, context, weight, draws, generator):
+        z = self.flow.to_base(x, context, generator=generator)
+        return weighted_mean(z.square().sum(-1), weight)
+
+
+def test_an_objective_of_ones_own_is_given_what_its_call_was():
+    flow = cnf(2, 3)
+    x, context = rows_for(flow, 4)
+    weight = torch.tensor([0.0, 1.0, 2.0, 1.0])
+    loss = MeanAtTheBase(flow)(x, context[0], weight=weight)
+    squares = flow.to_base(x, context[:1]).square().sum(-1)
+    torch.testing.assert_close(loss, (weight * squares).mean())
+
+
+def test_an_objective_without_the_hook_cannot_be_made():
+    with pytest.raises(TypeError, match="abstract"):
+        Objective(cnf(2))
+
+
+@pytest.mark.parametrize("parent", [Objective, MeanAtTheBase])
+def test_the_call_of_an_objective_is_final(parent):
+    with pytest.raises(TypeError, match=r"Mine must not override forward.*final; write _loss\(x,"):
+
+        class Mine(parent):
+            def forward(self, x):
+                return x.sum()
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+@pytest.mark.parametrize(
+    ("make", "arguments", "message"),
+    [
+        (MeanAtTheBase, {"x": X, "draws": 4}, "draws must be None, because MeanAt"),
+        (MeanAtTheBase, {"x": X.expand(4, 3, 2)}, r"one batch axis.*batch shape \(4, 3\)"),
+        (
+            lambda flow: ReverseKL(flow, torch.sum),
+            {"x": X},
+            "x and weight must be None, because ReverseKL takes no data; give contexts as context=",
+        ),
+        (lambda flow: ReverseKL(flow, torch.sum), {"draws": 0}, "draws must be at least 1; got 0"),
+    ],
+)
+def test_what_an_objective_does_not_take_is_refused(make, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(cnf(2))(**arguments)
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+def test_every_objective_refuses_a_seed_in_place_of_a_generator():
+    for make in (MeanAtTheBase, lambda flow: ReverseKL(flow, torch.sum)):
+        with pytest.raises(TypeError, match=r"generator must be a torch\.Generator or None; got 7"):
+            make(cnf(2))(generator=7)

@@ -717,9 +717,9 @@ POSITIVE = r"must be positive and finite; got"
             r"gradient must be one of adjoint, backprop, checkpoint; got 'autograd'\.",
         ),
         (
-            {"control": "ladj"},
+            {"error_norm": "ladj"},
             VALUE,
-            r"control must be one of points_and_ladj, points; got 'ladj'\.",
+            r"error_norm must be one of points_and_ladj, points; got 'ladj'\.",
         ),
         ({"max_evaluations": 0}, VALUE, r"max_evaluations must be at least 1; got 0\."),
         ({"max_evaluations": 1e4}, TYPE, r"max_evaluations must be an int; got 10000\.0\."),
@@ -777,7 +777,7 @@ def test_a_bad_setting_is_refused(settings, error, expected, shapes_unchecked):
     "solver",
     [
         ODESolver(),
-        ODESolver(gradient="checkpoint", control="points", first_step=0.1),
+        ODESolver(gradient="checkpoint", error_norm="points", first_step=0.1),
         *(solver_for(method, steps=7, max_evaluations=99) for method in KINDS),
     ],
     ids=lambda solver: solver.method,

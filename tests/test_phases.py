@@ -37,7 +37,7 @@ from cnf import (
     fit,
     recipe,
 )
-from cnf.objectives import MaximumLikelihood
+from cnf.objectives import MaximumLikelihood, Objective
 from cnf.training import TrainingError
 from cnf.training.data import as_rows, held_out_of
 from cnf.training.phases import make_plan, usual_phases
@@ -52,11 +52,11 @@ class Spy(MaximumLikelihood):
         super().__init__(flow, **settings)
         self.calls = calls
 
-    def forward(self, x, context=None, *, generator=None):
+    def _loss(self, x, context, weight, draws, generator):
         state = generator.get_state()
         draw = torch.rand((), generator=generator).item()
         self.calls.append((x, weights(self.flow), draw))
-        return super().forward(x, context, generator=generator.set_state(state))
+        return super()._loss(x, context, weight, draws, generator.set_state(state))
 
 
 def spied():
@@ -172,8 +172,8 @@ def test_patience_that_is_not_needed_changes_nothing():
 
 def test_a_failure_names_its_phase_and_leaves_its_last_good_weights():
     class Fails(Spy):
-        def forward(self, x, context=None, *, generator=None):
-            loss = super().forward(x, context, generator=generator)
+        def _loss(self, *given):
+            loss = super()._loss(*given)
             return loss * (math.nan if len(self.calls) == 3 else 1)
 
     calls = []
@@ -203,7 +203,7 @@ def test_the_parts_of_a_minibatch_add_up_to_the_same_step(parts):
     whole, cut = affine_flow(), affine_flow()
     settings = {"batch_size": 20, "learning_rate": 0.1, "ema": 0.5}
     history = fit(whole, X, config(6, **settings), validation=None)
-    history_cut = fit(cut, X, config(6, **settings, accumulate=parts), validation=None)
+    history_cut = fit(cut, X, config(6, **settings, accumulation_steps=parts), validation=None)
     assert history_cut.loss == pytest.approx(history.loss, rel=1e-12)
     torch.testing.assert_close(weights(cut), weights(whole), rtol=0, atol=1e-12)
 
@@ -213,7 +213,7 @@ def test_parts_are_equal_but_for_one_row_and_draw_differently():
     fit(
         affine_flow(),
         X,
-        config(2, batch_size=11, accumulate=3, objective=objective),
+        config(2, batch_size=11, accumulation_steps=3, objective=objective),
         validation=None,
     )
     assert [len(x) for x, _, _ in calls] == [4, 4, 3, 4, 4, 3]
@@ -223,7 +223,12 @@ def test_parts_are_equal_but_for_one_row_and_draw_differently():
 def test_nfe_counts_all_parts():
     objective = functools.partial(MaximumLikelihood, solver=CHEAP)
     whole, cut = (
-        fit(small_cnf(), X, config(1, accumulate=parts, objective=objective), validation=None).nfe
+        fit(
+            small_cnf(),
+            X,
+            config(1, accumulation_steps=parts, objective=objective),
+            validation=None,
+        ).nfe
         for parts in (1, 3)
     )
     assert cut == [3 * whole[0]]
@@ -231,7 +236,7 @@ def test_nfe_counts_all_parts():
 
 def test_more_parts_than_rows_are_refused():
     with pytest.raises(ValueError, match=r"minibatch of 4 rows cannot be cut into 5 parts"):
-        fit(affine_flow(), X, config(batch_size=4, accumulate=5), validation=None)
+        fit(affine_flow(), X, config(batch_size=4, accumulation_steps=5), validation=None)
 
 
 SMOOTH = functools.partial(CNF, layer="concatsquash", time_features=0)
@@ -370,16 +375,16 @@ def test_an_error_in_a_callback_passes_through_and_leaves_the_best_weights():
     assert_same(weights(flow), weights(whole))
 
 
-class Entropic(nn.Module):
+class Entropic(Objective):
     """An objective without data: the mean log-density of draws, plus what pulls them to 1."""
 
     takes_data = False
 
     def __init__(self, flow, seen):
-        super().__init__()
-        self.flow, self.seen = flow, seen
+        super().__init__(flow)
+        self.seen = seen
 
-    def forward(self, context=None, *, generator=None):
+    def _loss(self, x, context, weight, draws, generator):
         self.seen.append(context)
         x, log_q = self.flow.rsample_and_log_prob(
             64 if context is None else (), context, generator=generator
@@ -390,7 +395,7 @@ class Entropic(nn.Module):
 def test_an_objective_that_takes_no_data_is_trained_without():
     flow, seen = affine_flow(), []
     objective = Entropic(flow, seen)
-    fit(objective, None, config(150, learning_rate=0.1, accumulate=2), validation=None)
+    fit(objective, None, config(150, learning_rate=0.1, accumulation_steps=2), validation=None)
     assert seen == [None] * 300
     torch.testing.assert_close(flow.chain[0].loc, torch.ones(2), rtol=0, atol=0.2)
 
@@ -463,9 +468,9 @@ def test_a_share_of_the_rows_is_held_out(given, rows, held_out):
     assert len(training) == rows - held_out
     assert (0 if validation is None else len(validation)) == held_out
     if validation is not None:
-        parts = [part.some(rows).inputs[0] for part in (training, validation)]
+        parts = [part.some(rows).x for part in (training, validation)]
         torch.testing.assert_close(
-            torch.cat(parts).sort(0).values, x.some(rows).inputs[0].sort(0).values, rtol=0, atol=0
+            torch.cat(parts).sort(0).values, x.some(rows).x.sort(0).values, rtol=0, atol=0
         )
 
 
@@ -524,7 +529,7 @@ def test_settings_that_do_not_fit_are_refused():
         fit(affine_flow(), x, (config(), 3), validation=None)
     with pytest.raises(TypeError, match=r"TrainingConfig for an objective; got tuple"):
         fit(MaximumLikelihood(affine_flow()), x, (config(), config()), validation=None)
-    with pytest.raises(TypeError, match=r"must make a module whose flow is the one given; got Li"):
+    with pytest.raises(TypeError, match=r"whose flow is the one given; got Linear"):
         fit(affine_flow(), x, config(objective=lambda flow: nn.Linear(1, 1)), validation=None)
     with pytest.raises(TypeError, match="put the single callback in brackets"):
         fit(affine_flow(), x, config(), callbacks=print, validation=None)
@@ -535,8 +540,8 @@ def test_settings_that_do_not_fit_are_refused():
     ("settings", "error", "message"),
     [
         ({"patience": 0}, ValueError, "patience must be at least 1; got 0"),
-        ({"accumulate": 0}, ValueError, "accumulate must be at least 1; got 0"),
-        ({"accumulate": 1.5}, TypeError, "accumulate must be an int; got 1.5"),
+        ({"accumulation_steps": 0}, ValueError, "accumulation_steps must be at least 1; got 0"),
+        ({"accumulation_steps": 1.5}, TypeError, "accumulation_steps must be an int; got 1.5"),
         ({"precision": "float16"}, ValueError, "precision must be one of .*got 'float16'"),
         ({"seed": -1}, ValueError, "seed must be at least 0; got -1"),
         ({"objective": "likelihood"}, TypeError, "objective must be callable.*got 'likelihood'"),

@@ -80,7 +80,7 @@ def test_loss_and_gradient_are_those_of_the_draws_by_the_known_solution():
     flow = linear_flow(3)
     field, context = flow.chain[0].vector_field, torch.randn(4, 3)
     objective = ReverseKL(flow, normal_given_context, draws=5, solver=BACKPROP)
-    loss = objective(context, generator=seeded())
+    loss = objective(context=context, generator=seeded())
 
     z = torch.randn(5, 4, 2, generator=seeded())
     x, ladj = field.solution(z, context, start=0.0, end=1.0)
@@ -102,7 +102,7 @@ def test_the_loss_is_the_mean_difference_of_log_densities_and_trains_every_flow(
         shift = 0 if context is None else context.sum(-1)
         return -0.5 * x.flatten(-len(flow.event_shape)).square().sum(-1) + shift
 
-    loss = ReverseKL(flow, log_density, draws=3, solver=QUICK)(context, generator=seeded())
+    loss = ReverseKL(flow, log_density, draws=3, solver=QUICK)(context=context, generator=seeded())
     x, log_prob = flow.rsample_and_log_prob(3, context, generator=seeded())
     given = () if context is None else (context.expand(3, *context.shape),)
 
@@ -118,8 +118,8 @@ def test_the_target_sees_a_context_for_every_draw():
         shapes.append((tuple(x.shape), tuple(context.shape)))
         return torch.cat([x, context], -1).sum(-1)
 
-    ReverseKL(cnf(2, 3), log_density, draws=4)(torch.randn(5, 3))
-    ReverseKL(cnf(2, 3), log_density, draws=4)(torch.randn(3))
+    ReverseKL(cnf(2, 3), log_density, draws=4)(context=torch.randn(5, 3))
+    ReverseKL(cnf(2, 3), log_density, draws=4)(context=torch.randn(3))
     assert shapes == [((4, 5, 2), (4, 5, 3)), ((4, 2), (4, 3))]
 
 
@@ -230,7 +230,7 @@ def test_the_solver_of_the_objective_is_the_one_used_and_the_flow_keeps_its_own(
     assert flow.chain[0].solver is solver
 
 
-def draws_of_steps(flow, data=None, *, accumulate=1, **settings):
+def draws_of_steps(flow, data=None, *, accumulation_steps=1, **settings):
     """The shapes of the draws of one step of training, part by part."""
     shapes = []
 
@@ -239,15 +239,24 @@ def draws_of_steps(flow, data=None, *, accumulate=1, **settings):
         return -0.5 * x.square().sum(-1)
 
     objective = ReverseKL(flow, log_density, **settings)
-    fit(objective, data, TrainingConfig(steps=1, accumulate=accumulate, progress=False))
+    fit(
+        objective,
+        data,
+        TrainingConfig(steps=1, accumulation_steps=accumulation_steps, progress=False),
+    )
     return shapes
 
 
 def test_parts_of_a_step_share_its_draws():
     assert draws_of_steps(Flow([Affine(2)])) == [(512,)]
-    assert draws_of_steps(Flow([Affine(2)]), accumulate=4, draws=10) == [(3,), (3,), (2,), (2,)]
-    with pytest.raises(ValueError, match=r"2 draws cannot be cut into 3 parts .accumulate=3"):
-        draws_of_steps(Flow([Affine(2)]), accumulate=3, draws=2)
+    assert draws_of_steps(Flow([Affine(2)]), accumulation_steps=4, draws=10) == [
+        (3,),
+        (3,),
+        (2,),
+        (2,),
+    ]
+    with pytest.raises(ValueError, match=r"2 draws cannot be cut into 3 parts .accumulation_s"):
+        draws_of_steps(Flow([Affine(2)]), accumulation_steps=3, draws=2)
 
 
 def test_each_draw_of_a_step_counts_the_same_in_parts_of_any_size():
@@ -257,7 +266,7 @@ def test_each_draw_of_a_step_counts_the_same_in_parts_of_any_size():
         seen.append(x.detach())
         return -0.5 * (x - 1).square().sum(-1)
 
-    config = TrainingConfig(steps=1, accumulate=3, progress=False)
+    config = TrainingConfig(steps=1, accumulation_steps=3, progress=False)
     history = fit(ReverseKL(Flow([Affine(2)]), log_density, draws=7), None, config)
 
     x = torch.cat(seen)  # drawn from the base, for the flow begins there
@@ -271,7 +280,7 @@ def test_a_conditional_flow_draws_once_for_each_context(form):
     flow = cnf(2, 3).using(solver=QUICK)
     contexts = form(torch.randn(8, 3))
     assert draws_of_steps(flow, contexts, solver=QUICK) == [(1, 8)]
-    assert draws_of_steps(flow, contexts, solver=QUICK, accumulate=2) == [(1, 4), (1, 4)]
+    assert draws_of_steps(flow, contexts, solver=QUICK, accumulation_steps=2) == [(1, 4), (1, 4)]
     assert draws_of_steps(flow, contexts, solver=QUICK, draws=5) == [(5, 8)]
 
 

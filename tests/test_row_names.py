@@ -34,9 +34,9 @@ def rows_with_one_far(count, far):
 
 
 @pytest.mark.parametrize("method", ADAPTIVE)
-@pytest.mark.parametrize("control", ["points", "points_and_ladj"])
-def test_a_spent_budget_names_the_row_whose_error_forces_the_steps(method, control):
-    flow = rough_far_away(method=method, control=control)
+@pytest.mark.parametrize("error_norm", ["points", "points_and_ladj"])
+def test_a_spent_budget_names_the_row_whose_error_forces_the_steps(method, error_norm):
+    flow = rough_far_away(method=method, error_norm=error_norm)
     with pytest.raises(ODEError, match=r"spent its budget .* times the tolerance, in row 4\."):
         flow.to_base_and_ladj(rows_with_one_far(6, far=4))
 

@@ -30,7 +30,7 @@ KINDS_OF_NUMBERS = (np.float32, np.float64, np.array, torch.tensor)
 class Weighted(MaximumLikelihood):
     """The weighted mean of the negative log-likelihood."""
 
-    def forward(self, x, context=None, *, weight=None, generator=None):
+    def _loss(self, x, context, weight, draws, generator):
         flow = self.flow.using(solver=CHEAP)
         nll = -flow.log_prob(x, context, generator=generator)
         return (nll if weight is None else weight * nll).mean()

@@ -68,7 +68,7 @@ OPTIONS = {
     "tolerances": {"solver": ODESolver(rtol=1e-4, atol=1e-3, max_evaluations=500)},
     "fixed steps": {"solver": ODESolver(method="rk4", steps=7, gradient="backprop")},
     "checkpoint": {
-        "solver": ODESolver(gradient="checkpoint", control="points", first_step=0.1),
+        "solver": ODESolver(gradient="checkpoint", error_norm="points", first_step=0.1),
     },
     "base": {"base": StandardNormal(2).double()},
     "context": {"context_features": 3},
@@ -194,12 +194,23 @@ def test_a_file_of_an_old_version_gives_the_numbers_that_it_gave():
     expected = torch.tensor([-12.823086739, -84.372604370])  # printed by that version
     found = flow.log_prob(x.float(), context.float())
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=0)
-    assert not any(part.awaits_data for part in flow.chain)
+    assert not any(part.needs_initialization for part in flow.chain)
+
+
+def test_a_file_with_settings_of_older_names_gives_the_numbers_that_it_gave():
+    flow = load(Path(__file__).parent / "stored" / "flow_with_settings_of_old_names.safetensors")
+    x, context = torch.tensor([[0.0, 1.0], [2.0, -1.0]]), torch.tensor([[0.5], [-2.0]])
+    expected = torch.tensor([-2.314725399, -3.067035198])  # printed by that version, c3fd381
+    found = flow.log_prob(x.float(), context.float())
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=0)
+    coupling, continuous = flow.chain  # which were saved as `kept` and `control`
+    assert coupling.mask == "last"
+    assert continuous.solver.error_norm == "points"
 
 
 def test_a_file_from_before_a_setting_of_the_solver_loads_with_its_default(saved):
     description = description_of(saved)
-    for name in ("control", "first_step"):
+    for name in ("error_norm", "first_step"):
         del description["flow"]["transforms"][-1]["solver"][name]
     expected = load(saved).log_prob(torch.ones(2))
     rewrite(saved, description=description)

@@ -104,7 +104,7 @@ WAYS = {
     "exact lipschitz": lambda: by_likelihood(ExactLipschitz(1, 1, hidden_features=(8,))),
     "residual flow": lambda: by_likelihood(ResidualFlow(LipschitzMLP(1, 1, hidden_features=(8,)))),
     "coupling beside a drawn feature": lambda: by_likelihood(
-        Augment(1, 1, 1, hidden_features=(8,)), AffineCoupling(2, 1, kept="last")
+        Augment(1, 1, 1, hidden_features=(8,)), AffineCoupling(2, 1, mask="last")
     ),
 }
 
@@ -148,7 +148,7 @@ def test_scaling_and_holding_out_do_not_depend_on_the_settings(settings, monkeyp
     keys = list(flow.state_dict())
     history = fit(flow, x, settings)
     assert list(flow.state_dict()) == keys
-    assert not any(part.awaits_data for part in flow.chain)
+    assert not any(part.needs_initialization for part in flow.chain)
     torch.testing.assert_close(
         flow.chain[0].log_std.exp(), torch.full((2,), 100.0), rtol=0.2, atol=0
     )
@@ -183,7 +183,7 @@ def test_weights_of_before_there_were_scalings_are_loaded_as_those_of_the_identi
     new.load_state_dict(state)
     for part in new.modules():
         if isinstance(part, ContextScaling | Standardize):
-            assert not part.awaits_data
+            assert not part.needs_initialization
     if isinstance(new, Flow):
         x, context = rows_for(new, 5)
         torch.testing.assert_close(new.log_prob(x, context), old.log_prob(x, context))
@@ -199,7 +199,7 @@ def test_weights_of_a_cnf_of_before_it_held_a_standardize_are_loaded(settings):
     x, context = rows_for(new, 5)
     found, expected = (flow.log_prob(x, context, generator=seeded()) for flow in (new, old))
     torch.testing.assert_close(found, expected)
-    assert not any(part.awaits_data for part in new.chain)
+    assert not any(part.needs_initialization for part in new.chain)
 
 
 def test_a_part_of_the_weights_stays_in_its_place():
@@ -271,7 +271,7 @@ def test_a_flow_trained_without_data_keeps_the_scale_that_it_was_trained_at():
 
     fit(ReverseKL(flow, log_density, draws=1), contexts, config(2))
     before = weights(flow)
-    assert not any(part.awaits_data for part in flow.chain)
+    assert not any(part.needs_initialization for part in flow.chain)
     assert before["transforms.0.log_std"].tolist() == [0, 0]
     assert abs(before["transforms.1.vector_field.context_scaling.mean"].item() - 50) < 2
     fit(flow, (torch.randn(40, 2) - 2, contexts[:40]), config(1, learning_rate=1e-9))
@@ -297,7 +297,7 @@ def test_numbers_that_their_dtype_rounds_to_a_few_values_are_refused(what):
     name = "data" if what == "x" else what
     with pytest.raises(ValueError, match=rf"{name} loses its digits.*2461\d+.*use float64"):
         fit(flow, data, config(1))
-    assert all(part.awaits_data for part in flow.chain)
+    assert all(part.needs_initialization for part in flow.chain)
 
 
 def test_days_in_double_precision_are_fitted():

@@ -102,7 +102,7 @@ def test_settings_of_training_are_kept_as_python_has_them():
 CHOICES = {
     "method": lambda value: ODESolver(method=value),
     "gradient": lambda value: ODESolver(gradient=value),
-    "control": lambda value: ODESolver(control=value),
+    "error_norm": lambda value: ODESolver(error_norm=value),
     "noise": lambda value: Hutchinson(noise=value),
     "layer": lambda value: MLPField(2, layer=value),
     "times": lambda value: FlowMatching(cnf(), times=value),

@@ -60,7 +60,7 @@ def test_points_alone_take_fewer_evaluations_where_the_ladj_is_rougher(method, t
     tolerance = 1e-4
     settings = {"method": method, "rtol": tolerance, "atol": tolerance}
     both, error_of_both, ladj_error_of_both = solve(system, x, times, **settings)
-    points, error, ladj_error = solve(system, x, times, control="points", **settings)
+    points, error, ladj_error = solve(system, x, times, error_norm="points", **settings)
     assert points < 0.8 * both
     assert max(error, error_of_both) < 100 * tolerance
     assert ladj_error_of_both < 100 * tolerance
@@ -74,7 +74,7 @@ def test_points_alone_do_where_the_ladj_is_as_smooth(method, times):
     tolerance = 1e-3 if method == "adaptive_heun" else 1e-5
     settings = {"method": method, "rtol": tolerance, "atol": tolerance}
     both, *_ = solve(system, x, times, **settings)
-    points, error, ladj_error = solve(system, x, times, control="points", **settings)
+    points, error, ladj_error = solve(system, x, times, error_norm="points", **settings)
     assert points <= both
     assert error < 100 * tolerance
     assert ladj_error < 100 * tolerance
@@ -84,7 +84,7 @@ def test_the_likelihood_of_a_flow_by_its_points_stays_close():
     flow = cnf()
     x = torch.randn(50, 2)
     exact = flow.using(solver=ODESolver(rtol=1e-10, atol=1e-10)).log_prob(x)
-    points = flow.using(solver=ODESolver(rtol=1e-5, atol=1e-5, control="points")).log_prob(x)
+    points = flow.using(solver=ODESolver(rtol=1e-5, atol=1e-5, error_norm="points")).log_prob(x)
     torch.testing.assert_close(points, exact, rtol=0, atol=1e-3)
 
 
@@ -92,8 +92,8 @@ def test_where_there_are_points_alone_the_control_changes_nothing():
     flow = cnf()
     x = torch.randn(5, 2)
     found = [
-        flow.using(solver=ODESolver(control=control)).to_base(x)
-        for control in ("points", "points_and_ladj")
+        flow.using(solver=ODESolver(error_norm=error_norm)).to_base(x)
+        for error_norm in ("points", "points_and_ladj")
     ]
     assert torch.equal(*found)
 

@@ -56,22 +56,17 @@ from cnf.training.validation import negative_log_likelihood
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # whole solves
 
 
-class Watched(nn.Module):
+class Watched(MaximumLikelihood):
     """Maximum likelihood that keeps the batches and the weights that each step began with."""
 
     def __init__(self, flow, **settings):
-        super().__init__()
-        self.likelihood = MaximumLikelihood(flow, **settings)
+        super().__init__(flow, **settings)
         self.batches, self.weights, self.losses = [], [], []
 
-    @property
-    def flow(self):
-        return self.likelihood.flow
-
-    def forward(self, x, context=None, *, generator=None):
+    def _loss(self, x, context, *others):
         self.batches.append(x if context is None else torch.cat([x, context], -1))
         self.weights.append(weights(self.flow))
-        loss = self.likelihood(x, context, generator=generator)
+        loss = super()._loss(x, context, *others)
         self.losses.append(loss.item())
         return loss
 
@@ -83,17 +78,17 @@ class FailsAt(Watched):
         super().__init__(flow, solver=CHEAP)
         self.step, self.kind = step, kind
 
-    def forward(self, x, context=None, *, generator=None):
+    def _loss(self, x, context, *others):
         fails = len(self.batches) + 1 == self.step
         if fails and self.kind == "budget":
-            self.likelihood.solver = ODESolver(max_evaluations=3)
+            self.solver = ODESolver(max_evaluations=3)
         if fails and self.kind == "budget of the backward pass":
             precise = ODESolver(rtol=1e-9, atol=1e-9)
             with torch.no_grad(), count_evaluations(self.flow) as forward:
                 self.flow.using(solver=precise).log_prob(x, context)
             # The backward solve, of more and rougher parts, needs more.
-            self.likelihood.solver = replace(precise, max_evaluations=forward.value)
-        loss = super().forward(x, context, generator=generator)
+            self.solver = replace(precise, max_evaluations=forward.value)
+        loss = super()._loss(x, context, *others)
         if not fails:
             return loss
         if self.kind == "gradient":
@@ -425,9 +420,9 @@ def test_nfe_counts_the_calls_of_the_network_forward_and_backward(gradient):
     counts = []
 
     class Counted(Watched):
-        def forward(self, x, context=None, *, generator=None):
+        def _loss(self, *given):
             counts.append(len(calls))
-            return super().forward(x, context, generator=generator)
+            return super()._loss(*given)
 
     solver = ODESolver(rtol=1e-2, atol=1e-2, gradient=gradient)
     history = fit(Counted(flow, solver=solver), torch.randn(10, 2), config(3), validation=None)
@@ -649,8 +644,8 @@ def test_any_error_in_a_step_leaves_the_weights_of_the_last_good_loss():
         pass
 
     class Raises(Watched):
-        def forward(self, x, context=None, *, generator=None):
-            loss = super().forward(x, context, generator=generator)
+        def _loss(self, *given):
+            loss = super()._loss(*given)
             if len(self.batches) == 4:
                 raise OwnError
             return loss
@@ -780,9 +775,10 @@ def test_bad_contexts_are_refused_by_name(bad, error, message, refuses):
     [nn.Linear(2, 2), None, "flow", lambda x: x],
     ids=["module", "None", "str", "function"],
 )
-def test_an_objective_without_flow_is_refused(objective):
-    message = r"objective must be a cnf\.Flow or an objective with a flow; got "
-    with pytest.raises(TypeError, match=message + type(objective).__name__):
+def test_what_is_no_objective_is_refused_with_the_way_to_make_one(objective):
+    expected = r"objective must be a cnf\.Flow or a cnf\.objectives\.Objective; got "
+    remedy = r"\. Make one of your own by subclassing Objective: call super.*write _loss\(x, "
+    with pytest.raises(TypeError, match=expected + type(objective).__name__ + remedy):
         fit(objective, torch.zeros(5, 2), config(), validation=None)
 
 
@@ -848,8 +844,8 @@ class WithScale(MaximumLikelihood):
         super().__init__(flow)
         self.own = nn.Parameter(torch.zeros(()))
 
-    def forward(self, x, context=None, *, generator=None):
-        return super().forward(x, context, generator=generator) + (self.own - 3).square()
+    def _loss(self, *given):
+        return super()._loss(*given) + (self.own - 3).square()
 
 
 def test_parameters_of_the_objective_itself_are_trained():
@@ -879,11 +875,11 @@ class InterruptedAt(MaximumLikelihood):
         super().__init__(flow)
         self.step, self.seen = step, 0
 
-    def forward(self, x, context=None, *, generator=None):
+    def _loss(self, *given):
         self.seen += 1
         if self.seen == self.step:
             raise KeyboardInterrupt
-        return super().forward(x, context, generator=generator)
+        return super()._loss(*given)
 
 
 def test_the_best_weights_are_kept_when_training_is_interrupted():

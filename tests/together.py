@@ -24,7 +24,11 @@ def train(folder: Path | None, *, parts: int = 1, **settings: object) -> tuple[F
     flow = CNF(2, 1, hidden_features=(8, 8), solver=SOLVER)
     likelihood = partial(MaximumLikelihood, solver=SOLVER, divergence=Hutchinson())
     common = partial(
-        TrainingConfig, objective=likelihood, batch_size=30, accumulate=parts, progress=False
+        TrainingConfig,
+        objective=likelihood,
+        batch_size=30,
+        accumulation_steps=parts,
+        progress=False,
     )
     history = fit(
         flow,
@@ -42,12 +46,12 @@ class FailsInOne(MaximumLikelihood):
 
     calls = 0
 
-    def forward(self, *args: object, **kwargs: object) -> torch.Tensor:
+    def _loss(self, *given: object) -> torch.Tensor:
         """The loss, or an error."""
         self.calls += 1
         if RANK == 1 and self.calls == 3:
             self.solver = ODESolver(max_evaluations=1)
-        return super().forward(*args, **kwargs)
+        return super()._loss(*given)
 
 
 def failure() -> list[object]:

@@ -237,7 +237,7 @@ BIJECTIONS: dict[str, Callable[[], Transform]] = {
         AdditiveCoupling(3, conditioner=MLPConditioner(1, 2, hidden_features=(8,)))
     ),
     "affine coupling with context": lambda: perturbed(
-        AffineCoupling(3, 2, conditioner=MLPConditioner(2, 2, 2, hidden_features=(8,)), kept="last")
+        AffineCoupling(3, 2, conditioner=MLPConditioner(2, 2, 2, hidden_features=(8,)), mask="last")
     ),
     "affine coupling of channels": lambda: perturbed(
         AffineCoupling((3, 1, 2), conditioner=ConvConditioner((1, 1, 2), 4, hidden_channels=(4, 3)))
@@ -247,7 +247,7 @@ BIJECTIONS: dict[str, Callable[[], Transform]] = {
             (2, 2, 2),
             3,
             conditioner=ConvConditioner((2, 2, 2), 4, 3, hidden_channels=(6,)),
-            kept="odd",
+            mask="odd",
         )
     ),
     "conv1x1": lambda: perturbed(Conv1x1((3, 1, 2))),
@@ -391,7 +391,7 @@ def couplings(context_features: int = 0) -> list[Transform]:
     return [
         AffineCoupling(2, context_features, conditioner=first),
         Conv1x1(2),
-        AdditiveCoupling(2, context_features, conditioner=last, kept="last"),
+        AdditiveCoupling(2, context_features, conditioner=last, mask="last"),
     ]
 
 

@@ -82,12 +82,12 @@ def is_estimate(module: nn.Module, shape: tuple[int, ...]) -> bool:
     )
 
 
-def awaiting_data(module: nn.Module) -> list[nn.Module]:
+def parts_to_initialize(module: nn.Module) -> list[nn.Module]:
     """The parts that still have to start from data."""
-    return [part for part in module.modules() if _awaits_data(part)]
+    return [part for part in module.modules() if _needs_initialization(part)]
 
 
-def _awaits_data(part: nn.Module) -> bool:
+def _needs_initialization(part: nn.Module) -> bool:
     if is_a(part, "nflows", "ActNorm"):
         return not part.initialized
     if is_a(part, "nflows", "BatchNorm"):  # whose running variance is 0 until it has seen rows
@@ -96,7 +96,7 @@ def _awaits_data(part: nn.Module) -> bool:
 
 
 @contextmanager
-def right_values_and_gradients(module: nn.Module, *, starting: bool = False) -> Iterator[None]:
+def correct_mode(module: nn.Module, *, starting: bool = False) -> Iterator[None]:
     """Within, each part has the one mode in which it can be trusted, whatever `module.training`.
 
     It is evaluation mode, where dropout does nothing and batch normalisation has fixed statistics,
@@ -110,7 +110,9 @@ def right_values_and_gradients(module: nn.Module, *, starting: bool = False) -> 
         (part, {"training": False, **_settings_of(part, _SETTINGS)}) for part in module.modules()
     ]
     if starting:
-        settings += [(part, _settings_of(part, _FROM_FIRST_ROWS)) for part in awaiting_data(module)]
+        settings += [
+            (part, _settings_of(part, _FROM_FIRST_ROWS)) for part in parts_to_initialize(module)
+        ]
     before = [(part, {name: getattr(part, name) for name in chosen}) for part, chosen in settings]
     try:
         for part, chosen in settings:

@@ -10,10 +10,10 @@ from torch import Generator, Tensor
 from cnf._checks import check_count, check_shape, joint_batch_shape, non_finite_rows, refuse_rows
 from cnf.adapters.library_modes import (
     as_rows,
-    awaiting_data,
+    correct_mode,
     drawing_from,
     is_estimate,
-    right_values_and_gradients,
+    parts_to_initialize,
 )
 from cnf.bases import Likelihood
 from cnf.transforms.base import Transform, WithLadj
@@ -79,17 +79,17 @@ class WrappedTransform(Transform):
         return "estimate" if is_estimate(self, self.shape) else "exact"
 
     @property
-    def awaits_data(self) -> bool:
+    def needs_initialization(self) -> bool:
         """Whether a part, such as ActNorm, has still to start from data."""
-        return super().awaits_data or bool(awaiting_data(self))
+        return super().needs_initialization or bool(parts_to_initialize(self))
 
     def _initialize(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> None:
         super()._initialize(x, context, generator)
-        if not awaiting_data(self):
+        if not parts_to_initialize(self):
             return
         if x.numel() < 2 * self.features:
             raise ValueError(f"x must have at least 2 rows; got shape {tuple(x.shape)}.")
-        with right_values_and_gradients(self, starting=True):
+        with correct_mode(self, starting=True):
             self._call(self._rows_to_base, self.shape, x, context, generator)
 
     def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
@@ -101,13 +101,13 @@ class WrappedTransform(Transform):
     def _trusted(
         self, name: str, call: _Map, x: Tensor, context: Tensor | None, generator: Generator | None
     ) -> WithLadj:
-        waiting = {type(part).__name__ for part in awaiting_data(self)}
+        waiting = {type(part).__name__ for part in parts_to_initialize(self)}
         if waiting:
             raise RuntimeError(
                 f"{', '.join(sorted(waiting))} starts from data, and has not; call "
                 "flow.initialize(x) first, with many rows. (fit does so by itself.)"
             )
-        with right_values_and_gradients(self):
+        with correct_mode(self):
             shape = self.shape if name == "x" else self.latent_shape
             y, ladj = self._call(call, shape, x, context, generator)
         bad = non_finite_rows(y.detach()) | ~ladj.detach().isfinite()

@@ -102,7 +102,7 @@ class NamedMixture(Base):
         return False
 
     @property
-    def awaits_data(self) -> bool:
+    def needs_initialization(self) -> bool:
         """Whether the components are still to be put on data by `initialize`."""
         return not self.is_initialized
 

@@ -26,7 +26,7 @@ from cnf.data.table_files import check_for_training, point_out_fill_values, read
 from cnf.flows.flow import Flow
 from cnf.metrics import gaussian_log_prob
 from cnf.tables import fit as density
-from cnf.tables.fit import DensitySettings, Rows, fit_density, hold_out
+from cnf.tables.fit import DensitySettings, TableRows, fit_density, hold_out
 from cnf.tables.model import Columns, TableModel, check_destination
 from cnf.transforms import Unconstrain, transforms_for
 from cnf.transforms.support.columns import Support
@@ -154,7 +154,7 @@ def _parsed(column: str, text: str) -> Support:
 
 
 def _report(
-    flow: Flow, training: Rows, held_out: Rows | None, *, progress: bool
+    flow: Flow, training: TableRows, held_out: TableRows | None, *, progress: bool
 ) -> Mapping[str, float | None]:
     """Print the NLL beside that of a Gaussian, and return what was found."""
     rows = training if held_out is None else held_out
@@ -173,7 +173,7 @@ def _report(
     return {**found, "gaussian": floor.mean}
 
 
-def _gaussian_nll(training: Rows, rows: Rows) -> Tensor | None:
+def _gaussian_nll(training: TableRows, rows: TableRows) -> Tensor | None:
     """That of a joint Gaussian of columns and contexts, given the contexts."""
     if training.context is None or rows.context is None:
         log_prob = gaussian_log_prob(rows.x, training.x)

@@ -21,7 +21,7 @@ from cnf.data.names import quoted, shortened
 from cnf.flows.flow import Flow
 from cnf.plots import plot_column, plot_pairs, plot_two_columns, save_figure
 from cnf.tables import fit as density
-from cnf.tables.fit import Rows
+from cnf.tables.fit import TableRows
 from cnf.tables.model import TableModel
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Plot(TableCommand):
 
         def log_prob(points: Tensor) -> Tensor:
             contexts = None if context is None else context.expand(len(points), -1)
-            return density.log_prob(model.flow, Rows(points, contexts))
+            return density.log_prob(model.flow, TableRows(points, contexts))
 
         title = " ".join(self.context).replace("$", r"\$") or None
         labels = [shortened(name) for name in names]
@@ -105,14 +105,14 @@ class Plot(TableCommand):
             title=title,
         )
 
-    def _read(self, data: Path, model: TableModel) -> Rows:
+    def _read(self, data: Path, model: TableModel) -> TableRows:
         return model.columns.read(data, header=self.has_header)
 
-    def _some(self, rows: Rows) -> Rows:
+    def _some(self, rows: TableRows) -> TableRows:
         order = torch.randperm(len(rows.x), generator=torch.Generator().manual_seed(self.seed))
         return rows.take(order[: self.rows])
 
-    def _sample_for_each(self, flow: Flow, rows: Rows) -> Tensor:
+    def _sample_for_each(self, flow: Flow, rows: TableRows) -> Tensor:
         return flow.sample((), rows.context, generator=torch.Generator().manual_seed(self.seed))
 
     def _shown(self, names: tuple[str, ...]) -> tuple[str, ...]:

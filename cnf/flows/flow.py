@@ -102,6 +102,17 @@ class Flow(nn.Module):
         more_axes = len(self.event_shape) - 1
         return constraints.independent(support, more_axes) if more_axes else support
 
+    @property
+    def only_ode(self) -> ContinuousTransform | None:
+        """The one `ContinuousTransform`, if it is among `transforms` and no other part holds one.
+
+        None for a flow with several, with none, or with one inside of another transform or the
+        base.
+        """
+        own = [part for part in self.transforms if isinstance(part, ContinuousTransform)]
+        every = [part for part in self.modules() if isinstance(part, ContinuousTransform)]
+        return own[0] if len(own) == len(every) == 1 else None
+
     @torch.no_grad()
     def initialize(
         self, x: Events, context: Context | None = None, *, generator: Generator | None = None
@@ -116,9 +127,9 @@ class Flow(nn.Module):
                 than their dtype can tell.
         """
         check_trainable("flow", self)
-        x = self._admit("x", x, context, generator)
+        x = self._validate("x", x, context, generator)
         self.transforms.initialize(x, context, generator=generator)
-        if self.base.awaits_data:
+        if self.base.needs_initialization:
             z = self.transforms.to_base(x, context, generator=generator)
             self.base.initialize(z.reshape(-1, self.base.features), generator=generator)
 
@@ -208,9 +219,10 @@ class Flow(nn.Module):
             ValueError: If an argument has a wrong shape, dtype, device or value.
             ODEError: If a solve fails.
         """
-        kinds = self.transforms.likelihoods | {self.base.likelihood}
-        check_importance_samples(kinds, importance_samples)
-        x = self._admit("x", x, context, generator, "anywhere")
+        if importance_samples != 1:
+            kinds = self.transforms.likelihoods | {self.base.likelihood}
+            check_importance_samples(kinds, importance_samples)
+        x = self._validate("x", x, context, generator, "anywhere")
         inside = rows_inside(x, self.support)
         if holds(~inside.all()):
             with rows_of_caller(row_before(inside)):
@@ -241,7 +253,7 @@ class Flow(nn.Module):
             ValueError: If the likelihood is a lower bound or biased, or an estimate by less than
                 two probes, or not by the divergence alone.
         """
-        x = self._admit("x", x, context, generator, "anywhere")
+        x = self._validate("x", x, context, generator, "anywhere")
         inside = rows_inside(x, self.support)
         if holds(~inside.all()):
             rows = select(inside, x, context)
@@ -318,21 +330,21 @@ class Flow(nn.Module):
         self, x: Events, context: Context | None = None, *, generator: Generator | None = None
     ) -> Float[Tensor, "*joint_batch base_features"]:
         """From data to base."""
-        x = self._admit("x", x, context, generator)
+        x = self._validate("x", x, context, generator)
         return self.transforms.to_base(x, context, generator=generator)
 
     def to_data(
         self, z: BaseRows, context: Context | None = None, *, generator: Generator | None = None
     ) -> Float[Tensor, "*joint_batch_and_event"]:
         """From base to data."""
-        z = self._admit("z", z, context, generator, "base")
+        z = self._validate("z", z, context, generator, "base")
         return self.transforms.to_data(z, context, generator=generator)
 
     def to_base_and_ladj(
         self, x: Events, context: Context | None = None, *, generator: Generator | None = None
     ) -> tuple[Float[Tensor, "*joint_batch base_features"], Float[Tensor, "*joint_batch"]]:
         """From data to base: z and log|det dz/dx|, in nats."""
-        x = self._admit("x", x, context, generator)
+        x = self._validate("x", x, context, generator)
         return self.transforms.to_base_and_ladj(x, context, generator=generator)
 
     def to_base_with_costs(
@@ -348,7 +360,7 @@ class Flow(nn.Module):
         Float[Tensor, "costs *joint_batch"],
     ]:
         """From data to base: z, ladj in nats, and the cost of the path by each regularizer."""
-        x = self._admit("x", x, context, generator)
+        x = self._validate("x", x, context, generator)
         return self.transforms.to_base_with_costs(
             x, context, regularizers=regularizers, generator=generator
         )
@@ -357,7 +369,7 @@ class Flow(nn.Module):
         self, z: BaseRows, context: Context | None = None, *, generator: Generator | None = None
     ) -> tuple[Float[Tensor, "*joint_batch_and_event"], Float[Tensor, "*joint_batch"]]:
         """From base to data: x and log|det dx/dz|, in nats."""
-        z = self._admit("z", z, context, generator, "base")
+        z = self._validate("z", z, context, generator, "base")
         return self.transforms.to_data_and_ladj(z, context, generator=generator)
 
     def trajectory(
@@ -382,7 +394,8 @@ class Flow(nn.Module):
             `Standardize`, is applied to every state, those at t = 0 included.
         """
         times = check_times(times, like=reference_tensor(self))
-        x_or_z = self._admit("x_or_z", x_or_z, context, generator, "base" if times[0] == 0 else "")
+        where = "base" if times[0] == 0 else ""
+        x_or_z = self._validate("x_or_z", x_or_z, context, generator, where)
         return follow(self.transforms, x_or_z, times, context, generator=generator)
 
     def _shape(
@@ -411,7 +424,7 @@ class Flow(nn.Module):
         log_prob = self.base.log_prob(z, context, generator=generator)
         return (log_prob + ladj).logsumexp(0) - math.log(samples)
 
-    def _admit(
+    def _validate(
         self,
         name: str,
         x: Tensor,

@@ -88,7 +88,7 @@ class NeuralODE(nn.Module):
             ValueError: If either has a wrong shape, dtype or device, or holds NaN or inf.
             ODEError: If the solve fails.
         """
-        start = self._admit(x, context)
+        start = self._validate(x, context)
         return self._follow(start, torch.tensor([0.0, 1.0]).to(start), context)[-1]
 
     def trajectory(
@@ -112,7 +112,7 @@ class NeuralODE(nn.Module):
             ValueError: If an argument does not fit.
             ODEError: If the solve fails.
         """
-        start = self._admit(x, context)
+        start = self._validate(x, context)
         check_type("times", times, Tensor, "use torch.linspace(0, 1, 10)")
         check_dense("times", times)
         times = times.to(start)
@@ -141,7 +141,7 @@ class NeuralODE(nn.Module):
             "without augmentation."
         )
 
-    def _admit(self, x: Tensor, context: Tensor | None) -> Tensor:
+    def _validate(self, x: Tensor, context: Tensor | None) -> Tensor:
         """The public door: check both tensors; `x` with zeros, in the joint batch shape."""
         like = reference_tensor(self)
         if self.augment and isinstance(x, Tensor) and x.shape[-1:] == (self.vector_field.features,):

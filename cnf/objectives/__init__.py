@@ -1,5 +1,6 @@
 """Training objectives: modules whose ``forward`` returns the loss."""
 
+from cnf.objectives.base import Objective, weighted_mean
 from cnf.objectives.flow_matching import FlowMatching
 from cnf.objectives.maximum_likelihood import MaximumLikelihood
 from cnf.objectives.pairings import IndependentPairing, OptimalTransport, Pairing
@@ -16,10 +17,12 @@ __all__ = [
     "IndependentPairing",
     "LinearPath",
     "MaximumLikelihood",
+    "Objective",
     "OptimalTransport",
     "Pairing",
     "ProbabilityPath",
     "ReverseKL",
     "SmoothedPath",
     "VariancePreservingPath",
+    "weighted_mean",
 ]

@@ -2,28 +2,17 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from cnf._checks import (
-    check_choice,
-    check_context,
-    check_events,
-    check_generator,
-    check_support,
-    check_type,
-    joint_batch_shape,
-    reference_tensor,
-    refuse_overflow,
-)
+from cnf._checks import check_choice, check_type, refuse_overflow
 from cnf.flows.flow import Flow
+from cnf.objectives.base import Objective, weighted_mean
 from cnf.objectives.pairings import IndependentPairing, Pairing
 from cnf.objectives.paths import LinearPath, ProbabilityPath
-from cnf.objectives.solving import check_flow
-from cnf.objectives.weights import check_weight, weighted_mean
 from cnf.transforms import Chain, ContinuousTransform
 from cnf.transforms.chain import context_for
 
@@ -37,7 +26,7 @@ _ROWS_PER_TIME = 16
 """What the layers of a field make of the time alone is then made once for so many rows."""
 
 
-class FlowMatching(nn.Module):
+class FlowMatching(Objective):
     r"""Regression of the vector field on the velocities of paths from base to data.
 
     For each row, a path that ends in it and a time t are drawn; the loss of the row is the mean
@@ -82,9 +71,6 @@ class FlowMatching(nn.Module):
         >>> objective(torch.zeros(3, 2)).backward()
     """
 
-    takes_data = True
-    """Whether the objective is trained on rows of data."""
-
     def __init__(
         self,
         flow: Flow,
@@ -93,41 +79,26 @@ class FlowMatching(nn.Module):
         *,
         times: Literal["uniform", "late", "logit_normal"] = "uniform",
     ) -> None:
-        super().__init__()
-        self.flow = check_flow(flow)
-        _check_one_ode(flow)
+        super().__init__(flow)
+        # In a tuple, so that they are no parts of this module beside the flow, which has them.
+        self._parts = _around_the_ode(flow)
         self.path = LinearPath() if path is None else path
         check_type("path", self.path, ProbabilityPath, "use LinearPath()")
         self.pairing = IndependentPairing() if pairing is None else pairing
         check_type("pairing", self.pairing, Pairing, "use OptimalTransport()")
         self.times = check_choice("times", times, _TIMES)
 
-    def forward(
+    def _loss(
         self,
-        x: Float[Tensor, "batch *event"],
-        context: Float[Tensor, "batch context_features"] | None = None,
-        *,
-        weight: Float[Tensor, " batch"] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, ""]:
-        """The loss of a minibatch.
-
-        Args:
-            x: Rows of data.
-            context: What the flow is conditioned on.
-            weight: How much each row counts, relative to a mean of 1; None for 1 each.
-            generator: Source of the points of the base, the times, and what a path or a transform
-                draws.
-
-        Raises:
-            ValueError: If the minibatch is empty or does not fit the flow, or the loss of a row
-                overflows.
-        """
-        x, context = self._admit(x, context)
-        check_generator(generator, like=x)
+        x: Tensor,
+        context: Tensor | None,
+        weight: Tensor | None,
+        draws: int | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
         if weight is not None and not isinstance(self.pairing, IndependentPairing):
             x, context, weight = _resampled(x, context, weight, generator)
-        before, transform, behind = _split(self.flow)
+        before, transform, behind = self._parts
         with torch.no_grad():
             x1 = before.to_base(x, context, generator=generator)
             z = self.flow.base.rsample(x1.shape[:1], context, generator=generator)
@@ -156,22 +127,6 @@ class FlowMatching(nn.Module):
         steps = torch.randperm(number, generator=generator, device=like.device)
         return _TIMES[self.times]((start + steps) / number)
 
-    def _admit(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Check rows and contexts, and give every row its context."""
-        flow = self.flow
-        like = reference_tensor(flow)
-        check_events("x", x, flow.event_shape, like=like)
-        check_context(context, flow.context_features, like=like)
-        check_support("x", x, flow.support)
-        shape = joint_batch_shape(x, context, len(flow.event_shape))
-        if len(shape) != 1 or shape[0] == 0:
-            raise ValueError(
-                f"x must have one batch axis and at least one row; got batch shape {tuple(shape)}."
-            )
-        if context is not None:
-            context = context.expand(*shape, -1)
-        return x.expand(*shape, *flow.event_shape), context
-
 
 def _resampled(
     x: Tensor, context: Tensor | None, weight: Tensor, generator: torch.Generator | None
@@ -180,36 +135,26 @@ def _resampled(
 
     A pairing of rows that count differently would not start from the base.
     """
-    check_weight(weight, len(x), like=x)
     chances = weight.clamp(min=torch.finfo(weight.dtype).tiny)
     drawn = torch.multinomial(chances, len(x), replacement=True, generator=generator)
     context = None if context is None else context[drawn]
     return x[drawn], context, weight.mean().expand(len(x))
 
 
-def _split(flow: Flow) -> tuple[Chain, ContinuousTransform, Chain]:
-    """The transforms between data and ODE, the ODE, and the transforms between it and the base."""
-    parts = flow.chain
-    place = next(i for i, part in enumerate(parts) if isinstance(part, ContinuousTransform))
-    return parts[:place], cast(ContinuousTransform, parts[place]), parts[place + 1 :]
-
-
-def _check_one_ode(flow: Flow) -> None:
-    """Refuse a flow that has not exactly one ODE, or has it as a part of another transform.
+def _around_the_ode(flow: Flow) -> tuple[Chain, ContinuousTransform, Chain]:
+    """The transforms between data and ODE, the ODE, and the transforms between it and the base.
 
     Raises:
-        ValueError: If it is so.
+        ValueError: If the flow has not exactly one ODE, or has it as a part of something else.
     """
-    parts = flow.chain
-    number = sum(isinstance(part, ContinuousTransform) for part in parts)
-    nested = any(
-        isinstance(inner, ContinuousTransform) and inner is not part
-        for part in parts
-        for inner in part.modules()
-    )
-    if number != 1 or nested:
-        inside = ", and there is one inside of another transform" if nested else ""
+    ode = flow.only_ode
+    if ode is None:
+        number = sum(isinstance(part, ContinuousTransform) for part in flow.chain)
+        nested = number < sum(isinstance(part, ContinuousTransform) for part in flow.modules())
+        inside = ", and there is one inside of another part" if nested else ""
         raise ValueError(
             "flow must have exactly one ContinuousTransform among its transforms, to know between "
             f"which ends paths run; got {number}{inside}. Use MaximumLikelihood."
         )
+    place = flow.chain.transforms.index(ode)
+    return flow.chain[:place], ode, flow.chain[place + 1 :]

@@ -5,25 +5,19 @@ from collections.abc import Mapping
 from functools import partial
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from cnf._checks import check_generator, check_number, check_type
+from cnf._checks import check_number
 from cnf.divergence import Divergence
 from cnf.flows.flow import Flow
-from cnf.objectives.solving import (
-    check_flow,
-    for_training,
-    training_divergence,
-    training_solver,
-)
-from cnf.objectives.weights import weighted_mean
+from cnf.objectives.base import Objective, weighted_mean
+from cnf.objectives.solving import for_training, training_divergence, training_solver
 from cnf.ode import ODESolver
 from cnf.regularizers import CostRate, needs_products
 from cnf.transforms import ContinuousTransform
 
 
-class MaximumLikelihood(nn.Module):
+class MaximumLikelihood(Objective):
     """The mean negative log-likelihood of a minibatch, in nats, plus weighted costs of the paths.
 
     A gradient step needs less precision than a reported likelihood, so training has its own
@@ -61,9 +55,6 @@ class MaximumLikelihood(nn.Module):
         tensor(1.8379, grad_fn=<MeanBackward0>)
     """
 
-    takes_data = True
-    """Whether the objective is trained on rows of data."""
-
     def __init__(
         self,
         flow: Flow,
@@ -73,8 +64,7 @@ class MaximumLikelihood(nn.Module):
         divergence: Divergence | None = None,
         random_end_time: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.flow = check_flow(flow)
+        super().__init__(flow)
         if regularizers is not None and not isinstance(regularizers, Mapping):
             raise TypeError(
                 "regularizers must be weights by regularizer, such as {kinetic_energy: 0.01}; "
@@ -96,32 +86,17 @@ class MaximumLikelihood(nn.Module):
             "random_end_time", random_end_time, "in [0, 1)", lambda share: 0 <= share < 1
         )
 
-    def forward(
+    def _loss(
         self,
-        x: Float[Tensor, "batch *event"],
-        context: Float[Tensor, "batch context_features"] | None = None,
-        *,
-        weight: Float[Tensor, " batch"] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, ""]:
-        """The loss of a minibatch.
-
-        Args:
-            x: Rows of data.
-            context: What the flow is conditioned on.
-            weight: How much each row counts, relative to a mean of 1; None for 1 each.
-            generator: Source of the probes and end times.
-
-        Raises:
-            ValueError: If the minibatch is empty or does not fit the flow.
-            ODEError: If the solve fails.
-        """
-        check_type("x", x, Tensor, "use torch.as_tensor(x)")
-        if x.numel() == 0:
-            raise ValueError(f"x must have at least one row; got shape {tuple(x.shape)}.")
-        check_generator(generator, like=x)
+        x: Tensor,
+        context: Tensor | None,
+        weight: Tensor | None,
+        draws: int | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
         flow = self.flow.map_continuous(partial(self._for_training, generator=generator))
-        z, ladj, costs = flow.to_base_with_costs(
+        # The chain, not the flow, which would check the rows again.
+        z, ladj, costs = flow.chain.to_base_with_costs(
             x, context, regularizers=list(self.regularizers), generator=generator
         )
         losses = -flow.base.log_prob(z, context, generator=generator) - ladj

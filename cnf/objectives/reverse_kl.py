@@ -4,18 +4,14 @@ from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from cnf._checks import check_count
 from cnf._row_names import name_rows
 from cnf.divergence import Divergence
 from cnf.flows.flow import Flow
-from cnf.objectives.solving import (
-    check_flow,
-    for_training,
-    training_divergence,
-    training_solver,
-)
+from cnf.objectives.base import Objective
+from cnf.objectives.solving import for_training, training_divergence, training_solver
 from cnf.ode import ODESolver
 from cnf.transforms import ContinuousTransform
 
@@ -26,7 +22,7 @@ class TargetError(ValueError):
     """The log-density of a target is not finite where the flow draws."""
 
 
-class ReverseKL(nn.Module):
+class ReverseKL(Objective):
     r"""How far the flow q is from a target p, given by an unnormalised log-density.
 
     .. math:: \mathbb{E}_{x \sim q} [\log q(x) - \log \tilde p(x)] = \mathrm{KL}(q \| p) - \log Z
@@ -43,8 +39,8 @@ class ReverseKL(nn.Module):
             ``log_density(x)``, or ``log_density(x, context)`` for a conditional flow, with x of
             shape ``(draws, *batch, *event_shape)`` and the context ``(draws, *batch,
             context_features)``, returns shape ``(draws, *batch)``. It must be differentiable in
-            x, and finite wherever the flow draws: a target with bounded support needs a flow whose
-            first transforms map into it, as `Logit` does.
+            x, and finite wherever the flow draws, else the loss is a `TargetError`: a target with
+            bounded support needs a flow whose first transforms map into it, as `Logit` does.
         draws: Number of draws in a step, for each context if there are contexts; None for 512, or
             for 1 of a conditional flow.
         solver: How the ODE is solved in training; None for dopri5 at tolerance 1e-3,
@@ -68,7 +64,6 @@ class ReverseKL(nn.Module):
     """
 
     takes_data = False
-    """Whether the objective is trained on rows of data."""
 
     def __init__(
         self,
@@ -79,8 +74,7 @@ class ReverseKL(nn.Module):
         solver: ODESolver | None = None,
         divergence: Divergence | None = None,
     ) -> None:
-        super().__init__()
-        self.flow = check_flow(flow)
+        super().__init__(flow)
         if flow.likelihood not in ("exact", "estimate"):
             raise ValueError(
                 "flow must have a log-density of its draws, exact or estimated without bias; its "
@@ -96,30 +90,17 @@ class ReverseKL(nn.Module):
         self.solver = training_solver(solver)
         self.divergence = training_divergence(divergence)
 
-    def forward(
+    def _loss(
         self,
-        context: Float[Tensor, "*batch context_features"] | None = None,
-        *,
-        draws: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Float[Tensor, ""]:
-        """The loss, a mean over draws and contexts.
-
-        Args:
-            context: What the flow is conditioned on.
-            draws: Number of draws, for a part of a step; None for that of the objective.
-            generator: Source of the points and probes.
-
-        Raises:
-            TypeError: If `draws` is not an int.
-            ValueError: If `draws` is less than 1, the context does not fit the flow, or
-                `log_density` returns another shape or what is not finite (a `TargetError`).
-            ODEError: If the solve fails.
-        """
-        draws = self.draws if draws is None else check_count("draws", draws)
+        x: Tensor | None,
+        context: Tensor | None,
+        weight: Tensor | None,
+        draws: int,
+        generator: torch.Generator | None,
+    ) -> Tensor:
         flow = self.flow.map_continuous(self._for_training)
-        x, log_prob = flow.rsample_and_log_prob(draws, context, generator=generator)
-        target = self._target(x, log_prob, context)
+        points, log_prob = flow.rsample_and_log_prob(draws, context, generator=generator)
+        target = self._target(points, log_prob, context)
         _refuse(~target.detach().isfinite(), "finite")
         return (log_prob - target).mean()
 

@@ -2,7 +2,6 @@
 
 from cnf._checks import check_type
 from cnf.divergence import Divergence, Exact, Hutchinson
-from cnf.flows.flow import Flow
 from cnf.ode import ODESolver
 from cnf.transforms import ContinuousTransform
 from cnf.vector_fields import VectorField
@@ -31,17 +30,6 @@ def training_divergence(divergence: Divergence | None) -> Divergence | None:
     if divergence is not None:
         check_type("divergence", divergence, Divergence, "use Exact() or Hutchinson()")
     return divergence
-
-
-def check_flow(flow: Flow) -> Flow:
-    """Refuse what is no flow.
-
-    Raises:
-        TypeError: If `flow` is of another type.
-    """
-    if not isinstance(flow, Flow):
-        raise TypeError(f"flow must be a cnf.Flow; got {type(flow).__name__}.")
-    return flow
 
 
 def for_training(

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnf.ode.monitor import State, SteppingWatch
+from cnf.ode.monitor import State, SteppingMonitor
 
 Step = Callable[[Tensor, Tensor, State, State], tuple[State, State]]
 """Takes the times of a step's start and end, the state at its start, and the rates there that were
@@ -51,8 +51,8 @@ class Start:
     """Its rates, where the method carried them over from the step before; else empty."""
 
 
-class RecordingWatch(SteppingWatch):
-    """A `SteppingWatch` that keeps what each step of the forward solve starts from."""
+class RecordingMonitor(SteppingMonitor):
+    """A `SteppingMonitor` that keeps what each step of the forward solve starts from."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -70,7 +70,7 @@ class RecordingWatch(SteppingWatch):
 
 
 def solve_by_steps(
-    watch: RecordingWatch,
+    monitor: RecordingMonitor,
     solve: Callable[[], State],
     step: Step,
     state: State,
@@ -80,7 +80,7 @@ def solve_by_steps(
     """What `solve` returns, with a backward pass that redoes one `step` at a time.
 
     Args:
-        watch: The right-hand side, watched.
+        monitor: The right-hand side, monitored.
         solve: Follows `state` through `times`, and a step ends at each; called without gradient.
         step: One step of the same method.
         state: The state at the first time.
@@ -96,11 +96,11 @@ def solve_by_steps(
         enabled=torch.is_autocast_enabled(device),
         cache_enabled=False,  # a cache would outlive the graph of a step
     )
-    steps = _Steps(watch, step, times, parameters, autocast)
+    steps = _Steps(monitor, step, times, parameters, autocast)
     solution: State = _SolveBySteps.apply(  # type: ignore[no-untyped-call]
         steps, solve, times, *state, *parameters
     )
-    return watch.backward_once(solution)
+    return monitor.backward_once(solution)
 
 
 class _SolveBySteps(torch.autograd.Function):
@@ -121,7 +121,7 @@ class _SolveBySteps(torch.autograd.Function):
 class _Steps:
     """The steps of a solve that has been done."""
 
-    watch: RecordingWatch
+    monitor: RecordingMonitor
     step: Step
     times: Tensor
     parameters: Sequence[Tensor]
@@ -140,7 +140,7 @@ class _Steps:
         in_state: State = tuple(part[-1] for part in gradients)
         in_rates: State = ()
         stop, end = len(self.times) - 1, self.times[-1].detach()
-        for start in reversed(self.watch.starts):
+        for start in reversed(self.monitor.starts):
             found = iter(self._redo(start, end, (*in_state, *in_rates)))
             if in_times is not None:
                 self._move_times(in_times, stop, start.t, next(found))

@@ -60,13 +60,13 @@ class FieldSteps:
     rates: Rates
     inputs: tuple[Any, ...]
 
-    def serve(self, method: str) -> bool:
+    def is_active_for(self, method: str) -> bool:
         """Whether steps of the method run as programs here and now."""
         return (
             method in _STAGES
             and "_compilation" in vars(self.field)
             and not self._compilation.steps_failed
-            and self._compilation.serves()
+            and self._compilation.is_active()
             and len(self.field._compilable) > 1
             and self.field._is_but_counted
         )
@@ -79,29 +79,29 @@ class FieldSteps:
         times: Tensor,
         *,
         budget: int,
-        otherwise: Callable[[], State],
+        fallback: Callable[[], State],
     ) -> State:
         """The state at each of `times`.
 
         Args:
-            method: A method that is served.
+            method: A method that `is_active_for` names.
             state: The state at the first time.
             grid: Where steps start and end, each of `times` among them.
             times: The times.
             budget: Largest number of evaluations.
-            otherwise: The same solve without these programs, which alone tells why it fails.
+            fallback: The same solve without these programs, which alone tells why it fails.
         """
         stages = len(_STAGES[method]) * (len(grid) - 1)
         if stages > budget or not _advances(grid.detach()):
-            return otherwise()
+            return fallback()
         try:
             solution = self._follow(method, state, grid, set(times.tolist()))
         except Exception as error:
-            solution = otherwise()  # which raises if the inputs are at fault
+            solution = fallback()  # which raises if the inputs are at fault
             self._do_without(error)
             return solution
         if not all(bool(part.isfinite().all()) for part in solution):
-            return otherwise()
+            return fallback()
         for _ in range(stages):
             self.field._announce_evaluation(grid[0], state[0], None)
         return solution
@@ -167,6 +167,6 @@ def _uniform(state: State) -> State:
 
 
 def _advances(grid: Tensor) -> bool:
-    """Whether the time advances in each step, as `cnf.ode.monitor.SteppingWatch` asks."""
+    """Whether the time advances in each step, as `cnf.ode.monitor.SteppingMonitor` asks."""
     starts = grid[:-1].abs()
     return bool((starts + grid.diff().abs() > starts).all())

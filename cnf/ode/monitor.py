@@ -1,4 +1,4 @@
-"""Watches a solve from the inside: keeps to its budget and explains how it failed."""
+"""Monitors a solve from the inside: keeps to its budget and explains how it failed."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,8 +18,8 @@ class ODEError(RuntimeError):
     """A solve failed: the message says when, after how many evaluations, for which rows and why."""
 
 
-class Watch:
-    """The right-hand side of an ODE, watched.
+class SolveMonitor:
+    """The right-hand side of an ODE, monitored.
 
     Args:
         rhs: Takes a 0-dim time and the state, returns the derivative of each of its tensors.
@@ -63,7 +63,7 @@ class Watch:
             raise self.error(t, f"spent its budget of max_evaluations={self.budget}")
         self.evaluations += 1
         if self.in_backward:
-            state = _WatchedGradient.apply(self, t, *state)  # type: ignore[no-untyped-call]
+            state = _MonitoredGradient.apply(self, t, *state)  # type: ignore[no-untyped-call]
         # Under autocast a network returns what is coarser than the state of the ODE may be.
         rates = tuple(
             rate.to(part.dtype) for rate, part in zip(self.rhs(t, state), state, strict=True)
@@ -73,7 +73,7 @@ class Watch:
         return rates
 
     def backward_once(self, solution: State) -> State:
-        """The solution of a solve whose backward pass evaluates anew, with a watch over each."""
+        """The solution of a solve whose backward pass evaluates anew, with a monitor over each."""
         seen = [(tensor, _version(tensor)) for tensor in self.dependencies()]
 
         def begin() -> None:
@@ -93,10 +93,10 @@ class Watch:
             self.first = self.last = self.bad_gradient = self.errors = None
             self.has_rejected = False
 
-        watched: State = _BackwardPass.apply(  # type: ignore[no-untyped-call]
+        monitored: State = _BackwardPass.apply(  # type: ignore[no-untyped-call]
             self.gradient, begin, *solution
         )
-        return watched
+        return monitored
 
     def keep_errors(self, errors: Tensor, *, rejected: bool) -> None:
         """Keep the errors of the last step that was rejected; before there is one, of the last.
@@ -199,8 +199,8 @@ class Watch:
         return torch.stack(found).amax(0)
 
 
-class SteppingWatch(Watch):
-    """A `Watch` with callbacks that torchdiffeq runs before each step, forward and backward."""
+class SteppingMonitor(SolveMonitor):
+    """A `SolveMonitor` that torchdiffeq calls before each step, forward and backward."""
 
     def callback_step(self, t: Tensor, state: Any, dt: Tensor) -> None:
         """Refuse a step that does not advance the time, or starts from NaN or inf."""
@@ -233,22 +233,22 @@ class _BackwardPass(torch.autograd.Function):
         return None, None, *gradients
 
 
-class _WatchedGradient(torch.autograd.Function):
-    """Identity on the state whose backward shows its gradient to the watch."""
+class _MonitoredGradient(torch.autograd.Function):
+    """Identity on the state whose backward shows its gradient to the monitor."""
 
     @staticmethod
-    def forward(ctx: Any, watch: Watch, t: Tensor, *state: Tensor) -> State:
-        ctx.watch, ctx.t = watch, t.detach()
+    def forward(ctx: Any, monitor: SolveMonitor, t: Tensor, *state: Tensor) -> State:
+        ctx.monitor, ctx.t = monitor, t.detach()
         return tuple(part.view_as(part) for part in state)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.watch.check_gradient(ctx.t, gradients[0])
+        ctx.monitor.check_gradient(ctx.t, gradients[0])
         return None, None, *gradients
 
 
 def _bad_rows(evaluation: State) -> Tensor:
-    """Mask of the rows in which a state or its rate, as the watch keeps them, is not finite."""
+    """Mask of the rows in which a state or its rate, as the monitor keeps them, is not finite."""
     rows = evaluation[0].shape[:-1]
     return non_finite_rows(torch.cat([part.reshape(*rows, -1) for part in evaluation], -1))
 

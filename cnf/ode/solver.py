@@ -12,16 +12,16 @@ from torch import Tensor
 
 from cnf._checks import check_choice, check_count, check_number, is_hidden, is_positive
 from cnf._memory import check_fits
-from cnf.ode.checkpointing import RecordingWatch, solve_by_steps
+from cnf.ode.checkpointing import RecordingMonitor, solve_by_steps
 from cnf.ode.compiled_steps import FieldSteps
-from cnf.ode.monitor import ODEError, RightHandSide, State, SteppingWatch, Watch
+from cnf.ode.monitor import ODEError, RightHandSide, SolveMonitor, State, SteppingMonitor
 from cnf.ode.torchdiffeq_door import evaluations_per_step, is_multistep, methods, one_step, solvers
 from cnf.vector_fields.jacobian.autograd import functions_are_transformed
 
-__all__ = ["Control", "Gradient", "ODEError", "ODESolver", "RightHandSide", "State", "methods"]
+__all__ = ["ErrorNorm", "Gradient", "ODEError", "ODESolver", "RightHandSide", "State", "methods"]
 
 Gradient = Literal["adjoint", "backprop", "checkpoint"]
-Control = Literal["points_and_ladj", "points"]
+ErrorNorm = Literal["points_and_ladj", "points"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class ODESolver:
     """Relative tolerance of every part of the state, ladj included; for adaptive methods."""
     atol: float = 1e-5
     """Absolute tolerance, likewise."""
-    control: Control = "points_and_ladj"
+    error_norm: ErrorNorm = "points_and_ladj"
     """What an adaptive method chooses its steps by: the error of the points and of the ladj, or of
     the points alone, where the ladj is needed less precisely than they are."""
     first_step: float | None = None
@@ -76,7 +76,7 @@ class ODESolver:
                 number = check_number(name, value, "positive and finite", is_positive)
                 object.__setattr__(self, name, number)
         check_choice("gradient", self.gradient, get_args(Gradient))
-        check_choice("control", self.control, get_args(Control))
+        check_choice("error_norm", self.error_norm, get_args(ErrorNorm))
         budget = check_count("max_evaluations", self.max_evaluations)
         object.__setattr__(self, "max_evaluations", budget)
         self._check_kind(kinds[self.method])
@@ -126,7 +126,7 @@ class ODESolver:
             dependencies: Returns every other tensor that `rhs` depends on. The adjoint and
                 checkpoint give no gradient to a tensor not named here.
             controlled: How many tensors of the state, from the first, the error control of an
-                adaptive method looks at; None for all. With ``control="points"`` it is one.
+                adaptive method looks at; None for all. With ``error_norm="points"`` it is one.
             programs: What makes steps of the same right-hand side into programs where it serves.
 
         Returns:
@@ -154,88 +154,88 @@ class ODESolver:
         gradient = self.gradient if needs_gradient else "backprop"
         hidden = any(map(is_hidden, (*state, times, *dependencies())))
         self._check_transformed(kind, gradient, times, hidden=hidden)
-        watch = _watch_for(kind, gradient)(
+        monitor = _monitor_for(kind, gradient)(
             rhs,
             dependencies,
             method=self.method,
             kind=kind,
             gradient=gradient,
             budget=self.max_evaluations,
-            controlled=1 if self.control == "points" else controlled,
+            controlled=1 if self.error_norm == "points" else controlled,
         )
-        watch.check_start(state)
-        arguments = self._arguments(watch, times)
+        monitor.check_start(state)
+        arguments = self._arguments(monitor, times)
         if gradient == "adjoint":
-            solution = self._by_adjoint(watch, state, times, parameters, arguments)
+            solution = self._by_adjoint(monitor, state, times, parameters, arguments)
         elif gradient == "checkpoint":
-            solution = self._by_steps(watch, state, times, parameters, arguments)
+            solution = self._by_steps(monitor, state, times, parameters, arguments)
         else:
             # Where nothing needs a gradient, a field in reverse mode would leave a graph all the
             # same, because it differentiates with respect to x.
             with torch.set_grad_enabled(needs_gradient):
                 if hidden:
-                    solution = self._solve_hidden(watch, state, times)
+                    solution = self._solve_hidden(monitor, state, times)
                 else:
-                    solution = self._by_rule(watch, state, times, arguments, programs)
-        watch.check_end(solution, times)
+                    solution = self._by_rule(monitor, state, times, arguments, programs)
+        monitor.check_end(solution, times)
         return tuple(solution)
 
     def _by_adjoint(
         self,
-        watch: Watch,
+        monitor: SolveMonitor,
         state: State,
         times: Tensor,
         parameters: Sequence[Tensor],
         arguments: dict[str, Any],
     ) -> State:
         _, odeint_adjoint = solvers()
-        options = self._options(watch, times, everywhere=True)
+        options = self._options(monitor, times, everywhere=True)
         solution = odeint_adjoint(
-            watch,
+            monitor,
             state,
             times,
             **arguments,
             adjoint_options={**options, "norm": "seminorm"},
             adjoint_params=parameters,
         )
-        return watch.backward_once(solution)
+        return monitor.backward_once(solution)
 
     def _by_steps(
         self,
-        watch: Watch,
+        monitor: SolveMonitor,
         state: State,
         times: Tensor,
         parameters: Sequence[Tensor],
         arguments: dict[str, Any],
     ) -> State:
-        assert isinstance(watch, RecordingWatch)  # noqa: S101 - for mypy: `_watch_for` sees to it
+        assert isinstance(monitor, RecordingMonitor)  # noqa: S101 - by `_monitor_for`, for mypy
 
         def solve() -> State:
-            return _odeint(watch, state, times, arguments)
+            return _odeint(monitor, state, times, arguments)
 
-        step = one_step(self.method, watch, like=state[0])
-        return solve_by_steps(watch, solve, step, state, times, parameters)
+        step = one_step(self.method, monitor, like=state[0])
+        return solve_by_steps(monitor, solve, step, state, times, parameters)
 
     def _by_rule(
         self,
-        watch: Watch,
+        monitor: SolveMonitor,
         state: State,
         times: Tensor,
         arguments: dict[str, Any],
         programs: FieldSteps | None,
     ) -> State:
         def solve() -> State:
-            return _odeint(watch, state, times, arguments)
+            return _odeint(monitor, state, times, arguments)
 
-        if programs is None or not programs.serve(self.method):
+        if programs is None or not programs.is_active_for(self.method):
             return solve()
         grid = self._grid(times, (times[-1] - times[0]).abs().detach())
         budget = self.max_evaluations
-        return programs.solve(self.method, state, grid, times, budget=budget, otherwise=solve)
+        return programs.solve(self.method, state, grid, times, budget=budget, fallback=solve)
 
-    def _solve_hidden(self, watch: Watch, state: State, times: Tensor) -> State:
+    def _solve_hidden(self, monitor: SolveMonitor, state: State, times: Tensor) -> State:
         """On a fixed grid, without the branches on numbers and writes in place of torchdiffeq."""
-        step = one_step(self.method, watch, like=state[0])
+        step = one_step(self.method, monitor, like=state[0])
         span = (times[-1] - times[0]).abs().detach()
         seen = [state]
         for start, end in itertools.pairwise(times):
@@ -285,24 +285,24 @@ class ODESolver:
                 "times, or raise max_evaluations."
             )
 
-    def _arguments(self, watch: Watch, times: Tensor) -> dict[str, Any]:
+    def _arguments(self, monitor: SolveMonitor, times: Tensor) -> dict[str, Any]:
         """What torchdiffeq takes beside the right-hand side, state and times."""
-        count = watch.controlled
+        count = monitor.controlled
         # Dense output is as accurate as the steps with dopri5 only; checkpoint redoes steps, and
         # no more.
         everywhere = self.method != "dopri5" or self.gradient == "checkpoint"
-        options = self._options(watch, times, everywhere=everywhere)
+        options = self._options(monitor, times, everywhere=everywhere)
         options["norm"] = lambda parts: _largest_rms(parts[:count])
         return {"method": self.method, "rtol": self.rtol, "atol": self.atol, "options": options}
 
-    def _options(self, watch: Watch, times: Tensor, *, everywhere: bool) -> dict[str, Any]:
-        if watch.kind == "adaptive":
+    def _options(self, monitor: SolveMonitor, times: Tensor, *, everywhere: bool) -> dict[str, Any]:
+        if monitor.kind == "adaptive":
             return {
                 "everywhere": everywhere,
-                "on_trial": watch.keep_errors,
+                "on_trial": monitor.keep_errors,
                 "first_step": self.first_step,
             }
-        if watch.kind == "fixed":
+        if monitor.kind == "fixed":
             span = (times[-1] - times[0]).abs().detach()
             return {"grid_constructor": lambda _f, _y, t: self._grid(t, span)}
         return {}
@@ -320,16 +320,16 @@ class ODESolver:
         return torch.cat(pieces)
 
 
-def _odeint(watch: Watch, state: State, times: Tensor, arguments: dict[str, Any]) -> State:
+def _odeint(monitor: SolveMonitor, state: State, times: Tensor, arguments: dict[str, Any]) -> State:
     odeint, _ = solvers()
-    solution: State = odeint(watch, state, times, **arguments)
+    solution: State = odeint(monitor, state, times, **arguments)
     return solution
 
 
-def _watch_for(kind: str, gradient: str) -> type[Watch]:
+def _monitor_for(kind: str, gradient: str) -> type[SolveMonitor]:
     if kind == "external":
-        return Watch
-    return RecordingWatch if gradient == "checkpoint" else SteppingWatch
+        return SolveMonitor
+    return RecordingMonitor if gradient == "checkpoint" else SteppingMonitor
 
 
 def _nowhere(state: State, times: Tensor, dependencies: Sequence[Tensor]) -> State:

@@ -24,6 +24,13 @@ FAMILIES: tuple[type, ...] = (
 )
 """What a flow is made of. Each subclass of these in cnf is saved and loaded by its name."""
 
+_NEW_NAMES: dict[str, dict[str, str]] = {
+    "AdditiveCoupling": {"kept": "mask"},
+    "AffineCoupling": {"kept": "mask"},
+    "ODESolver": {"control": "error_norm"},
+}
+"""Settings by what older files call them, and what they are called now, for each class."""
+
 _REMEDY = "Save flow.state_dict() instead, and rebuild the flow in your own code."
 
 
@@ -98,8 +105,9 @@ def rebuild(description: Any, classes: Mapping[str, type], count_part: Callable[
             f"it names the class {name!r}, which is none of cnf; if it is yours, give it: "
             f"load(path, classes=[{name}])"
         )
+    new_names: Mapping[Any, Any] = _NEW_NAMES.get(name, {})
     settings = {
-        key: rebuild(value, classes, count_part)
+        new_names.get(key, key): rebuild(value, classes, count_part)
         for key, value in description.items()
         if key != "class"
     }

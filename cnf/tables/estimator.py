@@ -5,6 +5,7 @@ Importing it imports scikit-learn, which ``pip install 'cnf-flows[sklearn]'`` br
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,13 @@ from cnf.data.degeneracy import DegenerateDataWarning, check_columns
 from cnf.data.names import shortened
 from cnf.data.table_files import Table, check_for_training, point_out_fill_values
 from cnf.tables import fit as density
-from cnf.tables.fit import DensitySettings, Rows, continue_density, fit_density, hold_out
+from cnf.tables.fit import DensitySettings, TableRows, continue_density, fit_density, hold_out
 from cnf.training import History
 from cnf.transforms import Standardize
 
 _SEEDS = 2**31 - 1
+_SETTINGS = [field.name for field in fields(DensitySettings) if field.name != "seed"]
+"""The parameters that go on as they are; the seed is drawn from `random_state`."""
 _LEAST_ROWS = 2
 """So that there is a standard deviation."""
 
@@ -76,12 +79,12 @@ class CNFDensity(DensityMixin, BaseEstimator):
     def __init__(
         self,
         *,
-        matching_steps: int | None = None,
-        likelihood_steps: int | None = None,
-        batch_size: int = 512,
-        learning_rate: float = 4e-3,
-        hidden_features: Sequence[int] = (128, 128),
-        validation_fraction: float = 0.1,
+        matching_steps: int | None = DensitySettings.matching_steps,
+        likelihood_steps: int | None = DensitySettings.likelihood_steps,
+        batch_size: int = DensitySettings.batch_size,
+        learning_rate: float = DensitySettings.learning_rate,
+        hidden_features: Sequence[int] = DensitySettings.hidden_features,
+        validation_fraction: float = DensitySettings.validation_fraction,
         random_state: int | RandomState | None = None,
         verbose: bool = False,
     ) -> None:
@@ -185,17 +188,10 @@ class CNFDensity(DensityMixin, BaseEstimator):
         return density.sample(self.flow_, n_samples, seed=seed, progress=self.verbose).numpy()
 
     def _settings(self) -> DensitySettings:
-        return DensitySettings(
-            matching_steps=self.matching_steps,
-            likelihood_steps=self.likelihood_steps,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            hidden_features=self.hidden_features,
-            validation_fraction=self.validation_fraction,
-            seed=_seed(self.random_state),
-        )
+        given = {name: getattr(self, name) for name in _SETTINGS}
+        return DensitySettings(**given, seed=_seed(self.random_state))
 
-    def _rows(self, X: ArrayLike, sample_weight: ArrayLike | None, *, first: bool) -> Rows:
+    def _rows(self, X: ArrayLike, sample_weight: ArrayLike | None, *, first: bool) -> TableRows:
         """Checked rows of positive weight."""
         least = _LEAST_ROWS if first else 1
         refuse_unless_numbers("X", X)
@@ -205,7 +201,7 @@ class CNFDensity(DensityMixin, BaseEstimator):
             raise ValueError(f"X must have at least {least} rows; got 1 sample.")
         x = _as_tensor(values)
         if sample_weight is None:
-            return Rows(x)
+            return TableRows(x)
         refuse_unless_numbers("sample_weight", sample_weight)
         weight = _as_tensor(_checked_weights(sample_weight, values))
         counted = (weight > 0).nonzero().flatten()
@@ -214,7 +210,7 @@ class CNFDensity(DensityMixin, BaseEstimator):
                 f"sample_weight must be positive for at least {least} rows; got {len(counted)}, "
                 "and zero for the others."
             )
-        return Rows(x, weight=weight).take(counted)
+        return TableRows(x, weight=weight).take(counted)
 
 
 def _refuse_not_finite(X: Float[np.ndarray, "rows columns"], names: ArrayLike | None) -> None:

@@ -13,13 +13,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cnf._building import Building
-from cnf._checks import check_count, check_number, check_seed, rows_inside
+from cnf._checks import check_count, check_number, rows_inside
 from cnf.flows.chunks import in_chunks, sample_in_chunks
 from cnf.flows.cnf import CNF
 from cnf.flows.flow import Flow
 from cnf.ode import ODESolver
 from cnf.tables.integer_columns import centred, fixed_noise
-from cnf.training import History, TrainingConfig, fit, recipe
+from cnf.training import History, Recipe, TrainingConfig, fit
 from cnf.transforms import Standardize, Transform, Unconstrain
 from cnf.vector_fields import MLPField
 from cnf.vector_fields.conditioning import context_scalings
@@ -35,7 +35,7 @@ _ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class DensitySettings:
+class DensitySettings(Recipe):
     """How the density of a table is fitted.
 
     Raises:
@@ -47,25 +47,16 @@ class DensitySettings:
         0.1
     """
 
-    matching_steps: int | None = None
-    """Steps of flow matching; None for as many as the rows ask for, 50 to 12 000."""
-    likelihood_steps: int | None = None
-    """Steps of maximum likelihood after them, each of which takes as long as fifty of matching;
-    None for as many as the rows ask for, 5 to 200."""
-    batch_size: int = 512
-    """Rows of a minibatch; all rows if there are fewer."""
-    learning_rate: float = 4e-3
-    """Peak learning rate of matching; likelihood has a quarter of it."""
     hidden_features: Sequence[int] = (128, 128)
     """Widths of the hidden layers of the network; two keep the density exact and fast."""
     validation_fraction: float = 0.1
     """Share of the rows held out of training; the weights that are best on them are kept. 0 holds
     out none, and keeps the last weights."""
-    seed: int = 0
+    seed: int = Recipe.seed
     """Seed of the rows held out, the initial weights and the training."""
 
     def __post_init__(self) -> None:
-        check_seed("seed", self.seed)
+        super().__post_init__()
         widths = self.hidden_features
         if isinstance(widths, str | torch.Tensor) or not isinstance(widths, Iterable):
             raise TypeError(
@@ -78,22 +69,9 @@ class DensitySettings:
         check_number(
             "validation_fraction", self.validation_fraction, "in [0, 1)", lambda part: 0 <= part < 1
         )
-        self.phases(progress=False)
-
-    def phases(self, rows: int | None = None, *, progress: bool) -> tuple[TrainingConfig, ...]:
-        """The phases of training on so many rows."""
-        return recipe(
-            rows,
-            matching_steps=self.matching_steps,
-            likelihood_steps=self.likelihood_steps,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            seed=self.seed,
-            progress=progress,
-        )
 
 
-class Rows(NamedTuple):
+class TableRows(NamedTuple):
     """Rows of a table, in float64."""
 
     x: Float[Tensor, "rows features"]
@@ -103,17 +81,17 @@ class Rows(NamedTuple):
     weight: Float[Tensor, " rows"] | None = None
     """How often each row counts; not negative."""
 
-    def take(self, index: Tensor | slice) -> "Rows":
+    def take(self, index: Tensor | slice) -> "TableRows":
         """Some of the rows."""
         return self.map(itemgetter(index))
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> "Rows":
+    def map(self, change: Callable[[Tensor], Tensor]) -> "TableRows":
         """What `change` makes of each part."""
         context, weight = (None if part is None else change(part) for part in self[1:])
-        return Rows(change(self.x), context, weight)
+        return TableRows(change(self.x), context, weight)
 
 
-def hold_out(rows: Rows, settings: DensitySettings) -> tuple[Rows, Rows | None]:
+def hold_out(rows: TableRows, settings: DensitySettings) -> tuple[TableRows, TableRows | None]:
     """Rows to train on and, unless the share is less than one row, rows to validate on."""
     count = int(settings.validation_fraction * len(rows.x))
     if count == 0:
@@ -125,8 +103,8 @@ def hold_out(rows: Rows, settings: DensitySettings) -> tuple[Rows, Rows | None]:
 @torch.inference_mode(False)  # whose tensors could not be trained
 def fit_density(
     transforms: Iterable[Transform],
-    rows: Rows,
-    validation: Rows | None = None,
+    rows: TableRows,
+    validation: TableRows | None = None,
     settings: DensitySettings = DensitySettings(),
     *,
     progress: bool = False,
@@ -156,7 +134,7 @@ def fit_density(
         >>> from cnf import Standardize
         >>> x = 5 + torch.randn(200, 2, dtype=torch.float64)
         >>> settings = DensitySettings(matching_steps=3, likelihood_steps=1)
-        >>> flow, history = fit_density([Standardize.from_data(x)], Rows(x), settings=settings)
+        >>> flow, history = fit_density([Standardize.from_data(x)], TableRows(x), settings=settings)
         >>> flow.log_prob(x).shape
         torch.Size([200])
     """
@@ -182,8 +160,8 @@ def fit_density(
 @torch.inference_mode(False)
 def continue_density(
     flow: Flow,
-    rows: Rows,
-    validation: Rows | None = None,
+    rows: TableRows,
+    validation: TableRows | None = None,
     settings: DensitySettings = DensitySettings(),
     *,
     progress: bool = False,
@@ -205,8 +183,8 @@ def continue_density(
 
 def _train(
     flow: Flow,
-    rows: Rows,
-    validation: Rows | None,
+    rows: TableRows,
+    validation: TableRows | None,
     phases: Sequence[TrainingConfig],
 ) -> History:
     """Train a flow in place; the only call of the training loop."""
@@ -218,7 +196,7 @@ def _train(
     scalings = context_scalings(flow)
 
     @torch.no_grad()
-    def data(rows: Rows) -> dict[str, Tensor]:
+    def data(rows: TableRows) -> dict[str, Tensor]:
         x = (Flow(exact).double().to_base(rows.x) if exact else rows.x).float()
         parts = {"x": x, "weight": rows.weight}
         if rows.context is not None:
@@ -255,7 +233,7 @@ def _parted(given: Sequence[Transform]) -> tuple[list[Transform], list[Transform
 
 
 @torch.no_grad()
-def log_prob(flow: Flow, rows: Rows, *, progress: bool = False) -> Float[Tensor, " rows"]:
+def log_prob(flow: Flow, rows: TableRows, *, progress: bool = False) -> Float[Tensor, " rows"]:
     """Log-density of each row in nats, in chunks, so that memory does not grow with their number.
 
     Where whole numbers make it a lower bound, it is the log of the mean over `NOISES` draws of

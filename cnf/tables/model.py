@@ -28,7 +28,7 @@ from cnf.data.cells import refuse_unless_numbers
 from cnf.data.names import quoted
 from cnf.data.table_files import Table, read_table
 from cnf.flows.flow import Flow
-from cnf.tables.fit import Rows
+from cnf.tables.fit import TableRows
 from cnf.training import History
 from cnf.vector_fields.conditioning import context_scalings
 
@@ -73,7 +73,7 @@ class Columns:
         """Every column that a table must have."""
         return (*self.names, *self.context_names)
 
-    def read(self, path: str | os.PathLike[str], *, header: bool | None = None) -> Rows:
+    def read(self, path: str | os.PathLike[str], *, header: bool | None = None) -> TableRows:
         """The rows of a file, whose columns are found by name and may have others between them.
 
         Args:
@@ -86,14 +86,14 @@ class Columns:
         """
         return self.rows(read_table(path, self.all, header=header))
 
-    def rows(self, table: Table) -> Rows:
+    def rows(self, table: Table) -> TableRows:
         """The rows of a table.
 
         Raises:
             ValueError: If it lacks a column.
         """
         context = _select(table, self.context_names) if self.context_names else None
-        return Rows(_select(table, self.names), context)
+        return TableRows(_select(table, self.names), context)
 
     def context(self, values: Mapping[str, float]) -> Tensor | None:
         """One context, made of a number for each context column; None if there are none.

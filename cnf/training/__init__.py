@@ -5,13 +5,14 @@ from cnf.training.checkpoint import Checkpoints
 from cnf.training.config import TrainingConfig
 from cnf.training.fit import fit
 from cnf.training.history import History
-from cnf.training.recipe import recipe
+from cnf.training.recipe import Recipe, recipe
 from cnf.training.run import TrainingError
 
 __all__ = [
     "Callback",
     "Checkpoints",
     "History",
+    "Recipe",
     "StepReport",
     "TrainingConfig",
     "TrainingError",

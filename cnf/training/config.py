@@ -4,11 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
-
 from cnf._checks import check_choice, check_count, check_flag, check_number, check_seed, is_positive
 from cnf.flows.flow import Flow
-from cnf.objectives import MaximumLikelihood
+from cnf.objectives import MaximumLikelihood, Objective
 
 _SCHEDULES = ("cosine", "constant")
 _PRECISIONS = ("float32", "bfloat16")
@@ -27,7 +25,7 @@ class TrainingConfig:
         512
     """
 
-    objective: Callable[[Flow], nn.Module] = MaximumLikelihood
+    objective: Callable[[Flow], Objective] = MaximumLikelihood
     """Makes what is minimised, where `fit` is given a flow: a class of `cnf.objectives`, or one
     with settings, such as ``functools.partial(MaximumLikelihood, random_end_time=0.1)``."""
     steps: int = 2000
@@ -49,7 +47,7 @@ class TrainingConfig:
     patience: int | None = None
     """Validations without a new best after which the phase ends early; None to go through all
     steps."""
-    accumulate: int = 1
+    accumulation_steps: int = 1
     """Number of parts into which each process cuts its share of a minibatch, to add up their
     gradients: less memory, the same step but for rounding and what is drawn at random."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -66,7 +64,7 @@ class TrainingConfig:
                 "objective must be callable and make an objective of a flow, such as "
                 f"MaximumLikelihood; got {self.objective!r}."
             )
-        for name in ("steps", "batch_size", "validate_every", "accumulate", "patience"):
+        for name in ("steps", "batch_size", "validate_every", "accumulation_steps", "patience"):
             if name != "patience" or self.patience is not None:
                 self._keep(name, check_count(name, getattr(self, name)))
         self._keep("seed", check_seed("seed", self.seed))

@@ -31,13 +31,15 @@ _FORMS = "a tensor, a pair (x, context) or a dict with x and perhaps context and
 class Batch(NamedTuple):
     """Some of the rows."""
 
-    inputs: tuple[Any, ...]
-    """What an objective is called with: x and context, or the context alone, or nothing."""
+    x: Any = None
+    """Rows of data, a tensor; None for an objective that takes no data."""
+    context: Tensor | None = None
+    """The context of each row, if there are contexts."""
     weight: Tensor | None = None
     """Weight of each row, ``(rows,)``, if there are weights."""
 
 
-class Rows(ABC):
+class TrainingData(ABC):
     """Rows that can be asked for by index.
 
     Args:
@@ -71,12 +73,10 @@ class Rows(ABC):
         return some
 
     def _batch(self, columns: Mapping[str, Tensor]) -> Batch:
-        context = columns.get("context")
-        inputs = (context,) if self.contexts else (columns["x"], context)
-        return Batch(inputs, columns.get("weight"))
+        return Batch(columns.get("x"), columns.get("context"), columns.get("weight"))
 
 
-class TensorRows(Rows):
+class TensorRows(TrainingData):
     """Rows in tensors, checked once, without those of weight 0; weights have a mean of 1."""
 
     def __init__(self, name: str, data: Any, flow: Flow, *, contexts: bool = False) -> None:
@@ -102,7 +102,7 @@ class TensorRows(Rows):
         )
 
 
-class DatasetRows(Rows):
+class DatasetRows(TrainingData):
     """Rows of a `Dataset`, read and checked when they are asked for.
 
     They are moved to the device of the flow. Weights have a mean of 1 over `_MOST_LOOKED_AT` rows.
@@ -133,7 +133,7 @@ class DatasetRows(Rows):
         batch = self._read(indices)
         if batch.weight is None or self.weights is None:
             return batch
-        weight = _of_mean(batch.weight, self.weights).to(batch.inputs[0])
+        weight = _of_mean(batch.weight, self.weights).to(reference_tensor(self.flow))
         if not weight.isfinite().all():
             raise ValueError(
                 f"the weights of {self.name} must be alike in size; got one that "
@@ -169,7 +169,7 @@ class DatasetRows(Rows):
             check_vectors(f"the context of {name}", item["context"], features, like=like)
 
 
-class PartOfRows(Rows):
+class PartOfRows(TrainingData):
     """Some of other rows.
 
     Args:
@@ -177,7 +177,7 @@ class PartOfRows(Rows):
         places: Which of them.
     """
 
-    def __init__(self, rows: Rows, places: Tensor) -> None:
+    def __init__(self, rows: TrainingData, places: Tensor) -> None:
         super().__init__(rows.name, rows.flow, contexts=rows.contexts)
         self.rows = rows
         self.places = places
@@ -190,7 +190,7 @@ class PartOfRows(Rows):
         return self.rows.take(self.places[indices])
 
 
-def held_out_of(rows: Rows, share: float) -> tuple[Rows, Rows | None]:
+def held_out_of(rows: TrainingData, share: float) -> tuple[TrainingData, TrainingData | None]:
     """Rows to train on, and others to validate on: a share at random, `_MOST_HELD_OUT` at most.
 
     None if the share is less than one row, or if those drawn weigh nothing.
@@ -206,7 +206,7 @@ def held_out_of(rows: Rows, share: float) -> tuple[Rows, Rows | None]:
     return PartOfRows(rows, order[count:]), validation
 
 
-def as_rows(name: str, data: Any, flow: Flow, *, contexts: bool = False) -> Rows:
+def as_rows(name: str, data: Any, flow: Flow, *, contexts: bool = False) -> TrainingData:
     """Data of any form as rows.
 
     Raises:

@@ -13,7 +13,7 @@ from torch.utils.data import StackDataset, TensorDataset
 
 from cnf.data.memmap import NpyRows
 from cnf.flows.flow import Flow
-from cnf.training.data import DatasetRows, PartOfRows, Rows
+from cnf.training.data import DatasetRows, PartOfRows, TrainingData
 from cnf.training.distributed import Processes
 from cnf.training.phases import Plan
 from cnf.transforms import Chain
@@ -21,12 +21,22 @@ from cnf.transforms import Chain
 _ROWS_AT_ONCE = 2**14
 _ONCE_HASHED = 1000
 _DIFFERENCES_NAMED = 5
-_FREE = ("progress", "accumulate")
+_FREE = ("progress", "accumulation_steps")
 """Settings that may change when a run resumes; the parts of a minibatch are compared instead."""
+_NEW_NAMES = {
+    "accumulate times": "accumulation_steps times",
+    "control=": "error_norm=",
+    "kept of": "mask of",
+}
+"""What older versions, whose runs resume here, called settings, and what they are called now."""
 
 
 def fingerprint(
-    plan: Plan, flow: Flow, rows: Rows | None, validation: Rows | None, processes: Processes
+    plan: Plan,
+    flow: Flow,
+    rows: TrainingData | None,
+    validation: TrainingData | None,
+    processes: Processes,
 ) -> dict[str, str]:
     """What a run depends on: a name and a short description of each."""
     told = {"number of phases": str(len(plan))}
@@ -36,8 +46,8 @@ def fingerprint(
             if part not in parts_of_flow:
                 place = f"{path or 'objective'} of phase {number}"
                 told |= _settings(place, part)
-        parts = config.accumulate * processes.count
-        told[f"parts of a minibatch (accumulate times processes) in phase {number}"] = str(parts)
+        parts = str(config.accumulation_steps * processes.count)
+        told[f"parts of a minibatch (accumulation_steps times processes) in phase {number}"] = parts
         for field in dataclasses.fields(config):
             if field.name not in _FREE:
                 told[f"{field.name} of phase {number}"] = _stable(getattr(config, field.name))
@@ -52,6 +62,7 @@ def fingerprint(
 
 def differences(there: Mapping[str, str], here: Mapping[str, str]) -> str:
     """Which descriptions differ, for a message; empty if none does."""
+    there, here = _in_new_names(there), _in_new_names(here)
     names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
     listed = "; ".join(
         f"{name}: {there.get(name, 'none')} there, {here.get(name, 'none')} here"
@@ -59,6 +70,12 @@ def differences(there: Mapping[str, str], here: Mapping[str, str]) -> str:
     )
     more = len(names) - _DIFFERENCES_NAMED
     return f"{listed}; and {more} more" if more > 0 else listed
+
+
+def _in_new_names(told: Mapping[str, str]) -> Mapping[str, str]:
+    for old, new in _NEW_NAMES.items():
+        told = {name.replace(old, new): text.replace(old, new) for name, text in told.items()}
+    return told
 
 
 def _settings(place: str, part: nn.Module) -> dict[str, str]:
@@ -78,7 +95,7 @@ def _stable(value: object) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
-def _describe(rows: Rows) -> str:
+def _describe(rows: TrainingData) -> str:
     """Number of rows, and the hash of all that they hold, where that can be read in pieces."""
     whole = rows.rows if isinstance(rows, PartOfRows) else rows
     content = hashlib.sha256()
@@ -95,8 +112,7 @@ def _describe(rows: Rows) -> str:
         return f"{len(rows)} rows of a Dataset with the hash {content.hexdigest()[:16]}"
     for number in range(3):  # x, context and weight, as they were hashed when there was one piece
         for indices in torch.arange(len(rows)).split(_ROWS_AT_ONCE):
-            inputs, weight = rows.take(indices)
-            column = (*inputs, *[None] * (2 - len(inputs)), weight)[number]
+            column = rows.take(indices)[number]
             content.update(b"" if column is None else _bytes_of(column))
     of_all = f" of all (older versions: of {_ONCE_HASHED})" if len(rows) > _ONCE_HASHED else ""
     return f"{len(rows)} rows with the hash {content.hexdigest()[:8]}{of_all}"

@@ -5,14 +5,14 @@ from numbers import Real
 
 import numpy as np
 import torch
-from torch import nn
 
 from cnf._checks import check_flag, check_number, check_trainable, check_type, reference_tensor
 from cnf.flows.flow import Flow
+from cnf.objectives import Objective
 from cnf.training.callbacks import Callback
 from cnf.training.checkpoint import Checkpoints
 from cnf.training.config import TrainingConfig
-from cnf.training.data import Data, Rows, as_rows, held_out_of
+from cnf.training.data import Data, TrainingData, as_rows, held_out_of
 from cnf.training.distributed import Processes
 from cnf.training.history import History
 from cnf.training.initialization import (
@@ -26,7 +26,7 @@ from cnf.training.run import Run
 
 
 def fit(
-    objective: nn.Module,
+    objective: Flow | Objective,
     data: Data | None,
     config: TrainingConfig | Sequence[TrainingConfig] | None = None,
     *,
@@ -41,12 +41,10 @@ def fit(
     `batch_size` counts the rows of all of them.
 
     Args:
-        objective: A flow, trained in the phases of `config`, or an objective: a module with a
-            `flow`, whose ``forward(x, context, generator=...)`` returns the loss and takes a
-            `weight` if the data have one. Its own parameters are trained too. An objective whose
-            attribute `takes_data` is False is not given rows, but data, if any, as contexts; if it
-            is given none and has an attribute `draws`, each part of a step is called with its
-            share, `draws`.
+        objective: A flow, trained in the phases of `config`, or an `Objective`, whose own
+            parameters are trained too. One whose `takes_data` is False is not given rows, but data,
+            if any, as contexts; if it is given none and has `draws`, each part of a step is called
+            with its share of them.
         data: What to train on, at any scale; `Data` lists the forms. What a flow sets from data,
             such as a `Standardize`, is set from 10 000 of these rows at most. Weights are scaled
             to a mean of 1, in a `Dataset` over 10 000 rows at most: it is read as needed, and so
@@ -119,8 +117,8 @@ def fit(
 
 
 def _parted(
-    rows: Rows | None, validation: Data | float | None, flow: Flow
-) -> tuple[Rows | None, Rows | None]:
+    rows: TrainingData | None, validation: Data | float | None, flow: Flow
+) -> tuple[TrainingData | None, TrainingData | None]:
     """Rows to train on, and rows to validate on.
 
     Raises:

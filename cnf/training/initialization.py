@@ -12,7 +12,7 @@ from cnf._warnings import warn
 from cnf.data.degeneracy import check_columns
 from cnf.data.table_files import Table, point_out_fill_values
 from cnf.flows.flow import Flow
-from cnf.training.data import Rows
+from cnf.training.data import TrainingData
 from cnf.transforms import ContinuousTransform, Standardize, Transform
 from cnf.vector_fields.conditioning import context_scalings
 
@@ -31,14 +31,13 @@ class Sample(NamedTuple):
     """The rows that are in `x`, each once."""
 
 
-def sample_of(rows: Rows | None) -> Sample:
+def sample_of(rows: TrainingData | None) -> Sample:
     """Training rows for statistics, evenly from first to last."""
     if rows is None:
         return Sample()
-    inputs, weight = rows.some(_ROWS)
-    if rows.contexts:
-        return Sample(context=inputs[0])
-    x, context = inputs
+    x, context, weight = rows.some(_ROWS)
+    if x is None:
+        return Sample(context=context)
     if weight is None or bool((weight == weight[0]).all()):
         return Sample(x, context, rows=x)
     _refuse_single(rows.name, weight)
@@ -70,7 +69,7 @@ def initialize(flow: Flow, sample: Sample) -> None:
         for part in flow.modules():
             if isinstance(part, Standardize):
                 part.keep_identity()
-    elif flow.chain.awaits_data or flow.base.awaits_data:
+    elif flow.chain.needs_initialization or flow.base.needs_initialization:
         if any(parameter.grad is not None for parameter in flow.parameters()):
             warn(
                 "the flow has been trained, or at least differentiated, before it was given the "

@@ -2,19 +2,20 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cnf._checks import NotFiniteError
 from cnf.flows.flow import Flow
+from cnf.objectives import Objective
 from cnf.training.checkpoint import check_form
 from cnf.training.config import TrainingConfig
-from cnf.training.data import Batch, Rows
+from cnf.training.data import Batch, TrainingData
 from cnf.training.distributed import Processes
 from cnf.training.ema import Average
-from cnf.training.sampling import Order, draws
+from cnf.training.sampling import MinibatchSampler, draws
 from cnf.vector_fields import count_evaluations
 
 _WARM_UP = 0.02
@@ -47,12 +48,12 @@ class Phase:
 
     def __init__(
         self,
-        objective: nn.Module,
+        objective: Objective,
         flow: Flow,
         config: TrainingConfig,
         *,
         number: int,
-        rows: Rows | None,
+        rows: TrainingData | None,
         processes: Processes,
     ) -> None:
         self.objective = objective
@@ -69,9 +70,11 @@ class Phase:
         # One call for all weights: one for each would take a third of a step of flow matching.
         self.optimizer = torch.optim.Adam(self._parameters, lr=config.learning_rate, fused=True)
         self.averaged = None if config.ema is None else Average(flow, config.ema)
-        self.order = None
+        self.sampler = None
         if rows is not None:
-            self.order = Order(len(rows), config.batch_size, seed=config.seed, phase=number)
+            self.sampler = MinibatchSampler(
+                len(rows), config.batch_size, seed=config.seed, phase=number
+            )
 
     @property
     def result(self) -> Flow:
@@ -180,34 +183,35 @@ class Phase:
                     device=device,
                 )
                 with torch.autocast(device.type, torch.bfloat16, enabled=coarse):
-                    loss = part.share * self._loss(part, generator)
+                    loss = part.share * self.objective(
+                        part.batch.x,
+                        part.batch.context,
+                        weight=part.batch.weight,
+                        draws=part.draws,
+                        generator=generator,
+                    )
                 check_finite("loss", loss.item())
                 loss.backward()
                 total += loss.item()
         return total, float(nfe.value)
 
     def _parts(self) -> Iterator[Part]:
-        each, rank = self.config.accumulate, self.processes.rank
+        each, rank = self.config.accumulation_steps, self.processes.rank
         count = each * self.processes.count
         mine = range(rank * each, (rank + 1) * each)
-        if self.rows is None or self.order is None:
-            draws = getattr(self.objective, "draws", None)
+        if self.rows is None or self.sampler is None:
+            draws = self.objective.draws
             for number in mine:
                 if draws is None or count == 1:
-                    yield Part(number, 1 / count, Batch(()))
+                    yield Part(number, 1 / count, Batch())
                 else:
                     some = len(range(number, draws, count))
-                    yield Part(number, some / draws, Batch(()), some)
+                    yield Part(number, some / draws, Batch(), some)
             return
-        indices = self.order.minibatch(self.step)
+        indices = self.sampler.minibatch(self.step)
         for number in mine:
             rows = indices.tensor_split(count)[number]
             yield Part(number, len(rows) / len(indices), self.rows.take(rows))
-
-    def _loss(self, part: Part, generator: torch.Generator) -> Tensor:
-        given = {"weight": part.batch.weight, "draws": part.draws}
-        given = {name: value for name, value in given.items() if value is not None}
-        return cast(Tensor, self.objective(*part.batch.inputs, **given, generator=generator))
 
     def _schedule(self) -> float:
         """Factor of the learning rate at this step."""

@@ -4,49 +4,47 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from cnf._checks import reference_tensor
 from cnf.flows.flow import Flow
-from cnf.objectives import FlowMatching
+from cnf.objectives import Objective
+from cnf.objectives.base import HOOK
 from cnf.training.config import TrainingConfig
-from cnf.training.data import Rows, as_rows
+from cnf.training.data import TrainingData, as_rows
 from cnf.training.distributed import Processes
 from cnf.training.recipe import recipe
 
 _PATIENCE = 3
 
-Plan = Sequence[tuple[nn.Module, TrainingConfig]]
+Plan = Sequence[tuple[Objective, TrainingConfig]]
 """Objectives and settings, phase by phase."""
 
 
-def flow_of(objective: Any) -> Flow:
+def flow_of(objective: Flow | Objective) -> Flow:
     """The flow that is trained.
 
     Raises:
         TypeError: If there is none.
     """
-    flow = objective if isinstance(objective, Flow) else getattr(objective, "flow", None)
-    if not isinstance(flow, Flow):
+    if not isinstance(objective, Flow | Objective):
         raise TypeError(
-            "objective must be a cnf.Flow or an objective with a flow; "
-            f"got {type(objective).__name__}."
+            "objective must be a cnf.Flow or a cnf.objectives.Objective; got "
+            f"{type(objective).__name__}. Make one of your own by subclassing Objective: call "
+            f"super().__init__(flow), and write {HOOK}."
         )
-    return flow
+    return objective if isinstance(objective, Flow) else objective.flow
 
 
 def usual_phases(flow: Flow, rows: int, *, validated: bool) -> Sequence[TrainingConfig]:
     """`recipe` where flow matching can train the flow, else maximum likelihood alone."""
     patience = _PATIENCE if validated else None
-    try:
-        FlowMatching(flow)
-    except ValueError:
+    if flow.only_ode is None:
         return (TrainingConfig(patience=patience),)
     return recipe(rows, patience=patience)
 
 
 def make_plan(
-    objective: nn.Module, config: TrainingConfig | Sequence[TrainingConfig] | None
+    objective: Flow | Objective, config: TrainingConfig | Sequence[TrainingConfig] | None
 ) -> Plan:
     """The phases in order; for a flow, with the objectives that the settings name.
 
@@ -76,14 +74,14 @@ def make_plan(
     return plan
 
 
-def rows_for(plan: Plan, data: Any, flow: Flow) -> Rows | None:
+def rows_for(plan: Plan, data: Any, flow: Flow) -> TrainingData | None:
     """The data as rows, or as contexts for objectives that take no data.
 
     Raises:
         TypeError: If the data have no form that fits.
         ValueError: If some objectives take data and others do not, or the data do not fit.
     """
-    takers = {getattr(objective, "takes_data", True) for objective, _ in plan}
+    takers = {objective.takes_data for objective, _ in plan}
     if len(takers) > 1:
         raise ValueError("phases must all take data, or none may; train in two calls of fit.")
     contexts = takers == {False}
@@ -98,7 +96,11 @@ def rows_for(plan: Plan, data: Any, flow: Flow) -> Rows | None:
 
 
 def check_plan(
-    plan: Plan, flow: Flow, rows: Rows | None, validation: Rows | None, processes: Processes
+    plan: Plan,
+    flow: Flow,
+    rows: TrainingData | None,
+    validation: TrainingData | None,
+    processes: Processes,
 ) -> None:
     """Refuse settings that do not fit the flow, the data or the number of processes.
 
@@ -114,27 +116,29 @@ def check_plan(
                 f"precision='bfloat16' needs a flow in torch.float32; got {dtype}. "
                 "Convert flow and data with .float()."
             )
-        parts = config.accumulate * processes.count
+        parts = config.accumulation_steps * processes.count
+        how = (
+            f"{parts} parts (accumulation_steps={config.accumulation_steps} in each of "
+            f"{processes.count} processes)"
+        )
         if rows is not None and min(config.batch_size, len(rows)) < parts:
             raise ValueError(
                 f"a minibatch of {min(config.batch_size, len(rows))} rows cannot be cut into "
-                f"{parts} parts (accumulate={config.accumulate} in each of {processes.count} "
-                "processes); raise batch_size, or lower accumulate."
+                f"{how}; raise batch_size, or lower accumulation_steps."
             )
-        draws = getattr(objective, "draws", parts)
-        if rows is None and draws < parts:
+        draws = objective.draws
+        if rows is None and draws is not None and draws < parts:
             raise ValueError(
-                f"{draws} draws cannot be cut into {parts} parts (accumulate={config.accumulate} "
-                f"in each of {processes.count} processes); raise draws, or lower accumulate."
+                f"{draws} draws cannot be cut into {how}; raise draws, or lower accumulation_steps."
             )
 
 
-def _made(config: TrainingConfig, flow: Flow) -> nn.Module:
+def _made(config: TrainingConfig, flow: Flow) -> Objective:
     objective = config.objective(flow)
-    if not isinstance(objective, nn.Module) or getattr(objective, "flow", None) is not flow:
+    if not isinstance(objective, Objective) or objective.flow is not flow:
         raise TypeError(
-            "the objective of a TrainingConfig must make a module whose flow is the one given; "
-            f"got {type(objective).__name__}."
+            "the objective of a TrainingConfig must make a cnf.objectives.Objective whose flow is "
+            f"the one given; got {type(objective).__name__}."
         )
     return objective
 

@@ -10,17 +10,18 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from cnf._checks import NotFiniteError
 from cnf.flows.flow import Flow
+from cnf.objectives import Objective
 from cnf.objectives.reverse_kl import TargetError
 from cnf.ode import ODEError
 from cnf.training.callbacks import Callback, StepReport
 from cnf.training.checkpoint import Checkpoints, check_form
 from cnf.training.config import TrainingConfig
-from cnf.training.data import Rows
+from cnf.training.data import TrainingData
 from cnf.training.distributed import OtherProcessError, Processes
 from cnf.training.fingerprint import fingerprint
 from cnf.training.folder import RunFolder
@@ -63,8 +64,8 @@ class Run:
         self,
         plan: Plan,
         flow: Flow,
-        rows: Rows | None,
-        validation: Rows | None,
+        rows: TrainingData | None,
+        validation: TrainingData | None,
         processes: Processes,
         callbacks: Sequence[Callback],
     ) -> None:
@@ -163,7 +164,7 @@ class Run:
         }
 
     @property
-    def _objective(self) -> nn.Module:
+    def _objective(self) -> Objective:
         """That of the phase under way, or of the last one."""
         return self.plan[min(self.finished_phases, len(self.plan) - 1)][0]
 

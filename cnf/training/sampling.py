@@ -11,7 +11,7 @@ from torch import Tensor
 _ORDER, _DRAWS, _VALIDATION = range(3)
 
 
-class Order:
+class MinibatchSampler:
     """Which rows make the minibatch of each step: all once in an epoch, then in a new order.
 
     Rows that fill no minibatch at the end of an epoch wait for the next one.

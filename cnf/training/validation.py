@@ -7,7 +7,7 @@ import torch
 from cnf._checks import reference_tensor
 from cnf._row_names import counted_from, rows_of_caller
 from cnf.flows.flow import Flow
-from cnf.training.data import Rows
+from cnf.training.data import TrainingData
 from cnf.training.distributed import Processes
 from cnf.training.sampling import validation_draws
 
@@ -15,7 +15,7 @@ _ROWS = 8192
 
 
 @torch.no_grad()
-def negative_log_likelihood(flow: Flow, rows: Rows, processes: Processes) -> float:
+def negative_log_likelihood(flow: Flow, rows: TrainingData, processes: Processes) -> float:
     """Weighted mean of ``-flow.log_prob(x, context)``, in nats, in chunks shared by the processes.
 
     The chunks, and what is drawn for each, are the same for any number of processes.
@@ -30,7 +30,7 @@ def negative_log_likelihood(flow: Flow, rows: Rows, processes: Processes) -> flo
     def of_share() -> tuple[float, float]:
         total, weights = 0.0, 0.0
         for number in processes.share(len(chunks)).tolist():
-            (x, context), weight = rows.take(chunks[number])
+            x, context, weight = rows.take(chunks[number])
             generator = validation_draws(number, device)
             with rows_of_caller(counted_from(int(chunks[number][0]))):
                 nll = -flow.log_prob(x, context, generator=generator).double()

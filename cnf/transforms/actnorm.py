@@ -50,7 +50,7 @@ class ActNorm(Transform):
         return f"shape={self.shape}"
 
     @property
-    def awaits_data(self) -> bool:
+    def needs_initialization(self) -> bool:
         """Whether loc and scale are still to be set by `initialize`."""
         return not self.is_initialized
 

@@ -25,7 +25,7 @@ _HOOKS = {
     "to_base_with_costs": (
         "_to_base_with_costs(x, context, generator, regularizers), which returns z, ladj and costs"
     ),
-    "initialize": "_initialize(x, context, generator), which is called while awaits_data is true",
+    "initialize": "_initialize(x, context, generator), called while needs_initialization is true",
 }
 """What a subclass writes in place of each final method."""
 
@@ -40,7 +40,7 @@ class Transform(nn.Module, ABC):
     points, the context (or None) and the generator, and return the moved points and the ladj.
     `_to_base_value` and `_to_data_value` return the points alone, for a transform whose ladj costs
     more than them; `_to_base_with_costs` is for one that follows a path. A transform that starts
-    from data writes `awaits_data` and `_initialize`.
+    from data writes `needs_initialization` and `_initialize`.
 
     A transform that is no bijection of real vectors says so by its attributes. Where z is drawn,
     given x, the ladj is that of a lower bound; where x is drawn, given z, a surjection has an exact
@@ -129,9 +129,9 @@ class Transform(nn.Module, ABC):
         return "exact"
 
     @property
-    def awaits_data(self) -> bool:
+    def needs_initialization(self) -> bool:
         """Whether something is still to be set from data by `initialize`."""
-        return any(scaling.awaits_data for scaling in context_scalings(self))
+        return any(scaling.needs_initialization for scaling in context_scalings(self))
 
     @final
     @torch.no_grad()
@@ -143,7 +143,7 @@ class Transform(nn.Module, ABC):
         Raises:
             ValueError: If these rows do not do, such as too few of them.
         """
-        if self.awaits_data:
+        if self.needs_initialization:
             self._initialize(x, context, generator)
 
     @final

@@ -133,13 +133,13 @@ class Chain(Transform):
         return all(part.is_bijective for part in self)
 
     @property
-    def awaits_data(self) -> bool:
+    def needs_initialization(self) -> bool:
         """Whether one of the transforms does."""
-        return any(part.awaits_data for part in self)
+        return any(part.needs_initialization for part in self)
 
     def _initialize(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> None:
         """Set what depends on data in each part from what the parts before it make of the rows."""
-        last = max(i for i, part in enumerate(self) if part.awaits_data)
+        last = max(i for i, part in enumerate(self) if part.needs_initialization)
         for i, part in enumerate(self.transforms[: last + 1]):
             given = context_for(part, context)
             part.initialize(x, given, generator=generator)

@@ -44,13 +44,13 @@ class Coupling(Transform):
         conditioner: The network; None for an `MLPConditioner`, or a `ConvConditioner` of images,
             with which the new transform is the identity. A flow with a network of your own cannot
             be saved by `cnf.save`.
-        kept: What is kept: the "first" half of the features, or channels of an image; all but
-            that, the "last"; or the pixels of an image whose row and column add up to an "even"
-            or "odd" number, as on a checkerboard. Alternate them.
+        mask: What stays as it is: the "first" half of the features, or of the channels of an
+            image; all but these, the "last"; or the pixels of an image whose row and column add
+            up to an "even" or "odd" number, as on a checkerboard. Alternate them.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If a size is out of range, `kept` is unknown or leaves nothing to keep or to
+        ValueError: If a size is out of range, `mask` is unknown or leaves nothing to keep or to
             change, or `conditioner` says that it takes other features or another context.
     """
 
@@ -62,22 +62,22 @@ class Coupling(Transform):
         context_features: int = 0,
         *,
         conditioner: nn.Module | None = None,
-        kept: str = "first",
+        mask: str = "first",
     ) -> None:
         channels, height, width = check_vector_or_image_shape(shape)
         super().__init__(channels * height * width, context_features)
         self.shape: int | tuple[int, int, int] = (
             (channels, height, width) if isinstance(shape, Sequence) else channels
         )
-        self.kept = kept
-        mask = _kept_features((channels, height, width), kept)
-        if mask.all() or not mask.any():
+        self.mask = mask
+        kept = _kept_features((channels, height, width), mask)
+        if kept.all() or not kept.any():
             raise ValueError(
-                f"shape must leave something to keep and to change; with kept={kept!r}, "
-                f"{int(mask.sum())} of the {self.features} features of {self.shape} are kept."
+                f"shape must leave something to keep and to change; with mask={mask!r}, "
+                f"{int(kept.sum())} of the {self.features} features of {self.shape} are kept."
             )
-        self.register_buffer("_given", mask.nonzero().squeeze(-1), persistent=False)
-        self.register_buffer("_changed", (~mask).nonzero().squeeze(-1), persistent=False)
+        self.register_buffer("_given", kept.nonzero().squeeze(-1), persistent=False)
+        self.register_buffer("_changed", (~kept).nonzero().squeeze(-1), persistent=False)
         self._given: Tensor
         self._changed: Tensor
         if conditioner is None:
@@ -86,7 +86,7 @@ class Coupling(Transform):
 
     def extra_repr(self) -> str:
         """Shape of x, and what is kept."""
-        return f"shape={self.shape}, kept={self.kept!r}"
+        return f"shape={self.shape}, mask={self.mask!r}"
 
     @abstractmethod
     def _changed_to_base(self, x: Tensor, numbers: Sequence[Tensor]) -> WithLadj:
@@ -109,7 +109,7 @@ class Coupling(Transform):
     @property
     def _sees_all(self) -> bool:
         """Whether the conditioner takes and gives whole images."""
-        return self.kept in _CHECKERBOARDS
+        return self.mask in _CHECKERBOARDS
 
     def _numbers(self, x: Tensor, context: Tensor | None) -> Sequence[Tensor]:
         """The numbers of the maps: a tensor ``(*batch, changed)`` for each."""
@@ -147,7 +147,7 @@ class Coupling(Transform):
         for name, size in (("features", features), ("context_features", self.context_features)):
             if getattr(conditioner, name) != size:
                 raise ValueError(
-                    f"conditioner must take {name}={size}, with kept={self.kept!r} of "
+                    f"conditioner must take {name}={size}, with mask={self.mask!r} of "
                     f"{self.features} features and context_features={self.context_features}; "
                     f"it takes {name}={getattr(conditioner, name)}."
                 )
@@ -193,7 +193,7 @@ class AffineCoupling(Coupling):
         shape: As in `Coupling`, which documents the first four.
         context_features: Size of the context; 0 for none.
         conditioner: The network; None for one that suits the shape.
-        kept: What is kept: "first", "last", "even" or "odd".
+        mask: What stays as it is: "first", "last", "even" or "odd".
         bound: The bound c, positive and finite.
 
     Raises:
@@ -218,10 +218,10 @@ class AffineCoupling(Coupling):
         context_features: int = 0,
         *,
         conditioner: nn.Module | None = None,
-        kept: str = "first",
+        mask: str = "first",
         bound: float = 3.0,
     ) -> None:
-        super().__init__(shape, context_features, conditioner=conditioner, kept=kept)
+        super().__init__(shape, context_features, conditioner=conditioner, mask=mask)
         self.bound = check_number("bound", bound, "positive and finite", is_positive)
 
     def _changed_to_base(self, x: Tensor, numbers: Sequence[Tensor]) -> WithLadj:
@@ -235,12 +235,12 @@ class AffineCoupling(Coupling):
         return loc + log_scale.exp() * z, log_scale
 
 
-def _kept_features(shape: tuple[int, int, int], kept: str) -> Tensor:
-    """Which features are kept: a mask of shape ``(features,)``."""
-    check_choice("kept", kept, _HALVES + _CHECKERBOARDS)
+def _kept_features(shape: tuple[int, int, int], mask: str) -> Tensor:
+    """Which features are kept, as booleans of shape ``(features,)``."""
+    check_choice("mask", mask, _HALVES + _CHECKERBOARDS)
     channels, height, width = shape
-    if kept in _HALVES:
-        mask = (torch.arange(channels) < channels // 2)[:, None, None]
+    if mask in _HALVES:
+        kept = (torch.arange(channels) < channels // 2)[:, None, None]
     else:
-        mask = (torch.arange(height)[:, None] + torch.arange(width)) % 2 == 0
-    return (mask if kept in ("first", "even") else ~mask).expand(shape).flatten()
+        kept = (torch.arange(height)[:, None] + torch.arange(width)) % 2 == 0
+    return (kept if mask in ("first", "even") else ~kept).expand(shape).flatten()

@@ -174,7 +174,7 @@ class Standardize(Transform):
         return transform
 
     @property
-    def awaits_data(self) -> bool:
+    def needs_initialization(self) -> bool:
         """Whether mean and standard deviation are still to be set by `initialize`."""
         return not self.is_initialized
 
@@ -183,7 +183,7 @@ class Standardize(Transform):
 
     def keep_identity(self) -> None:
         """Stay the identity where nothing has been set yet, as for a flow trained without data."""
-        if self.awaits_data:
+        if self.needs_initialization:
             self.is_initialized.fill_(True)
 
     def _set(self, x: Tensor, weight: Tensor | None = None) -> None:

@@ -94,9 +94,9 @@ class FactorOut(Transform):
         return self.transforms.is_bijective
 
     @property
-    def awaits_data(self) -> bool:
+    def needs_initialization(self) -> bool:
         """Whether one of the transforms does."""
-        return self.transforms.awaits_data
+        return self.transforms.needs_initialization
 
     def _initialize(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> None:
         self.transforms.initialize(self._split(x)[0], context, generator=generator)

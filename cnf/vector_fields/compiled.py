@@ -54,7 +54,7 @@ class Compilation:
             vars(field)[name] = MethodType(self.evaluations[key], field)
         vars(field)["_compilation"] = self
 
-    def serves(self) -> bool:
+    def is_active(self) -> bool:
         """Whether programs run here and now, rather than what they were made of."""
         return not (torch.compiler.is_compiling() or self.failed or _in_functional_transform())
 
@@ -77,7 +77,7 @@ class Compilation:
         program = self._program(method)
 
         def run(field: "cnf.vector_fields.base.VectorField", *inputs: Tensor | None) -> Any:
-            if not self.serves():
+            if not self.is_active():
                 return method(field, *inputs)
             try:
                 result = program(field, *_uniform(field, inputs, is_velocity=name == "forward"))

@@ -38,7 +38,7 @@ class ContextScaling(nn.Module):
         return (context - self.mean) * (-self.log_std).exp()
 
     @property
-    def awaits_data(self) -> bool:
+    def needs_initialization(self) -> bool:
         """Whether mean and standard deviation are still to be set."""
         return not self.is_initialized
 
@@ -55,7 +55,7 @@ class ContextScaling(nn.Module):
         Raises:
             ValueError: If the dtype of the context cannot hold the spread of a column.
         """
-        if context is None or not self.awaits_data:
+        if context is None or not self.needs_initialization:
             return
         rows = context.reshape(-1, self.context_features)
         mean, std = (
@@ -79,7 +79,7 @@ class ContextScaling(nn.Module):
 
     def keep_identity(self) -> None:
         """Stay the identity where nothing has been set yet."""
-        if self.awaits_data:
+        if self.needs_initialization:
             self.is_initialized.fill_(True)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from cnf._checks import check_count
 from cnf._shapes import Context
 from cnf.transforms.residual.contractions import ContractiveNetwork
-from cnf.transforms.residual.spectral_layers import Map, shrunk, spectral_norm
+from cnf.transforms.residual.spectral_layers import Map, rescale_to_norm, spectral_norm
 
 
 class LipschitzAttention(ContractiveNetwork):
@@ -86,7 +86,7 @@ class LipschitzAttention(ContractiveNetwork):
     def given(self, context: Context | None) -> Map:
         """The map of x; there is no context."""
         mixed = self.query.mT @ self.value
-        output = shrunk(self.output, self._bound(mixed), self.coefficient)
+        output = rescale_to_norm(self.output, self._bound(mixed), self.coefficient)
         scale = math.sqrt(self.query.shape[-1])
 
         def attended(x: Tensor) -> Tensor:

@@ -215,7 +215,7 @@ def _composed(
     """The layers in a row, each within its share of the coefficient, with activations between."""
     parts = cast("list[BoundedLayer]", list(layers))
     share = coefficient ** (1 / len(parts))
-    *hidden, output = [layer.within(share, context) for layer in parts]
+    *hidden, output = [layer.with_spectral_norm(share, context) for layer in parts]
 
     def composed(x: Tensor) -> Tensor:
         for layer, activation in zip(hidden, activations, strict=True):

@@ -55,9 +55,9 @@ class BoundedLayer(nn.Module, ABC):
     def mapped(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """The map of `x` by this weight and bias."""
 
-    def within(self, norm: float, context: Tensor | None) -> Map:
+    def with_spectral_norm(self, norm: float, context: Tensor | None) -> Map:
         """The map with a weight scaled down, where needed, to this norm."""
-        weight = shrunk(self.weight, self.norm(), norm)
+        weight = rescale_to_norm(self.weight, self.norm(), norm)
         bias = self.bias if self.shift is None else self.bias + self.shift(context)
         return partial(self.mapped, weight=weight, bias=bias)
 
@@ -131,7 +131,7 @@ def spectral_norm(matrix: Inexact[Tensor, "*batch rows columns"]) -> Float[Tenso
     return norm
 
 
-def shrunk(weight: Tensor, norm: Tensor, largest: float) -> Tensor:
+def rescale_to_norm(weight: Tensor, norm: Tensor, largest: float) -> Tensor:
     """The weight of this norm, scaled down to the largest norm if it is beyond."""
     # Not by min(1, largest / norm), whose gradient is NaN where the weight is zero.
     return weight * (largest / norm.clamp(min=largest))
