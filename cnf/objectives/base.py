@@ -22,7 +22,7 @@ from cnf._checks import (
 from cnf._shapes import Context
 from cnf.flows.flow import Flow
 
-_HOOKS = {"forward": "_loss(x, context, weight, draws, generator), which returns the loss"}
+HOOKS = {"forward": "_loss(x, context, weight, draws, generator), which returns the loss"}
 """What a subclass writes in place of the final method."""
 
 
@@ -60,7 +60,7 @@ class Objective(nn.Module, ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a class that overrides the final method, whose hook it would have to write."""
         super().__init_subclass__(**kwargs)
-        refuse_overrides(cls, Objective, _HOOKS)
+        refuse_overrides(cls, Objective, HOOKS)
 
     def __init__(self, flow: Flow) -> None:
         super().__init__()

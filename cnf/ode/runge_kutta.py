@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cnf.vector_fields.handwritten import only_autograd_looks_on
+from cnf.vector_fields.jacobian.autograd import functions_are_transformed
 
 
 class Tableau(NamedTuple):
@@ -82,7 +82,7 @@ def take_step(
 
 def constant(size: Tensor) -> Tensor | float:
     """The size of a step as a number, which makes sums cheaper, unless derivatives ask for it."""
-    if size.requires_grad or not only_autograd_looks_on(size):
+    if size.requires_grad or torch.compiler.is_compiling() or functions_are_transformed():
         return size
     return float(size)
 

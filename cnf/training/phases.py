@@ -8,7 +8,7 @@ import torch
 from cnf._checks import reference_tensor
 from cnf.flows.flow import Flow
 from cnf.objectives import Objective
-from cnf.objectives.base import HOOK
+from cnf.objectives.base import HOOKS
 from cnf.training.config import TrainingConfig
 from cnf.training.data import TrainingData, as_rows
 from cnf.training.distributed import Processes
@@ -30,7 +30,7 @@ def flow_of(objective: Flow | Objective) -> Flow:
         raise TypeError(
             "objective must be a cnf.Flow or a cnf.objectives.Objective; got "
             f"{type(objective).__name__}. Make one of your own by subclassing Objective: call "
-            f"super().__init__(flow), and write {HOOK}."
+            f"super().__init__(flow), and write {HOOKS['forward']}."
         )
     return objective if isinstance(objective, Flow) else objective.flow
 

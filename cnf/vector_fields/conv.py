@@ -12,7 +12,6 @@ from cnf._checks import check_count, check_image_shape
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.affine_map import AffineMap
 from cnf.vector_fields.conditioning import ContextScaling, scaled_context
-from cnf.vector_fields.gates import affine_maps
 from cnf.vector_fields.layers import LAYERS, TimeLinear
 from cnf.vector_fields.settings import check_activation, check_layer, check_widths
 from cnf.vector_fields.staged import Activated, LayeredField, Stage, Tangent
@@ -107,7 +106,7 @@ class ConvField(LayeredField):
         if context is not None and context.ndim > 1:
             context = context.expand(*batch, self.context_features).flatten(0, -2)
         *hidden, output = [
-            Convolution(affine, self.kernel_size) for affine in affine_maps(self.layers, t, context)
+            Convolution(layer(t, context), self.kernel_size) for layer in self.layers
         ]
         activation = ACTIVATIONS[self.activation]
         return [

@@ -7,10 +7,8 @@ from typing import cast
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cnf.vector_fields import fused
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.conditioning import ContextScaling, scaled_context, waves_and_context
-from cnf.vector_fields.gates import affine_maps
 from cnf.vector_fields.jacobian.perceptron import Perceptron
 from cnf.vector_fields.layers import LAYERS, TimeLinear
 from cnf.vector_fields.settings import (
@@ -37,7 +35,7 @@ class MLPField(LayeredField):
     with the pre-activations :math:`a_i`: one product more than the velocity takes, in any
     dimension. With one hidden layer it is :math:`\sum_j s_1'(a_1)_j (W_1 W_2)_{jj}`. In deeper
     networks, tangents from x meet cotangents from the velocity, one of each for each feature: see
-    `cnf.vector_fields.fused`. Neither needs a second backward pass in training.
+    `cnf.vector_fields.jacobian.perceptron`. Neither needs a second backward pass in training.
 
     Where rows differ in t, so do the weights of some layers and the gate of an output layer; the
     divergence then falls back on one product for each feature.
@@ -144,17 +142,6 @@ class MLPField(LayeredField):
         """True with one or two hidden layers."""
         return len(self.hidden_features) <= _CLOSED_FORM_DEPTH
 
-    def velocity_and_products(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        x: Float[Tensor, "*batch features"],
-        probes: Float[Tensor, "probes *batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "probes *batch features"]]:
-        """Velocity and J p for each probe p, carried forward beside the values."""
-        self._announce_evaluation(t, x, context)
-        return fused.velocity_and_products(self._network(t, context), x, probes)
-
     def velocity_and_divergence(
         self,
         t: Float[Tensor, "*t_batch"],
@@ -163,9 +150,10 @@ class MLPField(LayeredField):
     ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
         """Velocity and its exact divergence, in closed form with one or two hidden layers."""
         self._announce_evaluation(t, x, context)
-        return fused.velocity_and_divergence(self._network(t, context), x)
+        return self._network(t, context).velocity_and_divergence(x)
 
     def _network(self, t: Tensor, context: Tensor | None) -> Perceptron:
         """The network at one time and context."""
         conditions = waves_and_context(t, scaled_context(self, context), self.time_features)
-        return Perceptron(affine_maps(self.layers, t, conditions), self._activations)
+        maps = [layer(t, conditions) for layer in self.layers]
+        return Perceptron(maps, self._activations)

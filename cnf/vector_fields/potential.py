@@ -11,7 +11,6 @@ from cnf.vector_fields.activations import ACTIVATIONS, ANTIDERIVATIVES
 from cnf.vector_fields.affine_map import AffineMap
 from cnf.vector_fields.base import VectorField
 from cnf.vector_fields.conditioning import ContextScaling, scaled_context, time_and_context
-from cnf.vector_fields.gates import affine_maps
 from cnf.vector_fields.jacobian.autograd import derivative_along
 from cnf.vector_fields.layers import LAYERS
 from cnf.vector_fields.settings import check_frequency, check_layer, check_name
@@ -183,8 +182,7 @@ class PotentialField(VectorField):
         outputs = self.conditioner(time_and_context(t, context))
         w, u, g = outputs.split([self.hidden_features, self.features, 1], -1)
         # The gradient of a wave grows with its frequency, and learning would start too fast.
-        (units,) = affine_maps([self.units], t, context)
-        return units, (w / (self.frequency or 1.0), u, 1 + g)
+        return self.units(t, context), (w / (self.frequency or 1.0), u, 1 + g)
 
     def _linear(self, x: Tensor, u: Tensor, g: Tensor) -> Tensor:
         if g.ndim == u.ndim == 1:  # the same for each row: cheaper on A than on every row

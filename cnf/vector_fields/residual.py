@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from cnf._checks import check_count
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.conditioning import ContextScaling, scaled_context, waves_and_context
-from cnf.vector_fields.gates import affine_maps
 from cnf.vector_fields.layers import LAYERS, TimeLinear
 from cnf.vector_fields.settings import (
     check_activations,
@@ -116,7 +115,7 @@ class ResidualField(LayeredField):
         """The input layer, the blocks and the output layer."""
         del x
         conditions = waves_and_context(t, scaled_context(self, context), self.time_features)
-        first, *inner, output = affine_maps(self.layers, t, conditions)
+        first, *inner, output = [layer(t, conditions) for layer in self.layers]
         at_input, in_blocks = (ACTIVATIONS[name] for name in self.activation)
         blocks = zip(inner[::2], inner[1::2], strict=True)
         return [

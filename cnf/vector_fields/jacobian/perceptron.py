@@ -1,4 +1,27 @@
-"""A multi-layer perceptron at one time and context, by differentiable formulas."""
+r"""A multi-layer perceptron at one time and context, and the trace of its Jacobian.
+
+With weights :math:`W_i` that all rows share and n activations :math:`s_i`, each row has
+
+.. math:: a_i = W_i h_{i-1} + b_i, \quad h_i = s_i(a_i), \quad h_0 = x, \quad
+    v = W_{n+1} h_n + b_{n+1}, \qquad J = W_{n+1} D_n W_n \cdots D_1 W_1
+
+with the diagonal matrices :math:`D_i` of the slopes :math:`d_i = s_i'(a_i)`. A gate of a hidden
+layer, which scales :math:`W_i` for each row, is a factor of :math:`d_i`.
+
+**One hidden layer.** :math:`\mathrm{tr} J = k^\top d_1` with :math:`k_j = (W_1 W_2)_{jj}`.
+
+**Two.** :math:`\mathrm{tr} J = d_1^\top K d_2` with :math:`K = W_2^\top \odot W_1 W_3`. Like k, it
+is made once for all rows.
+
+**More.** For each feature p, the tangent :math:`c_p = W_2 D_1 W_1 e_p` of the second layer and the
+cotangent :math:`r_p = W_n^\top D_n W_{n+1}^\top e_p` of the last but one are linear in :math:`d_1`
+and :math:`d_n`. All :math:`c_p` are one product of :math:`d_1` with the row-wise outer products of
+:math:`W_1` and :math:`W_2^\top`, and all :math:`r_p` one of :math:`d_n` with the row-wise outer
+products of :math:`W_{n+1}^\top` and :math:`W_n`. They meet in the last layer but one, to which the
+tangents are carried if n > 3:
+
+.. math:: \mathrm{tr} J = d_{n-1}^\top \sum_p c_p \odot r_p
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,18 +31,14 @@ from torch import Tensor
 
 from cnf.vector_fields.activations import Activation
 from cnf.vector_fields.affine_map import AffineMap
-from cnf.vector_fields.chains import trace_chain
 from cnf.vector_fields.jacobian.autograd import standard_basis
 from cnf.vector_fields.staged import Activated, Stage, applied, linearised
 
+_FEATURES_AT_ONCE = 4
+
 
 class Perceptron(NamedTuple):
-    """Affine maps with activations between them.
-
-    These are the plain formulas, which can be differentiated any number of times and in any mode,
-    transformed by `torch.func`, and compiled. `cnf.vector_fields.fused` evaluates the same with
-    fewer operations.
-    """
+    """Affine maps with activations between them."""
 
     maps: Sequence[AffineMap]
     """Of the hidden layers, and of the output layer."""
@@ -32,13 +51,6 @@ class Perceptron(NamedTuple):
         *hidden, output = self.maps
         return [*map(Activated, hidden, self.activations), output]
 
-    def velocity_and_products(
-        self, x: Float[Tensor, "*batch features"], probes: Float[Tensor, "probes *batch features"]
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "probes *batch features"]]:
-        """The value, and the Jacobian times each probe."""
-        velocity, tangents = linearised(self.stages, x)
-        return velocity, applied(tangents, probes)
-
     def velocity_and_divergence(
         self, x: Float[Tensor, "*batch features"]
     ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
@@ -50,11 +62,51 @@ class Perceptron(NamedTuple):
         *hidden, output = self.maps
         if not output.is_shared or any(affine.weight.ndim > 2 for affine in hidden):
             basis = standard_basis(x)
-            velocity, products = self.velocity_and_products(x, basis)
-            return velocity, (basis * products).sum(-1).sum(0)
+            velocity, tangents = linearised(self.stages, x)
+            return velocity, (basis * applied(tangents, basis)).sum(-1).sum(0)
         slopes = []
         for affine, activation in zip(hidden, self.activations, strict=True):
             x, slope = activation.value_and_slope(affine.value(x))
             slopes.append(slope if affine.gate is None else slope * affine.gate)
-        divergence, _ = trace_chain([affine.weight for affine in self.maps]).carry(slopes, None)
-        return output.value(x), divergence
+        return output.value(x), jacobian_trace([affine.weight for affine in self.maps], slopes)
+
+
+def jacobian_trace(weights: Sequence[Tensor], slopes: Sequence[Tensor]) -> Float[Tensor, "*batch"]:
+    """The trace of the Jacobian of a perceptron at each row.
+
+    Args:
+        weights: Of the hidden layers and of the output layer, each ``(out, in)``.
+        slopes: Of the hidden layers, each ``(*batch, out)``.
+    """
+    if len(slopes) == 1:
+        first, last = weights
+        return slopes[0] @ (first * last.T).sum(-1)
+    if len(slopes) == 2:
+        first, second, last = weights
+        return (slopes[0] @ (second.T * (first @ last)) * slopes[1]).sum(-1)
+    return _trace_of_many_layers(weights, slopes)
+
+
+def _trace_of_many_layers(weights: Sequence[Tensor], slopes: Sequence[Tensor]) -> Tensor:
+    """The trace with three hidden layers or more, as a sum over groups of features.
+
+    Without gradients, memory is needed for the tangents and cotangents of one group alone.
+    """
+    first, second, *between, before, last = weights
+    shares = []
+    for entries, exits in zip(
+        first.split(_FEATURES_AT_ONCE, -1), last.split(_FEATURES_AT_ONCE), strict=True
+    ):
+        tangents = _between_layers(slopes[0], entries, second.T)
+        for slope, weight in zip(slopes[1:-2], between, strict=True):
+            tangents = (slope.unsqueeze(-2) * tangents) @ weight.T
+        cotangents = _between_layers(slopes[-1], exits.T, before)
+        shares.append(((tangents * cotangents).sum(-2) * slopes[-2]).sum(-1))
+    return sum(shares[1:], shares[0])
+
+
+def _between_layers(slopes: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``left.T @ diag(slopes) @ right`` of each row, ``(*batch, features, width)``."""
+    outer_products = (left.unsqueeze(-1) * right.unsqueeze(-2)).flatten(-2)
+    product: Tensor = (slopes @ outer_products).unflatten(-1, (left.shape[-1], -1))
+    return product
