@@ -98,12 +98,10 @@ class OverTheBasis(VectorField):
         super().__init__(network.features)
         self.network = network
 
-    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Velocity at `x`."""
+    def _velocity(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
         return self.network(t, x, context)
 
-    def velocity_and_products(
-        self, t: Tensor, x: Tensor, probes: Tensor, context: Tensor | None = None
+    def _velocity_and_products(
+        self, t: Tensor, x: Tensor, probes: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """As the field makes them."""
         return self.network.velocity_and_products(t, x, probes, context)

@@ -124,7 +124,7 @@ class _TorchCFMField(VectorField):
         super().__init__(2)
         self.network = network
 
-    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def _velocity(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
         del context
         return self.network(torch.cat([x, t.expand(*x.shape[:-1], 1)], -1))
 

@@ -17,3 +17,9 @@ Values: TypeAlias = Float[Tensor, "*batch"]
 """One number for each point, such as a ladj."""
 Costs: TypeAlias = Float[Tensor, "costs *batch"]
 """One number for each point by each regularizer."""
+Times: TypeAlias = Float[Tensor, "*t_batch"]
+"""Times: one for all points, or one for each."""
+Probes: TypeAlias = Float[Tensor, "probes *batch features"]
+"""Several vectors for each point: random ones, a basis, or products with a Jacobian."""
+NarrowProbes: TypeAlias = Float[Tensor, "probes *batch bottleneck"]
+"""The same, as wide as the bottleneck of a vector field."""

@@ -291,7 +291,7 @@ def by_steps_alone(monkeypatch):
     def refuse(*_):
         raise AssertionError("a solve went evaluation by evaluation")
 
-    return lambda: monkeypatch.setattr("cnf.ode._odeint", refuse)
+    return lambda: monkeypatch.setattr("cnf.ode.solver._odeint", refuse)
 
 
 def stepping(method="midpoint", steps=3, **settings):

@@ -124,8 +124,8 @@ def test_units_of_the_data_do_not_matter():
 
 def test_a_wrong_divergence_is_found():
     class Wrong(LinearField):
-        def velocity_and_divergence(self, t, x, context=None):
-            velocity, divergence = super().velocity_and_divergence(t, x, context)
+        def _velocity_and_divergence(self, t, x, context):
+            velocity, divergence = super()._velocity_and_divergence(t, x, context)
             return velocity, 1.1 * divergence
 
     field = Wrong(2)
@@ -141,16 +141,16 @@ def test_a_wrong_divergence_is_found():
 class AsksWhoAsks(LinearField):
     """Its divergence is zero where x needs a gradient."""
 
-    def velocity_and_divergence(self, t, x, context=None):
-        velocity, divergence = super().velocity_and_divergence(t, x, context)
+    def _velocity_and_divergence(self, t, x, context):
+        velocity, divergence = super()._velocity_and_divergence(t, x, context)
         return velocity, divergence * (not x.requires_grad)
 
 
 class Forgetful(LinearField):
     """Forgets some of x in training."""
 
-    def forward(self, t, x, context=None):
-        return super().forward(t, torch.nn.functional.dropout(x, 0.5, self.training), context)
+    def _velocity(self, t, x, context):
+        return super()._velocity(t, torch.nn.functional.dropout(x, 0.5, self.training), context)
 
 
 @pytest.mark.parametrize("wrong", [AsksWhoAsks, Forgetful])

@@ -4,6 +4,7 @@ import copy
 import functools
 import math
 import pickle
+import sys
 import tracemalloc
 
 import numpy as np
@@ -450,9 +451,8 @@ def test_standardisation_of_a_dataset_is_that_of_its_rows(monkeypatch):
 )
 def test_a_share_to_hold_out_is_a_number_of_any_kind(share, held_out, monkeypatch):
     kept = []
-    monkeypatch.setattr(
-        "cnf.training.fit.check_plan", lambda plan, flow, *rows: kept.extend(rows[:2])
-    )
+    loop = sys.modules["cnf.training.fit"]  # by whose name the package offers its function
+    monkeypatch.setattr(loop, "check_plan", lambda plan, flow, *rows: kept.extend(rows[:2]))
     fit(affine_flow(), torch.randn(20, 2), config(1, objective=Weighted), validation=share)
     assert len(kept[0]) == 20 - held_out
     assert (0 if kept[1] is None else len(kept[1])) == held_out

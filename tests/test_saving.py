@@ -337,11 +337,11 @@ class UserField(LinearField):
         self.scale, self.names, self.part = scale, names, part
         self.register_buffer("weights", torch.full((3,), scale), persistent=False)
 
-    def forward(self, t, x, context=None):
-        return super().forward(t, x, context) * self.weights[0]
+    def _velocity(self, t, x, context):
+        return super()._velocity(t, x, context) * self.weights[0]
 
-    def velocity_and_divergence(self, t, x, context=None):
-        velocity, divergence = super().velocity_and_divergence(t, x, context)
+    def _velocity_and_divergence(self, t, x, context):
+        velocity, divergence = super()._velocity_and_divergence(t, x, context)
         return velocity, self.weights[0] * divergence
 
 

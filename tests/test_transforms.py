@@ -174,10 +174,10 @@ def test_standardize_refuses(x, error, message):
 
 def test_map_without_ladj_does_not_evaluate_a_divergence():
     class NoDivergence(MLPField):
-        def velocity_and_divergence(self, *_):
+        def _velocity_and_divergence(self, *_):
             raise AssertionError
 
-        velocity_and_products = velocity_and_divergence
+        _velocity_and_products = _velocity_and_divergence
 
     transform = ContinuousTransform(perturbed(NoDivergence(2, hidden_features=(4, 4))))
     z = transform.to_base(torch.randn(3, 2))

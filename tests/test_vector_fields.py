@@ -26,7 +26,7 @@ from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.layers import LAYERS
 
 BATCHES = [(), (4,), (3, 4)]
-REVERSE_MODE = VectorField.velocity_and_products
+REVERSE_MODE = VectorField._velocity_and_products
 FORWARD_MODE = {name: make for name, make in FIELDS.items() if not name.startswith("user")}
 
 
@@ -444,7 +444,7 @@ class Own(VectorField):
         super().__init__(2)
         self.growth = nn.Parameter(torch.tensor(0.7))
 
-    def forward(self, t, x, context=None):
+    def _velocity(self, t, x, context):
         return torch.stack([-x[..., 1], x[..., 0]], -1) + self.growth * x
 
 
@@ -860,7 +860,7 @@ def test_a_bad_argument_is_refused_with_what_was_expected_and_what_came(
         make()
 
 
-def test_a_vector_field_without_forward_cannot_be_made():
+def test_a_vector_field_without_velocity_cannot_be_made():
     class Empty(VectorField):
         pass
 

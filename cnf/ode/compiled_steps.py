@@ -64,11 +64,11 @@ class FieldSteps:
         """Whether steps of the method run as programs here and now."""
         return (
             method in _STAGES
-            and "_compilation" in vars(self.field)
+            and self.field._compilation is not None
             and not self._compilation.steps_failed
             and self._compilation.is_active()
-            and len(self.field._compilable) > 1
-            and self.field._is_but_counted
+            and self.field.has_programs
+            and self.field.is_only_counted
         )
 
     def solve(
@@ -103,12 +103,12 @@ class FieldSteps:
         if not all(bool(part.isfinite().all()) for part in solution):
             return fallback()
         for _ in range(stages):
-            self.field._announce_evaluation(grid[0], state[0], None)
+            self.field._count_evaluation(grid[0], state[0], None)
         return solution
 
     @property
     def _compilation(self) -> Compilation:
-        return cast("Compilation", vars(self.field)["_compilation"])
+        return cast("Compilation", self.field._compilation)
 
     def _follow(self, method: str, state: State, grid: Tensor, times: set[float]) -> State:
         key = type(self.field), self.rates, method

@@ -260,7 +260,7 @@ def map_continuous(
 
 def _velocity(field: VectorField, t: Tensor, x: Tensor, context: Tensor | None) -> State:
     # Not through ``__call__``, whose hooks are no part of a program.
-    return (field.forward(t, x, context),)
+    return (field._velocity(t, x, context),)
 
 
 def _velocity_and_divergence(

@@ -3,13 +3,13 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar, final
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from cnf._checks import check_count, is_exporting
+from cnf._checks import check_count, is_exporting, refuse_overrides
+from cnf._shapes import Context, NarrowProbes, Probes, Rows, Times, Values
 from cnf.vector_fields.compiled import Compilation
 from cnf.vector_fields.jacobian.autograd import (
     derivative_along,
@@ -20,48 +20,56 @@ from cnf.vector_fields.jacobian.autograd import (
     vector_jacobian_product,
 )
 
-_EVALUATIONS = (
-    "forward",
-    "velocity_and_divergence",
-    "velocity_and_products",
-    "velocity_and_bottleneck_products",
-)
+_HOOKS = {
+    "forward": "_velocity(t, x, context), which returns the velocity",
+    "velocity_and_divergence": "_velocity_and_divergence(t, x, context), which returns both",
+    "velocity_and_products": "_velocity_and_products(t, x, probes, context), which returns both",
+    "velocity_and_bottleneck_products": (
+        "_velocity_and_bottleneck_products(t, x, probes, context), which returns both"
+    ),
+}
+"""What a subclass writes in place of each final method."""
 
 
 class VectorField(nn.Module, ABC):
     """Velocity dx/dt at (t, x), given a context; t = 0 is the base and t = 1 the data.
 
-    A subclass defines `forward`; everything else then works by reverse-mode differentiation. A
-    field that knows a cheaper way overrides the methods below.
+    The public methods that evaluate are final: they count the evaluation, and run a program where
+    the field is compiled. A subclass writes the hook `_velocity`; everything else then works by
+    reverse-mode differentiation. A field that knows a cheaper way writes `_velocity_and_products`
+    and `_velocity_and_divergence` too. Hooks are given the time, the points, the probes where there
+    are any, and the context or None.
 
     Args:
         features: Size of x.
         context_features: Size of the context; 0 for none.
 
     Raises:
-        TypeError: If a size is not an int.
+        TypeError: If a size is not an int, or a subclass overrides a final method.
         ValueError: If `features` is less than 1 or `context_features` less than 0.
+
+    Example:
+        >>> class Spiral(VectorField):
+        ...     def _velocity(self, t, x, context):
+        ...         return torch.stack([-x[..., 1], x[..., 0]], -1) - 0.5 * x
+        >>> Spiral(2).velocity_and_divergence(torch.tensor(0.0), torch.ones(1, 2))[1]
+        tensor([-1.])
     """
+
+    _compilation: Compilation | None = None
+    has_programs: ClassVar[bool] = False
+    """Whether the hooks of divergence and products can be compiled: reverse mode cannot."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a class that overrides a final method, whose hook it would have to write."""
+        super().__init_subclass__(**kwargs)
+        refuse_overrides(cls, VectorField, _HOOKS)
+        cls.has_programs = cls._velocity_and_products is not VectorField._velocity_and_products
 
     def __init__(self, features: int, context_features: int = 0) -> None:
         super().__init__()
         self.features = check_count("features", features)
         self.context_features = check_count("context_features", context_features, least=0)
-
-    @abstractmethod
-    def forward(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-    ) -> Float[Tensor, "*batch features"]:
-        """Velocity at `x`.
-
-        Args:
-            t: Time, 0-dim or one for each row, ``(*batch,)``.
-            x: Points, ``(*batch, features)``.
-            context: Its batch axes broadcast to those of `x`.
-        """
 
     @property
     def shares_times(self) -> bool:
@@ -73,104 +81,53 @@ class VectorField(nn.Module, ABC):
         """Whether `velocity_and_divergence` costs about one evaluation, however many features."""
         return False
 
-    def velocity_and_products(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        x: Float[Tensor, "*batch features"],
-        probes: Float[Tensor, "probes *batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "probes *batch features"]]:
-        r"""Velocity, and the product of its Jacobian J = ∂v/∂x with each probe.
-
-        The products are :math:`J^\top p` here, by reverse-mode differentiation; a field that
-        carries tangents forward gives :math:`J p`. Either serves: :math:`p^\top J p` is the same
-        number, and so is the sum of squares over a basis (or its mean over random probes).
-        """
-        if is_exporting():
-            raise RuntimeError(
-                f"torch.export cannot follow the divergence of a {type(self).__name__}, which is "
-                "made by backward passes; export to_data, or define velocity_and_products."
-            )
-        if functions_are_transformed():
-            self._announce_evaluation(t, x, context)
-            velocity, pull, *_ = torch.func.vjp(
-                lambda x: type(self).forward(self, t, x, context), x
-            )
-            products = [pull(probe)[0] for probe in probes]
-            return velocity, torch.stack(products) if products else torch.zeros_like(probes)
-        with outside_inference_mode():
-            t, x, probes = (usable_by_autograd(tensor) for tensor in (t, x, probes))
-            context = None if context is None else usable_by_autograd(context)
-            differentiable = torch.is_grad_enabled()
-            with torch.enable_grad():
-                # A view: x may be one itself that was made without a graph, as torch hands it to
-                # the forward pass of an `autograd.Function`, and no gradient reaches such a one.
-                tracked = differentiable and x.requires_grad
-                point = x.view_as(x) if tracked else x.detach().requires_grad_()
-                # Not a compiled forward, which cannot be differentiated twice.
-                self._announce_evaluation(t, point, context)
-                velocity = type(self).forward(self, t, point, context)
-                products = [
-                    vector_jacobian_product(velocity, point, probe, differentiable)
-                    for probe in probes
-                ]
-        stacked = torch.stack(products) if products else torch.zeros_like(probes)
-        return (velocity if differentiable else velocity.detach()), stacked
-
-    def velocity_and_divergence(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Velocity and its exact divergence: here the trace over the standard basis."""
-        probes = standard_basis(x)
-        velocity, products = self.velocity_and_products(t, x, probes, context)
-        return velocity, (probes * products).sum(-1).sum(0)
-
-    def velocity_derivative(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        x: Float[Tensor, "*batch features"],
-        dt: float,
-        dx: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-    ) -> Float[Tensor, "*batch features"]:
-        """Derivative of the velocity in the direction (`dt`, `dx`).
-
-        Along a path, where `dt` is 1 and `dx` the velocity, it is the acceleration.
-        """
-        return derivative_along(
-            lambda t, x: self(t, x, context), (t, x), (torch.full_like(t, dt), dx)
-        )
-
-    def dependencies(
-        self, context: Float[Tensor, "*c_batch context_features"] | None = None
-    ) -> list[Tensor]:
-        """Every tensor but t and x that the velocity depends on, as `ODESolver.solve` asks.
-
-        Plain attributes of a user's network too, which are neither parameters nor buffers.
-        """
-        plain = (value for part in self.modules() for value in vars(part).values())
-        return [
-            *self.parameters(),
-            *self.buffers(),
-            *(value for value in plain if isinstance(value, Tensor)),
-            *(() if context is None else (context,)),
-        ]
-
     @property
     def bottleneck(self) -> int | None:
         """Width of a layer through which x acts, if it is less than `features` and known."""
         return None
 
+    @final  # type: ignore[misc]  # to torch, forward is an attribute that may be written
+    def forward(self, t: Times, x: Rows, context: Context | None = None) -> Rows:
+        """Velocity at `x`.
+
+        Args:
+            t: Time, 0-dim or one for each row, ``(*batch,)``.
+            x: Points, ``(*batch, features)``.
+            context: Its batch axes broadcast to those of `x`.
+        """
+        if self._compilation is not None:
+            return self._compilation.run(self._velocity, t, x, context)
+        return self._velocity(t, x, context)
+
+    @final
+    def velocity_and_divergence(
+        self, t: Times, x: Rows, context: Context | None = None
+    ) -> tuple[Rows, Values]:
+        """Velocity and its exact divergence."""
+        self._count_evaluation(t, x, context)
+        if self._compilation is not None:
+            return self._compilation.run(self._velocity_and_divergence, t, x, context)
+        return self._velocity_and_divergence(t, x, context)
+
+    @final
+    def velocity_and_products(
+        self, t: Times, x: Rows, probes: Probes, context: Context | None = None
+    ) -> tuple[Rows, Probes]:
+        r"""Velocity, and the product of its Jacobian J = ∂v/∂x with each probe.
+
+        By reverse mode the products are :math:`J^\top p`; a field that carries tangents forward
+        gives :math:`J p`. Either serves: :math:`p^\top J p` is the same number, and so is the sum
+        of squares over a basis (or its mean over random probes).
+        """
+        self._count_evaluation(t, x, context)
+        if self._compilation is not None:
+            return self._compilation.run(self._velocity_and_products, t, x, probes, context)
+        return self._velocity_and_products(t, x, probes, context)
+
+    @final
     def velocity_and_bottleneck_products(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        x: Float[Tensor, "*batch features"],
-        probes: Float[Tensor, "probes *batch bottleneck"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "probes *batch bottleneck"]]:
+        self, t: Times, x: Rows, probes: NarrowProbes, context: Context | None = None
+    ) -> tuple[Rows, NarrowProbes]:
         r"""Velocity, and the product with each probe of a smaller matrix of the same trace.
 
         For v = g(h(x)) with h of the width `bottleneck`, :math:`\mathrm{tr} (\partial g/\partial h)
@@ -183,11 +140,89 @@ class VectorField(nn.Module, ABC):
         References:
             Grathwohl et al. (2019), FFJORD. https://arxiv.org/abs/1810.01367
         """
-        del t, x, probes, context
-        raise NotImplementedError(
-            f"this {type(self).__name__} has no bottleneck; use velocity_and_products, or a field "
-            f"with a hidden layer narrower than its {self.features} features."
+        if self.bottleneck is None:
+            raise NotImplementedError(
+                f"this {type(self).__name__} has no bottleneck; use velocity_and_products, or a "
+                f"field with a hidden layer narrower than its {self.features} features."
+            )
+        self._count_evaluation(t, x, context)
+        if self._compilation is not None:
+            return self._compilation.run(
+                self._velocity_and_bottleneck_products, t, x, probes, context
+            )
+        return self._velocity_and_bottleneck_products(t, x, probes, context)
+
+    @abstractmethod
+    def _velocity(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
+        """Hook: the velocity."""
+
+    def _velocity_and_divergence(
+        self, t: Tensor, x: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Hook: the velocity and its divergence; here the trace over the standard basis."""
+        basis = standard_basis(x)
+        velocity, products = self._velocity_and_products(t, x, basis, context)
+        return velocity, (basis * products).sum(-1).sum(0)
+
+    def _velocity_and_products(
+        self, t: Tensor, x: Tensor, probes: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Hook: the velocity and Jacobian products; here by reverse mode."""
+        if is_exporting():
+            raise RuntimeError(
+                f"torch.export cannot follow the divergence of a {type(self).__name__}, which is "
+                "made by backward passes; export to_data, or write _velocity_and_products."
+            )
+        if functions_are_transformed():
+            velocity, pull, *_ = torch.func.vjp(lambda x: self._velocity(t, x, context), x)
+            products = [pull(probe)[0] for probe in probes]
+            return velocity, torch.stack(products) if products else torch.zeros_like(probes)
+        with outside_inference_mode():
+            t, x, probes = (usable_by_autograd(tensor) for tensor in (t, x, probes))
+            context = None if context is None else usable_by_autograd(context)
+            differentiable = torch.is_grad_enabled()
+            with torch.enable_grad():
+                # A view: x may be one itself that was made without a graph, as torch hands it to
+                # the forward pass of an `autograd.Function`, and no gradient reaches such a one.
+                tracked = differentiable and x.requires_grad
+                point = x.view_as(x) if tracked else x.detach().requires_grad_()
+                velocity = self._velocity(t, point, context)
+                products = [
+                    vector_jacobian_product(velocity, point, probe, differentiable)
+                    for probe in probes
+                ]
+        stacked = torch.stack(products) if products else torch.zeros_like(probes)
+        return (velocity if differentiable else velocity.detach()), stacked
+
+    def _velocity_and_bottleneck_products(
+        self, t: Tensor, x: Tensor, probes: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Hook: the velocity and products at the bottleneck, for a field that has one."""
+        raise NotImplementedError
+
+    def velocity_derivative(
+        self, t: Times, x: Rows, dt: float, dx: Rows, context: Context | None = None
+    ) -> Rows:
+        """Derivative of the velocity in the direction (`dt`, `dx`).
+
+        Along a path, where `dt` is 1 and `dx` the velocity, it is the acceleration.
+        """
+        return derivative_along(
+            lambda t, x: self(t, x, context), (t, x), (torch.full_like(t, dt), dx)
         )
+
+    def dependencies(self, context: Context | None = None) -> list[Tensor]:
+        """Every tensor but t and x that the velocity depends on, as `ODESolver.solve` asks.
+
+        Plain attributes of a user's network too, which are neither parameters nor buffers.
+        """
+        plain = (value for part in self.modules() for value in vars(part).values())
+        return [
+            *self.parameters(),
+            *self.buffers(),
+            *(value for value in plain if isinstance(value, Tensor)),
+            *(() if context is None else (context,)),
+        ]
 
     def compile(
         self, *, backend: str | Callable[..., Any] = "inductor", mode: str | None = None
@@ -197,37 +232,29 @@ class VectorField(nn.Module, ABC):
         The velocity is; the divergence and Jacobian products are where the field makes them without
         reverse mode. See `Flow.compile`.
         """
-        Compilation(backend=backend, mode=mode).put_into(self)
-
-    @property
-    def _compilable(self) -> tuple[str, ...]:
-        """Names of the methods that can be compiled: reverse mode in a program cannot."""
-        by_reverse_mode = type(self).velocity_and_products is VectorField.velocity_and_products
-        return _EVALUATIONS[:1] if by_reverse_mode else _EVALUATIONS
+        self._compilation = Compilation(backend=backend, mode=mode)
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without programs, which cannot be copied: a copy is not compiled."""
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        if state.pop("_compilation", None) is not None:
-            for name in _EVALUATIONS:
-                state.pop(name, None)
+        state.pop("_compilation", None)
         return state
 
     @property
-    def _is_but_counted(self) -> bool:
-        """Whether no hook sees the points and velocities of evaluations."""
+    def is_only_counted(self) -> bool:
+        """Whether no hook of torch sees the points and velocities of evaluations."""
         before = self._forward_pre_hooks.values()
         others = (self._forward_hooks, self._backward_hooks, self._backward_pre_hooks)
         return not any(others) and all(
             isinstance(getattr(hook, "__self__", None), EvaluationCount) for hook in before
         )
 
-    def _announce_evaluation(self, t: Tensor, x: Tensor, context: Tensor | None) -> None:
-        """Run the forward pre-hooks, in an override that does not go through ``__call__``.
+    def _count_evaluation(self, t: Tensor, x: Tensor, context: Tensor | None) -> None:
+        """Run the forward pre-hooks, as ``__call__`` does.
 
         Not within a compiled program: whoever calls it runs them.
         """
-        if torch.compiler.is_compiling():
+        if not self._forward_pre_hooks or torch.compiler.is_compiling():
             return
         for key, hook in list(self._forward_pre_hooks.items()):
             if key in self._forward_pre_hooks_with_kwargs:

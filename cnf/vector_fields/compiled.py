@@ -6,23 +6,22 @@ for rounding. What is compiled is the evaluation and not the solve, so that ever
 every kind of gradient and every message of a failed solve stay what they are. Only steps of fixed
 size may be programs as a whole: see `cnf.ode.compiled_steps`.
 
-A compiled field has, beside its state, bound methods that stand in front of those of its class.
+A compiled field holds a `Compilation`, and its final methods ask it to run their hooks.
 """
 
-import functools
 from collections.abc import Callable
-from types import FunctionType, MethodType
-from typing import TYPE_CHECKING, Any, cast
+from types import FunctionType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from cnf._warnings import warn
 
-if TYPE_CHECKING:
-    import cnf.vector_fields.base
+VELOCITY = "_velocity"
+"""Name of the hook that every field has."""
 
-_WITH_PROBES = ("velocity_and_products", "velocity_and_bottleneck_products")
+Result = TypeVar("Result")
 _REMEDY = (
     "On a CPU, torch.compile needs a C++ compiler: install g++ (Debian: apt install g++), clang "
     "(macOS: xcode-select --install) or the build tools of Visual Studio, or name one in the "
@@ -45,14 +44,26 @@ class Compilation:
         self.failed = False
         self.steps_failed = False
 
-    def put_into(self, field: "cnf.vector_fields.base.VectorField") -> None:
-        """Put compiled evaluations in front of those of the class of the field."""
-        for name in field._compilable:
-            key = type(field), name
-            if key not in self.evaluations:
-                self.evaluations[key] = self._compiled(*key)
-            vars(field)[name] = MethodType(self.evaluations[key], field)
-        vars(field)["_compilation"] = self
+    def run(self, hook: Callable[..., Result], *inputs: Tensor | None) -> Result:
+        """The result of a hook of a field, by a program if one can be made and run."""
+        field, name = hook.__self__, hook.__name__  # type: ignore[attr-defined]
+        if not self.is_active() or not (name == VELOCITY or type(field).has_programs):
+            return hook(*inputs)
+        key = type(field), name
+        if key not in self.evaluations:
+            self.evaluations[key] = self._program(getattr(*key))
+        try:
+            result: Result = self.evaluations[key](
+                field, *_uniform(field, inputs, is_velocity=name == VELOCITY)
+            )
+        except Exception as error:
+            result = hook(*inputs)  # which raises if the inputs are at fault
+            self.failed = True
+            warn(
+                f"torch.compile failed ({reason(error)}). The flow goes on without "
+                f"it: the same numbers, more slowly. {_REMEDY}",
+            )
+        return result
 
     def is_active(self) -> bool:
         """Whether programs run here and now, rather than what they were made of."""
@@ -72,45 +83,6 @@ class Compilation:
         # Dynamic: one program for batches of every size.
         return torch.compile(_with_its_own_code(function), dynamic=True, **self.options)
 
-    def _compiled(self, cls: type, name: str) -> Callable[..., Any]:
-        method = getattr(cls, name)
-        program = self._program(method)
-
-        def run(field: "cnf.vector_fields.base.VectorField", *inputs: Tensor | None) -> Any:
-            if not self.is_active():
-                return method(field, *inputs)
-            try:
-                result = program(field, *_uniform(field, inputs, is_velocity=name == "forward"))
-            except Exception as error:
-                return self._without_compiler(error, method, field, *inputs)
-            if name != "forward":  # whose hooks have run
-                t, x, *_, context = inputs
-                assert t is not None and x is not None  # noqa: S101, PT018 - for mypy
-                field._announce_evaluation(t, x, context)
-            return result
-
-        if name in _WITH_PROBES:
-
-            def evaluate(field, t, x, probes, context=None):  # type: ignore[no-untyped-def]
-                return run(field, t, x, probes, context)
-        else:
-
-            def evaluate(field, t, x, context=None):  # type: ignore[no-untyped-def, misc]
-                return run(field, t, x, context)
-
-        return functools.wraps(method)(evaluate)
-
-    def _without_compiler(
-        self, error: Exception, method: Callable[..., Any], *inputs: object
-    ) -> Any:
-        result = method(*inputs)  # which raises if the inputs are at fault
-        self.failed = True
-        warn(
-            f"torch.compile failed ({reason(error)}). The flow goes on without "
-            f"it: the same numbers, more slowly. {_REMEDY}",
-        )
-        return result
-
 
 def reason(error: Exception) -> str:
     """Why a program could not be made, in a line."""
@@ -123,7 +95,7 @@ def compile_alike(copy: nn.Module, original: nn.Module) -> None:
     for part, model in zip(copy.modules(), original.modules(), strict=True):
         compilation = getattr(model, "_compilation", None)
         if isinstance(compilation, Compilation):
-            compilation.put_into(cast("cnf.vector_fields.base.VectorField", part))
+            vars(part)["_compilation"] = compilation
 
 
 def _with_its_own_code(method: Callable[..., Any]) -> FunctionType:
@@ -142,7 +114,7 @@ def _with_its_own_code(method: Callable[..., Any]) -> FunctionType:
 
 
 def _uniform(
-    field: "cnf.vector_fields.base.VectorField",
+    field: nn.Module,
     inputs: tuple[Tensor | None, ...],
     *,
     is_velocity: bool,

@@ -35,13 +35,7 @@ class LinearField(VectorField):
             self.context_weight = nn.Parameter(torch.zeros(features, context_features))
             self.context_scaling = ContextScaling(context_features)
 
-    def forward(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-    ) -> Float[Tensor, "*batch features"]:
-        """Velocity at `x`."""
+    def _velocity(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
         return x @ self.weight.T + self._offset(context)
 
     @property
@@ -49,26 +43,15 @@ class LinearField(VectorField):
         """True, for the divergence is the trace of A."""
         return True
 
-    def velocity_and_products(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        x: Float[Tensor, "*batch features"],
-        probes: Float[Tensor, "probes *batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "probes *batch features"]]:
-        """Velocity, and A p for each probe p."""
-        self._announce_evaluation(t, x, context)
-        return self.forward(t, x, context), probes @ self.weight.T
+    def _velocity_and_products(
+        self, t: Tensor, x: Tensor, probes: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return self._velocity(t, x, context), probes @ self.weight.T
 
-    def velocity_and_divergence(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Velocity, and the trace of A for each row."""
-        self._announce_evaluation(t, x, context)
-        velocity = self.forward(t, x, context)
+    def _velocity_and_divergence(
+        self, t: Tensor, x: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        velocity = self._velocity(t, x, context)
         return velocity, self.weight.trace().expand(velocity.shape[:-1])
 
     def solution(

@@ -142,14 +142,9 @@ class MLPField(LayeredField):
         """True with one or two hidden layers."""
         return len(self.hidden_features) <= _CLOSED_FORM_DEPTH
 
-    def velocity_and_divergence(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Velocity and its exact divergence, in closed form with one or two hidden layers."""
-        self._announce_evaluation(t, x, context)
+    def _velocity_and_divergence(
+        self, t: Tensor, x: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         return self._network(t, context).velocity_and_divergence(x)
 
     def _network(self, t: Tensor, context: Tensor | None) -> Perceptron:

@@ -1,6 +1,5 @@
 """Any network as a vector field."""
 
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from cnf._checks import is_hidden
@@ -46,13 +45,7 @@ class ModuleField(VectorField):
             raise TypeError(f"network must be a torch.nn.Module; got {type(network).__name__}.")
         self.network = network
 
-    def forward(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-    ) -> Float[Tensor, "*batch features"]:
-        """Velocity at `x`, as the network gives it."""
+    def _velocity(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
         inputs = (t, x) if context is None else (t, x, context)
         try:
             # Copies, for a network may change in place what it is given, which is the solver's.

@@ -99,13 +99,7 @@ class PotentialField(VectorField):
         for zero in (self.quadratic, *last.parameters()):
             nn.init.zeros_(zero)
 
-    def forward(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-    ) -> Float[Tensor, "*batch features"]:
-        """Velocity at `x`."""
+    def _velocity(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
         units, (w, u, g) = self._parts(t, context)
         value = self._activation.value(units.value(x))
         return -_pulled_back(units, w, value) - self._linear(x, u, g)
@@ -142,29 +136,18 @@ class PotentialField(VectorField):
         """True."""
         return True
 
-    def velocity_and_products(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        x: Float[Tensor, "*batch features"],
-        probes: Float[Tensor, "probes *batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "probes *batch features"]]:
-        """Velocity and J p for each probe p; J is symmetric."""
-        self._announce_evaluation(t, x, context)
+    def _velocity_and_products(
+        self, t: Tensor, x: Tensor, probes: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         units, (w, u, g) = self._parts(t, context)
         value, slope = self._activation.value_and_slope(units.value(x))
         bent = _pulled_back(units, w, slope * units.tangent(probes))
         velocity = -_pulled_back(units, w, value) - self._linear(x, u, g)
         return velocity, -bent - g * self._curvature(probes)
 
-    def velocity_and_divergence(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
-        """Velocity and its exact divergence, in closed form."""
-        self._announce_evaluation(t, x, context)
+    def _velocity_and_divergence(
+        self, t: Tensor, x: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         units, (w, u, g) = self._parts(t, context)
         value, slope = self._activation.value_and_slope(units.value(x))
         norms = units.weight.square().sum(-1)

@@ -63,27 +63,15 @@ class LayeredField(VectorField):
         """Size of the last axis after each stage but the last, where these are vectors."""
         return ()
 
-    def forward(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-    ) -> Float[Tensor, "*batch features"]:
-        """Velocity at `x`."""
+    def _velocity(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
         value = x
         for stage in self.stages(t, x, context):
             value = stage.value(value)
         return value
 
-    def velocity_and_products(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        x: Float[Tensor, "*batch features"],
-        probes: Float[Tensor, "probes *batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "probes *batch features"]]:
-        """Velocity and J p for each probe p, carried forward beside the values."""
-        self._announce_evaluation(t, x, context)
+    def _velocity_and_products(
+        self, t: Tensor, x: Tensor, probes: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         velocity, tangents = linearised(self.stages(t, x, context), x)
         return velocity, applied(tangents, probes)
 
@@ -93,23 +81,12 @@ class LayeredField(VectorField):
         narrowest = min(self.inner_widths, default=self.features)
         return narrowest if narrowest < self.features else None
 
-    def velocity_and_bottleneck_products(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        x: Float[Tensor, "*batch features"],
-        probes: Float[Tensor, "probes *batch bottleneck"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "probes *batch bottleneck"]]:
-        """Velocity, and the products of each probe p with the matrix at the bottleneck.
-
-        Probes start behind the narrowest stage, go on to the velocity, and then from x to where
-        they started.
-        """
-        if self.bottleneck is None:
-            return super().velocity_and_bottleneck_products(t, x, probes, context)
-        self._announce_evaluation(t, x, context)
+    def _velocity_and_bottleneck_products(
+        self, t: Tensor, x: Tensor, probes: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        # From behind the narrowest stage on to the velocity, and then from x to where they started.
         velocity, tangents = linearised(self.stages(t, x, context), x)
-        start = 1 + self.inner_widths.index(self.bottleneck)
+        start = 1 + self.inner_widths.index(min(self.inner_widths))
         return velocity, applied([*tangents[start:], *tangents[:start]], probes)
 
 
