@@ -63,8 +63,8 @@ def test_importing_cnf_imports_no_library_that_few_need():
 DOORS = (
     "cnf.cli",
     "cnf.tables.estimator",
-    "cnf.adapters.to_zuko",
-    "cnf.adapters.to_pyro",
+    "cnf.adapters.zuko_flow",
+    "cnf.adapters.pyro_distribution",
 )
 """What builds on such a library from its first line, and no other module imports."""
 
@@ -153,3 +153,20 @@ def test_bad_rows_are_named_without_any_help_from_the_tests():
     assert done.returncode == 1
     assert last.startswith("ValueError: x must be finite")
     assert "rows 0, 1, 2" in last
+
+
+def test_no_module_hides_a_name_that_its_package_offers():
+    code = """
+import importlib, pkgutil, types, cnf
+names = [module.name for module in pkgutil.walk_packages(cnf.__path__, "cnf.")]
+names.remove("cnf.cli.__main__")
+for name in names:
+    importlib.import_module(name)
+for name in ["cnf", *names]:
+    package = importlib.import_module(name)
+    for public in getattr(package, "__all__", ()):
+        if isinstance(getattr(package, public), types.ModuleType):
+            print(name, public)
+"""
+    done = run_python(code)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr

@@ -31,7 +31,7 @@ def to_zuko(flow: Flow) -> Any:
         (torch.Size([5, 2]), torch.Size([5]))
     """
     check_type("flow", flow, Flow, _REMEDY)
-    return _door("to_zuko", "zuko", "zuko").ZukoFlow(flow)
+    return _door("zuko_flow", "zuko", "zuko").ZukoFlow(flow)
 
 
 def to_pyro(flow: Flow, context: Tensor | None = None) -> Any:
@@ -49,7 +49,7 @@ def to_pyro(flow: Flow, context: Tensor | None = None) -> Any:
         ImportError: If Pyro is not installed.
     """
     check_type("flow", flow, Flow, _REMEDY)
-    return _door("to_pyro", "pyro", "pyro-ppl").PyroDistribution(flow(context))
+    return _door("pyro_distribution", "pyro", "pyro-ppl").PyroDistribution(flow(context))
 
 
 def _door(module: str, library: str, package: str) -> Any:
