@@ -31,11 +31,7 @@ from benchmarks.flows import (
     following,
     trained,
 )
-from benchmarks.solve_peers import (
-    DIFFRAX_EVALUATION,
-    diffrax_ways,
-    torch_densities,
-)
+from benchmarks.solve_peers import DIFFRAX_EVALUATION, diffrax_ways, torch_densities
 from benchmarks.solves import Claim, Way, claims_table, compare, evaluation, table
 from benchmarks.timing import describe, machine, report
 from cnf import Exact, Flow, MLPField, ODESolver, VectorField
@@ -126,10 +122,7 @@ def measure_plane(settings: Settings) -> list[dict[str, Any]]:
     )
     x = mixture.sample(settings.points)
     tolerance = settings.tolerance
-    ways = {
-        SLOW: our_way(as_ffjord(field), x, tolerance),
-        "ours": our_way(field, x, tolerance),
-    }
+    ways = {SLOW: our_way(as_ffjord(field), x, tolerance), "ours": our_way(field, x, tolerance)}
     if settings.compile and (flow := compiled(exact_flow(field, tolerance))):
         ways["compiled"] = evaluation(density(flow), x)
     others = torch_densities(

@@ -58,11 +58,7 @@ def torch_densities(
 
 
 def zuko_density(
-    mixture: Mixture,
-    hidden_features: tuple[int, ...],
-    *,
-    training_steps: int,
-    tolerance: float,
+    mixture: Mixture, hidden_features: tuple[int, ...], *, training_steps: int, tolerance: float
 ) -> Density:
     """The CNF of zuko with tanh and the exact trace, taught the same velocities.
 

@@ -35,11 +35,7 @@ from benchmarks.flows import (
     gradients,
     trained,
 )
-from benchmarks.solve_peers import (
-    DIFFRAX_STEPS,
-    diffrax_ways,
-    torch_densities,
-)
+from benchmarks.solve_peers import DIFFRAX_STEPS, diffrax_ways, torch_densities
 from benchmarks.solves import Claim, Way, claims_table, compare, likelihood_step, table
 from benchmarks.timing import describe, machine, report
 from cnf import Exact, Flow, Hutchinson, MLPField, ODESolver, VectorField

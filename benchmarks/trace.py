@@ -109,12 +109,7 @@ def main(settings: Settings) -> dict[str, Any]:
         fields = trained_fields(mixture, settings)
         spread += spreads(fields, mixture, settings)
         cost.append(costs(fields, mixture, settings))
-    content = {
-        "machine": facts,
-        "settings": asdict(settings),
-        "spread": spread,
-        "cost": cost,
-    }
+    content = {"machine": facts, "settings": asdict(settings), "spread": spread, "cost": cost}
     trace_report.write(content, settings.out)
     return content
 
@@ -129,20 +124,13 @@ def trained_fields(mixture: Mixture, settings: Settings) -> dict[str, MLPField]:
     }
     fields = {
         name: MLPField(
-            mixture.features,
-            hidden_features=hidden_features,
-            layer="concatsquash",
-            time_features=0,
+            mixture.features, hidden_features=hidden_features, layer="concatsquash", time_features=0
         )
         for name, hidden_features in widths.items()
     }
     for field in fields.values():
         train(
-            field,
-            field.parameters(),
-            mixture,
-            steps=settings.steps,
-            rows=settings.training_batch,
+            field, field.parameters(), mixture, steps=settings.steps, rows=settings.training_batch
         )
     return fields
 

@@ -9,13 +9,7 @@ and plots (`cnf.plots`).
 """
 
 from cnf.baselines import glow
-from cnf.diagnostics import (
-    Check,
-    GradientReport,
-    LikelihoodReport,
-    certify,
-    check_gradients,
-)
+from cnf.diagnostics import Check, GradientReport, LikelihoodReport, certify, check_gradients
 from cnf.divergence import Exact, Hutchinson
 from cnf.flows.chunks import log_prob_in_chunks, sample_in_chunks
 from cnf.flows.cnf import CNF

@@ -28,11 +28,7 @@ class Building(TorchDispatchMode):
     """
 
     def __init__(
-        self,
-        *,
-        seed: int = 0,
-        most_bytes: int | None = None,
-        most_calls: int | None = None,
+        self, *, seed: int = 0, most_bytes: int | None = None, most_calls: int | None = None
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seed = seed

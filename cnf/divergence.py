@@ -4,11 +4,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from cnf._checks import check_choice, check_count, check_flag
 from cnf._memory import check_fits
+from cnf._shapes import Context, Probes, Rows, Times
 from cnf.vector_fields import VectorField
 from cnf.vector_fields.jacobian.autograd import standard_basis
 
@@ -52,19 +52,17 @@ class Divergence(ABC):
         """Whether the divergence is exact up to rounding, rather than an unbiased estimate."""
 
     @abstractmethod
-    def draw_probes(
-        self, x: Float[Tensor, "*batch features"], *, generator: torch.Generator | None = None
-    ) -> Float[Tensor, "probes *batch features"] | None:
+    def draw_probes(self, x: Rows, *, generator: torch.Generator | None = None) -> Probes | None:
         """Probes for one solve that starts at `x`; None if no random ones are needed."""
 
     @abstractmethod
     def __call__(
         self,
         vector_field: VectorField,
-        t: Float[Tensor, "*t_batch"],
-        x: Float[Tensor, "*batch features"],
-        probes: Float[Tensor, "probes *batch features"] | None,
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        t: Times,
+        x: Rows,
+        probes: Probes | None,
+        context: Context | None = None,
         *,
         products: bool = False,
     ) -> FieldEvaluation:
@@ -92,19 +90,17 @@ class Exact(Divergence):
         """True."""
         return True
 
-    def draw_probes(
-        self, x: Float[Tensor, "*batch features"], *, generator: torch.Generator | None = None
-    ) -> None:
+    def draw_probes(self, x: Rows, *, generator: torch.Generator | None = None) -> None:
         """None: nothing here is random."""
         del x, generator
 
     def __call__(
         self,
         vector_field: VectorField,
-        t: Float[Tensor, "*t_batch"],
-        x: Float[Tensor, "*batch features"],
-        probes: Float[Tensor, "probes *batch features"] | None = None,
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        t: Times,
+        x: Rows,
+        probes: Probes | None = None,
+        context: Context | None = None,
         *,
         products: bool = False,
     ) -> FieldEvaluation:
@@ -165,9 +161,7 @@ class Hutchinson(Divergence):
         """False, for the divergence is an unbiased estimate."""
         return False
 
-    def draw_probes(
-        self, x: Float[Tensor, "*batch features"], *, generator: torch.Generator | None = None
-    ) -> Float[Tensor, "probes *batch features"]:
+    def draw_probes(self, x: Rows, *, generator: torch.Generator | None = None) -> Probes:
         """Random probes for each row of `x`.
 
         Raises:
@@ -184,10 +178,10 @@ class Hutchinson(Divergence):
     def __call__(
         self,
         vector_field: VectorField,
-        t: Float[Tensor, "*t_batch"],
-        x: Float[Tensor, "*batch features"],
-        probes: Float[Tensor, "probes *batch features"] | None,
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        t: Times,
+        x: Rows,
+        probes: Probes | None,
+        context: Context | None = None,
         *,
         products: bool = False,
     ) -> FieldEvaluation:

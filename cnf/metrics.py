@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from cnf._checks import check_count, check_dense, check_type, check_vectors
+from cnf._shapes import Values
 
 
-def bits_per_dim(log_prob: Float[Tensor, "*batch"], dimensions: int) -> Float[Tensor, "*batch"]:
+def bits_per_dim(log_prob: Values, dimensions: int) -> Values:
     """Negative log-likelihood in bits for each dimension of an event.
 
     For discrete data, such as pixels of 256 levels, `log_prob` must be that of the integers, as a
@@ -37,7 +38,7 @@ def bits_per_dim(log_prob: Float[Tensor, "*batch"], dimensions: int) -> Float[Te
     return -log_prob / (check_count("dimensions", dimensions) * math.log(2))
 
 
-def effective_sample_size(log_weights: Float[Tensor, "draws *batch"]) -> Float[Tensor, "*batch"]:
+def effective_sample_size(log_weights: Float[Tensor, "draws *batch"]) -> Values:
     r"""How many independent draws from a target the weighted draws are worth, roughly.
 
     .. math:: \Big(\sum_i w_i\Big)^2 \Big/ \sum_i w_i^2
@@ -66,7 +67,7 @@ def effective_sample_size(log_weights: Float[Tensor, "draws *batch"]) -> Float[T
     return weights.sum(0).square() / weights.square().sum(0)
 
 
-def log_mean_exp(log_weights: Float[Tensor, "draws *batch"]) -> Float[Tensor, "*batch"]:
+def log_mean_exp(log_weights: Float[Tensor, "draws *batch"]) -> Values:
     """Log of the mean of weights; of importance weights, it estimates log Z, in nats.
 
     Z is the integral of an unnormalised density. The mean of the weights is an unbiased estimate of

@@ -14,9 +14,9 @@ References:
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from jaxtyping import Float
 from torch import Tensor
 
+from cnf._shapes import Values
 from cnf.divergence import FieldEvaluation
 from cnf.vector_fields import PotentialField
 
@@ -38,7 +38,7 @@ class Regularizer:
     needs_products: bool
     """Whether it looks at `FieldEvaluation.products`."""
 
-    def __call__(self, evaluation: FieldEvaluation) -> Float[Tensor, "*batch"]:
+    def __call__(self, evaluation: FieldEvaluation) -> Values:
         """The cost rate of each row."""
         return self.rate(evaluation)
 

@@ -17,14 +17,7 @@ from typing import Any
 import torch
 import tyro
 
-from cnf import (
-    CNF,
-    FlowMatching,
-    OptimalTransport,
-    TrainingConfig,
-    fit,
-    recipe,
-)
+from cnf import CNF, FlowMatching, OptimalTransport, TrainingConfig, fit, recipe
 from cnf._checks import check_count
 from cnf._files import write_atomically
 from cnf.data.toy import TOY_NAMES, toy_density
@@ -75,10 +68,7 @@ VARIANTS: dict[str, Variant] = {
     "matching alone": Variant(phases=lambda phases: phases[:1]),
     "likelihood alone": Variant(phases=_likelihood_alone),
     "likelihood at the full rate": Variant(
-        phases=lambda phases: (
-            phases[0],
-            replace(phases[1], learning_rate=phases[0].learning_rate),
-        )
+        phases=lambda phases: (phases[0], replace(phases[1], learning_rate=phases[0].learning_rate))
     ),
 }
 

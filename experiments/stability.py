@@ -21,16 +21,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from cnf import (
-    CNF,
-    AffineCoupling,
-    Flow,
-    ODESolver,
-    Standardize,
-    TrainingConfig,
-    fit,
-    recipe,
-)
+from cnf import CNF, AffineCoupling, Flow, ODESolver, Standardize, TrainingConfig, fit, recipe
 from cnf._checks import check_count
 from cnf._files import write_atomically
 from cnf.data.toy import TOY_NAMES, toy_density

@@ -77,8 +77,7 @@ ZUKO = {
     "gf": lambda c: zuko.flows.GF(3, c, transforms=2),
     "bpf": lambda c: zuko.flows.BPF(3, c, transforms=2, **SMALL),
     "inverse": lambda c: zuko.flows.Flow(
-        zuko.flows.MAF(3, c, transforms=2, **SMALL).transform.inv,
-        zuko.flows.MAF(3).base,
+        zuko.flows.MAF(3, c, transforms=2, **SMALL).transform.inv, zuko.flows.MAF(3).base
     ),
 }
 
@@ -746,8 +745,7 @@ def test_a_site_of_pyro_whose_draws_have_no_gradient():
 
 
 @pytest.mark.parametrize(
-    ("call", "library", "package"),
-    [(to_zuko, "zuko", "zuko"), (to_pyro, "pyro", "pyro-ppl")],
+    ("call", "library", "package"), [(to_zuko, "zuko", "zuko"), (to_pyro, "pyro", "pyro-ppl")]
 )
 def test_a_missing_library_is_named_with_the_remedy(call, library, package, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)

@@ -102,8 +102,7 @@ def test_a_file_from_before_there_was_a_digest_loads_with_a_note_until_it_is_sav
     added = ("is_initialized", "context_scaling.mean", "context_scaling.log_std")
     # Older still: what flows hold since then is missing, and was the identity.
     without_digest(
-        path,
-        lambda tensors: {k: v for k, v in tensors.items() if not k.endswith(added)},
+        path, lambda tensors: {k: v for k, v in tensors.items() if not k.endswith(added)}
     )
     with pytest.warns(UserWarning, match=r"wrote no digest.*save\(load\(path\), path\)"):
         old = load(path)

@@ -12,15 +12,7 @@ from torch.distributions import (
 from torch.distributions.transforms import Transform
 from zoo import BOUNDS, EVERY_FLOW, EXACT_FLOWS, cnf, perturbed, rows_for, seeded
 
-from cnf import (
-    CNF,
-    Affine,
-    ContinuousTransform,
-    Flow,
-    LinearField,
-    ODESolver,
-    count_evaluations,
-)
+from cnf import CNF, Affine, ContinuousTransform, Flow, LinearField, ODESolver, count_evaluations
 from cnf.baselines import NamedMixture
 
 every_flow = pytest.mark.parametrize("make", EVERY_FLOW.values(), ids=EVERY_FLOW)

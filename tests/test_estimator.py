@@ -333,10 +333,7 @@ def test_what_is_no_array_of_numbers_is_refused(name):
     if "long" not in name and np.ndim(values) == 2:
         x = np.random.RandomState(0).rand(len(values), 1)
         weight = [row[0] for row in values] if isinstance(values, list) else values[:, 0]
-        with pytest.raises(
-            ValueError,
-            match="sample_weight must .*" + re.escape(message),
-        ):
+        with pytest.raises(ValueError, match="sample_weight must .*" + re.escape(message)):
             CNFDensity(**SMALL).fit(x, sample_weight=weight)
 
 

@@ -450,10 +450,7 @@ def test_the_parts_around_the_ode_are_those_of_the_flow_alone():
         ),
         (
             lambda: Flow(
-                [
-                    ContinuousTransform(MLPField(3)),
-                    FactorOut([ContinuousTransform(MLPField(2))], 3),
-                ]
+                [ContinuousTransform(MLPField(3)), FactorOut([ContinuousTransform(MLPField(2))], 3)]
             ),
             "got 1, and there is one inside of another part. Use MaximumLikelihood",
         ),

@@ -7,16 +7,7 @@ import torch
 from test_gradient_modes import KINDS
 from torch import func, nn
 from torch.autograd import forward_ad
-from zoo import (
-    BIJECTIONS,
-    ESTIMATES,
-    SURJECTIONS,
-    UserNetwork,
-    cnf,
-    mlp,
-    perturbed,
-    rows_for,
-)
+from zoo import BIJECTIONS, ESTIMATES, SURJECTIONS, UserNetwork, cnf, mlp, perturbed, rows_for
 
 from cnf import (
     Affine,

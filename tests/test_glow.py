@@ -48,9 +48,7 @@ def test_a_new_one_rotates():
 
 
 @pytest.mark.parametrize("context_features", [0, 3])
-def test_after_the_first_rows_every_actnorm_gives_mean_0_and_standard_deviation_1(
-    context_features,
-):
+def test_after_the_first_rows_every_actnorm_gives_mean_0_and_standard_deviation_1(context_features):
     flow = small((2, 4, 4), context_features)
     for part in flow.modules():  # far from the identity, but for what starts from data
         if isinstance(part, Conv1x1 | AffineCoupling | ConditionalAffine):

@@ -6,14 +6,7 @@ import pytest
 import torch
 from zoo import UserNetwork, cnf, perturbed
 
-from cnf import (
-    CNF,
-    ContinuousTransform,
-    Flow,
-    ModuleField,
-    ODESolver,
-    count_evaluations,
-)
+from cnf import CNF, ContinuousTransform, Flow, ModuleField, ODESolver, count_evaluations
 from cnf._memory import LiveBytes
 
 EVERY = pytest.mark.parametrize("name", ["closed form", "forward mode", "reverse mode"])

@@ -99,14 +99,8 @@ HUGE_CALLS = {
         lambda: Flow([Augment(1, 1)]).log_prob(torch.zeros(3, 1), importance_samples=HUGE),
         "importance_samples",
     ),
-    "times": (
-        lambda: CNF(2).trajectory(torch.zeros(MANY, 2), torch.linspace(0, 1, MANY)),
-        "times",
-    ),
-    "draws of an objective": (
-        lambda: ReverseKL(CNF(2), torch.sum, draws=HUGE),
-        "draws",
-    ),
+    "times": (lambda: CNF(2).trajectory(torch.zeros(MANY, 2), torch.linspace(0, 1, MANY)), "times"),
+    "draws of an objective": (lambda: ReverseKL(CNF(2), torch.sum, draws=HUGE), "draws"),
     "draws in chunks": (lambda: sample_in_chunks(CNF(2), HUGE), "count"),
 }
 
@@ -114,7 +108,6 @@ HUGE_CALLS = {
 @pytest.mark.parametrize(("call", "name"), HUGE_CALLS.values(), ids=HUGE_CALLS)
 def test_what_no_memory_holds_is_refused_in_words(call, name):
     with pytest.raises(
-        ValueError,
-        match=rf"{name} must be (small enough for the memory|less than|(of )?at most)",
+        ValueError, match=rf"{name} must be (small enough for the memory|less than|(of )?at most)"
     ):
         call()

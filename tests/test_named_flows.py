@@ -87,8 +87,7 @@ def test_the_density_integrates_to_one(name):
 
 
 @pytest.mark.parametrize(
-    "name",
-    [name for name in EXACT if KINDS[name].conditional and name not in FINER_THAN_A_GRID],
+    "name", [name for name in EXACT if KINDS[name].conditional and name not in FINER_THAN_A_GRID]
 )
 def test_the_density_given_a_context_integrates_to_one(name):
     flow = started(name, context_features=2)

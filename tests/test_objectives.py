@@ -30,13 +30,7 @@ from cnf import (
     ODESolver,
     count_evaluations,
 )
-from cnf.objectives import (
-    FlowMatching,
-    MaximumLikelihood,
-    Objective,
-    ReverseKL,
-    weighted_mean,
-)
+from cnf.objectives import FlowMatching, MaximumLikelihood, Objective, ReverseKL, weighted_mean
 from cnf.regularizers import kinetic_energy
 
 BACKPROP = ODESolver(rtol=1e-9, atol=1e-9, gradient="backprop")
@@ -121,9 +115,7 @@ RULE = {
         True,
     ),
     "one of two fields is dear": (
-        lambda: Flow(
-            [ContinuousTransform(perturbed(LinearField(9))), *deep_cnf(9).chain],
-        ),
+        lambda: Flow([ContinuousTransform(perturbed(LinearField(9))), *deep_cnf(9).chain]),
         True,
     ),
     "the flow names Exact": (lambda: deep_cnf(9, divergence=Exact()), False),

@@ -24,9 +24,7 @@ def test_the_velocity_is_the_derivative_of_the_state_in_time_with_noise_held_fix
     state, velocity = path.state_and_velocity(t, x0, x1, generator=seeded())
 
     again, derivative = torch.autograd.functional.jvp(
-        lambda t: path.state_and_velocity(t, x0, x1, generator=seeded())[0],
-        t,
-        torch.ones_like(t),
+        lambda t: path.state_and_velocity(t, x0, x1, generator=seeded())[0], t, torch.ones_like(t)
     )
 
     torch.testing.assert_close(again, state)

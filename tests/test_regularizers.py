@@ -71,8 +71,7 @@ def test_frobenius_cost_of_a_linear_field_is_that_of_its_matrix():
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["sin then silu", "three hidden layers with context", "user", "potential tanh"],
+    "name", ["sin then silu", "three hidden layers with context", "user", "potential tanh"]
 )
 def test_costs_are_quadratures_of_their_definitions_along_the_path(name):
     field = FIELDS[name]()

@@ -268,10 +268,7 @@ FITTED = {
         lambda: [ResidualFlow(LipschitzMLP(2), log_det=RussianRoulette(exact_terms=4))],
         2,
     ),
-    "truncated": (
-        lambda: [ResidualFlow(LipschitzMLP(2), log_det=TruncatedSeries(terms=5))],
-        2,
-    ),
+    "truncated": (lambda: [ResidualFlow(LipschitzMLP(2), log_det=TruncatedSeries(terms=5))], 2),
     "images": (
         lambda: [
             Flatten((1, 3, 3)),

@@ -399,10 +399,7 @@ OTHER_FORMS = {
     "array": (np.zeros((5, 2)), r"Try torch\.as_tensor\(data, dtype=torch\.float32\)\."),
     "list": ([[0.0, 1.0]] * 3, r"Try torch\.as_tensor\(data, dtype=torch\.float32\)\."),
     "tensors": (list(zeros(5, 2)), r"Try torch\.stack\(list\(data\)\)"),
-    "frame": (
-        Frame(np.zeros((5, 2))),
-        r"tensor\(data\.to_numpy\(\), dtype=torch\.float32\)\.",
-    ),
+    "frame": (Frame(np.zeros((5, 2))), r"tensor\(data\.to_numpy\(\), dtype=torch\.float32\)\."),
     "days": (DAYS, r"as_tensor\(data, dtype=torch\.float64\), with model\.to\(torch\.float64\)"),
     "text": (np.array([["a", "b"]] * 3), "must hold real numbers; got <U1"),
     "ragged": ([[1.0], [1.0, 2.0], [3.0]], "rows must hold numbers, the same count in each"),

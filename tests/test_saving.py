@@ -67,9 +67,7 @@ OPTIONS = {
     "hutchinson": {"divergence": Hutchinson(noise="gaussian", probes=3)},
     "tolerances": {"solver": ODESolver(rtol=1e-4, atol=1e-3, max_evaluations=500)},
     "fixed steps": {"solver": ODESolver(method="rk4", steps=7, gradient="backprop")},
-    "checkpoint": {
-        "solver": ODESolver(gradient="checkpoint", error_norm="points", first_step=0.1),
-    },
+    "checkpoint": {"solver": ODESolver(gradient="checkpoint", error_norm="points", first_step=0.1)},
     "base": {"base": StandardNormal(2).double()},
     "context": {"context_features": 3},
     "transforms": {"transforms": [Standardize(2).double(), Affine(2).double()]},

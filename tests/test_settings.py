@@ -164,10 +164,7 @@ def test_a_seed_is_no_generator(name, generator):
 
 
 TENSORS = {
-    "sparse": (
-        lambda: torch.eye(2).to_sparse(),
-        r"must be a dense tensor; got one that is torch",
-    ),
+    "sparse": (lambda: torch.eye(2).to_sparse(), r"must be a dense tensor; got one that is torch"),
     "nested": (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(2)]), "nested"),
     "quantized": (
         lambda: torch.quantize_per_tensor(torch.ones(3, 2).float(), 1.0, 0, torch.qint8),
@@ -176,10 +173,7 @@ TENSORS = {
     "complex": (lambda: torch.ones(3, 2, dtype=torch.complex64), "must have a floating dtype"),
     "integer": (lambda: torch.ones(3, 2, dtype=torch.int64), "must have a floating dtype"),
     "bool": (lambda: torch.ones(3, 2, dtype=torch.bool), "must have a floating dtype"),
-    "meta": (
-        lambda: torch.ones(3, 2, device="meta"),
-        "got a tensor on the device meta",
-    ),
+    "meta": (lambda: torch.ones(3, 2, device="meta"), "got a tensor on the device meta"),
     "half": (lambda: torch.ones(3, 2, dtype=torch.half), "the model's dtype torch.float32"),
 }
 

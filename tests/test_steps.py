@@ -50,10 +50,7 @@ def rhs_of(field, seen=None):
 def solve(solver, field, x, times, seen=None):
     """The states and ladjs at `times`."""
     return solver.solve(
-        rhs_of(field, seen),
-        (x, x.new_zeros(x.shape[:-1])),
-        times,
-        dependencies=field.dependencies,
+        rhs_of(field, seen), (x, x.new_zeros(x.shape[:-1])), times, dependencies=field.dependencies
     )
 
 

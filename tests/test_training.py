@@ -220,10 +220,7 @@ def test_the_flow_ends_with_the_weights_of_the_best_validation(ema):
     flow = affine_flow()
 
     history = fit(
-        flow,
-        x,
-        config(40, learning_rate=0.1, validate_every=1, ema=ema),
-        validation=held_out,
+        flow, x, config(40, learning_rate=0.1, validate_every=1, ema=ema), validation=held_out
     )
 
     nll = -flow.log_prob(held_out).mean().item()
@@ -375,10 +372,7 @@ def test_the_learning_rate_rises_over_2_percent_of_the_steps_and_then_stays_or_f
     x = torch.randn(4, 1)
     rates = {
         schedule: fit(
-            affine_flow(1),
-            x,
-            config(200, schedule=schedule, learning_rate=0.1),
-            validation=None,
+            affine_flow(1), x, config(200, schedule=schedule, learning_rate=0.1), validation=None
         ).learning_rate
         for schedule in ("constant", "cosine")
     }

@@ -843,11 +843,7 @@ BAD_ARGUMENTS = [
         TYPE,
         r"network must be a torch\.nn\.Module; got builtin_function_or_method\.",
     ),
-    (
-        lambda: ModuleField(UserNetwork, 2),
-        TYPE,
-        r"network must be a torch\.nn\.Module; got type\.",
-    ),
+    (lambda: ModuleField(UserNetwork, 2), TYPE, r"network must be a torch\.nn\.Module; got type\."),
     (lambda: CNF(2, activation="relu"), VALUE, r"activation must be one of"),
 ]
 

@@ -98,12 +98,7 @@ class UserNetwork(nn.Module):
 
 def mlp(features: int = 2, context_features: int = 0, **settings: object) -> MLPField:
     """A small, smooth MLP field, also after its weights are perturbed."""
-    settings = {
-        "hidden_features": (8, 8),
-        "layer": "concatsquash",
-        "time_features": 0,
-        **settings,
-    }
+    settings = {"hidden_features": (8, 8), "layer": "concatsquash", "time_features": 0, **settings}
     if settings.get("activation", "sin") in ("sin", ("sin", "silu")):
         settings.setdefault("frequency", 1.0)
     return perturbed(MLPField(features, context_features, **settings))

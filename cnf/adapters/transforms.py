@@ -217,7 +217,7 @@ class FromNormflows(WrappedTransform):
                 warn(
                     "MaskedAffineAutoregressive of normflows is an inverse autoregressive flow: "
                     "log_prob of data calls its network once for each feature; for a masked one "
-                    "wrap it in normflows.flows.Reverse.",
+                    "wrap it in normflows.flows.Reverse."
                 )
         super().__init__(shape, context_features, latent_shape=latent_shape)
         self.flows = nn.ModuleList(layers)

@@ -96,11 +96,7 @@ class Sample(Command):
         model = TableModel.load(self.model)
         given = assigned_numbers("context", self.context)
         drawn = density.sample(
-            model.flow,
-            self.n,
-            model.columns.context(given),
-            seed=self.seed,
-            progress=self.progress,
+            model.flow, self.n, model.columns.context(given), seed=self.seed, progress=self.progress
         )
         contexts = drawn.new_tensor([given[name] for name in model.columns.context_names])
         rows = torch.cat([drawn, contexts.expand(len(drawn), -1)], -1)
@@ -137,11 +133,7 @@ class Certify(TableCommand):
         first = model.flow.chain[0]
         if isinstance(first, Unconstrain):
             refuse_rows_outside(
-                self.data,
-                rows.x,
-                model.columns.names,
-                first.columns,
-                header=self.has_header,
+                self.data, rows.x, model.columns.names, first.columns, header=self.has_header
             )
         generator = torch.Generator().manual_seed(self.seed)
         chosen = rows.take(torch.randperm(len(rows.x), generator=generator)[: self.rows])

@@ -185,12 +185,7 @@ class MeanAndError(NamedTuple):
 
 
 def refuse_rows_outside(
-    data: Path,
-    x: Tensor,
-    names: Sequence[str],
-    supports: Sequence[Support],
-    *,
-    header: bool | None,
+    data: Path, x: Tensor, names: Sequence[str], supports: Sequence[Support], *, header: bool | None
 ) -> None:
     """Refuse rows of a table that are outside of the support of a column.
 

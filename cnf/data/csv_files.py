@@ -164,7 +164,7 @@ def _doubt_first_row(path: Path, values: NDArray[np.float64]) -> None:
             )
     warn(
         f"{path}, line 1 holds numbers and was read as a row, so the columns are called "
-        f"{listed(numbered_names(values.shape[1]))}: {_SAY_WHICH}.",
+        f"{listed(numbered_names(values.shape[1]))}: {_SAY_WHICH}."
     )
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cnf._checks import check_number, is_positive
+from cnf._shapes import Values
 from cnf.data.densities import RandomNumbers, ToyDensity, entropy_on_plane
 
 Curve = Callable[[Tensor], Tensor]
@@ -170,18 +171,14 @@ def _spiral(n: Float[Tensor, "n"]) -> Float[Tensor, "n 2"]:
     return torch.stack((-n * n.cos(), n * n.sin()), dim=-1)
 
 
-def _normal_between(
-    distance: Float[Tensor, "*batch"], half_width: float
-) -> Float[Tensor, "*batch"]:
+def _normal_between(distance: Values, half_width: float) -> Values:
     """Probability that a standard normal number lies within `half_width` of `distance` >= 0."""
     near: Tensor = torch.special.erfc((distance - half_width) / math.sqrt(2))
     far: Tensor = torch.special.erfc((distance + half_width) / math.sqrt(2))
     return (near - far) / 2
 
 
-def _log_normal_between(
-    distance: Float[Tensor, "*batch"], half_width: float
-) -> Float[Tensor, "*batch"]:
+def _log_normal_between(distance: Values, half_width: float) -> Values:
     """Logarithm of `_normal_between`, for any distance.
 
     With erfc(a) = exp(-a^2) erfcx(a) the exponential of the nearer end comes out of the

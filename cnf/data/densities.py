@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cnf._checks import check_count, check_generator, check_vectors
+from cnf._shapes import Rows, Values
 
 ROWS_PER_CHUNK = 512
 """Points whose log-density is computed at once; bounds the memory of a call."""
@@ -67,7 +68,7 @@ class ToyDensity(ABC):
         return self._draw(n, RandomNumbers(generator)).to(torch.get_default_dtype())
 
     @torch.no_grad()
-    def log_prob(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch"]:
+    def log_prob(self, x: Rows) -> Values:
         """Log-density in nats; -inf outside the support.
 
         Computed in float64 on the CPU, returned with the dtype and device of `x`. It carries no

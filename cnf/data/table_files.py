@@ -16,13 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from cnf._files import TooLargeError, as_path, check_unpacked, write_atomically
 from cnf._warnings import warn
-from cnf.data.cells import (
-    LARGEST,
-    cell_of_row,
-    first_inexact,
-    refuse_unless_numbers,
-    unacceptable,
-)
+from cnf.data.cells import LARGEST, cell_of_row, first_inexact, refuse_unless_numbers, unacceptable
 from cnf.data.csv_files import line_of_row, read_csv, to_csv
 from cnf.data.degeneracy import DegenerateDataWarning
 from cnf.data.memmap import DAMAGES, check_header
@@ -304,10 +298,7 @@ def _numbers(path: Path, what: str, values: Any) -> NDArray[Any]:
 
 
 def _selected(
-    path: Path,
-    values: NDArray[Any],
-    names: tuple[str, ...],
-    columns: tuple[str, ...] | None,
+    path: Path, values: NDArray[Any], names: tuple[str, ...], columns: tuple[str, ...] | None
 ) -> tuple[NDArray[np.float64], tuple[str, ...]]:
     chosen = find_columns(str(path), names, columns)
     if columns is not None:

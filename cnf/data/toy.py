@@ -12,14 +12,7 @@ from cnf._checks import check_choice
 from cnf.data.curves import NoisyCircles, NoisyCurves, TwoSpirals
 from cnf.data.densities import GaussianMixture, RandomNumbers, ToyDensity
 
-__all__ = [
-    "TOY_NAMES",
-    "Checkerboard",
-    "GaussianMixture",
-    "Pinwheel",
-    "ToyDensity",
-    "toy_density",
-]
+__all__ = ["TOY_NAMES", "Checkerboard", "GaussianMixture", "Pinwheel", "ToyDensity", "toy_density"]
 
 
 def toy_density(name: str) -> ToyDensity:

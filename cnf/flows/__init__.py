@@ -6,11 +6,4 @@ from cnf.flows.distribution import FlowDistribution
 from cnf.flows.flow import Flow
 from cnf.flows.neural_ode import NeuralODE
 
-__all__ = [
-    "CNF",
-    "Flow",
-    "FlowDistribution",
-    "NeuralODE",
-    "log_prob_in_chunks",
-    "sample_in_chunks",
-]
+__all__ = ["CNF", "Flow", "FlowDistribution", "NeuralODE", "log_prob_in_chunks", "sample_in_chunks"]

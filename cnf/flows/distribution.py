@@ -123,10 +123,7 @@ class FlowDistribution(Distribution):
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 - torch's own form
 
     def __init__(
-        self,
-        flow: Flow,
-        context: Tensor | None = None,
-        batch_shape: Sequence[int] = (),
+        self, flow: Flow, context: Tensor | None = None, batch_shape: Sequence[int] = ()
     ) -> None:
         self.flow = flow
         self.context = context
@@ -200,20 +197,14 @@ class FlowDistribution(Distribution):
         return log_prob.expand(shape)
 
     def sample(
-        self,
-        sample_shape: int | Sequence[int] = (),
-        *,
-        generator: torch.Generator | None = None,
+        self, sample_shape: int | Sequence[int] = (), *, generator: torch.Generator | None = None
     ) -> Tensor:
         """Draw without gradient."""
         with torch.no_grad():
             return self.rsample(sample_shape, generator=generator)
 
     def rsample(
-        self,
-        sample_shape: int | Sequence[int] = (),
-        *,
-        generator: torch.Generator | None = None,
+        self, sample_shape: int | Sequence[int] = (), *, generator: torch.Generator | None = None
     ) -> Tensor:
         """Draw differentiably."""
         shape = self._shape(sample_shape)
@@ -221,10 +212,7 @@ class FlowDistribution(Distribution):
         return drawn
 
     def rsample_and_log_prob(
-        self,
-        sample_shape: int | Sequence[int] = (),
-        *,
-        generator: torch.Generator | None = None,
+        self, sample_shape: int | Sequence[int] = (), *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
         """Draw differentiably, with the log-density in nats; see `Flow.rsample_and_log_prob`."""
         shape = self._shape(sample_shape)

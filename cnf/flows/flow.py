@@ -187,9 +187,7 @@ class Flow(nn.Module):
         Flow.__init__(flow, transforms, base)
         return flow
 
-    def forward(
-        self, context: Float[Tensor, "*batch context_features"] | None = None
-    ) -> FlowDistribution:
+    def forward(self, context: Context | None = None) -> FlowDistribution:
         """The flow given a context, as a `torch.distributions.Distribution`."""
         check_context(context, self.context_features, like=reference_tensor(self))
         return FlowDistribution(self, context)
@@ -269,7 +267,7 @@ class Flow(nn.Module):
     def sample(
         self,
         sample_shape: int | Sequence[int] = (),
-        context: Float[Tensor, "*batch context_features"] | None = None,
+        context: Context | None = None,
         *,
         generator: Generator | None = None,
     ) -> Float[Tensor, "*shape_and_event"]:
@@ -280,7 +278,7 @@ class Flow(nn.Module):
     def rsample(
         self,
         sample_shape: int | Sequence[int] = (),
-        context: Float[Tensor, "*batch context_features"] | None = None,
+        context: Context | None = None,
         *,
         generator: Generator | None = None,
     ) -> Float[Tensor, "*shape_and_event"]:
@@ -298,7 +296,7 @@ class Flow(nn.Module):
     def sample_and_log_prob(
         self,
         sample_shape: int | Sequence[int] = (),
-        context: Float[Tensor, "*batch context_features"] | None = None,
+        context: Context | None = None,
         *,
         generator: Generator | None = None,
     ) -> tuple[Float[Tensor, "*shape_and_event"], Float[Tensor, "*shape"]]:
@@ -309,7 +307,7 @@ class Flow(nn.Module):
     def rsample_and_log_prob(
         self,
         sample_shape: int | Sequence[int] = (),
-        context: Float[Tensor, "*batch context_features"] | None = None,
+        context: Context | None = None,
         *,
         generator: Generator | None = None,
     ) -> tuple[Float[Tensor, "*shape_and_event"], Float[Tensor, "*shape"]]:

@@ -15,6 +15,7 @@ from cnf._checks import (
     joint_batch_shape,
     reference_tensor,
 )
+from cnf._shapes import Context, Rows
 from cnf.ode import ODESolver, State
 from cnf.vector_fields import VectorField
 
@@ -70,9 +71,7 @@ class NeuralODE(nn.Module):
         self.solver = ODESolver() if solver is None else solver
 
     def forward(
-        self,
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        self, x: Rows, context: Context | None = None
     ) -> Float[Tensor, "*joint_batch augmented"]:
         """The whole state at t = 1 of the path that starts at `x`.
 
@@ -92,10 +91,7 @@ class NeuralODE(nn.Module):
         return self._follow(start, torch.tensor([0.0, 1.0]).to(start), context)[-1]
 
     def trajectory(
-        self,
-        x: Float[Tensor, "*batch features"],
-        times: Float[Tensor, " times"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
+        self, x: Rows, times: Float[Tensor, " times"], context: Context | None = None
     ) -> Float[Tensor, "times *joint_batch augmented"]:
         """The states at `times` of the path that starts at `x`.
 
@@ -119,11 +115,7 @@ class NeuralODE(nn.Module):
         _check_times(times)
         return self._follow(start, times, context)
 
-    def log_prob(
-        self,
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-    ) -> NoReturn:
+    def log_prob(self, x: Rows, context: Context | None = None) -> NoReturn:
         """There is none: a `CNF` is the density model.
 
         Raises:

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cnf._checks import check_dense
+from cnf._shapes import Context
 from cnf.transforms import Chain, ContinuousTransform
 from cnf.transforms.chain import context_for
 
@@ -42,7 +43,7 @@ def follow(
     chain: Chain,
     start: Float[Tensor, "*start_batch_and_event"],
     times: Float[Tensor, " times"],
-    context: Float[Tensor, "*c_batch context_features"] | None,
+    context: Context | None,
     *,
     generator: torch.Generator | None,
 ) -> Float[Tensor, "times *batch_and_event"]:

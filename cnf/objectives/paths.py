@@ -5,10 +5,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from cnf._checks import check_number, is_positive
+from cnf._shapes import Rows, Times
 
 
 class ProbabilityPath(ABC):
@@ -19,13 +18,8 @@ class ProbabilityPath(ABC):
 
     @abstractmethod
     def state_and_velocity(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        x0: Float[Tensor, "*batch features"],
-        x1: Float[Tensor, "*batch features"],
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch features"]]:
+        self, t: Times, x0: Rows, x1: Rows, *, generator: torch.Generator | None = None
+    ) -> tuple[Rows, Rows]:
         """The state at time `t` and its derivative in time, with what is random held fixed.
 
         Args:
@@ -65,13 +59,8 @@ class LinearPath(ProbabilityPath):
             raise ValueError(f"sigma_min must be in [0, 1); got {self.sigma_min}.")
 
     def state_and_velocity(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        x0: Float[Tensor, "*batch features"],
-        x1: Float[Tensor, "*batch features"],
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch features"]]:
+        self, t: Times, x0: Rows, x1: Rows, *, generator: torch.Generator | None = None
+    ) -> tuple[Rows, Rows]:
         """The state at time `t` and its derivative in time."""
         del generator
         velocity = x1 - (1 - self.sigma_min) * x0
@@ -95,13 +84,8 @@ class VariancePreservingPath(ProbabilityPath):
     """
 
     def state_and_velocity(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        x0: Float[Tensor, "*batch features"],
-        x1: Float[Tensor, "*batch features"],
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch features"]]:
+        self, t: Times, x0: Rows, x1: Rows, *, generator: torch.Generator | None = None
+    ) -> tuple[Rows, Rows]:
         """The state at time `t` and its derivative in time."""
         del generator
         angle = 0.5 * math.pi * t.unsqueeze(-1)
@@ -140,13 +124,8 @@ class SmoothedPath(ProbabilityPath):
         object.__setattr__(self, "sigma", sigma)
 
     def state_and_velocity(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        x0: Float[Tensor, "*batch features"],
-        x1: Float[Tensor, "*batch features"],
-        *,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch features"]]:
+        self, t: Times, x0: Rows, x1: Rows, *, generator: torch.Generator | None = None
+    ) -> tuple[Rows, Rows]:
         """The state at time `t` and its derivative in time, which the noise does not change."""
         noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=x0.device)
         velocity = x1 - x0

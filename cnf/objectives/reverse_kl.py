@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cnf._checks import check_count
 from cnf._row_names import name_rows
+from cnf._shapes import Context
 from cnf.divergence import Divergence
 from cnf.flows.flow import Flow
 from cnf.objectives.base import Objective
@@ -108,7 +109,7 @@ class ReverseKL(Objective):
     def log_weights(
         self,
         draws: int,
-        context: Float[Tensor, "*batch context_features"] | None = None,
+        context: Context | None = None,
         *,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "draws *batch"]:

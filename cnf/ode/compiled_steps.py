@@ -130,7 +130,7 @@ class FieldSteps:
         if not self._compilation.failed:  # of which there has been a warning
             warn(
                 f"torch.compile failed on a whole step ({reason(error)}). The flow goes on "
-                "with programs of single evaluations: the same numbers, more slowly.",
+                "with programs of single evaluations: the same numbers, more slowly."
             )
 
 

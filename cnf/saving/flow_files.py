@@ -187,7 +187,7 @@ def _refuse_damage(path: Path, description: dict[str, Any], tensors: dict[str, T
     if "sha256" not in description:
         warn(
             f"{str(path)!r} is from a version of cnf that wrote no digest, so that damage cannot "
-            "be told. Save the flow again: save(load(path), path).",
+            "be told. Save the flow again: save(load(path), path)."
         )
 
 

@@ -182,10 +182,7 @@ def continue_density(
 
 
 def _train(
-    flow: Flow,
-    rows: TableRows,
-    validation: TableRows | None,
-    phases: Sequence[TrainingConfig],
+    flow: Flow, rows: TableRows, validation: TableRows | None, phases: Sequence[TrainingConfig]
 ) -> History:
     """Train a flow in place; the only call of the training loop."""
     given = list(itertools.takewhile(_is_given, flow.chain))

@@ -238,7 +238,7 @@ def _refuse_damage(folder: Path, found: dict[str, Any]) -> None:
     if not others:
         warn(
             f"{str(path)!r} is from a version of cnf that wrote no digest, so that damage cannot "
-            "be told. Save the model again, or fit again.",
+            "be told. Save the model again, or fit again."
         )
     elif others != {"sha256", "flow_sha256"} or not is_intact(path, found["sha256"]):
         raise ValueError(

@@ -85,7 +85,7 @@ class RunFolder:
             if not self._has_warned:
                 warn(
                     f"{str(self.folder / _BEST)!r} was not written, because {error} The "
-                    "checkpoints hold its weights, and the run can resume.",
+                    "checkpoints hold its weights, and the run can resume."
                 )
             self._has_warned = True
 

@@ -121,7 +121,7 @@ def warn_if_far_from_standard(flow: Flow, sample: Sample) -> None:
             "the data reach the vector field with a root mean square of "
             f"{size.min():.3g} to {size.max():.3g}, where training expects about 1; put "
             f"Standardize({flow.features}) first among the transforms, which fit then sets from "
-            "the data, and look for outliers.",
+            "the data, and look for outliers."
         )
 
 

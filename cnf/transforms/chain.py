@@ -8,13 +8,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.distributions import constraints
 
-from cnf._checks import (
-    all_finite,
-    check_count,
-    non_finite_rows,
-    reference_tensor,
-    refuse_overflow,
-)
+from cnf._checks import all_finite, check_count, non_finite_rows, reference_tensor, refuse_overflow
 from cnf.bases import Base, Likelihood, StandardNormal, weakest
 from cnf.regularizers import CostRate
 from cnf.transforms.base import Transform, WithLadj

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cnf._checks import check_count, check_image_shape
-from cnf._shapes import Rows
+from cnf._shapes import Context, Rows
 from cnf.vector_fields.conditioning import ContextScaling, scaled_context
 
 
@@ -18,9 +18,7 @@ class Conditioner(nn.Module, ABC):
     """Base class of conditioners. A coupling takes any module; a file keeps these by their name."""
 
     @abstractmethod
-    def forward(
-        self, x: Rows, context: Float[Tensor, "*batch context_features"] | None = None
-    ) -> Float[Tensor, "*batch outputs"]:
+    def forward(self, x: Rows, context: Context | None = None) -> Float[Tensor, "*batch outputs"]:
         """The numbers for each row."""
 
 
@@ -67,9 +65,7 @@ class MLPConditioner(Conditioner):
         if self.context_features:
             self.context_scaling = ContextScaling(self.context_features)
 
-    def forward(
-        self, x: Rows, context: Float[Tensor, "*batch context_features"] | None = None
-    ) -> Float[Tensor, "*batch outputs"]:
+    def forward(self, x: Rows, context: Context | None = None) -> Float[Tensor, "*batch outputs"]:
         """The numbers for each row."""
         context = scaled_context(self, context)
         inputs = x if context is None else torch.cat([x, context], -1)
@@ -133,9 +129,7 @@ class ConvConditioner(Conditioner):
                 _reset_to_zero(self.context_layer)
         _reset_to_zero(layers[-1])
 
-    def forward(
-        self, x: Rows, context: Float[Tensor, "*batch context_features"] | None = None
-    ) -> Float[Tensor, "*batch outputs"]:
+    def forward(self, x: Rows, context: Context | None = None) -> Float[Tensor, "*batch outputs"]:
         """The channels of numbers for each image, flattened."""
         first, *others = self.layers
         channels: Tensor = first(x.reshape(-1, *self.shape))

@@ -223,7 +223,7 @@ class ContinuousTransform(Transform):
             warn(
                 f"the exact divergence costs {self.features} Jacobian products for each evaluation "
                 "of this vector field; choose divergence=Hutchinson() for an unbiased estimate, or "
-                "divergence=Exact() to keep it without this warning.",
+                "divergence=Exact() to keep it without this warning."
             )
 
 

@@ -142,10 +142,7 @@ class Standardize(Transform):
 
     @classmethod
     def from_data(
-        cls,
-        x: Float[Tensor, "rows features"],
-        *,
-        weight: Float[Tensor, " rows"] | None = None,
+        cls, x: Float[Tensor, "rows features"], *, weight: Float[Tensor, " rows"] | None = None
     ) -> "Standardize":
         """The standardisation of the rows of `x`, in its dtype and on its device.
 

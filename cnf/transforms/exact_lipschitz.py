@@ -8,13 +8,8 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 from torch.nn import functional
 
-from cnf._checks import (
-    all_finite,
-    check_count,
-    check_number,
-    non_finite_rows,
-    refuse_overflow,
-)
+from cnf._checks import all_finite, check_count, check_number, non_finite_rows, refuse_overflow
+from cnf._shapes import Values
 from cnf.transforms.autoregressive import AutoregressiveNetwork
 from cnf.transforms.base import Transform, WithLadj
 from cnf.transforms.roots import increasing_root
@@ -144,9 +139,9 @@ class Ramps:
         \operatorname{clamp}\left(\frac{t - \text{place}_j}{\text{width}_j}, 0, 1\right)
     """
 
-    shift: Float[Tensor, "*batch"]
+    shift: Values
     """The value at 0 is this plus what ramps that begin below 0 add."""
-    slope: Float[Tensor, "*batch"]
+    slope: Values
     """Slope below all ramps."""
     heights: Float[Tensor, "*batch units"]
     """By how much the slope changes along each ramp."""

@@ -4,15 +4,14 @@ import math
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
+
+from cnf._shapes import Values
 
 
 def increasing_root(
-    value_and_slope: Callable[[Tensor], tuple[Tensor, Tensor]],
-    low: Float[Tensor, "*batch"],
-    high: Float[Tensor, "*batch"],
-) -> Float[Tensor, "*batch"]:
+    value_and_slope: Callable[[Tensor], tuple[Tensor, Tensor]], low: Values, high: Values
+) -> Values:
     """Where each of many increasing functions is 0: to round-off, and with its gradient.
 
     The bracket is halved as often as its dtype has digits, whatever the functions are, and a step

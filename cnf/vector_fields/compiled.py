@@ -61,7 +61,7 @@ class Compilation:
             self.failed = True
             warn(
                 f"torch.compile failed ({reason(error)}). The flow goes on without "
-                f"it: the same numbers, more slowly. {_REMEDY}",
+                f"it: the same numbers, more slowly. {_REMEDY}"
             )
         return result
 
@@ -114,10 +114,7 @@ def _with_its_own_code(method: Callable[..., Any]) -> FunctionType:
 
 
 def _uniform(
-    field: nn.Module,
-    inputs: tuple[Tensor | None, ...],
-    *,
-    is_velocity: bool,
+    field: nn.Module, inputs: tuple[Tensor | None, ...], *, is_velocity: bool
 ) -> tuple[Tensor | None, ...]:
     """The inputs, made as alike in all evaluations of a solve as can be: each kind is compiled.
 

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cnf._moments import column_moments
+from cnf._shapes import Context, Times
 from cnf._warnings import warn
 
 
@@ -31,9 +32,7 @@ class ContextScaling(nn.Module):
         self.log_std: Tensor
         self.is_initialized: Tensor
 
-    def forward(
-        self, context: Float[Tensor, "*c_batch context_features"]
-    ) -> Float[Tensor, "*c_batch context_features"]:
+    def forward(self, context: Context) -> Context:
         """The context as the layers see it."""
         return (context - self.mean) * (-self.log_std).exp()
 
@@ -44,9 +43,7 @@ class ContextScaling(nn.Module):
 
     @torch.no_grad()
     def initialize(
-        self,
-        context: Float[Tensor, "*c_batch context_features"] | None,
-        weight: Float[Tensor, " rows"] | None = None,
+        self, context: Context | None, weight: Float[Tensor, " rows"] | None = None
     ) -> None:
         """Set mean and standard deviation from these rows, once; `weight` is of each row.
 
@@ -66,7 +63,7 @@ class ContextScaling(nn.Module):
             warn(
                 f"context is constant over the training rows in column {constant}: the density "
                 "cannot be learnt to depend on it, and other values have no meaning there. "
-                "Drop the column.",
+                "Drop the column."
             )
         self.set(mean, std.where(std > 0, 1.0))
 
@@ -92,9 +89,7 @@ class ContextScaling(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def scaled_context(
-    module: nn.Module, context: Float[Tensor, "*c_batch context_features"] | None
-) -> Float[Tensor, "*c_batch context_features"] | None:
+def scaled_context(module: nn.Module, context: Context | None) -> Context | None:
     """The context as the layers of a module see it: by its `context_scaling`, if it holds one.
 
     A module without context holds none, nor does one that was pickled before there were scalings.
@@ -108,17 +103,13 @@ def context_scalings(module: nn.Module) -> list[ContextScaling]:
     return [part for part in module.modules() if isinstance(part, ContextScaling)]
 
 
-def time_and_context(
-    t: Float[Tensor, "*t_batch"], context: Float[Tensor, "*c_batch context_features"] | None
-) -> Float[Tensor, "*batch inputs"]:
+def time_and_context(t: Times, context: Context | None) -> Float[Tensor, "*batch inputs"]:
     """Time and context side by side."""
     return _beside(t.unsqueeze(-1), context)
 
 
 def waves_and_context(
-    t: Float[Tensor, "*t_batch"],
-    context: Float[Tensor, "*c_batch context_features"] | None,
-    waves: int,
+    t: Times, context: Context | None, waves: int
 ) -> Float[Tensor, "*batch inputs"] | None:
     """``sin(pi k t)`` and ``cos(pi k t)`` for k = 1 … `waves`, and the context, side by side.
 

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cnf._checks import check_count, check_image_shape
+from cnf._shapes import Context, Rows, Times
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.affine_map import AffineMap
 from cnf.vector_fields.conditioning import ContextScaling, scaled_context
@@ -92,12 +93,7 @@ class ConvField(LayeredField):
         """True."""
         return True
 
-    def stages(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None,
-    ) -> list[Stage]:
+    def stages(self, t: Times, x: Rows, context: Context | None) -> list[Stage]:
         """The convolutions with their activations, between two changes of shape."""
         batch = x.shape[:-1]
         context = scaled_context(self, context)

@@ -12,9 +12,9 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
+from cnf._shapes import Context, Times
 from cnf.vector_fields.affine_map import AffineMap
 from cnf.vector_fields.conditioning import time_and_context
 
@@ -51,11 +51,7 @@ class TimeLinear(nn.Module, ABC):
         """Make the parts beside `linear`."""
 
     @abstractmethod
-    def forward(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        context: Float[Tensor, "*c_batch context_features"] | None,
-    ) -> AffineMap:
+    def forward(self, t: Times, context: Context | None) -> AffineMap:
         """The affine map at this time and context."""
 
     def reset_parameters(self) -> None:
@@ -102,11 +98,7 @@ class IgnoreLinear(TimeLinear):
         if self.context_features:
             self.shift = self._linear(self.context_features, bias=False)
 
-    def forward(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        context: Float[Tensor, "*c_batch context_features"] | None,
-    ) -> AffineMap:
+    def forward(self, t: Times, context: Context | None) -> AffineMap:
         """The affine map at this context."""
         bias = self.linear.bias
         return AffineMap(
@@ -121,11 +113,7 @@ class ConcatLinear(TimeLinear):
         """Make the columns of W for t and c."""
         self.shift = self._linear(1 + self.context_features, bias=False)
 
-    def forward(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        context: Float[Tensor, "*c_batch context_features"] | None,
-    ) -> AffineMap:
+    def forward(self, t: Times, context: Context | None) -> AffineMap:
         """The affine map at this time and context."""
         shift = self.shift(time_and_context(t, context))
         return AffineMap(self.linear.weight, None, self.linear.bias + shift)
@@ -140,11 +128,7 @@ class SquashLinear(TimeLinear):
         if self.context_features and not self.gate_context:
             self.shift = self._linear(self.context_features, bias=False)
 
-    def forward(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        context: Float[Tensor, "*c_batch context_features"] | None,
-    ) -> AffineMap:
+    def forward(self, t: Times, context: Context | None) -> AffineMap:
         """The affine map at this time and context."""
         shifted = context is not None and not self.gate_context
         shift = self.shift(context) if shifted else torch.zeros_like(self.linear.bias)
@@ -162,11 +146,7 @@ class ConcatSquashLinear(TimeLinear):
         self.gate = self._linear(self._gate_inputs, bias=True)
         self.shift = self._linear(1 + self.context_features, bias=False)
 
-    def forward(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        context: Float[Tensor, "*c_batch context_features"] | None,
-    ) -> AffineMap:
+    def forward(self, t: Times, context: Context | None) -> AffineMap:
         """The affine map at this time and context."""
         return self._gated(t, context, self.gate, self.shift(time_and_context(t, context)))
 
@@ -180,11 +160,7 @@ class BlendLinear(TimeLinear):
         if self.context_features:
             self.shift = self._linear(self.context_features, bias=False)
 
-    def forward(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        context: Float[Tensor, "*c_batch context_features"] | None,
-    ) -> AffineMap:
+    def forward(self, t: Times, context: Context | None) -> AffineMap:
         """The affine map at this time and context."""
         weight = torch.lerp(self.linear.weight, self.end.weight, t[..., None, None])
         bias = torch.lerp(self.linear.bias, self.end.bias, t[..., None])
@@ -218,11 +194,7 @@ class HyperLinear(TimeLinear):
         if self.context_features:
             self.shift = self._linear(self.context_features, bias=False)
 
-    def forward(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        context: Float[Tensor, "*c_batch context_features"] | None,
-    ) -> AffineMap:
+    def forward(self, t: Times, context: Context | None) -> AffineMap:
         """The affine map at this time and context."""
         columns = self.linear.in_features + 1
         change = self.change(self.hidden(t.unsqueeze(-1)).tanh()).unflatten(-1, (-1, columns))
@@ -271,11 +243,7 @@ class FiLMLinear(TimeLinear):
             nn.Linear(self._WIDTH, outputs),
         )
 
-    def forward(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        context: Float[Tensor, "*c_batch context_features"] | None,
-    ) -> AffineMap:
+    def forward(self, t: Times, context: Context | None) -> AffineMap:
         """The affine map at this time and context."""
         modulation = self.network(time_and_context(t, context))
         if not self.gate_context:

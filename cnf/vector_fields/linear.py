@@ -1,9 +1,9 @@
 """The linear vector field, whose flow is known in closed form."""
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
+from cnf._shapes import Context, Rows, Values
 from cnf.vector_fields.base import VectorField
 from cnf.vector_fields.conditioning import ContextScaling, scaled_context
 
@@ -55,13 +55,8 @@ class LinearField(VectorField):
         return velocity, self.weight.trace().expand(velocity.shape[:-1])
 
     def solution(
-        self,
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-        *,
-        start: float,
-        end: float,
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+        self, x: Rows, context: Context | None = None, *, start: float, end: float
+    ) -> tuple[Rows, Values]:
         r"""Where the flow takes `x` from `start` to `end`, and the ladj: both exact.
 
         With h = end - start, the state is :math:`e^{hA} x + \int_0^h e^{sA} ds \, (b + C c)` and

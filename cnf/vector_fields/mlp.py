@@ -4,9 +4,9 @@ import itertools
 from collections.abc import Sequence
 from typing import cast
 
-from jaxtyping import Float
 from torch import Tensor, nn
 
+from cnf._shapes import Context, Rows, Times
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.conditioning import ContextScaling, scaled_context, waves_and_context
 from cnf.vector_fields.jacobian.perceptron import Perceptron
@@ -117,12 +117,7 @@ class MLPField(LayeredField):
             layers[0].reset_to_waves(self.frequency)
         layers[-1].reset_to_zero()
 
-    def stages(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None,
-    ) -> list[Stage]:
+    def stages(self, t: Times, x: Rows, context: Context | None) -> list[Stage]:
         """The hidden layers with their activations, and the output layer."""
         del x
         return self._network(t, context).stages

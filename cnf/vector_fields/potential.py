@@ -3,10 +3,10 @@
 from typing import cast
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from cnf._checks import check_count
+from cnf._shapes import Context, Rows, Times, Values
 from cnf.vector_fields.activations import ACTIVATIONS, ANTIDERIVATIVES
 from cnf.vector_fields.affine_map import AffineMap
 from cnf.vector_fields.base import VectorField
@@ -104,23 +104,13 @@ class PotentialField(VectorField):
         value = self._activation.value(units.value(x))
         return -_pulled_back(units, w, value) - self._linear(x, u, g)
 
-    def potential(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-    ) -> Float[Tensor, "*batch"]:
+    def potential(self, t: Times, x: Rows, context: Context | None = None) -> Values:
         """The potential Φ at `x`."""
         units, (w, u, g) = self._parts(t, context)
         waves = (w * self._antiderivative(units.value(x))).sum(-1)
         return waves + ((0.5 * g * self._curvature(x) + u) * x).sum(-1)
 
-    def potential_rate(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None = None,
-    ) -> Float[Tensor, "*batch"]:
+    def potential_rate(self, t: Times, x: Rows, context: Context | None = None) -> Values:
         """∂Φ/∂t at `x`."""
         return derivative_along(
             lambda t: self.potential(t, x, context), (t,), (torch.ones_like(t),)

@@ -4,10 +4,10 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from cnf._checks import check_count
+from cnf._shapes import Context, Rows, Times
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.conditioning import ContextScaling, scaled_context, waves_and_context
 from cnf.vector_fields.layers import LAYERS, TimeLinear
@@ -17,14 +17,7 @@ from cnf.vector_fields.settings import (
     check_layer,
     check_time_features,
 )
-from cnf.vector_fields.staged import (
-    Activated,
-    LayeredField,
-    Stage,
-    Tangent,
-    applied,
-    linearised,
-)
+from cnf.vector_fields.staged import Activated, LayeredField, Stage, Tangent, applied, linearised
 
 
 class ResidualField(LayeredField):
@@ -106,12 +99,7 @@ class ResidualField(LayeredField):
             layers[0].reset_to_waves(self.frequency)
         layers[-1].reset_to_zero()
 
-    def stages(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None,
-    ) -> list[Stage]:
+    def stages(self, t: Times, x: Rows, context: Context | None) -> list[Stage]:
         """The input layer, the blocks and the output layer."""
         del x
         conditions = waves_and_context(t, scaled_context(self, context), self.time_features)

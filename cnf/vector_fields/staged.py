@@ -4,9 +4,9 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
-from jaxtyping import Float
 from torch import Tensor
 
+from cnf._shapes import Context, Rows, Times
 from cnf.vector_fields.activations import Activation
 from cnf.vector_fields.base import VectorField
 
@@ -50,12 +50,7 @@ class LayeredField(VectorField):
     """
 
     @abstractmethod
-    def stages(
-        self,
-        t: Float[Tensor, "*t_batch"],
-        x: Float[Tensor, "*batch features"],
-        context: Float[Tensor, "*c_batch context_features"] | None,
-    ) -> Sequence[Stage]:
+    def stages(self, t: Times, x: Rows, context: Context | None) -> Sequence[Stage]:
         """The stages at this time and context, from x (given for its shape) to the velocity."""
 
     @property

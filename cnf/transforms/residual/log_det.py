@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Generator, Tensor
 
 from cnf._checks import check_count, check_number, is_hidden
-from cnf._shapes import Rows, Values
+from cnf._shapes import Probes, Rows, Values
 from cnf.bases import Likelihood
 from cnf.divergence import Hutchinson
 from cnf.transforms.residual.spectral_layers import Map
@@ -211,10 +210,7 @@ def _checked_terms(name: str, value: int, *, least: int) -> int:
 
 
 def power_series(
-    contraction: Map,
-    x: Rows,
-    probes: Float[Tensor, "probes *batch features"],
-    weights: Sequence[float],
+    contraction: Map, x: Rows, probes: Probes, weights: Sequence[float]
 ) -> tuple[Rows, Values]:
     r"""g(x), and the first terms of the power series of log det(I + J) at `x`, each weighted.
 

@@ -69,11 +69,7 @@ class ResidualFlow(Transform):
     """
 
     def __init__(
-        self,
-        network: ContractiveNetwork,
-        *,
-        log_det: LogDet | None = None,
-        tolerance: float = 1e-6,
+        self, network: ContractiveNetwork, *, log_det: LogDet | None = None, tolerance: float = 1e-6
     ) -> None:
         check_type("network", network, ContractiveNetwork, "use LipschitzMLP(features)")
         if log_det is not None:
@@ -157,7 +153,7 @@ def _warn_of_infinite_variance(log_det: LogDet, coefficient: float) -> None:
             f"the log-determinant has infinite variance where the network comes near to its "
             f"coefficient, {coefficient}: give a RussianRoulette with a probability less than "
             f"{1 - coefficient**2:.3g}, in place of {log_det.probability}, or a network with a "
-            f"coefficient less than {(1 - log_det.probability) ** 0.5:.3g}.",
+            f"coefficient less than {(1 - log_det.probability) ** 0.5:.3g}."
         )
 
 

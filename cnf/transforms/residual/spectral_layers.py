@@ -10,6 +10,8 @@ from jaxtyping import Float, Inexact
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cnf._shapes import Values
+
 Map = Callable[[Tensor], Tensor]
 """A map of rows, such as ``(*batch, features)``."""
 
@@ -125,7 +127,7 @@ class BoundedConvolution(BoundedLayer):
         return images.reshape(*x.shape[:-3], *images.shape[1:]) + bias[..., None, None]
 
 
-def spectral_norm(matrix: Inexact[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batch"]:
+def spectral_norm(matrix: Inexact[Tensor, "*batch rows columns"]) -> Values:
     """The largest singular value: exact and differentiable, unlike that of a power iteration."""
     norm: Tensor = torch.linalg.matrix_norm(matrix, 2)
     return norm

@@ -8,10 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from cnf._shapes import Rows
 
-def standard_basis(
-    x: Float[Tensor, "*batch features"],
-) -> Float[Tensor, "features *batch features"]:
+
+def standard_basis(x: Rows) -> Float[Tensor, "features *batch features"]:
     """The unit vectors as probes: one for each feature, the same for each row."""
     features = x.shape[-1]
     basis = torch.eye(features, dtype=x.dtype, device=x.device)

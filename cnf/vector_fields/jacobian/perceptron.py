@@ -26,9 +26,9 @@ tangents are carried if n > 3:
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxtyping import Float
 from torch import Tensor
 
+from cnf._shapes import Rows, Values
 from cnf.vector_fields.activations import Activation
 from cnf.vector_fields.affine_map import AffineMap
 from cnf.vector_fields.jacobian.autograd import standard_basis
@@ -51,9 +51,7 @@ class Perceptron(NamedTuple):
         *hidden, output = self.maps
         return [*map(Activated, hidden, self.activations), output]
 
-    def velocity_and_divergence(
-        self, x: Float[Tensor, "*batch features"]
-    ) -> tuple[Float[Tensor, "*batch features"], Float[Tensor, "*batch"]]:
+    def velocity_and_divergence(self, x: Rows) -> tuple[Rows, Values]:
         """The value, and the trace of the Jacobian.
 
         Where rows differ in a weight, or in the gate of the output layer, this is the sum over the
@@ -71,7 +69,7 @@ class Perceptron(NamedTuple):
         return output.value(x), jacobian_trace([affine.weight for affine in self.maps], slopes)
 
 
-def jacobian_trace(weights: Sequence[Tensor], slopes: Sequence[Tensor]) -> Float[Tensor, "*batch"]:
+def jacobian_trace(weights: Sequence[Tensor], slopes: Sequence[Tensor]) -> Values:
     """The trace of the Jacobian of a perceptron at each row.
 
     Args:
