@@ -516,6 +516,20 @@ def _shape(value: object) -> object:
     return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
 
 
+def check_widths(name: str, widths: Sequence[int], *, least: int = 1) -> tuple[int, ...]:
+    """Refuse what is not one width for each of at least so many layers.
+
+    Raises:
+        TypeError: If `widths` is no sequence, or one of them no int.
+        ValueError: If there are too few, or one of them is less than 1.
+    """
+    if not isinstance(widths, Sequence):
+        raise TypeError(f"{name} must be widths such as (128, 128); got {widths!r}.")
+    if len(widths) < least:
+        raise ValueError(f"{name} must name at least one hidden layer; got ().")
+    return tuple(check_count(f"each of {name}", width) for width in widths)
+
+
 def refuse_overrides(cls: type, parent: type, hooks: Mapping[str, str]) -> None:
     """Refuse a class that overrides a final method of its parent.
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor, nn
 
-from cnf._checks import check_count
+from cnf._checks import check_count, check_widths
 from cnf.transforms.base import Transform, WithLadj
 from cnf.vector_fields.conditioning import ContextScaling, scaled_context
 
@@ -59,7 +59,7 @@ class Augment(Transform):
         self.augment = check_count("augment", augment)
         self.hidden_features: tuple[int, ...] | None = None
         if hidden_features is not None:
-            self.hidden_features = _check_widths(hidden_features)
+            self.hidden_features = check_widths("hidden_features", hidden_features, least=0)
             self.network = self._network(self.hidden_features)
             if self.context_features:
                 self.context_scaling = ContextScaling(self.context_features)
@@ -116,12 +116,6 @@ class Augment(Transform):
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         return nn.Sequential(*layers, last)
-
-
-def _check_widths(hidden_features: Sequence[int]) -> tuple[int, ...]:
-    if not isinstance(hidden_features, Sequence):
-        raise TypeError(f"hidden_features must be widths or None; got {hidden_features!r}.")
-    return tuple(check_count("each of hidden_features", width) for width in hidden_features)
 
 
 def _log_normal(noise: Tensor, log_std: Tensor) -> Tensor:

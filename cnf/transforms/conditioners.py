@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cnf._checks import check_count, check_image_shape
+from cnf._checks import check_count, check_image_shape, check_widths
 from cnf._shapes import Context, Rows
 from cnf.vector_fields.conditioning import ContextScaling, scaled_context
 
@@ -54,7 +54,7 @@ class MLPConditioner(Conditioner):
         self.features = check_count("features", features)
         self.outputs = check_count("outputs", outputs)
         self.context_features = check_count("context_features", context_features, least=0)
-        self.hidden_features = _check_widths("hidden_features", hidden_features)
+        self.hidden_features = check_widths("hidden_features", hidden_features, least=0)
         widths = (self.features + self.context_features, *self.hidden_features)
         layers: list[nn.Module] = []
         for inputs, width in itertools.pairwise(widths):
@@ -112,7 +112,7 @@ class ConvConditioner(Conditioner):
         self.features = math.prod(self.shape)
         self.outputs = check_count("outputs", outputs)
         self.context_features = check_count("context_features", context_features, least=0)
-        self.hidden_channels = _check_widths("hidden_channels", hidden_channels)
+        self.hidden_channels = check_widths("hidden_channels", hidden_channels, least=0)
         widths = (self.shape[0], *self.hidden_channels, self.outputs)
         last = len(widths) - 2
         sizes = [3 if i in (0, last) else 1 for i in range(last + 1)]
@@ -146,9 +146,3 @@ class ConvConditioner(Conditioner):
 def _reset_to_zero(layer: nn.Linear | nn.Conv2d) -> None:
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
-
-
-def _check_widths(name: str, widths: Sequence[int]) -> tuple[int, ...]:
-    if not isinstance(widths, Sequence):
-        raise TypeError(f"{name} must be widths such as (64, 64); got {widths!r}.")
-    return tuple(check_count(f"each of {name}", width) for width in widths)

@@ -27,7 +27,7 @@ class AffineMap(NamedTuple):
 
     def value(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """The map of `x`."""
-        if self.is_shared and self.bias.ndim == 1:
+        if self.gate is None and self.weight.ndim == 2 and self.bias.ndim == 1:
             return nn.functional.linear(x, self.weight, self.bias)
         return self._scaled(self._product(x, self.offset)) + self.bias
 

@@ -104,7 +104,8 @@ class VectorField(nn.Module, ABC):
         self, t: Times, x: Rows, context: Context | None = None
     ) -> tuple[Rows, Values]:
         """Velocity and its exact divergence."""
-        self._count_evaluation(t, x, context)
+        if self._forward_pre_hooks:
+            self._count_evaluation(t, x, context)
         if self._compilation is not None:
             return self._compilation.run(self._velocity_and_divergence, t, x, context)
         return self._velocity_and_divergence(t, x, context)
@@ -119,7 +120,8 @@ class VectorField(nn.Module, ABC):
         gives :math:`J p`. Either serves: :math:`p^\top J p` is the same number, and so is the sum
         of squares over a basis (or its mean over random probes).
         """
-        self._count_evaluation(t, x, context)
+        if self._forward_pre_hooks:
+            self._count_evaluation(t, x, context)
         if self._compilation is not None:
             return self._compilation.run(self._velocity_and_products, t, x, probes, context)
         return self._velocity_and_products(t, x, probes, context)
@@ -145,7 +147,8 @@ class VectorField(nn.Module, ABC):
                 f"this {type(self).__name__} has no bottleneck; use velocity_and_products, or a "
                 f"field with a hidden layer narrower than its {self.features} features."
             )
-        self._count_evaluation(t, x, context)
+        if self._forward_pre_hooks:
+            self._count_evaluation(t, x, context)
         if self._compilation is not None:
             return self._compilation.run(
                 self._velocity_and_bottleneck_products, t, x, probes, context
@@ -254,7 +257,7 @@ class VectorField(nn.Module, ABC):
 
         Not within a compiled program: whoever calls it runs them.
         """
-        if not self._forward_pre_hooks or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return
         for key, hook in list(self._forward_pre_hooks.items()):
             if key in self._forward_pre_hooks_with_kwargs:

@@ -103,11 +103,6 @@ def context_scalings(module: nn.Module) -> list[ContextScaling]:
     return [part for part in module.modules() if isinstance(part, ContextScaling)]
 
 
-def time_and_context(t: Times, context: Context | None) -> Float[Tensor, "*batch inputs"]:
-    """Time and context side by side."""
-    return _beside(t.unsqueeze(-1), context)
-
-
 def waves_and_context(
     t: Times, context: Context | None, waves: int
 ) -> Float[Tensor, "*batch inputs"] | None:
@@ -119,10 +114,10 @@ def waves_and_context(
         return context
     k = torch.arange(1, waves + 1, dtype=t.dtype, device=t.device)
     angles = math.pi * t.unsqueeze(-1) * k
-    return _beside(torch.cat([angles.sin(), angles.cos()], -1), context)
+    return beside(torch.cat([angles.sin(), angles.cos()], -1), context)
 
 
-def _beside(first: Tensor, second: Tensor | None) -> Tensor:
+def beside(first: Tensor, second: Tensor | None) -> Tensor:
     """Both along the last axis; their batch axes broadcast."""
     if second is None:
         return first

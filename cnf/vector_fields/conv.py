@@ -8,13 +8,12 @@ from typing import NamedTuple, cast
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cnf._checks import check_count, check_image_shape
+from cnf._checks import check_choice, check_count, check_image_shape, check_widths
 from cnf._shapes import Context, Rows, Times
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.affine_map import AffineMap
 from cnf.vector_fields.conditioning import ContextScaling, scaled_context
 from cnf.vector_fields.layers import LAYERS, TimeLinear
-from cnf.vector_fields.settings import check_activation, check_layer, check_widths
 from cnf.vector_fields.staged import Activated, LayeredField, Stage, Tangent
 
 
@@ -69,8 +68,8 @@ class ConvField(LayeredField):
         super().__init__(channels * height * width, context_features)
         self.shape = (channels, height, width)
         self.hidden_channels = check_widths("hidden_channels", hidden_channels)
-        self.layer = check_layer(layer)
-        self.activation = check_activation(activation)
+        self.layer = check_choice("layer", layer, LAYERS)
+        self.activation = check_choice("activation", activation, ACTIVATIONS)
         self.kernel_size = _check_odd("kernel_size", kernel_size)
         widths = (channels, *self.hidden_channels, channels)
         self.layers = nn.ModuleList(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cnf._shapes import Context, Times
 from cnf.vector_fields.affine_map import AffineMap
-from cnf.vector_fields.conditioning import time_and_context
+from cnf.vector_fields.conditioning import beside
 
 
 class TimeLinear(nn.Module, ABC):
@@ -82,7 +82,7 @@ class TimeLinear(nn.Module, ABC):
         self, t: Tensor, context: Tensor | None, gate: nn.Module, shift: Tensor
     ) -> AffineMap:
         """``sigmoid(gate(t, c)) * (W x + b) + shift``."""
-        conditions = time_and_context(t, context if self.gate_context else None)
+        conditions = beside(t.unsqueeze(-1), context if self.gate_context else None)
         factor = gate(conditions).sigmoid()
         weight, offset = self.linear.weight, self.linear.bias
         if factor.ndim == 1:  # the same for each row: cheaper on the weight than on every row
@@ -115,7 +115,7 @@ class ConcatLinear(TimeLinear):
 
     def forward(self, t: Times, context: Context | None) -> AffineMap:
         """The affine map at this time and context."""
-        shift = self.shift(time_and_context(t, context))
+        shift = self.shift(beside(t.unsqueeze(-1), context))
         return AffineMap(self.linear.weight, None, self.linear.bias + shift)
 
 
@@ -148,7 +148,7 @@ class ConcatSquashLinear(TimeLinear):
 
     def forward(self, t: Times, context: Context | None) -> AffineMap:
         """The affine map at this time and context."""
-        return self._gated(t, context, self.gate, self.shift(time_and_context(t, context)))
+        return self._gated(t, context, self.gate, self.shift(beside(t.unsqueeze(-1), context)))
 
 
 class BlendLinear(TimeLinear):
@@ -245,7 +245,7 @@ class FiLMLinear(TimeLinear):
 
     def forward(self, t: Times, context: Context | None) -> AffineMap:
         """The affine map at this time and context."""
-        modulation = self.network(time_and_context(t, context))
+        modulation = self.network(beside(t.unsqueeze(-1), context))
         if not self.gate_context:
             return AffineMap(self.linear.weight, None, self.linear.bias + modulation)
         scale, shift = modulation.chunk(2, -1)

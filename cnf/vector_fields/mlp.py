@@ -6,18 +6,13 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from cnf._checks import check_choice, check_widths
 from cnf._shapes import Context, Rows, Times
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.conditioning import ContextScaling, scaled_context, waves_and_context
 from cnf.vector_fields.jacobian.perceptron import Perceptron
 from cnf.vector_fields.layers import LAYERS, TimeLinear
-from cnf.vector_fields.settings import (
-    check_activations,
-    check_frequency,
-    check_layer,
-    check_time_features,
-    check_widths,
-)
+from cnf.vector_fields.settings import check_activations, check_frequency, check_time_features
 from cnf.vector_fields.staged import LayeredField, Stage
 
 _CLOSED_FORM_DEPTH = 2
@@ -90,7 +85,7 @@ class MLPField(LayeredField):
     ) -> None:
         super().__init__(features, context_features)
         self.hidden_features = check_widths("hidden_features", hidden_features)
-        self.layer = check_layer(layer)
+        self.layer = check_choice("layer", layer, LAYERS)
         self.activation = check_activations(activation, len(self.hidden_features))
         self.frequency = check_frequency(frequency, features, self.activation[0])
         if time_features is None:
@@ -144,6 +139,8 @@ class MLPField(LayeredField):
 
     def _network(self, t: Tensor, context: Tensor | None) -> Perceptron:
         """The network at one time and context."""
-        conditions = waves_and_context(t, scaled_context(self, context), self.time_features)
+        if context is not None:
+            context = scaled_context(self, context)
+        conditions = waves_and_context(t, context, self.time_features)
         maps = [layer(t, conditions) for layer in self.layers]
         return Perceptron(maps, self._activations)

@@ -5,15 +5,15 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from cnf._checks import check_count
+from cnf._checks import check_choice, check_count
 from cnf._shapes import Context, Rows, Times, Values
 from cnf.vector_fields.activations import ACTIVATIONS, ANTIDERIVATIVES
 from cnf.vector_fields.affine_map import AffineMap
 from cnf.vector_fields.base import VectorField
-from cnf.vector_fields.conditioning import ContextScaling, scaled_context, time_and_context
+from cnf.vector_fields.conditioning import ContextScaling, beside, scaled_context
 from cnf.vector_fields.jacobian.autograd import derivative_along
 from cnf.vector_fields.layers import LAYERS
-from cnf.vector_fields.settings import check_frequency, check_layer, check_name
+from cnf.vector_fields.settings import check_frequency
 
 _CONDITIONER_WIDTH = 32
 
@@ -73,8 +73,8 @@ class PotentialField(VectorField):
     ) -> None:
         super().__init__(features, context_features)
         self.hidden_features = check_count("hidden_features", hidden_features)
-        self.layer = check_layer(layer)
-        self.activation = check_name("activation", activation, ANTIDERIVATIVES)
+        self.layer = check_choice("layer", layer, LAYERS)
+        self.activation = check_choice("activation", activation, ANTIDERIVATIVES)
         self.frequency = check_frequency(frequency, features, activation)
         self.units = LAYERS[layer](features, self.hidden_features, context_features)
         self.quadratic = nn.Parameter(torch.zeros(features, features))
@@ -152,7 +152,7 @@ class PotentialField(VectorField):
     ) -> tuple[AffineMap, tuple[Tensor, Tensor, Tensor]]:
         """The layer, and w, u and g, at one time and context."""
         context = scaled_context(self, context)
-        outputs = self.conditioner(time_and_context(t, context))
+        outputs = self.conditioner(beside(t.unsqueeze(-1), context))
         w, u, g = outputs.split([self.hidden_features, self.features, 1], -1)
         # The gradient of a wave grows with its frequency, and learning would start too fast.
         return self.units(t, context), (w / (self.frequency or 1.0), u, 1 + g)

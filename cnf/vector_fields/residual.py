@@ -6,17 +6,12 @@ from typing import NamedTuple, cast
 
 from torch import Tensor, nn
 
-from cnf._checks import check_count
+from cnf._checks import check_choice, check_count
 from cnf._shapes import Context, Rows, Times
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.conditioning import ContextScaling, scaled_context, waves_and_context
 from cnf.vector_fields.layers import LAYERS, TimeLinear
-from cnf.vector_fields.settings import (
-    check_activations,
-    check_frequency,
-    check_layer,
-    check_time_features,
-)
+from cnf.vector_fields.settings import check_activations, check_frequency, check_time_features
 from cnf.vector_fields.staged import Activated, LayeredField, Stage, Tangent, applied, linearised
 
 
@@ -73,7 +68,7 @@ class ResidualField(LayeredField):
         super().__init__(features, context_features)
         self.hidden_features = check_count("hidden_features", hidden_features)
         self.blocks = check_count("blocks", blocks)
-        self.layer = check_layer(layer)
+        self.layer = check_choice("layer", layer, LAYERS)
         self.activation = check_activations(activation, 2, "kinds of layer, input and block")
         self.frequency = check_frequency(frequency, features, self.activation[0])
         self.time_features = check_time_features(time_features, layer)

@@ -1,43 +1,10 @@
 """The settings that the networks of vector fields share, checked."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from cnf._checks import check_choice, check_count, check_number, is_positive
 from cnf.vector_fields.activations import ACTIVATIONS
-from cnf.vector_fields.layers import LAYERS
-
-
-def check_widths(name: str, widths: Sequence[int]) -> tuple[int, ...]:
-    """Refuse what is not one width for each of at least one hidden layer.
-
-    Raises:
-        TypeError: If `widths` is no sequence, or one of them no int.
-        ValueError: If there are none, or one of them is less than 1.
-    """
-    if not isinstance(widths, Sequence):
-        raise TypeError(f"{name} must be widths such as (128, 128); got {widths!r}.")
-    if not widths:
-        raise ValueError(f"{name} must name at least one hidden layer; got ().")
-    return tuple(check_count(f"each of {name}", width) for width in widths)
-
-
-def check_layer(layer: str) -> str:
-    """Refuse a layer without a class.
-
-    Raises:
-        ValueError: If the name is unknown.
-    """
-    return check_name("layer", layer, LAYERS)
-
-
-def check_activation(activation: str) -> str:
-    """Refuse an unknown activation.
-
-    Raises:
-        ValueError: If the name is unknown.
-    """
-    return check_name("activation", activation, ACTIVATIONS)
 
 
 def check_activations(
@@ -59,7 +26,7 @@ def check_activations(
             f"activation must be one name, or one for each of the {number} {what}; "
             f"got {len(names)} names."
         )
-    return tuple(check_activation(name) for name in names)
+    return tuple(check_choice("activation", name, ACTIVATIONS) for name in names)
 
 
 def check_frequency(frequency: float | None, features: int, activation: str) -> float | None:
@@ -94,8 +61,3 @@ def check_time_features(time_features: int, layer: str) -> int:
             f"got {count}. Choose another layer."
         )
     return count
-
-
-def check_name(argument: str, name: str, known: Mapping[str, object]) -> str:
-    """Refuse a name that is not known."""
-    return check_choice(argument, name, known)

@@ -7,7 +7,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from cnf._checks import check_count, check_number, check_shape
+from cnf._checks import check_choice, check_count, check_number, check_shape, check_widths
 from cnf._shapes import Context, Rows
 from cnf.transforms.residual.spectral_layers import (
     BoundedConvolution,
@@ -17,7 +17,6 @@ from cnf.transforms.residual.spectral_layers import (
     Map,
 )
 from cnf.vector_fields.conditioning import ContextScaling, scaled_context
-from cnf.vector_fields.settings import check_name, check_widths
 
 
 class ContractiveNetwork(nn.Module, ABC):
@@ -112,7 +111,7 @@ class LipschitzMLP(ContractiveNetwork):
     ) -> None:
         super().__init__(features, context_features, coefficient=coefficient)
         self.hidden_features = check_widths("hidden_features", hidden_features)
-        self.activation = check_name("activation", activation, _ACTIVATIONS)
+        self.activation = check_choice("activation", activation, _ACTIVATIONS)
         widths = (self.features, *self.hidden_features, self.features)
         layers = [
             BoundedLinear(inputs, outputs, self.context_features)
@@ -187,7 +186,7 @@ class LipschitzConv(ContractiveNetwork):
                 "kernel_size must be odd, and no larger than the image of "
                 f"{height} x {width}; got {kernel_size}."
             )
-        self.activation = check_name("activation", activation, _ACTIVATIONS)
+        self.activation = check_choice("activation", activation, _ACTIVATIONS)
         widths = (channels, *self.hidden_channels, channels)
         layers = [
             BoundedConvolution(inputs, outputs, self.context_features, self.kernel_size, sizes[1:])

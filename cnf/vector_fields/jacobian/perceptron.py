@@ -58,7 +58,7 @@ class Perceptron(NamedTuple):
         standard basis.
         """
         *hidden, output = self.maps
-        if not output.is_shared or any(affine.weight.ndim > 2 for affine in hidden):
+        if output.gate is not None or any(affine.weight.ndim > 2 for affine in self.maps):
             basis = standard_basis(x)
             velocity, tangents = linearised(self.stages, x)
             return velocity, (basis * applied(tangents, basis)).sum(-1).sum(0)
