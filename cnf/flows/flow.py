@@ -178,7 +178,7 @@ class Flow(nn.Module):
             )
         compilation = Compilation(backend=backend, mode=mode)
         for field in fields:
-            field._compilation = compilation
+            field.compilation = compilation
 
     @classmethod
     def _with_parts(cls: type[AnyFlow], transforms: Iterable[Transform], base: Base) -> AnyFlow:

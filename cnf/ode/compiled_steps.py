@@ -64,7 +64,6 @@ class FieldSteps:
         """Whether steps of the method run as programs here and now."""
         return (
             method in _STAGES
-            and self.field._compilation is not None
             and not self._compilation.steps_failed
             and self._compilation.is_active()
             and self.field.has_programs
@@ -108,7 +107,7 @@ class FieldSteps:
 
     @property
     def _compilation(self) -> Compilation:
-        return cast("Compilation", self.field._compilation)
+        return cast("Compilation", self.field.compilation)
 
     def _follow(self, method: str, state: State, grid: Tensor, times: set[float]) -> State:
         key = type(self.field), self.rates, method

@@ -4,13 +4,21 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cnf._checks import check_choice, check_count, check_number, is_hidden, is_positive
+from cnf._checks import (
+    check_choice,
+    check_count,
+    check_number,
+    is_exporting,
+    is_hidden,
+    is_positive,
+)
 from cnf._memory import check_fits
 from cnf.ode.checkpointing import RecordingMonitor, solve_by_steps
 from cnf.ode.compiled_steps import FieldSteps
@@ -19,6 +27,12 @@ from cnf.ode.torchdiffeq_door import evaluations_per_step, is_multistep, methods
 from cnf.vector_fields.jacobian.autograd import functions_are_transformed
 
 __all__ = ["ErrorNorm", "Gradient", "ODEError", "ODESolver", "RightHandSide", "State", "methods"]
+
+_MONITORS: dict[str, type[SolveMonitor]] = {
+    "external": SolveMonitor,
+    "checkpoint": RecordingMonitor,
+}
+"""The monitor for a kind of method, or else of gradient, where it is another than usual."""
 
 Gradient = Literal["adjoint", "backprop", "checkpoint"]
 ErrorNorm = Literal["points_and_ladj", "points"]
@@ -142,19 +156,20 @@ class ODESolver:
         self._check_precision(kind, state[0].dtype)
         if state[0].numel() == 0:
             return _nowhere(state, times, dependencies())
-        self._check_budget(kind, len(times) - 1)
-        numbers = len(times) * sum(part.numel() for part in state)
-        remedy = "Ask for fewer times, or fewer rows at once."
-        check_fits("times", f"{len(times)} of them", numbers, like=state[0], remedy=remedy)
+        if kind == "fixed" or len(times) > 2:
+            self._check_size(kind, state, times)
         unique = {id(tensor): tensor for tensor in dependencies() if tensor.requires_grad}
         parameters = tuple(unique.values())
         needs_gradient = torch.is_grad_enabled() and any(
             tensor.requires_grad for tensor in (*state, times, *parameters)
         )
         gradient = self.gradient if needs_gradient else "backprop"
-        hidden = any(map(is_hidden, (*state, times, *dependencies())))
-        self._check_transformed(kind, gradient, times, hidden=hidden)
-        monitor = _monitor_for(kind, gradient)(
+        if functions_are_transformed() or is_exporting():
+            hidden = any(map(is_hidden, (*state, times, *dependencies())))
+            self._check_transformed(kind, gradient, times, hidden=hidden)
+        else:
+            hidden = False
+        monitor = _MONITORS.get(kind, _MONITORS.get(gradient, SteppingMonitor))(
             rhs,
             dependencies,
             method=self.method,
@@ -175,8 +190,10 @@ class ODESolver:
             with torch.set_grad_enabled(needs_gradient):
                 if hidden:
                     solution = self._solve_hidden(monitor, state, times)
+                elif programs is not None and programs.is_active_for(self.method):
+                    solution = self._by_programs(monitor, state, times, arguments, programs)
                 else:
-                    solution = self._by_rule(monitor, state, times, arguments, programs)
+                    solution = solvers()[0](monitor, state, times, **arguments)
         monitor.check_end(solution, times)
         return tuple(solution)
 
@@ -210,25 +227,19 @@ class ODESolver:
     ) -> State:
         assert isinstance(monitor, RecordingMonitor)  # noqa: S101 - by `_monitor_for`, for mypy
 
-        def solve() -> State:
-            return _odeint(monitor, state, times, arguments)
-
+        solve = partial(solvers()[0], monitor, state, times, **arguments)
         step = one_step(self.method, monitor, like=state[0])
         return solve_by_steps(monitor, solve, step, state, times, parameters)
 
-    def _by_rule(
+    def _by_programs(
         self,
         monitor: SolveMonitor,
         state: State,
         times: Tensor,
         arguments: dict[str, Any],
-        programs: FieldSteps | None,
+        programs: FieldSteps,
     ) -> State:
-        def solve() -> State:
-            return _odeint(monitor, state, times, arguments)
-
-        if programs is None or not programs.is_active_for(self.method):
-            return solve()
+        solve = partial(solvers()[0], monitor, state, times, **arguments)
         grid = self._grid(times, (times[-1] - times[0]).abs().detach())
         budget = self.max_evaluations
         return programs.solve(self.method, state, grid, times, budget=budget, fallback=solve)
@@ -272,8 +283,12 @@ class ODESolver:
                 f"got {self.rtol} and {self.atol}. Loosen them, or use float64."
             )
 
-    def _check_budget(self, kind: str, spans: int) -> None:
-        """Refuse what is known to need more evaluations, before there is a grid for them."""
+    def _check_size(self, kind: str, state: State, times: Tensor) -> None:
+        """Refuse what is known to need more evaluations or memory than there is."""
+        numbers = len(times) * sum(part.numel() for part in state)
+        remedy = "Ask for fewer times, or fewer rows at once."
+        check_fits("times", f"{len(times)} of them", numbers, like=state[0], remedy=remedy)
+        spans = len(times) - 1
         if kind == "external" or (kind == "adaptive" and self.method == "dopri5"):
             return  # which need no step for a time
         steps = spans if self.steps is None else max(self.steps, spans)
@@ -287,12 +302,11 @@ class ODESolver:
 
     def _arguments(self, monitor: SolveMonitor, times: Tensor) -> dict[str, Any]:
         """What torchdiffeq takes beside the right-hand side, state and times."""
-        count = monitor.controlled
         # Dense output is as accurate as the steps with dopri5 only; checkpoint redoes steps, and
         # no more.
         everywhere = self.method != "dopri5" or self.gradient == "checkpoint"
         options = self._options(monitor, times, everywhere=everywhere)
-        options["norm"] = lambda parts: _largest_rms(parts[:count])
+        options["norm"] = partial(_largest_rms, monitor.controlled)
         return {"method": self.method, "rtol": self.rtol, "atol": self.atol, "options": options}
 
     def _options(self, monitor: SolveMonitor, times: Tensor, *, everywhere: bool) -> dict[str, Any]:
@@ -320,18 +334,6 @@ class ODESolver:
         return torch.cat(pieces)
 
 
-def _odeint(monitor: SolveMonitor, state: State, times: Tensor, arguments: dict[str, Any]) -> State:
-    odeint, _ = solvers()
-    solution: State = odeint(monitor, state, times, **arguments)
-    return solution
-
-
-def _monitor_for(kind: str, gradient: str) -> type[SolveMonitor]:
-    if kind == "external":
-        return SolveMonitor
-    return RecordingMonitor if gradient == "checkpoint" else SteppingMonitor
-
-
 def _nowhere(state: State, times: Tensor, dependencies: Sequence[Tensor]) -> State:
     """A state without rows at each time; its graph reaches what it does for other states."""
     nothing = sum(tensor.sum() for tensor in (times, *dependencies)) * 0
@@ -339,9 +341,9 @@ def _nowhere(state: State, times: Tensor, dependencies: Sequence[Tensor]) -> Sta
 
 
 @torch.no_grad()
-def _largest_rms(parts: State) -> Tensor:
+def _largest_rms(count: int | None, parts: State) -> Tensor:
     """Norm of a state as torchdiffeq takes it: the largest root mean square of its tensors.
 
     It has no graph, so that the sizes of the steps, which it decides, are constants to backprop.
     """
-    return torch.stack([part.square().mean().sqrt() for part in parts]).max()
+    return torch.stack([part.square().mean().sqrt() for part in parts[:count]]).max()

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from cnf.ode.checkpointing import Step
 from cnf.ode.monitor import RightHandSide, State
-from cnf.ode.runge_kutta import constant, moved, tableau, take_step
+from cnf.ode.runge_kutta import Tableau, constant, moved, tableau, take_step
 
 
+@functools.cache
 def methods() -> dict[str, str]:
     """The methods that the installed torchdiffeq offers: name -> "adaptive", "fixed" or "external".
 
@@ -46,7 +47,9 @@ def solvers() -> tuple[Callable[..., Any], Callable[..., Any]]:
     first, second = (_copy_of(f"{theirs}.{name}") for name in ("odeint", "adjoint"))
     kinds = methods()
     first.SOLVERS = second.SOLVERS = {
-        name: type(name, (LeanSteps, solver), {}) if kinds[name] == "adaptive" else solver
+        name: type(name, (LeanSteps, solver), {"method": tableau(solver)})
+        if kinds[name] == "adaptive"
+        else solver
         for name, solver in first.SOLVERS.items()
     }
     second.odeint = first.odeint
@@ -74,12 +77,12 @@ class LeanSteps:
     dfactor: Tensor
     order: int
     norm: Callable[[Tensor], Tensor]
+    method: Tableau
 
     def __init__(self, *, everywhere: bool, on_trial: Callable[..., None], **options: Any) -> None:
         super().__init__(**options)
         self.everywhere = everywhere
         self.on_trial = on_trial
-        self.method = tableau(type(self))
 
     def _before_integrate(self, t: Tensor) -> None:
         super()._before_integrate(t)  # type: ignore[misc]

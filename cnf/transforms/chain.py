@@ -39,6 +39,15 @@ class Chain(Transform):
         (2, 1)
     """
 
+    base_features: int = 0
+    """Number of entries of z."""
+    event_shape: torch.Size = torch.Size()
+    """Shape of a single x."""
+    support: constraints.Constraint | None = None
+    """Which vectors x may be, by the first transform that says so; None if none does."""
+    codomain: constraints.Constraint | None = None
+    """Which vectors z may be, by the last transform that says so; None if none does."""
+
     def __init__(self, transforms: Iterable[Transform], features: int | None = None) -> None:
         parts = as_list(transforms)
         _check_neighbours(parts)
@@ -54,12 +63,20 @@ class Chain(Transform):
         super().__init__(features, agreed_context_features(parts))
         for place, part in enumerate(parts):
             self.add_module(str(place), part)
+        if parts:
+            self.event_shape = parts[0].event_shape
+            self.base_features = parts[-1].base_features
+        else:
+            self.event_shape = torch.Size([self.features])
+            self.base_features = self.features
+        self.support = next((part.support for part in parts if part.support is not None), None)
+        self.codomain = _codomain(parts)
 
     def __len__(self) -> int:
         return len(self._modules)
 
     def __iter__(self) -> Iterator[Transform]:
-        return iter(self.transforms)
+        return iter(self._modules.values())  # type: ignore[arg-type]
 
     @overload
     def __getitem__(self, index: int) -> Transform: ...
@@ -80,26 +97,6 @@ class Chain(Transform):
     def transforms(self) -> list[Transform]:
         """The transforms as a list, from data to base."""
         return cast("list[Transform]", list(self._modules.values()))
-
-    @property
-    def base_features(self) -> int:
-        """Number of entries of z."""
-        return self.transforms[-1].base_features if len(self) else self.features
-
-    @property
-    def event_shape(self) -> torch.Size:
-        """Shape of a single x."""
-        return self.transforms[0].event_shape if len(self) else super().event_shape
-
-    @property
-    def support(self) -> constraints.Constraint | None:
-        """What the first says that says something; None if none does."""
-        return next((part.support for part in self if part.support is not None), None)
-
-    @property
-    def codomain(self) -> constraints.Constraint | None:
-        """Which vectors z may be, as the last says that says something; None if none does."""
-        return _codomain(self.transforms)
 
     @property
     def likelihood(self) -> Likelihood:
@@ -142,8 +139,10 @@ class Chain(Transform):
 
     def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         total = x.new_zeros(x.shape[: x.ndim - len(self.event_shape)])
-        for part in self.transforms:
-            x, ladj = part.to_base_and_ladj(x, context_for(part, context), generator=generator)
+        for part in self:
+            x, ladj = part.to_base_and_ladj(
+                x, context if part.context_features else None, generator=generator
+            )
             total = total + ladj
         _refuse_overflow("x", x, total, event_dim=1)
         return x, total
@@ -151,7 +150,9 @@ class Chain(Transform):
     def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         total = z.new_zeros(z.shape[:-1])
         for part in reversed(self.transforms):
-            z, ladj = part.to_data_and_ladj(z, context_for(part, context), generator=generator)
+            z, ladj = part.to_data_and_ladj(
+                z, context if part.context_features else None, generator=generator
+            )
             total = total + ladj
         _refuse_overflow("z", z, total, event_dim=len(self.event_shape))
         return z, total
@@ -159,8 +160,8 @@ class Chain(Transform):
     def _to_base_value(
         self, x: Tensor, context: Tensor | None, generator: Generator | None
     ) -> Tensor:
-        for part in self.transforms:
-            x = part.to_base(x, context_for(part, context), generator=generator)
+        for part in self:
+            x = part._to_base_value(x, context if part.context_features else None, generator)
         _refuse_overflow("x", x, event_dim=1)
         return x
 
@@ -168,7 +169,7 @@ class Chain(Transform):
         self, z: Tensor, context: Tensor | None, generator: Generator | None
     ) -> Tensor:
         for part in reversed(self.transforms):
-            z = part.to_data(z, context_for(part, context), generator=generator)
+            z = part._to_data_value(z, context if part.context_features else None, generator)
         _refuse_overflow("z", z, event_dim=len(self.event_shape))
         return z
 
@@ -181,9 +182,12 @@ class Chain(Transform):
     ) -> tuple[Tensor, Tensor, Tensor]:
         ladj = x.new_zeros(x.shape[: x.ndim - len(self.event_shape)])
         costs = x.new_zeros(len(regularizers), *ladj.shape)
-        for part in self.transforms:
+        for part in self:
             x, further, spent = part.to_base_with_costs(
-                x, context_for(part, context), regularizers=regularizers, generator=generator
+                x,
+                context if part.context_features else None,
+                regularizers=regularizers,
+                generator=generator,
             )
             ladj, costs = ladj + further, costs + spent
         _refuse_overflow("x", x, ladj, event_dim=1)

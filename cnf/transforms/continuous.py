@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from copy import copy
+from functools import partial
 from typing import TypeVar, cast
 
 import torch
@@ -14,7 +15,7 @@ from cnf._shapes import Context, Rows
 from cnf._warnings import warn
 from cnf.bases import Likelihood
 from cnf.divergence import Divergence, Exact, Hutchinson
-from cnf.ode import ODESolver, RightHandSide, State
+from cnf.ode import ODESolver, State
 from cnf.ode.compiled_steps import FieldSteps
 from cnf.regularizers import CostRate, needs_products
 from cnf.transforms.base import Transform, WithLadj
@@ -150,8 +151,13 @@ class ContinuousTransform(Transform):
         def rhs(t: Tensor, state: State) -> State:
             return (self.vector_field(t, state[0], context),)
 
-        programs = FieldSteps(self.vector_field, _velocity, (context,))
-        (states,) = self._solve(rhs, (x,), times, context, programs=programs)
+        programs = None
+        if self.vector_field.compilation is not None:
+            programs = FieldSteps(self.vector_field, _velocity, (context,))
+        dependencies = partial(self.vector_field.dependencies, context)
+        (states,) = self.solver.solve(
+            rhs, (x,), self.field_times(times), dependencies=dependencies, programs=programs
+        )
         return states
 
     def _to_base_with_costs(
@@ -178,7 +184,8 @@ class ContinuousTransform(Transform):
         divergence = self.divergence
         if divergence is None:
             divergence = Exact()
-            self._warn_if_unwise()
+            if self.features > _MANY_FEATURES:
+                self._warn_if_unwise()
         probes = divergence.draw_probes(x, generator=generator)
         products = any(map(needs_products, regularizers))
         forward = 1.0 if start < end else -1.0
@@ -193,33 +200,22 @@ class ContinuousTransform(Transform):
         state = (x, *(x.new_zeros(x.shape[:-1]) for _ in range(1 + len(regularizers))))
         times = torch.tensor([start, end]).to(x)
         programs = None
-        if not regularizers and isinstance(divergence, Exact | Hutchinson):
+        is_compiled = self.vector_field.compilation is not None
+        if is_compiled and not regularizers and isinstance(divergence, Exact | Hutchinson):
             inputs = (divergence, probes, context)
             programs = FieldSteps(self.vector_field, _velocity_and_divergence, inputs)
-        controlled = 2 if regularizers else None
-        solved = self._solve(rhs, state, times, context, controlled, programs)
-        return tuple(part[-1] for part in solved)
-
-    def _solve(
-        self,
-        rhs: RightHandSide,
-        state: State,
-        times: Tensor,
-        context: Tensor | None,
-        controlled: int | None = None,
-        programs: FieldSteps | None = None,
-    ) -> State:
-        return self.solver.solve(
+        solved = self.solver.solve(
             rhs,
             state,
             self.field_times(times),
-            dependencies=lambda: self.vector_field.dependencies(context),
-            controlled=controlled,
+            dependencies=partial(self.vector_field.dependencies, context),
+            controlled=2 if regularizers else None,
             programs=programs,
         )
+        return tuple(part[-1] for part in solved)
 
     def _warn_if_unwise(self) -> None:
-        if self.features > _MANY_FEATURES and not self.vector_field.has_closed_form_divergence:
+        if not self.vector_field.has_closed_form_divergence:
             warn(
                 f"the exact divergence costs {self.features} Jacobian products for each evaluation "
                 "of this vector field; choose divergence=Hutchinson() for an unbiased estimate, or "

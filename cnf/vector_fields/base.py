@@ -56,7 +56,8 @@ class VectorField(nn.Module, ABC):
         tensor([-1.])
     """
 
-    _compilation: Compilation | None = None
+    compilation: Compilation | None = None
+    """What makes and runs programs of the hooks; None until `compile`."""
     has_programs: ClassVar[bool] = False
     """Whether the hooks of divergence and products can be compiled: reverse mode cannot."""
 
@@ -95,8 +96,8 @@ class VectorField(nn.Module, ABC):
             x: Points, ``(*batch, features)``.
             context: Its batch axes broadcast to those of `x`.
         """
-        if self._compilation is not None:
-            return self._compilation.run(self._velocity, t, x, context)
+        if self.compilation is not None:
+            return self.compilation.run(self._velocity, t, x, context)
         return self._velocity(t, x, context)
 
     @final
@@ -106,8 +107,8 @@ class VectorField(nn.Module, ABC):
         """Velocity and its exact divergence."""
         if self._forward_pre_hooks:
             self._count_evaluation(t, x, context)
-        if self._compilation is not None:
-            return self._compilation.run(self._velocity_and_divergence, t, x, context)
+        if self.compilation is not None:
+            return self.compilation.run(self._velocity_and_divergence, t, x, context)
         return self._velocity_and_divergence(t, x, context)
 
     @final
@@ -122,8 +123,8 @@ class VectorField(nn.Module, ABC):
         """
         if self._forward_pre_hooks:
             self._count_evaluation(t, x, context)
-        if self._compilation is not None:
-            return self._compilation.run(self._velocity_and_products, t, x, probes, context)
+        if self.compilation is not None:
+            return self.compilation.run(self._velocity_and_products, t, x, probes, context)
         return self._velocity_and_products(t, x, probes, context)
 
     @final
@@ -149,8 +150,8 @@ class VectorField(nn.Module, ABC):
             )
         if self._forward_pre_hooks:
             self._count_evaluation(t, x, context)
-        if self._compilation is not None:
-            return self._compilation.run(
+        if self.compilation is not None:
+            return self.compilation.run(
                 self._velocity_and_bottleneck_products, t, x, probes, context
             )
         return self._velocity_and_bottleneck_products(t, x, probes, context)
@@ -235,12 +236,12 @@ class VectorField(nn.Module, ABC):
         The velocity is; the divergence and Jacobian products are where the field makes them without
         reverse mode. See `Flow.compile`.
         """
-        self._compilation = Compilation(backend=backend, mode=mode)
+        self.compilation = Compilation(backend=backend, mode=mode)
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without programs, which cannot be copied: a copy is not compiled."""
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        state.pop("_compilation", None)
+        state.pop("compilation", None)
         return state
 
     @property

@@ -93,9 +93,9 @@ def reason(error: Exception) -> str:
 def compile_alike(copy: nn.Module, original: nn.Module) -> None:
     """Let a copy of a module run the programs of its compiled fields, which no copy has itself."""
     for part, model in zip(copy.modules(), original.modules(), strict=True):
-        compilation = getattr(model, "_compilation", None)
+        compilation = getattr(model, "compilation", None)
         if isinstance(compilation, Compilation):
-            vars(part)["_compilation"] = compilation
+            vars(part)["compilation"] = compilation
 
 
 def _with_its_own_code(method: Callable[..., Any]) -> FunctionType:
