@@ -39,7 +39,7 @@ from cnf.training.fingerprint import differences
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # whole solves
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 def assert_equal(first, second):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from together import train
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.slow
 

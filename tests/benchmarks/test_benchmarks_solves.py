@@ -313,7 +313,7 @@ def test_settings_are_read_from_the_command_line(benchmark):
 @pytest.mark.slow
 def test_from_the_command_line(tmp_path):
     command = [sys.executable, "-m", "benchmarks.memory", "--quick", "--out", str(tmp_path)]
-    settings = {"cwd": Path(__file__).parents[1], "capture_output": True, "text": True}
+    settings = {"cwd": Path(__file__).parents[2], "capture_output": True, "text": True}
     run = subprocess.run(command, check=True, timeout=120, **settings)
     assert (tmp_path / "table.md").read_text() in run.stdout
     refused = subprocess.run([*command, "--rounds", "0"], check=False, timeout=120, **settings)

@@ -67,7 +67,7 @@ def test_tabular_of_a_benchmark_from_the_command_line(tmp_path):
     (tmp_path / "power").mkdir()
     np.save(tmp_path / "power" / "data.npy", rows(400, columns=8))
     command = [sys.executable, "-m", "experiments.tabular", "--quick", "--no-progress"]
-    settings = {"cwd": Path(__file__).parents[1], "capture_output": True, "text": True}
+    settings = {"cwd": Path(__file__).parents[2], "capture_output": True, "text": True}
     arguments = ["--out", str(tmp_path / "out"), "--data", str(tmp_path)]
     run = subprocess.run(
         [*command, *arguments, "--name", "power"], check=True, timeout=120, **settings

@@ -572,7 +572,7 @@ def test_control_c_ends_a_fit_without_a_trace(folder, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
     ) as process:
         try:
             assert process.stdout.readline() == "60 rows of size, mass, count, share\n"
@@ -610,7 +610,7 @@ def test_control_c_between_chunks_leaves_no_file(
 def test_a_reader_that_leaves_early_gets_no_traceback(folder):
     command = [sys.executable, "-m", "cnf.cli", "score", folder / "plain", folder / "data.csv"]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parents[1]
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parents[2]
     ) as process:
         process.stdout.close()
         said = process.stderr.read()
@@ -620,7 +620,7 @@ def test_a_reader_that_leaves_early_gets_no_traceback(folder):
 
 def test_an_error_is_one_line_and_debug_says_where(folder, tmp_path):
     command = [sys.executable, "-m", "cnf.cli", "score", folder / "plain", tmp_path / "no.csv"]
-    settings = {"capture_output": True, "text": True, "cwd": Path(__file__).parents[1]}
+    settings = {"capture_output": True, "text": True, "cwd": Path(__file__).parents[2]}
     short = subprocess.run(command, check=False, **settings)
     assert (short.returncode, short.stdout) == (1, "")
     assert short.stderr.startswith("cnf: error: there is no file")
@@ -760,7 +760,7 @@ def test_the_commands_of_the_docs_run(folder, tmp_path, monkeypatch, capsys):
     age, weight, children = random.uniform(20, 90, 60), 80 * height - 60, random.poisson(2, 60)
     table = np.column_stack([age, height, weight + random.randn(60), children])
     write_table("people.csv", table, ["age", "height", "weight", "children"])
-    text = (Path(__file__).parents[1] / "docs" / "command_line.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "command_line.md").read_text()
     blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
     commands = [shlex.split(line) for block in blocks for line in block.splitlines()]
     assert len(commands) == 10

@@ -185,7 +185,7 @@ def test_the_dtype_of_a_loaded_flow_is_the_saved_one_whatever_the_default(dtype,
 
 
 def test_a_file_of_an_old_version_gives_the_numbers_that_it_gave():
-    stored = Path(__file__).parent / "stored" / "flow_before_context_scaling.safetensors"
+    stored = Path(__file__).parents[1] / "stored" / "flow_before_context_scaling.safetensors"
     with pytest.warns(UserWarning, match="wrote no digest"):
         flow = load(stored)
     x, context = torch.tensor([[0.0, 1.0], [2.0, -1.0]]), torch.tensor([[0.5], [-2.0]])
@@ -196,7 +196,9 @@ def test_a_file_of_an_old_version_gives_the_numbers_that_it_gave():
 
 
 def test_a_file_with_settings_of_older_names_gives_the_numbers_that_it_gave():
-    flow = load(Path(__file__).parent / "stored" / "flow_with_settings_of_old_names.safetensors")
+    flow = load(
+        Path(__file__).parents[1] / "stored" / "flow_with_settings_of_old_names.safetensors"
+    )
     x, context = torch.tensor([[0.0, 1.0], [2.0, -1.0]]), torch.tensor([[0.5], [-2.0]])
     expected = torch.tensor([-2.314725399, -3.067035198])  # printed by that version, c3fd381
     found = flow.log_prob(x.float(), context.float())

@@ -105,7 +105,7 @@ def test_stability(tmp_path, capsys):
 @pytest.mark.slow
 def test_toy2d_from_the_command_line(tmp_path):
     command = [sys.executable, "-m", "experiments.toy2d", "--quick", "--data", "moons"]
-    settings = {"cwd": Path(__file__).parents[1], "capture_output": True, "text": True}
+    settings = {"cwd": Path(__file__).parents[2], "capture_output": True, "text": True}
     run = subprocess.run([*command, "--out", str(tmp_path)], check=True, timeout=120, **settings)
     assert "KL gap" in run.stdout
     assert (tmp_path / "quick" / "moons" / "figure.png").is_file()
@@ -281,7 +281,7 @@ def test_digits(tmp_path, capsys):
 @pytest.mark.slow
 def test_digits_of_a_file_from_the_command_line(tmp_path):
     command = [sys.executable, "-m", "experiments.digits", "--quick", "--no-progress"]
-    settings = {"cwd": Path(__file__).parents[1], "capture_output": True, "text": True}
+    settings = {"cwd": Path(__file__).parents[2], "capture_output": True, "text": True}
     arguments = ["--out", str(tmp_path / "out"), "--data"]
     file = str(digits_file(tmp_path))
     run = subprocess.run([*command, *arguments, file], check=True, timeout=120, **settings)

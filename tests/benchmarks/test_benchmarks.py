@@ -177,7 +177,7 @@ def test_a_bottleneck_takes_two_features():
 @pytest.mark.parametrize("name", ["divergence", "trace"])
 def test_from_the_command_line(name, tmp_path):
     command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--out", str(tmp_path)]
-    settings = {"cwd": Path(__file__).parents[1], "capture_output": True, "text": True}
+    settings = {"cwd": Path(__file__).parents[2], "capture_output": True, "text": True}
     run = subprocess.run(command, check=True, timeout=120, **settings)
     assert (tmp_path / "table.md").read_text() in run.stdout
     refused = subprocess.run([*command, "--rounds", "0"], check=False, timeout=120, **settings)
@@ -223,7 +223,7 @@ def test_a_time_is_that_of_the_first_look_which_reached_it():
 @pytest.mark.slow
 def test_quality_from_the_command_line(tmp_path):
     command = [sys.executable, "-m", "benchmarks.quality", "--quick", "--out", str(tmp_path)]
-    settings = {"cwd": Path(__file__).parents[1], "capture_output": True, "text": True}
+    settings = {"cwd": Path(__file__).parents[2], "capture_output": True, "text": True}
     run = subprocess.run([*command, "--jobs", "2"], check=True, timeout=300, **settings)
     assert (tmp_path / "table.md").read_text() in run.stdout
     assert "| ours |" in run.stdout
