@@ -22,9 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.timing import describe, machine, markdown, measure, report, training_step
-from cnf import Exact, Hutchinson, MLPField, ModuleField, PotentialField, VectorField
+from cnf import Exact, Hutchinson, MLPField, ModuleField, VectorField
 from cnf._checks import check_count
 from cnf.divergence import FieldEvaluation
+from cnf.vector_fields import PotentialField
 from cnf.vector_fields.layers import LAYERS
 
 WAYS = ("velocity", "closed form", "forward probe", "reverse probe", "basis")

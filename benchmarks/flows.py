@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from benchmarks.mixture import Mixture, train
 from benchmarks.solves import Density
-from cnf import ContinuousTransform, Flow, MLPField, ModuleField, ODESolver, VectorField
+from cnf import Flow, MLPField, ModuleField, ODESolver, VectorField
 from cnf.divergence import Divergence
+from cnf.transforms import ContinuousTransform
 
 _ROWS = 256
 

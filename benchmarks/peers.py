@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from cnf import (
     CNF,
-    ContinuousTransform,
     Exact,
     Flow,
     MaximumLikelihood,
@@ -24,7 +23,8 @@ from cnf import (
     VectorField,
     fit,
 )
-from cnf.training.callbacks import StepReport
+from cnf.training.history import StepReport
+from cnf.transforms import ContinuousTransform
 
 OURS = "ours"
 """Name of the way that the claim is about."""

@@ -24,14 +24,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cnf import (
-    ContinuousTransform,
     Exact,
     Flow,
     MaximumLikelihood,
     MLPField,
     ODEError,
     ODESolver,
-    PotentialField,
     Standardize,
     TrainingConfig,
     TrainingError,
@@ -41,6 +39,8 @@ from cnf import (
 from cnf._files import write_atomically
 from cnf.data.toy import TOY_NAMES, toy_density
 from cnf.regularizers import hjb_residual, jacobian_frobenius, kinetic_energy
+from cnf.transforms import ContinuousTransform
+from cnf.vector_fields import PotentialField
 from experiments import ablation_report
 
 _REGULARIZERS = {part.name: part for part in (kinetic_energy, jacobian_frobenius, hjb_residual)}

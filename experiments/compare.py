@@ -30,12 +30,12 @@ import tyro
 from torch import Tensor
 
 from benchmarks.timing import describe, machine, one_thread
-from cnf import CNF, Flow, ResidualFlow, TrainingConfig, baselines, fit, recipe
+from cnf import CNF, Flow, TrainingConfig, baselines, fit, recipe
 from cnf._checks import check_count
 from cnf._files import write_atomically
 from cnf.data.toy import TOY_NAMES
 from cnf.training import TrainingError
-from cnf.transforms import ExactLogDet
+from cnf.transforms import ExactLogDet, ResidualFlow
 from experiments.compare_report import Result, draw, tables
 from experiments.compare_tasks import Task, digits_task, table_task, toy_tasks
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cnf import Dequantize, Flatten, Flow, Logit, Standardize
+from cnf import Flow, Standardize
 from cnf.data.toy import toy_density
 from cnf.metrics import bits_per_dim
-from cnf.transforms import Transform
+from cnf.transforms import Dequantize, Flatten, Logit, Transform
 from experiments.digits_data import LEVELS, SIDE, read_scikit_learn
 from experiments.tabular_data import read
 

@@ -25,18 +25,11 @@ import tyro
 from torch import Tensor
 
 from cnf import (
-    ContinuousTransform,
-    ConvField,
-    Dequantize,
     Exact,
-    FactorOut,
-    Flatten,
     Flow,
     History,
     Hutchinson,
-    Logit,
     MaximumLikelihood,
-    Squeeze,
     Standardize,
     TrainingConfig,
     count_evaluations,
@@ -49,7 +42,16 @@ from cnf.metrics import bits_per_dim
 from cnf.plots import figure_grid, plot_training, save_figure
 from cnf.plots.figures import GREY, TEXT_SIZE, TITLE_SIZE
 from cnf.regularizers import jacobian_frobenius, kinetic_energy
-from cnf.transforms import Transform
+from cnf.transforms import (
+    ContinuousTransform,
+    Dequantize,
+    FactorOut,
+    Flatten,
+    Logit,
+    Squeeze,
+    Transform,
+)
+from cnf.vector_fields import ConvField
 from experiments.digits_data import LEVELS, SIDE, Digits, read, read_scikit_learn
 
 PIXELS = SIDE * SIDE

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 import tyro
 
-from cnf import CNF, FlowMatching, OptimalTransport, TrainingConfig, fit, recipe
+from cnf import CNF, FlowMatching, TrainingConfig, fit, recipe
 from cnf._checks import check_count
 from cnf._files import write_atomically
 from cnf.data.toy import TOY_NAMES, toy_density
+from cnf.objectives import OptimalTransport
 
 Phases = tuple[TrainingConfig, ...]
 MATCHING_STEPS_OF_A_LIKELIHOOD_STEP = 50

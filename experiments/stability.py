@@ -21,10 +21,11 @@ import torch
 import tyro
 from torch import Tensor
 
-from cnf import CNF, AffineCoupling, Flow, ODESolver, Standardize, TrainingConfig, fit, recipe
+from cnf import CNF, Flow, ODESolver, Standardize, TrainingConfig, fit, recipe
 from cnf._checks import check_count
 from cnf._files import write_atomically
 from cnf.data.toy import TOY_NAMES, toy_density
+from cnf.transforms import AffineCoupling
 
 BOUND = 10.0
 """Of the logarithm of a coupling's scale: two of them exceed the digits of float32."""

@@ -14,12 +14,9 @@ from zoo import UserNetwork, conv, mlp, perturbed, potential, residual, rows_for
 
 from cnf import (
     CNF,
-    ActNorm,
-    ContinuousTransform,
     Flow,
     FlowMatching,
     Hutchinson,
-    LinearField,
     MaximumLikelihood,
     ModuleField,
     ODEError,
@@ -31,6 +28,8 @@ from cnf import (
 )
 from cnf.regularizers import jacobian_frobenius, kinetic_energy
 from cnf.training.ema import Average
+from cnf.transforms import ActNorm, ContinuousTransform
+from cnf.vector_fields import LinearField
 
 # torch's own, of which the first is hidden, but not from those who make errors of warnings.
 pytestmark = [

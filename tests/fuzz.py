@@ -72,7 +72,14 @@ def small(**settings: Any) -> cnf.CNF:
 def targets(folder: Path) -> dict[str, Target]:
     """Everything that is called."""
     flow, given = small(), small(context_features=3)
-    image = cnf.Flow([cnf.Flatten((1, 2, 2)), cnf.Dequantize(4, 3), cnf.Logit(4), cnf.Affine(4)])
+    image = cnf.Flow(
+        [
+            cnf.transforms.Flatten((1, 2, 2)),
+            cnf.transforms.Dequantize(4, 3),
+            cnf.transforms.Logit(4),
+            cnf.transforms.Affine(4),
+        ]
+    )
     field = cnf.MLPField(2, hidden_features=(4,))
     neural = cnf.NeuralODE(cnf.MLPField(3, hidden_features=(4,)), augment=1)
     config = TrainingConfig(steps=1, progress=False)
@@ -108,7 +115,7 @@ def targets(folder: Path) -> dict[str, Target]:
                 augment=0,
             ),
         ),
-        "Flow": (cnf.Flow, settings(transforms=[cnf.Affine(2)], base=None)),
+        "Flow": (cnf.Flow, settings(transforms=[cnf.transforms.Affine(2)], base=None)),
         "ODESolver": (
             cnf.ODESolver,
             settings(
@@ -123,7 +130,7 @@ def targets(folder: Path) -> dict[str, Target]:
         ),
         "ODESolver fixed": (cnf.ODESolver, settings(method="rk4", steps=3, gradient="adjoint")),
         "ContinuousTransform": (
-            cnf.ContinuousTransform,
+            cnf.transforms.ContinuousTransform,
             settings(
                 vector_field=field,
                 divergence=None,
@@ -146,18 +153,18 @@ def targets(folder: Path) -> dict[str, Target]:
             ),
         ),
         "ResidualField": (
-            cnf.ResidualField,
+            cnf.vector_fields.ResidualField,
             settings(features=2, context_features=1, hidden_features=4, blocks=1),
         ),
         "PotentialField": (
-            cnf.PotentialField,
+            cnf.vector_fields.PotentialField,
             settings(features=2, context_features=1, hidden_features=4, activation="tanh"),
         ),
         "ConvField": (
-            cnf.ConvField,
+            cnf.vector_fields.ConvField,
             settings(shape=(1, 2, 2), context_features=0, hidden_channels=(2,), kernel_size=3),
         ),
-        "LinearField": (cnf.LinearField, settings(features=2, context_features=1)),
+        "LinearField": (cnf.vector_fields.LinearField, settings(features=2, context_features=1)),
         "ModuleField": (
             cnf.ModuleField,
             settings(network=nn.Identity(), features=2, context_features=0),
@@ -165,76 +172,82 @@ def targets(folder: Path) -> dict[str, Target]:
         "NeuralODE": (cnf.NeuralODE, settings(vector_field=field, augment=1, solver=None)),
         "Hutchinson": (cnf.Hutchinson, settings(noise="gaussian", probes=2, bottleneck=False)),
         "StandardNormal": (StandardNormal, settings(features=2)),
-        "Affine": (cnf.Affine, settings(features=2)),
+        "Affine": (cnf.transforms.Affine, settings(features=2)),
         "Standardize": (cnf.Standardize, settings(features=2)),
         "Standardize.from_data": (
             cnf.Standardize.from_data,
             lambda: {"x": rows(5, 2), "weight": torch.ones(5)},
         ),
-        "ActNorm": (cnf.ActNorm, settings(shape=(2, 1, 1))),
-        "ConditionalAffine": (cnf.ConditionalAffine, settings(shape=2, context_features=1)),
+        "ActNorm": (cnf.transforms.ActNorm, settings(shape=(2, 1, 1))),
+        "ConditionalAffine": (
+            cnf.transforms.ConditionalAffine,
+            settings(shape=2, context_features=1),
+        ),
         "AffineCoupling": (
-            cnf.AffineCoupling,
+            cnf.transforms.AffineCoupling,
             settings(shape=3, context_features=1, conditioner=None, mask="first", bound=2.0),
         ),
         "AdditiveCoupling": (
-            cnf.AdditiveCoupling,
+            cnf.transforms.AdditiveCoupling,
             settings(shape=3, context_features=1, conditioner=None, mask="last"),
         ),
         "Augment": (
-            cnf.Augment,
+            cnf.transforms.Augment,
             settings(features=2, augment=1, context_features=0, hidden_features=(4,)),
         ),
-        "Conv1x1": (cnf.Conv1x1, settings(shape=(2, 1, 1), lu=True)),
-        "Dequantize": (cnf.Dequantize, settings(features=2, levels=4)),
-        "EmergingConv": (cnf.EmergingConv, settings(shape=(1, 3, 3), kernel_size=3)),
-        "PeriodicConv": (cnf.PeriodicConv, settings(shape=(1, 3, 3), kernel_size=3)),
+        "Conv1x1": (cnf.transforms.Conv1x1, settings(shape=(2, 1, 1), lu=True)),
+        "Dequantize": (cnf.transforms.Dequantize, settings(features=2, levels=4)),
+        "EmergingConv": (cnf.transforms.EmergingConv, settings(shape=(1, 3, 3), kernel_size=3)),
+        "PeriodicConv": (cnf.transforms.PeriodicConv, settings(shape=(1, 3, 3), kernel_size=3)),
         "WoodburyConv": (
-            cnf.WoodburyConv,
+            cnf.transforms.WoodburyConv,
             settings(shape=(1, 3, 3), rank_channels=1, rank_space=1),
         ),
         "ExactLipschitz": (
-            cnf.ExactLipschitz,
+            cnf.transforms.ExactLipschitz,
             settings(features=2, context_features=0, units=2, hidden_features=(4,), lipschitz=0.5),
         ),
-        "FactorOut": (cnf.FactorOut, settings(transforms=[cnf.Affine(1)], features=2)),
-        "Flatten": (cnf.Flatten, settings(shape=(1, 2, 2))),
-        "Squeeze": (cnf.Squeeze, settings(shape=(1, 2, 2))),
-        "Permute": (cnf.Permute, settings(order=[1, 0])),
-        "Logit": (cnf.Logit, settings(features=2, alpha=0.1)),
+        "FactorOut": (
+            cnf.transforms.FactorOut,
+            settings(transforms=[cnf.transforms.Affine(1)], features=2),
+        ),
+        "Flatten": (cnf.transforms.Flatten, settings(shape=(1, 2, 2))),
+        "Squeeze": (cnf.transforms.Squeeze, settings(shape=(1, 2, 2))),
+        "Permute": (cnf.transforms.Permute, settings(order=[1, 0])),
+        "Logit": (cnf.transforms.Logit, settings(features=2, alpha=0.1)),
         "LipschitzMLP": (
-            cnf.LipschitzMLP,
+            cnf.transforms.LipschitzMLP,
             settings(features=2, context_features=0, hidden_features=(4,), coefficient=0.5),
         ),
         "LipschitzAttention": (
-            cnf.LipschitzAttention,
+            cnf.transforms.LipschitzAttention,
             settings(tokens=2, width=2, coefficient=0.5),
         ),
         "ResidualFlow": (
-            cnf.ResidualFlow,
-            settings(network=cnf.LipschitzMLP(2, hidden_features=(4,)), tolerance=1e-4),
+            cnf.transforms.ResidualFlow,
+            settings(network=cnf.transforms.LipschitzMLP(2, hidden_features=(4,)), tolerance=1e-4),
         ),
         "RussianRoulette": (
-            cnf.RussianRoulette,
+            cnf.transforms.RussianRoulette,
             settings(exact_terms=2, probability=0.5, probes=1),
         ),
-        "TruncatedSeries": (cnf.TruncatedSeries, settings(terms=2, probes=1)),
+        "TruncatedSeries": (cnf.transforms.TruncatedSeries, settings(terms=2, probes=1)),
         "MLPConditioner": (
-            cnf.MLPConditioner,
+            cnf.transforms.MLPConditioner,
             settings(features=2, outputs=2, context_features=0, hidden_features=(4,)),
         ),
         "ConvConditioner": (
-            cnf.ConvConditioner,
+            cnf.transforms.ConvConditioner,
             settings(shape=(1, 2, 2), outputs=2, context_features=0, hidden_channels=(2,)),
         ),
-        "Planar": (cnf.Planar, settings(features=2)),
-        "Radial": (cnf.Radial, settings(features=2)),
+        "Planar": (cnf.transforms.Planar, settings(features=2)),
+        "Radial": (cnf.transforms.Radial, settings(features=2)),
         "Unconstrain": (
-            cnf.Unconstrain,
+            cnf.transforms.Unconstrain,
             settings(columns=["real", "positive", ("interval", 0, 1)]),
         ),
         "glow": (
-            cnf.glow,
+            cnf.baselines.glow,
             settings(shape=(1, 4, 4), context_features=0, levels=1, steps=1, hidden_channels=(2,)),
         ),
         "FlowMatching": (
@@ -251,8 +264,8 @@ def targets(folder: Path) -> dict[str, Target]:
             cnf.ReverseKL,
             settings(flow=flow, log_density=lambda x: -x.square().sum(-1), draws=3, solver=None),
         ),
-        "SmoothedPath": (cnf.SmoothedPath, settings(sigma=0.1)),
-        "OptimalTransport": (cnf.OptimalTransport, settings(context_weight=1.0)),
+        "SmoothedPath": (cnf.objectives.SmoothedPath, settings(sigma=0.1)),
+        "OptimalTransport": (cnf.objectives.OptimalTransport, settings(context_weight=1.0)),
         "TrainingConfig": (
             TrainingConfig,
             settings(
@@ -342,7 +355,7 @@ def targets(folder: Path) -> dict[str, Target]:
         ),
         "distribution.expand": (given(rows(4, 3)).expand, settings(batch_shape=(2, 4))),
         "log_prob_in_chunks": (
-            cnf.log_prob_in_chunks,
+            cnf.flows.log_prob_in_chunks,
             lambda: {
                 "flow": given,
                 "x": rows(4, 2),
@@ -352,7 +365,7 @@ def targets(folder: Path) -> dict[str, Target]:
             },
         ),
         "sample_in_chunks": (
-            cnf.sample_in_chunks,
+            cnf.flows.sample_in_chunks,
             lambda: {"flow": given, "count": 3, "context": rows(3, 3), "chunk_size": 2},
         ),
         "matching": (cnf.FlowMatching(given), with_context(weight=torch.ones(4))),
@@ -380,7 +393,7 @@ def targets(folder: Path) -> dict[str, Target]:
             lambda: {"flow": given, "x": rows(4, 2), "context": rows(4, 3), "generator": None},
         ),
         "check_gradients": (
-            cnf.check_gradients,
+            cnf.diagnostics.check_gradients,
             lambda: {"flow": given, "x": rows(4, 2), "context": rows(4, 3), "tolerance": 1.0},
         ),
         "save": (cnf.save, settings(flow=flow, path=folder / "other.safetensors")),
@@ -412,7 +425,7 @@ def targets(folder: Path) -> dict[str, Target]:
             lambda: {"x": rows(9, 2), "extent": (-1.0, 1.0, -1.0, 1.0)},
         ),
         "transforms_for": (
-            cnf.transforms_for,
+            cnf.transforms.transforms_for,
             lambda: {"x": rows(9, 2), "support": ["real", "real"]},
         ),
     }
@@ -473,7 +486,7 @@ VALUES: list[Callable[[], Any]] = [
     lambda: Path("/nowhere/at/all"),
     lambda: torch.float32,
     lambda: torch.device("meta"),
-    lambda: cnf.Affine(3),
+    lambda: cnf.transforms.Affine(3),
     cnf.ODESolver,
     cnf.Exact,
 ]

@@ -48,7 +48,7 @@ def says_nothing_of_its_argument(x):
         (raises_from_the_depths, "unclear"),
         (says_nothing_of_its_argument, "unclear"),
         (lambda x: time.sleep(5), "hang"),
-        (cnf.Affine, "error"),
+        (cnf.transforms.Affine, "error"),
         (lambda x: x, "result"),
     ],
 )

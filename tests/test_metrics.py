@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from cnf import Dequantize, Flow
+from cnf import Flow
 from cnf.bases import StandardNormal
 from cnf.metrics import bits_per_dim, effective_sample_size, gaussian_log_prob, log_mean_exp
+from cnf.transforms import Dequantize
 
 
 def test_a_fair_choice_among_k_levels_is_log2_k_bits():

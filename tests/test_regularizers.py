@@ -10,15 +10,12 @@ from zoo import FIELDS, POTENTIAL_FIELDS, PRECISE, cnf, mlp, perturbed, rows_for
 
 from cnf import (
     CNF,
-    ContinuousTransform,
     Exact,
     Flow,
     Hutchinson,
-    LinearField,
     MaximumLikelihood,
     ModuleField,
     ODESolver,
-    PotentialField,
     Standardize,
     count_evaluations,
 )
@@ -29,6 +26,8 @@ from cnf.regularizers import (
     kinetic_energy,
     total_derivative,
 )
+from cnf.transforms import ContinuousTransform
+from cnf.vector_fields import LinearField, PotentialField
 
 BOTH = [kinetic_energy, jacobian_frobenius]
 ALL = [*BOTH, directional_derivative, total_derivative]

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from cnf import Flow, ModuleField, ODEError, ODESolver, log_prob_in_chunks
+from cnf import Flow, ModuleField, ODEError, ODESolver
+from cnf.flows import log_prob_in_chunks
 from cnf.ode import methods
 from cnf.transforms import Augment, ContinuousTransform, Unconstrain
 

@@ -9,26 +9,22 @@ from zoo import cnf, lipschitz_mlp, rows_for
 
 from cnf import (
     CNF,
-    ContinuousTransform,
-    ExactLipschitz,
     FlowMatching,
     Hutchinson,
-    LinearField,
-    Logit,
     MaximumLikelihood,
     MLPField,
     ODESolver,
-    ResidualFlow,
-    RussianRoulette,
-    SmoothedPath,
     TrainingConfig,
     certify,
     load,
     save,
 )
 from cnf.data.toy import toy_density
+from cnf.objectives import SmoothedPath
 from cnf.regularizers import kinetic_energy
 from cnf.tables.fit import DensitySettings
+from cnf.transforms import ContinuousTransform, ExactLipschitz, Logit, ResidualFlow, RussianRoulette
+from cnf.vector_fields import LinearField
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")
 

@@ -11,22 +11,10 @@ from training_runs import CHEAP, affine_flow, config
 from zoo import UserNetwork, cnf, lipschitz_mlp
 
 import cnf as package
-from cnf import (
-    CNF,
-    Checkpoints,
-    ContinuousTransform,
-    Flow,
-    MaximumLikelihood,
-    ModuleField,
-    ODESolver,
-    ResidualFlow,
-    RussianRoulette,
-    fit,
-    load,
-    save,
-)
+from cnf import CNF, Checkpoints, Flow, MaximumLikelihood, ModuleField, ODESolver, fit, load, save
 from cnf.data.table_files import read_table
 from cnf.tables.estimator import CNFDensity
+from cnf.transforms import ContinuousTransform, ResidualFlow, RussianRoulette
 
 EULER = ODESolver(method="euler", steps=1)
 

@@ -2,8 +2,10 @@
 
 import torch
 
-from cnf import CNF, Affine, ContinuousTransform, Flow, LinearField, ODESolver
+from cnf import CNF, Flow, ODESolver
 from cnf.training import TrainingConfig
+from cnf.transforms import Affine, ContinuousTransform
+from cnf.vector_fields import LinearField
 
 CHEAP = ODESolver(method="rk4", steps=2, gradient="backprop")
 

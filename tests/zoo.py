@@ -12,56 +12,46 @@ from torch import Tensor, nn
 from torch.distributions import AffineTransform, ComposeTransform, ExpTransform, Gamma, Independent
 from torch.distributions.constraints import Constraint
 
-from cnf import (
-    CNF,
+from cnf import CNF, Flow, MLPField, ModuleField, NeuralODE, ODESolver, Standardize, VectorField
+from cnf.adapters import FromNflows, FromNormflows, FromTorch, FromZuko, NormflowsBase, TorchBase
+from cnf.baselines import build, glow
+from cnf.bases import Base, StandardNormal
+from cnf.transforms import (
     ActNorm,
     AdditiveCoupling,
     Affine,
     AffineCoupling,
     Augment,
+    Chain,
     ConditionalAffine,
     ContinuousTransform,
     ContractiveNetwork,
     Conv1x1,
     ConvConditioner,
-    ConvField,
     Dequantize,
     EmergingConv,
     ExactLipschitz,
     ExactLogDet,
     FactorOut,
     Flatten,
-    Flow,
-    LinearField,
     LipschitzAttention,
     LipschitzConv,
     LipschitzMLP,
     Logit,
     MLPConditioner,
-    MLPField,
-    ModuleField,
-    NeuralODE,
-    ODESolver,
     PeriodicConv,
     Permute,
     Planar,
-    PotentialField,
     Radial,
-    ResidualField,
     ResidualFlow,
     RussianRoulette,
     Squeeze,
-    Standardize,
+    Transform,
     TruncatedSeries,
     Unconstrain,
-    VectorField,
     WoodburyConv,
-    glow,
 )
-from cnf.adapters import FromNflows, FromNormflows, FromTorch, FromZuko, NormflowsBase, TorchBase
-from cnf.baselines import build
-from cnf.bases import Base, StandardNormal
-from cnf.transforms import Chain, Transform
+from cnf.vector_fields import ConvField, LinearField, PotentialField, ResidualField
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.layers import LAYERS
 

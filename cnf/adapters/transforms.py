@@ -159,7 +159,7 @@ class FromNflows(WrappedTransform):
             if is_a(part, "nflows", "SqueezeTransform") and factor % 2:
                 raise ValueError(
                     f"SqueezeTransform of nflows inverts no odd factor; got {factor}. "
-                    "Use cnf.Squeeze."
+                    "Use cnf.transforms.Squeeze."
                 )
         self.transform = transform
         self.embedding = embedding

@@ -56,7 +56,8 @@ def glow(
         Kingma & Dhariwal (2018), Glow. https://arxiv.org/abs/1807.03039
 
     Example:
-        >>> from cnf import Dequantize, Flow, Logit
+        >>> from cnf import Flow
+        >>> from cnf.transforms import Dequantize, Logit
         >>> flatten, *others = glow((3, 8, 8), levels=2, steps=2, hidden_channels=(8, 8))
         >>> flow = Flow([flatten, Dequantize(192, levels=256), Logit(192), *others])
         >>> flow.sample(5).shape

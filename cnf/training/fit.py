@@ -9,12 +9,11 @@ import torch
 from cnf._checks import check_flag, check_number, check_trainable, check_type, reference_tensor
 from cnf.flows.flow import Flow
 from cnf.objectives import Objective
-from cnf.training.callbacks import Callback
 from cnf.training.checkpoint import Checkpoints
 from cnf.training.config import TrainingConfig
 from cnf.training.data import Data, TrainingData, as_rows, held_out_of
 from cnf.training.distributed import Processes
-from cnf.training.history import History
+from cnf.training.history import Callback, History
 from cnf.training.initialization import (
     check_sample,
     initialize,

@@ -18,14 +18,12 @@ from cnf.flows.flow import Flow
 from cnf.objectives import Objective
 from cnf.objectives.reverse_kl import TargetError
 from cnf.ode import ODEError
-from cnf.training.callbacks import Callback, StepReport
-from cnf.training.checkpoint import Checkpoints, check_form
+from cnf.training.checkpoint import Checkpoints, RunFolder, check_form
 from cnf.training.config import TrainingConfig
 from cnf.training.data import TrainingData
 from cnf.training.distributed import OtherProcessError, Processes
 from cnf.training.fingerprint import fingerprint
-from cnf.training.folder import RunFolder
-from cnf.training.history import WHOLE, History
+from cnf.training.history import WHOLE, Callback, History, StepReport
 from cnf.training.phase import Phase, check_finite, restore, snapshot
 from cnf.training.phases import Plan
 from cnf.training.validation import negative_log_likelihood

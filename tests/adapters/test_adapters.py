@@ -355,7 +355,7 @@ def test_a_torch_distribution_on_part_of_the_line_is_a_base():
         (
             lambda: FromNflows(nflows.transforms.SqueezeTransform(3), (1, 3, 3)),
             ValueError,
-            r"inverts no odd factor; got 3. Use cnf.Squeeze",
+            r"inverts no odd factor; got 3. Use cnf.transforms.Squeeze",
         ),
         (
             lambda: from_nflows(

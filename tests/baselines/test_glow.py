@@ -8,8 +8,18 @@ from torch.nn.functional import one_hot
 from training_runs import config
 from zoo import perturbed, rows_for
 
-from cnf import ActNorm, ConditionalAffine, Conv1x1, FactorOut, Flow, Logit, fit, glow
-from cnf.transforms import AdditiveCoupling, AffineCoupling, Chain
+from cnf import Flow, fit
+from cnf.baselines import glow
+from cnf.transforms import (
+    ActNorm,
+    AdditiveCoupling,
+    AffineCoupling,
+    Chain,
+    ConditionalAffine,
+    Conv1x1,
+    FactorOut,
+    Logit,
+)
 from cnf.transforms.chain import context_for
 
 

@@ -23,7 +23,8 @@ from benchmarks import (
     step,
     timing,
 )
-from cnf import Exact, Hutchinson, LinearField, ODESolver
+from cnf import Exact, Hutchinson, ODESolver
+from cnf.vector_fields import LinearField
 
 
 @pytest.fixture(autouse=True)

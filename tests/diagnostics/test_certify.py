@@ -12,23 +12,19 @@ from zoo import BOUNDS, EXACT_FLOWS, cnf, perturbed, rows_for
 
 from cnf import (
     CNF,
-    Affine,
-    AffineCoupling,
-    ContinuousTransform,
     Exact,
     Flow,
     Hutchinson,
-    LinearField,
     ModuleField,
     ODESolver,
-    ResidualFlow,
     Standardize,
     certify,
     count_evaluations,
 )
 from cnf.adapters.transforms import FromNflows
-from cnf.transforms import Transform
+from cnf.transforms import Affine, AffineCoupling, ContinuousTransform, ResidualFlow, Transform
 from cnf.transforms.residual.contractions import ContractiveNetwork
+from cnf.vector_fields import LinearField
 
 NAMES = [
     "hutchinson",

@@ -6,17 +6,9 @@ import pytest
 import torch
 from zoo import FLOWS, cnf, perturbed, rows_for
 
-from cnf import (
-    Affine,
-    ContinuousTransform,
-    Flow,
-    GradientReport,
-    Hutchinson,
-    ModuleField,
-    ODESolver,
-    check_gradients,
-    count_evaluations,
-)
+from cnf import Flow, Hutchinson, ModuleField, ODESolver, count_evaluations
+from cnf.diagnostics import GradientReport, check_gradients
+from cnf.transforms import Affine, ContinuousTransform
 
 WITH_ODE = {
     name: make

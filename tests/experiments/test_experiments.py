@@ -14,9 +14,11 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from cnf import ContinuousTransform, History, LinearField, load
+from cnf import History, load
 from cnf.data.toy import TOY_NAMES, toy_density
 from cnf.metrics import bits_per_dim
+from cnf.transforms import ContinuousTransform
+from cnf.vector_fields import LinearField
 from experiments import (
     ablation,
     ablation_report,

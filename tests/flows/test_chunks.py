@@ -8,17 +8,11 @@ import pytest
 import torch
 from zoo import BOUNDS, EXACT_FLOWS, cnf, perturbed, rows_for, seeded
 
-from cnf import (
-    AffineCoupling,
-    Flow,
-    MLPConditioner,
-    ODESolver,
-    Permute,
-    log_prob_in_chunks,
-    sample_in_chunks,
-)
+from cnf import Flow, ODESolver
 from cnf._memory import LiveBytes
+from cnf.flows import log_prob_in_chunks, sample_in_chunks
 from cnf.flows.chunks import in_chunks
+from cnf.transforms import AffineCoupling, MLPConditioner, Permute
 
 GRID = ODESolver(method="rk4", steps=3)
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 from zoo import ESTIMATES, EVERY_FLOW, FIELDS, TRANSFORMS, UserNetwork, perturbed, rows_for, seeded
 
-from cnf import ContinuousTransform, Flow, LinearField, ModuleField, ODESolver, load, save
+from cnf import Flow, ModuleField, ODESolver, load, save
+from cnf.transforms import ContinuousTransform
+from cnf.vector_fields import LinearField
 from cnf.vector_fields.conditioning import ContextScaling, context_scalings
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")

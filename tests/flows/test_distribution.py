@@ -12,8 +12,10 @@ from torch.distributions import (
 from torch.distributions.transforms import Transform
 from zoo import BOUNDS, EVERY_FLOW, EXACT_FLOWS, cnf, perturbed, rows_for, seeded
 
-from cnf import CNF, Affine, ContinuousTransform, Flow, LinearField, ODESolver, count_evaluations
+from cnf import CNF, Flow, ODESolver, count_evaluations
 from cnf.baselines import NamedMixture
+from cnf.transforms import Affine, ContinuousTransform
+from cnf.vector_fields import LinearField
 
 every_flow = pytest.mark.parametrize("make", EVERY_FLOW.values(), ids=EVERY_FLOW)
 

@@ -10,19 +10,16 @@ from zoo import ESTIMATES, EVERY_FLOW, TRANSFORMS, lipschitz, perturbed, rows_fo
 
 from cnf import (
     CNF,
-    Affine,
-    ExactLipschitz,
     Flow,
     FlowMatching,
     MaximumLikelihood,
     ODEError,
     ODESolver,
-    Planar,
-    Radial,
     TrainingConfig,
     TrainingError,
     fit,
 )
+from cnf.transforms import Affine, ExactLipschitz, Planar, Radial
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")
 

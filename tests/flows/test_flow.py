@@ -14,20 +14,10 @@ from laws import (
 from torch.distributions import MultivariateNormal
 from zoo import EVERY_FLOW, EXACT_FLOWS, FLOWS, PRECISE, cnf, mlp, perturbed, rows_for, seeded
 
-from cnf import (
-    CNF,
-    Affine,
-    ContinuousTransform,
-    Exact,
-    FactorOut,
-    Flatten,
-    Flow,
-    Hutchinson,
-    LinearField,
-    ODESolver,
-    Standardize,
-)
+from cnf import CNF, Exact, Flow, Hutchinson, ODESolver, Standardize
 from cnf.bases import Base, StandardNormal
+from cnf.transforms import Affine, ContinuousTransform, FactorOut, Flatten
+from cnf.vector_fields import LinearField
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # whole solves
 

@@ -9,19 +9,10 @@ from torch import func, nn
 from torch.autograd import forward_ad
 from zoo import BIJECTIONS, ESTIMATES, SURJECTIONS, UserNetwork, cnf, mlp, perturbed, rows_for
 
-from cnf import (
-    Affine,
-    ContinuousTransform,
-    Flow,
-    Hutchinson,
-    LinearField,
-    ModuleField,
-    ODEError,
-    ODESolver,
-    Standardize,
-    Unconstrain,
-)
+from cnf import Flow, Hutchinson, ModuleField, ODEError, ODESolver, Standardize
+from cnf.transforms import Affine, ContinuousTransform, Unconstrain
 from cnf.transforms.continuous import map_continuous
+from cnf.vector_fields import LinearField
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # which cannot read hidden numbers
 

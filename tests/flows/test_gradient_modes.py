@@ -21,8 +21,6 @@ from zoo import (
 )
 
 from cnf import (
-    ActNorm,
-    ContinuousTransform,
     Exact,
     Flow,
     FlowMatching,
@@ -31,15 +29,15 @@ from cnf import (
     MLPField,
     ModuleField,
     ODESolver,
-    OptimalTransport,
     Standardize,
     certify,
-    check_gradients,
     fit,
-    log_prob_in_chunks,
 )
 from cnf.data.densities import GaussianMixture
+from cnf.diagnostics import check_gradients
+from cnf.flows import log_prob_in_chunks
 from cnf.metrics import bits_per_dim, effective_sample_size, gaussian_log_prob, log_mean_exp
+from cnf.objectives import OptimalTransport
 from cnf.plots import plot_pairs, plot_samples, plot_trajectories
 from cnf.regularizers import (
     directional_derivative,
@@ -48,6 +46,7 @@ from cnf.regularizers import (
     kinetic_energy,
     total_derivative,
 )
+from cnf.transforms import ActNorm, ContinuousTransform
 from cnf.transforms.continuous import map_continuous
 from cnf.vector_fields import PotentialField
 

@@ -7,7 +7,8 @@ import torch
 from training_runs import config
 from zoo import cnf
 
-from cnf import FlowMatching, MaximumLikelihood, ODESolver, check_gradients, fit, load, save
+from cnf import FlowMatching, MaximumLikelihood, ODESolver, fit, load, save
+from cnf.diagnostics import check_gradients
 
 GRID = ODESolver(method="rk4", steps=2)
 

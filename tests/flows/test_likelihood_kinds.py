@@ -4,18 +4,8 @@ import pytest
 import torch
 from zoo import cnf, lipschitz_mlp, perturbed, residual_flow, seeded
 
-from cnf import (
-    Affine,
-    Augment,
-    FactorOut,
-    Flow,
-    Hutchinson,
-    ReverseKL,
-    RussianRoulette,
-    TruncatedSeries,
-    certify,
-)
-from cnf.transforms import Chain
+from cnf import Flow, Hutchinson, ReverseKL, certify
+from cnf.transforms import Affine, Augment, Chain, FactorOut, RussianRoulette, TruncatedSeries
 
 
 def biased(features=2):

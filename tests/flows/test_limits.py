@@ -3,23 +3,13 @@
 import pytest
 import torch
 
-from cnf import (
-    CNF,
-    ContinuousTransform,
-    Flow,
-    Hutchinson,
-    LinearField,
-    NeuralODE,
-    ODEError,
-    ODESolver,
-    ReverseKL,
-    count_evaluations,
-    sample_in_chunks,
-)
+from cnf import CNF, Flow, Hutchinson, NeuralODE, ODEError, ODESolver, ReverseKL, count_evaluations
 from cnf._memory import LiveBytes
+from cnf.flows import sample_in_chunks
 from cnf.ode import methods
 from cnf.ode.torchdiffeq_door import evaluations_per_step
-from cnf.transforms import Augment
+from cnf.transforms import Augment, ContinuousTransform
+from cnf.vector_fields import LinearField
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")
 

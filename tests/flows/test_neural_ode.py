@@ -8,7 +8,8 @@ from laws import every_parameter_matters, gradients
 from torch import nn
 from zoo import NEURAL_ODES, PRECISE, UserNetwork, mlp, perturbed, rows_for
 
-from cnf import LinearField, ModuleField, NeuralODE, ODESolver, count_evaluations
+from cnf import ModuleField, NeuralODE, ODESolver, count_evaluations
+from cnf.vector_fields import LinearField
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.layers import LAYERS
 

@@ -23,32 +23,31 @@ from zoo import (
 from cnf import (
     Checkpoints,
     Exact,
-    ExactLogDet,
     Flow,
     FlowMatching,
     History,
     Hutchinson,
-    IndependentPairing,
-    LinearPath,
     MaximumLikelihood,
     NeuralODE,
     ODEError,
     ODESolver,
-    OptimalTransport,
     ReverseKL,
-    RussianRoulette,
-    SmoothedPath,
     TrainingConfig,
     TrainingError,
-    TruncatedSeries,
-    VariancePreservingPath,
     certify,
-    check_gradients,
 )
 from cnf.adapters import TorchBase, to_nflows_transform, to_normflows_flow, to_zuko
 from cnf.data.toy import Checkerboard, Pinwheel, TwoSpirals
+from cnf.diagnostics import check_gradients
+from cnf.objectives import (
+    IndependentPairing,
+    LinearPath,
+    OptimalTransport,
+    SmoothedPath,
+    VariancePreservingPath,
+)
 from cnf.regularizers import hjb_residual, kinetic_energy
-from cnf.transforms import Transform
+from cnf.transforms import ExactLogDet, RussianRoulette, Transform, TruncatedSeries
 from cnf.transforms.continuous import map_continuous
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # for speed

@@ -4,7 +4,9 @@ import pytest
 import torch
 from zoo import EVERY_FLOW, FLOWS, PRECISE, cnf, perturbed, rows_for, seeded
 
-from cnf import Affine, ContinuousTransform, Flow, LinearField, Standardize
+from cnf import Flow, Standardize
+from cnf.transforms import Affine, ContinuousTransform
+from cnf.vector_fields import LinearField
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # whole solves
 

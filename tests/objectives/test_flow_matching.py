@@ -12,27 +12,20 @@ from zoo import EVERY_FLOW, cnf, mlp, perturbed, rows_for, seeded
 
 from cnf import (
     CNF,
-    Affine,
-    Augment,
-    ContinuousTransform,
-    Dequantize,
-    FactorOut,
     Flow,
     FlowMatching,
-    LinearField,
-    LinearPath,
     MLPField,
     ModuleField,
     ODESolver,
-    OptimalTransport,
-    SmoothedPath,
     Standardize,
     TrainingConfig,
-    VariancePreservingPath,
     count_evaluations,
     fit,
 )
 from cnf.bases import StandardNormal
+from cnf.objectives import LinearPath, OptimalTransport, SmoothedPath, VariancePreservingPath
+from cnf.transforms import Affine, Augment, ContinuousTransform, Dequantize, FactorOut
+from cnf.vector_fields import LinearField
 
 
 def can_be_matched(flow):

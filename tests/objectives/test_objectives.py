@@ -18,20 +18,11 @@ from zoo import (
     seeded,
 )
 
-from cnf import (
-    CNF,
-    Affine,
-    ContinuousTransform,
-    Exact,
-    Flow,
-    Hutchinson,
-    LinearField,
-    ModuleField,
-    ODESolver,
-    count_evaluations,
-)
+from cnf import CNF, Exact, Flow, Hutchinson, ModuleField, ODESolver, count_evaluations
 from cnf.objectives import FlowMatching, MaximumLikelihood, Objective, ReverseKL, weighted_mean
 from cnf.regularizers import kinetic_energy
+from cnf.transforms import Affine, ContinuousTransform
+from cnf.vector_fields import LinearField
 
 BACKPROP = ODESolver(rtol=1e-9, atol=1e-9, gradient="backprop")
 DEEP = {"hidden_features": (8, 8, 8), "activation": "tanh"}

@@ -12,13 +12,9 @@ from zoo import EXACT_FLOWS, cnf, perturbed, rows_for, seeded
 
 from cnf import (
     CNF,
-    Affine,
-    ContinuousTransform,
     Exact,
     Flow,
     Hutchinson,
-    LinearField,
-    Logit,
     ODESolver,
     ReverseKL,
     TrainingConfig,
@@ -27,6 +23,8 @@ from cnf import (
 )
 from cnf.metrics import effective_sample_size, log_mean_exp
 from cnf.training import TrainingError
+from cnf.transforms import Affine, ContinuousTransform, Logit
+from cnf.vector_fields import LinearField
 
 MEAN = torch.tensor([0.5, -1.0], dtype=torch.float64)
 SCALE = torch.tensor([[1.2, 0.0], [0.4, 0.7]], dtype=torch.float64)

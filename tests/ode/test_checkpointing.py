@@ -4,8 +4,9 @@ import pytest
 import torch
 from zoo import UserNetwork, mlp, perturbed
 
-from cnf import CNF, ContinuousTransform, ModuleField, ODESolver
+from cnf import CNF, ModuleField, ODESolver
 from cnf.ode.torchdiffeq_door import is_multistep, methods
+from cnf.transforms import ContinuousTransform
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # whole solves
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from zoo import UserNetwork, cnf, perturbed
 
-from cnf import CNF, ContinuousTransform, Flow, ModuleField, ODESolver, count_evaluations
+from cnf import CNF, Flow, ModuleField, ODESolver, count_evaluations
 from cnf._memory import LiveBytes
+from cnf.transforms import ContinuousTransform
 
 EVERY = pytest.mark.parametrize("name", ["closed form", "forward mode", "reverse mode"])
 ROWS, FEW, MANY = 200, 5, 50

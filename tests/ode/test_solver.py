@@ -11,8 +11,10 @@ import torch
 from torchdiffeq import odeint  # noqa: TID251 - the registry is compared with the library itself
 from zoo import UserNetwork, mlp, perturbed
 
-from cnf import ContinuousTransform, LinearField, ModuleField, ODEError, ODESolver
+from cnf import ModuleField, ODEError, ODESolver
 from cnf.ode import methods
+from cnf.transforms import ContinuousTransform
+from cnf.vector_fields import LinearField
 
 KINDS = methods()
 ADAPTIVE = [name for name, kind in KINDS.items() if kind == "adaptive"]

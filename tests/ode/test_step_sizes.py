@@ -6,8 +6,10 @@ import pytest
 import torch
 from zoo import cnf, perturbed
 
-from cnf import CNF, ContinuousTransform, LinearField, ODESolver, count_evaluations
+from cnf import CNF, ODESolver, count_evaluations
 from cnf.ode import methods
+from cnf.transforms import ContinuousTransform
+from cnf.vector_fields import LinearField
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # whole solves
 

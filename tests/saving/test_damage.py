@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch.utils.data import StackDataset, TensorDataset
 from zoo import EVERY_FLOW, UserNetwork, cnf
 
-from cnf import CNF, Affine, Checkpoints, Flow, History, ODESolver, fit, load, save
+from cnf import CNF, Checkpoints, Flow, History, ODESolver, fit, load, save
 from cnf._building import Building
 from cnf._files import BLANK_DIGEST, seal
 from cnf.baselines import build
@@ -25,6 +25,7 @@ from cnf.saving.description import describe, rebuild
 from cnf.tables.model import Columns, TableModel
 from cnf.training import TrainingConfig
 from cnf.training.checkpoint import checkpoints_in, read_newest_checkpoint, write_checkpoint
+from cnf.transforms import Affine
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")
 

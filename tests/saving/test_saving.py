@@ -24,14 +24,11 @@ from zoo import EVERY_FLOW, perturbed, rows_for
 
 from cnf import (
     CNF,
-    Affine,
     Checkpoints,
-    ContinuousTransform,
     Exact,
     Flow,
     History,
     Hutchinson,
-    LinearField,
     MLPField,
     ModuleField,
     ODESolver,
@@ -49,7 +46,8 @@ from cnf.saving.description import describe, own_classes, rebuild
 from cnf.saving.flow_files import FORMAT_VERSION
 from cnf.tables.model import Columns, TableModel
 from cnf.training import TrainingConfig, fit
-from cnf.transforms import Transform
+from cnf.transforms import Affine, ContinuousTransform, Transform
+from cnf.vector_fields import LinearField
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.layers import LAYERS
 

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from cnf import Affine, Flow, ODESolver, Standardize, load, save, transforms_for
+from cnf import Flow, ODESolver, Standardize, load, save
 from cnf.tables.fit import (
     GRID_STEPS,
     DensitySettings,
@@ -17,6 +17,7 @@ from cnf.tables.fit import (
     log_prob,
     sample,
 )
+from cnf.transforms import Affine, transforms_for
 
 pytestmark = pytest.mark.slow
 

@@ -18,24 +18,13 @@ import torch
 from torch import nn
 from training_runs import affine_flow, assert_same, config, weights, without_seconds
 
-from cnf import (
-    Affine,
-    Checkpoints,
-    ContinuousTransform,
-    Flow,
-    FlowMatching,
-    History,
-    MLPField,
-    OptimalTransport,
-    VariancePreservingPath,
-    fit,
-    load,
-    save,
-)
+from cnf import Checkpoints, Flow, FlowMatching, History, MLPField, fit, load, save
+from cnf.objectives import OptimalTransport, VariancePreservingPath
 from cnf.regularizers import kinetic_energy
 from cnf.training import TrainingError
 from cnf.training.checkpoint import checkpoints_in, write_checkpoint
 from cnf.training.fingerprint import differences
+from cnf.transforms import Affine, ContinuousTransform
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # whole solves
 
@@ -477,7 +466,7 @@ def test_the_flow_in_the_folder_is_never_older_than_the_newest_checkpoint(tmp_pa
 
     calls = []
     with monkeypatch.context() as patched:
-        patched.setattr("cnf.training.folder.save", die_in_the_last)
+        patched.setattr("cnf.training.checkpoint.save", die_in_the_last)
         with pytest.raises(KeyboardInterrupt):
             short(tmp_path, every=4)
     for _ in range(2):
@@ -521,7 +510,7 @@ def test_a_run_cut_off_after_it_was_told_to_stop_does_not_go_on(tmp_path, monkey
         callbacks=[lambda report: report.step == 4],
     )
     with monkeypatch.context() as patched:
-        patched.setattr("cnf.training.folder.write_checkpoint", write_and_die)
+        patched.setattr("cnf.training.checkpoint.write_checkpoint", write_and_die)
         with pytest.raises(KeyboardInterrupt):
             run(affine_flow())
     monkeypatch.setattr(killable.MaximumLikelihood, "forward", None)  # that none may call

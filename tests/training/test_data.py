@@ -20,10 +20,11 @@ from torch.utils.data import (
 )
 from training_runs import CHEAP, affine_flow, assert_same, config, weights
 
-from cnf import CNF, Affine, Flow, Logit, Standardize, fit
+from cnf import CNF, Flow, Standardize, fit
 from cnf.data import NpyRows
 from cnf.objectives import MaximumLikelihood
 from cnf.training.data import as_rows
+from cnf.transforms import Affine, Logit
 
 KINDS_OF_NUMBERS = (np.float32, np.float64, np.array, torch.tensor)
 

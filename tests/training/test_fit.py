@@ -29,17 +29,9 @@ from zoo import UserNetwork, perturbed
 
 from cnf import (
     CNF,
-    Affine,
-    Augment,
-    ContinuousTransform,
-    Dequantize,
     Exact,
-    FactorOut,
-    Flatten,
     Flow,
     Hutchinson,
-    LinearField,
-    Logit,
     ModuleField,
     ODEError,
     ODESolver,
@@ -52,6 +44,16 @@ from cnf.training.data import as_rows
 from cnf.training.distributed import Processes
 from cnf.training.initialization import sample_of, warn_if_far_from_standard
 from cnf.training.validation import negative_log_likelihood
+from cnf.transforms import (
+    Affine,
+    Augment,
+    ContinuousTransform,
+    Dequantize,
+    FactorOut,
+    Flatten,
+    Logit,
+)
+from cnf.vector_fields import LinearField
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # whole solves
 

@@ -14,20 +14,11 @@ from zoo import cnf, mlp, potential, residual, rows_for, seeded
 
 from cnf import (
     CNF,
-    Affine,
-    AffineCoupling,
-    Augment,
     Checkpoints,
-    ConditionalAffine,
-    ContinuousTransform,
-    ExactLipschitz,
     Flow,
     FlowMatching,
-    LipschitzMLP,
-    Logit,
     MaximumLikelihood,
     ODESolver,
-    ResidualFlow,
     ReverseKL,
     Standardize,
     fit,
@@ -38,6 +29,17 @@ from cnf import (
 from cnf._moments import column_moments
 from cnf.data.degeneracy import DegenerateDataWarning, check_columns
 from cnf.training.data import as_rows
+from cnf.transforms import (
+    Affine,
+    AffineCoupling,
+    Augment,
+    ConditionalAffine,
+    ContinuousTransform,
+    ExactLipschitz,
+    LipschitzMLP,
+    Logit,
+    ResidualFlow,
+)
 from cnf.vector_fields.conditioning import ContextScaling
 
 

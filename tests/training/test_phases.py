@@ -23,11 +23,7 @@ from zoo import perturbed
 
 from cnf import (
     CNF,
-    Augment,
     Checkpoints,
-    ContinuousTransform,
-    Dequantize,
-    Flatten,
     Flow,
     FlowMatching,
     Hutchinson,
@@ -41,6 +37,7 @@ from cnf.objectives import MaximumLikelihood, Objective
 from cnf.training import TrainingError
 from cnf.training.data import as_rows, held_out_of
 from cnf.training.phases import make_plan, usual_phases
+from cnf.transforms import Augment, ContinuousTransform, Dequantize, Flatten
 
 X = torch.randn(40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

@@ -5,7 +5,8 @@ import torch
 from training_runs import config
 from zoo import cnf, perturbed, rows_for
 
-from cnf import ActNorm, Affine, FactorOut, Flow, fit, load, save
+from cnf import Flow, fit, load, save
+from cnf.transforms import ActNorm, Affine, FactorOut
 
 
 @pytest.mark.parametrize("shape", [3, (3, 2, 2)], ids=["vector", "image"])

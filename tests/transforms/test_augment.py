@@ -12,20 +12,17 @@ from zoo import PRECISE, cnf, mlp, perturbed, seeded
 
 from cnf import (
     CNF,
-    Affine,
-    Augment,
-    ContinuousTransform,
-    Dequantize,
     Exact,
     Flow,
     Hutchinson,
-    LinearField,
     MaximumLikelihood,
     ModuleField,
     Standardize,
     TrainingConfig,
     fit,
 )
+from cnf.transforms import Affine, Augment, ContinuousTransform, Dequantize
+from cnf.vector_fields import LinearField
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # whole solves
 

@@ -4,26 +4,22 @@ import pytest
 import torch
 from zoo import cnf, lipschitz_mlp, mlp, perturbed, residual_flow, rows_for, seeded
 
-from cnf import (
+from cnf import Flow, Hutchinson, ODESolver, load, save
+from cnf.bases import StandardNormal
+from cnf.regularizers import kinetic_energy
+from cnf.transforms import (
     ActNorm,
     Affine,
     Augment,
+    Chain,
     ConditionalAffine,
     ContinuousTransform,
     Dequantize,
     FactorOut,
     Flatten,
-    Flow,
-    Hutchinson,
-    ODESolver,
     Permute,
     RussianRoulette,
-    load,
-    save,
 )
-from cnf.bases import StandardNormal
-from cnf.regularizers import kinetic_energy
-from cnf.transforms import Chain
 
 GRID = ODESolver(method="rk4", steps=4)
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from zoo import perturbed
 
-from cnf import ConvConditioner, MLPConditioner
+from cnf.transforms import ConvConditioner, MLPConditioner
 
 CONDITIONERS = {
     "mlp": lambda context: MLPConditioner(4, 5, context, hidden_features=(6, 7)),

@@ -9,22 +9,22 @@ from torch import Tensor, nn
 from torch.distributions import HalfNormal, Independent, Normal, TanhTransform, Uniform, constraints
 from zoo import BASES, ESTIMATES, EVERY_FLOW, FIELDS, TRANSFORMS, mlp, rows_for, seeded
 
-from cnf import (
-    ActNorm,
-    Affine,
-    Augment,
-    ContinuousTransform,
-    Exact,
-    Flow,
-    Hutchinson,
-    Logit,
-    Standardize,
-    Unconstrain,
-)
+from cnf import Exact, Flow, Hutchinson, Standardize
 from cnf.adapters import FromTorch, TorchBase
 from cnf.bases import Base, StandardNormal
 from cnf.saving.description import FAMILIES, own_classes
-from cnf.transforms import Chain, FactorOut, Permute, Transform
+from cnf.transforms import (
+    ActNorm,
+    Affine,
+    Augment,
+    Chain,
+    ContinuousTransform,
+    FactorOut,
+    Logit,
+    Permute,
+    Transform,
+    Unconstrain,
+)
 from cnf.transforms.continuous import map_continuous
 from cnf.transforms.support.constraints import covers
 

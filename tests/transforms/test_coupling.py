@@ -9,17 +9,9 @@ from torch.distributions import MultivariateNormal
 from training_runs import config
 from zoo import couplings, perturbed
 
-from cnf import (
-    AdditiveCoupling,
-    AffineCoupling,
-    ConvConditioner,
-    Flow,
-    MLPConditioner,
-    fit,
-    load,
-    save,
-)
+from cnf import Flow, fit, load, save
 from cnf.data.toy import toy_density
+from cnf.transforms import AdditiveCoupling, AffineCoupling, ConvConditioner, MLPConditioner
 
 IMAGE = (2, 4, 2)
 SPLITS = {

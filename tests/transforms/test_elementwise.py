@@ -5,7 +5,8 @@ import torch
 from torch.distributions import Independent, Normal
 from zoo import perturbed
 
-from cnf import ConditionalAffine, Flow
+from cnf import Flow
+from cnf.transforms import ConditionalAffine
 
 
 def test_a_flow_of_it_is_normal_with_moments_affine_in_the_context():

@@ -7,7 +7,8 @@ import torch
 from training_runs import config
 from zoo import lipschitz, perturbed, rows_for
 
-from cnf import ExactLipschitz, Flow, Permute, fit
+from cnf import Flow, fit
+from cnf.transforms import ExactLipschitz, Permute
 from cnf.transforms.exact_lipschitz import Ramps
 
 

@@ -5,7 +5,8 @@ import torch
 from torch.distributions import MultivariateNormal
 from zoo import PRECISE, cnf, mlp, perturbed
 
-from cnf import Affine, ContinuousTransform, Dequantize, FactorOut, Flatten, Flow, Hutchinson
+from cnf import Flow, Hutchinson
+from cnf.transforms import Affine, ContinuousTransform, Dequantize, FactorOut, Flatten
 
 
 def test_log_prob_is_the_sum_of_those_of_the_parts():

@@ -8,7 +8,8 @@ from torch import nn
 from training_runs import config
 from zoo import perturbed
 
-from cnf import Flow, Planar, Radial, fit
+from cnf import Flow, fit
+from cnf.transforms import Planar, Radial
 
 both = pytest.mark.parametrize("kind", [Planar, Radial])
 

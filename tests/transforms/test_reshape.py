@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import pixel_unshuffle
 
-from cnf import Flatten, Permute, Squeeze
+from cnf.transforms import Flatten, Permute, Squeeze
 
 
 def test_squeeze_is_the_direct_definition():

@@ -18,21 +18,11 @@ from zoo import (
     seeded,
 )
 
-from cnf import (
-    Affine,
-    ContinuousTransform,
-    Exact,
-    Hutchinson,
-    LinearField,
-    MLPField,
-    ModuleField,
-    ODESolver,
-    Standardize,
-    count_evaluations,
-)
+from cnf import Exact, Hutchinson, MLPField, ModuleField, ODESolver, Standardize, count_evaluations
 from cnf.regularizers import kinetic_energy
-from cnf.transforms import Transform
+from cnf.transforms import Affine, ContinuousTransform, Transform
 from cnf.transforms.continuous import map_continuous
+from cnf.vector_fields import LinearField
 
 EVERY = {**TRANSFORMS, **ESTIMATES}
 every_transform = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)

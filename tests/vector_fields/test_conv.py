@@ -8,7 +8,8 @@ from test_vector_fields import BATCHES, REVERSE_MODE, assert_divergence_is_the_t
 from torch import nn
 from zoo import conv, perturbed, rows_for
 
-from cnf import ContinuousTransform, ConvField
+from cnf.transforms import ContinuousTransform
+from cnf.vector_fields import ConvField
 from cnf.vector_fields.affine_map import AffineMap
 from cnf.vector_fields.conv import Convolution
 from cnf.vector_fields.layers import LAYERS

@@ -4,7 +4,7 @@ import pytest
 import torch
 from zoo import POTENTIAL_FIELDS, potential, rows_for
 
-from cnf import PotentialField
+from cnf.vector_fields import PotentialField
 from cnf.vector_fields.activations import ACTIVATIONS, ANTIDERIVATIVES
 
 

@@ -8,7 +8,7 @@ from test_vector_fields import assert_divergence_is_the_trace
 from torch import nn
 from zoo import perturbed, residual, rows_for
 
-from cnf import ResidualField
+from cnf.vector_fields import ResidualField
 from cnf.vector_fields.layers import LAYERS
 
 

@@ -12,16 +12,16 @@ from zoo import FIELDS, UserNetwork, cnf, mlp, perturbed, rows_for
 
 from cnf import (
     CNF,
-    ContinuousTransform,
     Flow,
     Hutchinson,
-    LinearField,
     MLPField,
     ModuleField,
     ODESolver,
     VectorField,
     count_evaluations,
 )
+from cnf.transforms import ContinuousTransform
+from cnf.vector_fields import LinearField
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.layers import LAYERS
 

@@ -59,7 +59,7 @@ class ResidualFlow(Transform):
         https://arxiv.org/abs/1906.02735
 
     Example:
-        >>> from cnf import LipschitzMLP, TruncatedSeries
+        >>> from cnf.transforms import LipschitzMLP, TruncatedSeries
         >>> ResidualFlow(LipschitzMLP(2)).likelihood
         'exact'
         >>> ResidualFlow(LipschitzMLP(64)).likelihood

@@ -5,7 +5,8 @@ import torch
 from training_runs import config
 from zoo import perturbed, seeded
 
-from cnf import Conv1x1, Flow, fit
+from cnf import Flow, fit
+from cnf.transforms import Conv1x1
 
 every_form = pytest.mark.parametrize("lu", [True, False], ids=["lu", "dense"])
 SHAPES = {"vector": 5, "one channel": (1, 2, 2), "image": (4, 2, 3)}

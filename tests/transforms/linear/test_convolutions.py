@@ -7,7 +7,8 @@ from torch.nn import functional
 from training_runs import config
 from zoo import perturbed, rows_for
 
-from cnf import EmergingConv, Flatten, Flow, PeriodicConv, WoodburyConv, fit
+from cnf import Flow, fit
+from cnf.transforms import EmergingConv, Flatten, PeriodicConv, WoodburyConv
 
 SHAPES = [(3, 4, 5), (3, 4, 6), (1, 1, 3)]
 MAKERS = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from zoo import perturbed
 
-from cnf import WoodburyConv
+from cnf.transforms import WoodburyConv
 
 
 def test_it_is_the_product_of_a_matrix_of_channels_and_one_of_pixels():

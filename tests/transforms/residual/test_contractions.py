@@ -7,8 +7,7 @@ import torch
 from scipy.special import lambertw
 from zoo import lipschitz_attention, lipschitz_conv, lipschitz_mlp, rows_for
 
-from cnf import LipschitzAttention, LipschitzConv, LipschitzMLP
-from cnf.transforms import ContractiveNetwork
+from cnf.transforms import ContractiveNetwork, LipschitzAttention, LipschitzConv, LipschitzMLP
 from cnf.transforms.residual.attention import largest_spread
 from cnf.transforms.residual.spectral_layers import BoundedConvolution, BoundedLinear, LipSwish
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from zoo import LinearContraction, lipschitz_attention, lipschitz_mlp, rows_for, seeded
 
-from cnf import ExactLogDet, LipschitzMLP, RussianRoulette, TruncatedSeries
+from cnf.transforms import ExactLogDet, LipschitzMLP, RussianRoulette, TruncatedSeries
 from cnf.transforms.residual.log_det import power_series
 from cnf.vector_fields.jacobian.autograd import standard_basis
 

@@ -16,23 +16,19 @@ from zoo import (
     seeded,
 )
 
-from cnf import (
+from cnf import Flow, MaximumLikelihood, fit, load, save
+from cnf.transforms import (
     ActNorm,
     Affine,
     ContractiveNetwork,
     ExactLogDet,
     Flatten,
-    Flow,
     LipschitzAttention,
     LipschitzConv,
     LipschitzMLP,
-    MaximumLikelihood,
     ResidualFlow,
     RussianRoulette,
     TruncatedSeries,
-    fit,
-    load,
-    save,
 )
 from cnf.transforms.residual.fixed_point import fixed_point
 

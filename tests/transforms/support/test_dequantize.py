@@ -7,7 +7,8 @@ import torch
 from scipy.stats import kstest
 from torch.distributions import Normal, Uniform
 
-from cnf import Affine, Dequantize, Flow, Logit, Permute
+from cnf import Flow
+from cnf.transforms import Affine, Dequantize, Logit, Permute
 
 
 def probability_of_each_integer(flow, levels):

@@ -8,18 +8,8 @@ import torch
 from torch.distributions import LogNormal, Normal, TransformedDistribution, constraints, transforms
 from zoo import cnf, perturbed, seeded
 
-from cnf import (
-    CNF,
-    Affine,
-    Flow,
-    Hutchinson,
-    Logit,
-    Standardize,
-    TrainingConfig,
-    Unconstrain,
-    fit,
-    transforms_for,
-)
+from cnf import CNF, Flow, Hutchinson, Standardize, TrainingConfig, fit
+from cnf.transforms import Affine, Logit, Unconstrain, transforms_for
 from cnf.transforms.support.unconstrain import rarest_place
 
 CIRCLE = 2 * math.pi
