@@ -20,7 +20,7 @@ def test_bits_of_integers_do_not_depend_on_their_scaling_to_the_unit_interval():
     """The log of the number of levels is in the likelihood, so a flat density costs log2 of it."""
 
     class Flat(StandardNormal):
-        def log_prob(self, z):
+        def _log_prob(self, z, context, generator):
             return torch.where(((z >= 0) & (z < 1)).all(-1), 0.0, -math.inf)
 
     x = torch.randint(64, (10, 3)).to(torch.float64)
