@@ -35,6 +35,9 @@ class Compilation:
     Args:
         backend: As `torch.compile` takes it.
         mode: Likewise.
+
+    Raises:
+        RuntimeError: If torch knows no such backend or mode.
     """
 
     def __init__(self, *, backend: str | Callable[..., Any], mode: str | None) -> None:
@@ -43,6 +46,7 @@ class Compilation:
         self.steps: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self.failed = False
         self.steps_failed = False
+        torch.compile(_let_graphs_be_kept, **self.options)  # refuses an unknown backend at once
 
     def run(self, hook: Callable[..., Result], *inputs: Tensor | None) -> Result:
         """The result of a hook of a field, by a program if one can be made and run."""
