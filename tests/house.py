@@ -1,5 +1,7 @@
 """How far one has to walk through the code: ``python tests/house.py`` prints the table.
 
+``python tests/house.py --walk`` prints the way of a log-density, function by function.
+
 A walk is one call, followed through the functions of `cnf`: how many there are, in how many files,
 and how many of their frames stand on each other at the deepest.
 """
@@ -26,14 +28,20 @@ COMPREHENSIONS = ("<genexpr>", "<listcomp>", "<dictcomp>", "<setcomp>")
 class Walk(NamedTuple):
     """What one call passes through."""
 
-    functions: int
-    files: int
+    seen: list[tuple[str, int, str]]
+    """File, line and name of each function, in the order of the first calls."""
     frames: int
+    """Frames on each other at the deepest."""
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Functions, files and frames."""
+        return len(self.seen), len({file for file, _, _ in self.seen}), self.frames
 
 
 def walk(call: Callable[[], object], stop: type[BaseException] = StopIteration) -> Walk:
     """Follow a call through the functions of the package, to its end or to the exception `stop`."""
-    seen: set[tuple[str, str, int]] = set()
+    seen: dict[tuple[str, int, str], None] = {}
     depth = deepest = 0
 
     def profile(frame: FrameType, event: str, _: Any) -> None:
@@ -45,7 +53,8 @@ def walk(call: Callable[[], object], stop: type[BaseException] = StopIteration) 
             return
         depth += 1 if event == "call" else -1
         deepest = max(deepest, depth)
-        seen.add((code.co_filename, code.co_name, code.co_firstlineno))
+        file = str(Path(code.co_filename).relative_to(ROOT.parent))
+        seen[file, code.co_firstlineno, getattr(code, "co_qualname", code.co_name)] = None
 
     sys.setprofile(profile)
     try:
@@ -54,7 +63,7 @@ def walk(call: Callable[[], object], stop: type[BaseException] = StopIteration) 
         pass
     finally:
         sys.setprofile(None)
-    return Walk(len(seen), len({file for file, _, _ in seen}), deepest)
+    return Walk(list(seen), deepest)
 
 
 def log_prob_walk() -> Walk:
@@ -170,7 +179,7 @@ def table() -> Iterator[tuple[str, str, str]]:
     goals = {log_prob_walk: (50, 14, 12), evaluation_walk: (12, 7, None), fit_walk: (90, 24, None)}
     for measure, goal in goals.items():
         wanted = " / ".join(str(number) for number in goal if number)
-        taken = " / ".join(str(n) for n, g in zip(measure(), goal, strict=True) if g)
+        taken = " / ".join(str(n) for n, g in zip(measure().counts, goal, strict=True) if g)
         yield f"{(measure.__doc__ or '').rstrip('.')}: functions / files / frames", taken, wanted
     yield "lines of signatures for each line of a body", f"{signature_share():.2f}", "0.30"
     yield "lines", str(lines()), "19000"
@@ -180,5 +189,9 @@ def table() -> Iterator[tuple[str, str, str]]:
 
 
 if __name__ == "__main__":
-    for what, value, goal in table():
-        print(f"{what}: {value}, at most {goal}")  # noqa: T201 - a report
+    if sys.argv[1:] == ["--walk"]:
+        for file, line, name in log_prob_walk().seen:
+            print(f"{file}:{line} {name}")  # noqa: T201 - a report
+    else:
+        for what, value, goal in table():
+            print(f"{what}: {value}, at most {goal}")  # noqa: T201 - a report
