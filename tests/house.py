@@ -90,6 +90,7 @@ class Stopping(Objective):
     """An objective that ends the walk when it is asked for a loss."""
 
     def _loss(self, x, context, weight, draws, generator):  # type: ignore[no-untyped-def]
+        sys.setprofile(None)
         raise FirstStepError
 
 

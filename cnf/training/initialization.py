@@ -14,6 +14,7 @@ from cnf.data.table_files import Table, point_out_fill_values
 from cnf.flows.flow import Flow
 from cnf.training.data import TrainingData
 from cnf.transforms import ContinuousTransform, Standardize, Transform
+from cnf.transforms.chain import context_for
 from cnf.vector_fields.conditioning import context_scalings
 
 _ROWS = 10_000
@@ -112,9 +113,11 @@ def warn_if_far_from_standard(flow: Flow, sample: Sample) -> None:
     x, context = sample.x, sample.context
     if x is None:
         return
-    discrete = flow.chain[: sum(1 for _ in itertools.takewhile(_is_discrete, flow.chain))]
+    discrete = list(itertools.takewhile(_is_discrete, flow.chain))
     noise = torch.Generator(x.device).manual_seed(0)
-    size = discrete.to_base(x, context, generator=noise).square().mean(0).sqrt()
+    for part in discrete:
+        x = part.to_base(x, context_for(part, context), generator=noise)
+    size = x.square().mean(0).sqrt()
     far = len(discrete) < len(flow.chain) and not (size > 1 / _FAR).all()
     if far or not (size < _FAR).all():
         warn(
