@@ -99,12 +99,13 @@ def log_prob(flow, x, context):
 
 
 def settings(flow):
-    """Class and public settings of every part."""
+    """Class and public settings of every part; what follows from its parts is not a setting."""
+    left_out = {"training", "support", "codomain"}
     return [
         (
             name,
             type(part),
-            {k: v for k, v in vars(part).items() if not k.startswith("_") and k != "training"},
+            {k: v for k, v in vars(part).items() if not k.startswith("_") and k not in left_out},
         )
         for name, part in flow.named_modules()
     ]

@@ -28,6 +28,9 @@ class OpenInterval(constraints.Constraint):
         """Which numbers are between the bounds."""
         return (value > self.lower_bound) & (value < self.upper_bound)
 
+    def __repr__(self) -> str:
+        return f"OpenInterval({self.lower_bound}, {self.upper_bound})"
+
 
 class Integers(constraints.Constraint):
     """Whole numbers, of either sign."""
@@ -37,6 +40,9 @@ class Integers(constraints.Constraint):
     def check(self, value: Tensor) -> Tensor:
         """Which numbers are whole."""
         return value == torch.round(value)
+
+    def __repr__(self) -> str:
+        return "Integers()"
 
 
 def covers(larger: constraints.Constraint, smaller: constraints.Constraint) -> bool:
