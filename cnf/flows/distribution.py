@@ -1,15 +1,12 @@
 """A flow given a context, as a torch distribution."""
 
-import inspect
 from collections.abc import Sequence
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
-from torch.distributions import Distribution, Transform, constraints
+from torch import Tensor
+from torch.distributions import Distribution, constraints
 from torch.distributions.kl import register_kl
-from torch.distributions.transforms import _InverseTransform
-from torch.nn.utils.stateless import _functional_call
 
 from cnf._checks import (
     check_count,
@@ -18,82 +15,8 @@ from cnf._checks import (
     joint_batch_shape,
     reference_tensor,
 )
-
-Flow: TypeAlias = Any
-"""A `cnf.flows.flow.Flow`, whose module stands above this one."""
-
-
-class BoundFlow(nn.Module):
-    """A flow, and the tensors that `torch.func.functional_call` has put into it for now.
-
-    They would be gone when a distribution that was made within the call is asked. All other
-    parameters and buffers are those of the flow, whatever becomes of them: by training, `to` or
-    `load_state_dict`.
-
-    Args:
-        flow: The flow.
-    """
-
-    def __init__(self, flow: Flow) -> None:
-        super().__init__()
-        self.flow = flow
-        self.kept = _exchanged(flow)
-
-    def ask(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """What the method of the flow returns, with the tensors kept.
-
-        Raises:
-            RuntimeError: If these no longer fit the flow.
-        """
-        exchanged = self.exchanged()
-        if not exchanged:
-            return getattr(self.flow, method)(*args, **kwargs)
-        return torch.func.functional_call(self, exchanged, (method, *args), kwargs)
-
-    def exchanged(self) -> dict[str, Tensor]:
-        """The tensors kept, by their names here, that are not in the flow now.
-
-        Raises:
-            RuntimeError: If they no longer fit the flow.
-        """
-        now = _tensors_of(self.flow) if self.kept else {}
-        exchanged = {}
-        for name, kept in self.kept.items():
-            there = now.get(name)
-            if there is None or (kept.dtype, kept.device) != (there.dtype, there.device):
-                raise RuntimeError(
-                    f"the flow was changed after the distribution was made by functional_call: "
-                    f"{name} was {kept.dtype} on {kept.device}, and is "
-                    f"{'gone' if there is None else f'{there.dtype} on {there.device}'}. Make the "
-                    "distribution anew, with parameters of the new kind."
-                )
-            if kept is not there:
-                exchanged[f"flow.{name}"] = kept
-        return exchanged
-
-    def forward(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """The call with tensors exchanged."""
-        return getattr(self.flow, method)(*args, **kwargs)
-
-
-def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
-
-
-def _exchanged(module: nn.Module) -> dict[str, Tensor]:
-    """The tensors that a `functional_call` under way has put into a module, by name.
-
-    The module does not show it: the stack of calls does. Under `torch.compile` it cannot be read.
-    """
-    if torch.compiler.is_compiling():
-        return {}
-    given: set[int] = set()
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code is _functional_call.__code__:
-            given.update(map(id, frame.f_locals["parameters_and_buffers"].values()))
-        frame = frame.f_back
-    return {name: tensor for name, tensor in _tensors_of(module).items() if id(tensor) in given}
+from cnf.flows.bound import BoundFlow, Flow
+from cnf.flows.torch_transform import FlowTransform
 
 
 class FlowDistribution(Distribution):
@@ -365,103 +288,3 @@ register_kl(Distribution, FlowDistribution)(_refuse_divergence)
 def _mean_and_error(values: Tensor) -> tuple[Tensor, Tensor]:
     """The mean of independent values along the first axis, and its standard error."""
     return values.mean(0), values.std(0) / len(values) ** 0.5
-
-
-class FlowTransform(Transform):
-    """The map of a flow from data to base, as a torch transform.
-
-    It says whether it is bijective, which one that draws on the way to the base is not.
-
-    Args:
-        flow: The flow.
-        context: What it is conditioned on.
-        cache_size: As torch's; with 1 the ladj of the last call is kept too, at its cost.
-    """
-
-    codomain = constraints.real_vector
-
-    def __init__(self, flow: Flow, context: Tensor | None = None, *, cache_size: int = 0) -> None:
-        super().__init__(cache_size)
-        self.flow = flow
-        self.context = context
-        self._bound = BoundFlow(flow)
-        self.domain = flow.support
-        self.bijective = flow.chain.is_bijective
-        self._last: tuple[Tensor, Tensor, Tensor] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """All but what is cached, whose graph cannot be copied."""
-        return {**vars(self), "_inv": None, "_last": None, "_cached_x_y": (None, None)}
-
-    @property
-    def inv(self) -> "InverseFlowTransform":
-        """The map from base to data."""
-        if not isinstance(self._inv, InverseFlowTransform):
-            self._inv = InverseFlowTransform(self)
-        return self._inv
-
-    def with_cache(self, cache_size: int = 1) -> "FlowTransform":
-        """The same map, which keeps its last call or none."""
-        other = FlowTransform(self.flow, self.context, cache_size=cache_size)
-        other._bound = self._bound
-        return other
-
-    def forward_shape(self, shape: Sequence[int]) -> torch.Size:
-        """Shape of base points, given that of data."""
-        batch = tuple(shape)[: len(shape) - len(self.flow.event_shape)]
-        return torch.Size([*batch, self.flow.base.features])
-
-    def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
-        """Shape of data, given that of base points."""
-        return torch.Size([*shape[:-1], *self.flow.event_shape])
-
-    def _call(self, x: Tensor) -> Tensor:
-        if self._cache_size:
-            y, ladj = self.call_and_ladj(x)
-            self._last = x, y, ladj
-            return y
-        z: Tensor = self._bound.ask("to_base", x, self.context)
-        return z
-
-    def _inverse(self, y: Tensor) -> Tensor:
-        if self._cache_size:
-            moved, ladj = self.inv.call_and_ladj(y)
-            self._last = moved, y, -ladj
-            return moved
-        x: Tensor = self._bound.ask("to_data", y, self.context)
-        return x
-
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """log|det dz/dx| at `x`, in nats.
-
-        Raises:
-            NotImplementedError: If the map is not a bijection, and so has no such number.
-        """
-        if not self.bijective:
-            raise NotImplementedError("the flow is not a bijection; use flow.to_base_and_ladj.")
-        if self._last is not None and x is self._last[0] and y is self._last[1]:
-            return self._last[2]
-        return self.call_and_ladj(x)[1]
-
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The map of `x` and its ladj, in one solve."""
-        moved: tuple[Tensor, Tensor] = self._bound.ask("to_base_and_ladj", x, self.context)
-        return moved
-
-
-class InverseFlowTransform(_InverseTransform):
-    """The map of a flow from base to data, as a torch transform.
-
-    Args:
-        transform: The map from data to base.
-    """
-
-    def __getstate__(self) -> dict[str, Any]:
-        """All: torch's own inverses leave out what they are the inverse of."""
-        return dict(vars(self))
-
-    def call_and_ladj(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The map of `z` and its ladj, in one solve."""
-        way: Any = self._inv
-        moved: tuple[Tensor, Tensor] = way._bound.ask("to_data_and_ladj", z, way.context)
-        return moved
