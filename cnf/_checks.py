@@ -3,7 +3,7 @@
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any, SupportsIndex
 
@@ -273,13 +273,23 @@ def check_trainable(name: str, module: nn.Module) -> None:
     """
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return
-    tensors = itertools.chain(module.parameters(), module.buffers())
-    if any(tensor.is_inference() for tensor in tensors):
+    if any(tensor.is_inference() for tensor in tensors_of(module)):
         raise ValueError(
             f"{name} must be made outside of torch.inference_mode(), whose tensors torch cannot "
             f"train or differentiate. Make it there, or take copy.deepcopy({name}), there too; "
             "with torch.no_grad() it can be asked as it is."
         )
+
+
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers in any order: torch's own walk takes as long as a small evaluation."""
+    parts: list[nn.Module | None] = [module]
+    while parts:
+        part = parts.pop()
+        if part is not None:
+            for tensors in (part._parameters, part._buffers):
+                yield from (tensor for tensor in tensors.values() if tensor is not None)
+            parts += part._modules.values()
 
 
 def check_context(context: Tensor | None, context_features: int, *, like: Tensor) -> None:

@@ -17,6 +17,7 @@ from cnf._checks import (
     check_trainable,
     joint_batch_shape,
     reference_tensor,
+    tensors_of,
 )
 from cnf._shapes import BaseRows, Context, Events
 from cnf.bases import Base
@@ -250,7 +251,7 @@ class FlowMap(nn.Module):
         check_context(context, self.context_features, like=reference_tensor(self))
         check_generator(generator, like=reference_tensor(self))
         if torch.is_grad_enabled() and any(
-            tensor.requires_grad for tensor in (x, *self.parameters())
+            tensor.requires_grad for tensor in (x, *tensors_of(self))
         ):
             check_trainable("flow", self)
         if not where:
