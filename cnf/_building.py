@@ -1,4 +1,4 @@
-"""How parts are built whose weights come from elsewhere: privately, and within a budget."""
+"""Construction of modules with private random numbers, and within a budget."""
 
 from typing import Any
 
@@ -9,22 +9,19 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 class OverBudgetError(ValueError):
-    """What is built takes more calls or memory than it may."""
+    """Construction takes more calls or memory than its budget."""
 
 
 class Building(TorchDispatchMode):
-    """Within, all that this thread draws from torch comes from generators of its own.
+    """Context in which random numbers of this thread come from private generators.
 
-    Torch's global generators are neither read nor set, so that other threads draw from them as if
-    nothing were built.
+    Torch's global generators are neither read nor set, so that other threads are not affected. An
+    operation beyond the budget raises an `OverBudgetError`.
 
     Args:
-        seed: The seed of what is drawn: as after ``torch.manual_seed`` with it.
-        most_bytes: Memory that all new tensors together may take; None for any.
-        most_calls: Number of torch operations; None for any.
-
-    Raises:
-        OverBudgetError: Within, before an operation that would go beyond either.
+        seed: Seed of the generators; draws are as after ``torch.manual_seed`` with it.
+        most_bytes: Largest memory of all new tensors together; None for any.
+        most_calls: Largest number of torch operations; None for any.
     """
 
     def __init__(
@@ -45,7 +42,7 @@ class Building(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """One operation of torch."""
+        """Run one operation of torch."""
         kwargs = dict(kwargs or {})
         self.count_call()
         if self.most_bytes is not None and not (func._schema.is_mutable or func.is_view):
@@ -64,7 +61,7 @@ class Building(TorchDispatchMode):
             raise OverBudgetError(f"it takes more than {self.most_calls:,} operations to build")
 
     def _generator(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Generator:
-        """That of the device of an operation."""
+        """Return the generator for the device of an operation."""
         devices = (leaf.device for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
         device = kwargs.get("device") or next(devices, torch.device("cpu"))
         if device not in self.generators:
@@ -73,7 +70,7 @@ class Building(TorchDispatchMode):
 
 
 def _bytes_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Size of what an operation gives, found without memory."""
+    """Return the size of the result of an operation, computed on the device meta."""
     args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
     if any(argument.name == "device" for argument in func._schema.arguments):
         kwargs["device"] = torch.device("meta")
@@ -85,7 +82,7 @@ def _bytes_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 
 def _with_generator(func: Any) -> Any:
-    """The variant of an operation that takes a generator."""
+    """Return the variant of an operation that takes a generator."""
     if any(argument.name == "generator" for argument in func._schema.arguments):
         return func
     name = func._overloadname

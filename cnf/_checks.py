@@ -1,4 +1,4 @@
-"""Checks of what users pass in: one message format, used once at the public door."""
+"""Checks of users' arguments, with one format of messages."""
 
 import itertools
 import math
@@ -18,14 +18,14 @@ _LONGEST = 60
 LARGEST_INDEX = 2**63 - 1
 """Largest number of entries, and seed, that torch can take."""
 _STEPS_OF_A_SPREAD = 32
-"""Rounding steps that a standard deviation must span, so that rounding is not what is learnt."""
+"""Rounding steps that a standard deviation must span, so that a flow does not learn rounding."""
 
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
-"""Whether `torch.export` looks on; old versions of torch cannot tell."""
+"""Whether `torch.export` is running; False in old versions of torch."""
 
 
 def is_hidden(x: Tensor) -> bool:
-    """Whether no branch may depend on the numbers in `x`: within `torch.vmap` or `torch.export`."""
+    """Return whether no branch may depend on `x`: within `torch.vmap` or `torch.export`."""
     if is_exporting():
         return True
     functorch = torch._C._functorch
@@ -37,20 +37,17 @@ def is_hidden(x: Tensor) -> bool:
 
 
 def holds(condition: Tensor) -> bool:
-    """Whether a condition on numbers is true; where they are hidden, it is taken as false."""
+    """Return whether a condition on numbers is true; False where they are hidden."""
     return not is_hidden(condition) and bool(condition)
 
 
 class NotFiniteError(ValueError):
-    """Numbers that came in are finite, and what is made of them is not."""
+    """Finite inputs give NaN or inf."""
 
 
 @torch.no_grad()
 def all_finite(parts: Sequence[Tensor]) -> bool:
-    """Whether every entry is finite, as far as it can be seen.
-
-    A sum tells in one pass; one that overflows is looked into.
-    """
+    """Return whether every entry is finite, by one sum; by each entry if the sum overflows."""
     total = sum(part.sum() for part in parts)
     if isinstance(total, Tensor) and is_hidden(total):
         return True
@@ -58,51 +55,33 @@ def all_finite(parts: Sequence[Tensor]) -> bool:
 
 
 def refuse_overflow(name: str, bad: Tensor, what: str, dtype: torch.dtype) -> None:
-    """Refuse the rows of a boolean mask ``(*batch,)`` whose numbers left the range of the dtype.
+    """Raise a NotFiniteError for the true rows of a mask ``(*batch,)``, if there are any.
 
-    Args:
-        name: Name of the argument, for the message.
-        bad: The mask.
-        what: What is not finite for these rows.
-        dtype: The dtype.
-
-    Raises:
-        NotFiniteError: If there are any.
+    `name` is the argument, and `what` names the quantity that is not finite in `dtype`.
     """
     if holds(bad.any()):
         raise NotFiniteError(
             f"{name} must be where {what} is finite in {dtype}; got NaN or inf in "
-            f"{name_rows(bad)}. These numbers are too large or the parameters at fault: "
+            f"{name_rows(bad)}. These numbers or the parameters are too large: "
             "standardise or drop such rows, use float64, or train with a lower learning rate."
         )
 
 
 def non_finite_rows(x: Tensor, event_dim: int = 1) -> Tensor:
-    """Mask of shape ``(*batch,)``: which rows of ``(*batch, *event)`` hold NaN or inf."""
+    """Return the mask ``(*batch,)`` of the rows of ``(*batch, *event)`` with NaN or inf."""
     bad = ~x.isfinite()
     return bad.flatten(bad.ndim - event_dim).any(-1) if event_dim else bad
 
 
 def check_vectors(name: str, x: Tensor, features: int, *, like: Tensor) -> None:
-    """Refuse what is not a finite floating tensor of shape ``(*batch, features)``.
-
-    See `check_events`.
-    """
+    """Refuse anything but a finite floating tensor ``(*batch, features)``; see `check_events`."""
     check_events(name, x, (features,), like=like)
 
 
 def check_events(name: str, x: Tensor, event_shape: Sequence[int], *, like: Tensor) -> None:
-    """Refuse what is not a finite floating tensor of shape ``(*batch, *event_shape)``.
+    """Refuse anything but a finite floating tensor of shape ``(*batch, *event_shape)``.
 
-    Args:
-        name: Name of the argument, for the message.
-        x: The value passed in.
-        event_shape: Expected sizes of the last axes.
-        like: A tensor of the model, whose dtype and device `x` must have.
-
-    Raises:
-        TypeError: If `x` is not a tensor.
-        ValueError: If dtype, device, shape or a value is wrong.
+    `x` must have the dtype and device of `like`, a tensor of the model.
     """
     if not isinstance(x, Tensor):
         remedy = _how_to_convert(name, x, like)
@@ -126,10 +105,10 @@ def check_events(name: str, x: Tensor, event_shape: Sequence[int], *, like: Tens
 
 
 def _how_to_convert(name: str, x: Any, like: Tensor) -> str:
-    """The line that makes a tensor of what is none, if there is one."""
+    """Return a remedy that converts a value to a tensor, or an empty text."""
     given, make = name, "as_tensor"
-    if hasattr(x, "to_numpy"):  # of pandas, polars or the like
-        given, x, make = f"{name}.to_numpy()", x.to_numpy(), "tensor"  # which may be read-only
+    if hasattr(x, "to_numpy"):  # of pandas, polars or the like; the array may be read-only
+        given, x, make = f"{name}.to_numpy()", x.to_numpy(), "tensor"
     if isinstance(x, list | tuple) and x and all(isinstance(row, Tensor) for row in x):
         return f" Try torch.stack(list({given}))."
     if not isinstance(x, Sequence | np.ndarray) or isinstance(x, str):
@@ -150,18 +129,14 @@ def _how_to_convert(name: str, x: Any, like: Tensor) -> str:
 
 
 def _why_no_conversion(name: str, x: np.ndarray) -> str:
-    """The reason why an array cannot become a tensor: its mask, or its dtype."""
+    """Return the reason why an array cannot become a tensor: its mask, or its dtype."""
     if np.ma.isMA(x):
         return f" A tensor has no mask: leave masked rows out, or fill them: {name}.filled(value)."
     return f" It must hold real numbers; got {x.dtype}."
 
 
 def check_dense(name: str, x: Tensor) -> None:
-    """Refuse a tensor that is sparse, nested, quantized or without numbers.
-
-    Raises:
-        ValueError: If it is so.
-    """
+    """Refuse a tensor that is sparse, nested, quantized or without numbers."""
     if x.is_nested or x.layout != torch.strided or x.is_quantized:
         kind = "nested" if x.is_nested else "quantized" if x.is_quantized else str(x.layout)
         how = f"{name}.dequantize()" if x.is_quantized else f"{name}.to_dense()"
@@ -177,9 +152,9 @@ def _check_like(name: str, x: Tensor, like: Tensor) -> None:
             f"Move it with {name}.to({str(like.device)!r})."
         )
     if x.dtype != like.dtype:
-        # In half precision neither an adaptive solve nor training gets through.
-        of_model = f", or the model with model.to({x.dtype})" if x.element_size() > 2 else ""
-        remedy = f"Convert it with {name}.to({like.dtype}){of_model}."
+        # Not the model to half precision, in which adaptive solves and training fail.
+        or_model = f", or the model with model.to({x.dtype})" if x.element_size() > 2 else ""
+        remedy = f"Convert it with {name}.to({like.dtype}){or_model}."
         if _loses_digits(x.detach(), like.dtype):
             remedy = (
                 f"{like.dtype} would round most of its digits away: convert the model with "
@@ -193,12 +168,12 @@ def _check_like(name: str, x: Tensor, like: Tensor) -> None:
 
 
 def is_rounded_away(std: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
-    """Which columns, with this standard deviation and largest size, `dtype` cannot tell apart."""
+    """Return the mask of the columns whose standard deviation is lost to rounding in `dtype`."""
     return (std > 0) & (std < _STEPS_OF_A_SPREAD * torch.finfo(dtype).eps * largest)
 
 
 def _loses_digits(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a column of x varies by less than `dtype` can tell beside its size."""
+    """Return whether the variation of a column of x is lost to rounding in `dtype`."""
     rows = x.flatten(0, -2) if x.ndim > 1 else x.reshape(1, -1)
     if len(rows) < 2 or rows.numel() == 0:
         return False
@@ -206,30 +181,22 @@ def _loses_digits(x: Tensor, dtype: torch.dtype) -> bool:
 
 
 def check_support(name: str, x: Tensor, support: Constraint) -> None:
-    """Refuse rows of `x` that are not in `support`, a constraint of whole events.
-
-    Raises:
-        ValueError: If there are any.
-    """
+    """Refuse rows of `x` that are not in `support`, a constraint of whole events."""
     outside = ~rows_inside(x, support)
     if holds(outside.any()):
         refuse_rows(name, outside, _describe(support, x.detach()))
 
 
 def rows_inside(x: Tensor, support: Constraint) -> Tensor:
-    """Mask of shape ``(*batch,)``: which rows of x are in `support`, which is of whole events."""
-    if x.numel() == 0:  # which torch's check cannot reshape
+    """Return the mask ``(*batch,)`` of the rows of x in `support`, a constraint of whole events."""
+    if x.numel() == 0:  # torch cannot check empty tensors
         return x.new_ones(x.shape[: x.ndim - support.event_dim], dtype=torch.bool)
     inside: Tensor = support.check(x.detach())
     return inside
 
 
 def refuse_rows(name: str, bad: Tensor, expected: str) -> None:
-    """Refuse the rows of a boolean mask of shape ``(*batch,)`` that are true, naming them.
-
-    Raises:
-        ValueError: If there are any.
-    """
+    """Raise a ValueError that names the true rows of a mask ``(*batch,)``, if there are any."""
     if holds(bad.any()):
         raise ValueError(
             f"{name} must be {expected}; got other values in {name_rows(bad)}. "
@@ -238,7 +205,7 @@ def refuse_rows(name: str, bad: Tensor, expected: str) -> None:
 
 
 def _describe(support: Constraint, x: Tensor) -> str:
-    """What x must be; of a support by columns, only where x is not."""
+    """Describe a support; for a support by columns, the columns where x is outside."""
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     if hasattr(support, "cseq"):
@@ -260,24 +227,20 @@ def _describe(support: Constraint, x: Tensor) -> str:
 
 
 def reference_tensor(module: nn.Module) -> Tensor:
-    """A floating tensor of the module, whose dtype and device its inputs must have."""
+    """Return a floating tensor of the module, with the dtype and device of its inputs."""
     tensors = itertools.chain(module.parameters(), module.buffers())
     return next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
 
 
 def check_trainable(name: str, module: nn.Module) -> None:
-    """Refuse a module that was made in inference mode, where it is to change or have gradients.
-
-    Raises:
-        ValueError: If it was.
-    """
+    """Refuse a module made in inference mode, which cannot be trained or differentiated."""
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return
     if any(tensor.is_inference() for tensor in tensors_of(module)):
         raise ValueError(
             f"{name} must be made outside of torch.inference_mode(), whose tensors torch cannot "
-            f"train or differentiate. Make it there, or take copy.deepcopy({name}), there too; "
-            "with torch.no_grad() it can be asked as it is."
+            f"train or differentiate. Make it, or copy.deepcopy({name}), outside; or evaluate it "
+            "with torch.no_grad()."
         )
 
 
@@ -293,13 +256,7 @@ def tensors_of(module: nn.Module) -> Iterator[Tensor]:
 
 
 def check_context(context: Tensor | None, context_features: int, *, like: Tensor) -> None:
-    """Refuse a context that is missing, superfluous, or not ``(*batch, context_features)``.
-
-    Raises:
-        TypeError: If `context` is not a tensor.
-        ValueError: If it is missing or superfluous, or its dtype, device, shape or a value is
-            wrong.
-    """
+    """Refuse a context that is missing, superfluous, or not ``(*batch, context_features)``."""
     if context_features == 0:
         if context is not None:
             raise ValueError(
@@ -316,7 +273,7 @@ def check_context(context: Tensor | None, context_features: int, *, like: Tensor
 
 
 def joint_batch_shape(x: Tensor, context: Tensor | None, event_dim: int = 1) -> torch.Size:
-    """Batch shape of `x`, whose last `event_dim` axes are the event, and `context` together.
+    """Return the joint batch shape of `x`, whose last `event_dim` axes are events, and `context`.
 
     Raises:
         ValueError: If the two do not broadcast.
@@ -334,12 +291,7 @@ def joint_batch_shape(x: Tensor, context: Tensor | None, event_dim: int = 1) -> 
 
 
 def check_sample_shape(sample_shape: int | Sequence[int], name: str = "sample_shape") -> torch.Size:
-    """Turn a number or a shape into a shape.
-
-    Raises:
-        TypeError: If it is neither.
-        ValueError: If a size is negative.
-    """
+    """Convert an int or a shape of ints, none negative, to a shape."""
     sizes = tuple(sample_shape) if isinstance(sample_shape, Sequence) else (sample_shape,)
     if not all(_is_integer(size) for size in sizes):
         raise TypeError(f"{name} must be an int or a shape of ints; got {_shown(sample_shape)}.")
@@ -354,11 +306,7 @@ def check_sample_shape(sample_shape: int | Sequence[int], name: str = "sample_sh
 
 
 def check_type(name: str, value: object, expected: type, remedy: str) -> None:
-    """Refuse what is not an instance of `expected`, and suggest the remedy.
-
-    Raises:
-        TypeError: If `value` is of another type.
-    """
+    """Raise a TypeError with a remedy for anything but an instance of `expected`."""
     if not isinstance(value, expected):
         raise TypeError(
             f"{name} must be a {expected.__name__}; got {type(value).__name__}. Perhaps {remedy}."
@@ -366,12 +314,7 @@ def check_type(name: str, value: object, expected: type, remedy: str) -> None:
 
 
 def check_count(name: str, value: int, *, least: int = 1, most: int = 2**31 - 1) -> int:
-    """Refuse what is not an integer, of whatever library, within bounds; return an int.
-
-    Raises:
-        TypeError: If `value` is not an int.
-        ValueError: If it is too small or too large.
-    """
+    """Refuse anything but an integer, also of NumPy, within bounds; return a Python int."""
     if not _is_integer(value):
         raise TypeError(f"{name} must be an int; got {_shown(value)}.")
     if value < least:
@@ -382,32 +325,16 @@ def check_count(name: str, value: int, *, least: int = 1, most: int = 2**31 - 1)
 
 
 def check_seed(name: str, value: int) -> int:
-    """Refuse what is no seed of a generator of torch; return an int.
-
-    Raises:
-        TypeError: If `value` is not an int.
-        ValueError: If it is negative or has more than 63 bits.
-    """
+    """Refuse anything but a seed of a torch generator, of at most 63 bits; return a Python int."""
     return check_count(name, value, least=0, most=LARGEST_INDEX)
 
 
 def check_number(
     name: str, value: Any, expected: str, is_valid: Callable[[float], bool], remedy: str = ""
 ) -> float:
-    """Refuse what is not a real number within its bounds; return a Python float.
+    """Refuse anything but a real number, also of NumPy or 0-dim, in bounds; return a Python float.
 
-    Numbers of NumPy and tensors without axes are numbers too.
-
-    Args:
-        name: Name of the argument, for the message.
-        value: The value passed in.
-        expected: What it must be, for the message, such as "positive and finite".
-        is_valid: Whether it is so.
-        remedy: Sentence at the end of the message, if any.
-
-    Raises:
-        TypeError: If `value` is not a real number.
-        ValueError: If it is out of bounds.
+    `expected` describes the bounds, such as "positive and finite", and `is_valid` checks them.
     """
     number = value
     if isinstance(value, Tensor | np.ndarray | np.generic) and value.ndim == 0:
@@ -420,27 +347,24 @@ def check_number(
 
 
 def is_positive(number: float) -> bool:
-    """Whether the number is positive and finite."""
+    """Return whether the number is positive and finite."""
     return 0 < number < math.inf
 
 
-def check_flag(name: str, value: Any) -> bool:
-    """Refuse what is neither True nor False; return a Python bool.
+def check_fraction(name: str, value: float) -> float:
+    """Refuse anything but a number strictly between 0 and 1; return a Python float."""
+    return check_number(name, value, "between 0 and 1", lambda number: 0 < number < 1)
 
-    Raises:
-        TypeError: If it is something else.
-    """
+
+def check_flag(name: str, value: Any) -> bool:
+    """Refuse anything but True and False, also of NumPy; return a Python bool."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be True or False; got {_shown(value)}.")
     return bool(value)
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> str:
-    """Refuse what is not one of the names that there are.
-
-    Raises:
-        ValueError: If it is something else.
-    """
+    """Raise a ValueError for anything but one of the names in `choices`."""
     names = tuple(choices)
     if not isinstance(value, str) or value not in names:
         raise ValueError(f"{name} must be one of {', '.join(names)}; got {_shown(value)}.")
@@ -448,12 +372,7 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> str:
 
 
 def check_generator(generator: Any, *, like: Tensor) -> None:
-    """Refuse what is not a generator of the device of `like`, or None.
-
-    Raises:
-        TypeError: If it is something else, such as a seed.
-        ValueError: If it is of another device.
-    """
+    """Refuse anything but None or a generator on the device of `like`."""
     if generator is None:
         return
     device = repr(like.device.type)
@@ -471,12 +390,7 @@ def check_generator(generator: Any, *, like: Tensor) -> None:
 
 
 def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    """Refuse what is no shape of at least one size; return ints.
-
-    Raises:
-        TypeError: If `shape` is not a sequence of ints.
-        ValueError: If it is empty, or a size less than 1.
-    """
+    """Refuse anything but a shape of one or more positive ints; return Python ints."""
     if not isinstance(shape, Sequence):
         raise TypeError(f"shape must be sizes such as (3, 32, 32); got {shape!r}.")
     if not shape:
@@ -485,12 +399,7 @@ def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def check_image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
-    """Refuse what is no shape ``(channels, height, width)``; return ints.
-
-    Raises:
-        TypeError: If `shape` is not a sequence of ints.
-        ValueError: If there are not three sizes, or one is less than 1.
-    """
+    """Refuse anything but a shape ``(channels, height, width)``; return Python ints."""
     sizes = check_shape(shape)
     if len(sizes) != 3:
         raise ValueError(f"shape must be (channels, height, width); got {shape!r}.")
@@ -498,25 +407,20 @@ def check_image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
 
 
 def check_vector_or_image_shape(shape: int | Sequence[int]) -> tuple[int, int, int]:
-    """The shape of an image, or ``(features, 1, 1)`` for the number of features of a vector.
-
-    Raises:
-        TypeError: If `shape` is neither an int nor a sequence of ints.
-        ValueError: If there are not three sizes, or one is less than 1.
-    """
+    """Return the shape of an image, or ``(features, 1, 1)`` for the number of features."""
     if isinstance(shape, Sequence):
         return check_image_shape(shape)
     return check_count("shape", shape), 1, 1
 
 
 def _shown(value: object) -> str:
-    """A value for a message, cut off if it is long."""
+    """Return the repr of a value for a message, truncated if long."""
     text = repr(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({type(value).__name__})"
 
 
 def _is_integer(value: object) -> bool:
-    if type(value) is int:  # by far the most, and the check of a protocol takes microseconds
+    if type(value) is int:  # the usual case; the check of a protocol takes microseconds
         return True
     others = bool | Tensor | np.ndarray | type
     return isinstance(value, SupportsIndex) and not isinstance(value, others)
@@ -527,12 +431,7 @@ def _shape(value: object) -> object:
 
 
 def check_widths(name: str, widths: Sequence[int], *, least: int = 1) -> tuple[int, ...]:
-    """Refuse what is not one width for each of at least so many layers.
-
-    Raises:
-        TypeError: If `widths` is no sequence, or one of them no int.
-        ValueError: If there are too few, or one of them is less than 1.
-    """
+    """Refuse anything but a sequence of at least `least` positive ints; return Python ints."""
     if not isinstance(widths, Sequence):
         raise TypeError(f"{name} must be widths such as (128, 128); got {widths!r}.")
     if len(widths) < least:
@@ -541,15 +440,9 @@ def check_widths(name: str, widths: Sequence[int], *, least: int = 1) -> tuple[i
 
 
 def refuse_overrides(cls: type, parent: type, hooks: Mapping[str, str]) -> None:
-    """Refuse a class that overrides a final method of its parent.
+    """Raise a TypeError for a class that overrides a final method of its parent.
 
-    Args:
-        cls: The class.
-        parent: Where the methods are.
-        hooks: For each final method, what to write in its place.
-
-    Raises:
-        TypeError: If it overrides one.
+    `hooks` maps each final method to the hook to write in its place.
     """
     for method, hook in hooks.items():
         if getattr(cls, method) is not getattr(parent, method):

@@ -1,4 +1,4 @@
-"""Writing files and folders, whole or not at all, with a digest that tells damage."""
+"""Atomic writing of files and folders, with a digest that detects damage."""
 
 import glob
 import hashlib
@@ -10,19 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 BLANK_DIGEST = "0" * 64
-"""Stands in a content for its digest, until `seal` puts that in its place."""
+"""Placeholder of the digest in a content, which `seal` replaces."""
 
 _PIECE = 2**20
 _LEAST_UNPACKED, _UNPACKED_PER_BYTE = 2**28, 200
 
 
 def as_path(name: str, path: object) -> Path:
-    """Refuse what is no path, whatever may be there.
-
-    Raises:
-        TypeError: If it is neither a text nor a path.
-        ValueError: If no file can have such a name.
-    """
+    """Refuse anything but a str or path that can be a file name; the file need not exist."""
     text = os.fspath(path) if isinstance(path, str | os.PathLike) else path
     if not isinstance(text, str):
         raise TypeError(
@@ -35,12 +30,7 @@ def as_path(name: str, path: object) -> Path:
 
 
 def check_path(name: str, path: object) -> Path:
-    """Refuse what is no path of a file, there or not.
-
-    Raises:
-        TypeError: If it is neither a text nor a path.
-        ValueError: If it is empty, of a folder, or of what is no ordinary file.
-    """
+    """Refuse anything but the path of an ordinary file, which need not exist."""
     file = as_path(name, path)
     if file.is_dir():
         raise ValueError(f"{name} must be a file; {str(file)!r} is a folder. Name a file in it.")
@@ -50,15 +40,12 @@ def check_path(name: str, path: object) -> Path:
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes, *, replace: bool = True) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never half.
+    """Write a file so that a crash leaves the old one or the new one, never a part.
 
-    A symbolic link stays: the file that it points at is written.
+    A symbolic link stays: its target is written.
 
     Raises:
-        OSError: If the file cannot be written, or is there and `replace` is False; it names the
-            file.
-        TypeError: If `path` is no path.
-        ValueError: If it is a folder, or no ordinary file.
+        OSError: If the file cannot be written, or exists and `replace` is False; it names the file.
     """
     path = Path(os.path.realpath(check_path("path", path)))
     _check_parent(path)
@@ -78,40 +65,35 @@ def write_atomically(path: str | os.PathLike[str], content: bytes, *, replace: b
 
 
 class TooLargeError(ValueError):
-    """A small file asks for much memory."""
+    """A small file asks for too much memory."""
 
 
 def check_unpacked(path: Path, size: int) -> None:
-    """Refuse a file whose content takes far more memory than its own size lets expect.
+    """Raise a TooLargeError for a file whose stated `size` is far beyond its size on disk.
 
-    Args:
-        path: The file.
-        size: Bytes that its content takes, as it says itself.
-
-    Raises:
-        TooLargeError: If these are more than 256 MiB and more than 200 for each byte of the file.
+    The limit is 256 MiB, or 200 bytes for each byte of the file.
     """
     packed = path.stat().st_size
     if size > max(_LEAST_UNPACKED, _UNPACKED_PER_BYTE * packed):
         raise TooLargeError(
-            f"{path} says that its {packed:,} bytes unpack to {size:,}, which no table does. If "
-            "you trust it, write it again without compression, in parts if need be."
+            f"{path} states that its {packed:,} bytes unpack to {size:,}, which no table does. If "
+            "you trust it, write it again without compression, in parts if necessary."
         )
 
 
 def seal(content: bytes) -> bytes:
-    """The content with its SHA-256 in the place of the first `BLANK_DIGEST`."""
+    """Return the content with its SHA-256 in place of the first `BLANK_DIGEST`."""
     digest = hashlib.sha256(content).hexdigest()
     return content.replace(BLANK_DIGEST.encode(), digest.encode(), 1)
 
 
 def is_intact(path: Path, digest: object) -> bool:
-    """Whether a file is as `seal` left it, with this digest in its first megabyte."""
+    """Return whether a file is unchanged since `seal`, with this digest in its first megabyte."""
     return digest_of(path, blanked=str(digest)) == digest
 
 
 def digest_of(path: Path, *, blanked: str = BLANK_DIGEST) -> str:
-    """SHA-256 of a file, as if it had a `BLANK_DIGEST` where `blanked` comes first."""
+    """Return the SHA-256 of a file, with a `BLANK_DIGEST` in place of the first `blanked`."""
     found = hashlib.sha256()
     with path.open("rb") as file:
         head = file.read(_PIECE)
@@ -125,14 +107,12 @@ def digest_of(path: Path, *, blanked: str = BLANK_DIGEST) -> str:
 def new_folder(
     path: str | os.PathLike[str], *, check_old: Callable[[Path], None]
 ) -> Iterator[Path]:
-    """A temporary folder beside `path`, which takes its place if the block ends without an error.
-
-    What was at `path` is removed then, and not before.
+    """Yield a temporary folder, which replaces `path` if the block ends without an error.
 
     Args:
         path: The folder to make.
-        check_old: Raises an error, which leaves all as it is, if what is at `path` shall stay. It
-            is asked once where that stands, and once more when it is out of anybody's reach.
+        check_old: Called with the old folder before it is replaced, at `path` and once more after
+            it is moved away; an error leaves it as it is.
 
     Raises:
         OSError: If the folder cannot be made; it names the folder.
@@ -160,20 +140,20 @@ def new_folder(
 
 
 def left_over(path: str | os.PathLike[str]) -> Path | None:
-    """Where the old folder stands, if the computer stopped when `new_folder` was replacing it."""
+    """Return the place of the old folder, if the computer stopped while it was being replaced."""
     path = Path(path).resolve()
     return next(path.parent.glob(f".{glob.escape(path.name)}.*/old"), None)
 
 
 def _link(temporary: Path, path: Path) -> None:
-    """Give a file a second name, unless there is a file of that name."""
+    """Give a file a second name, unless a file of that name exists."""
     try:
         os.link(temporary, path)
     except FileExistsError:
         raise FileExistsError(
-            f"there is a file {str(path)!r} by now; it was not replaced."
+            f"the file {str(path)!r} exists by now; it was not replaced."
         ) from None
-    except OSError:  # of a file system without links
+    except OSError:  # the file system has no links
         if path.exists():
             raise
         temporary.replace(path)
@@ -188,7 +168,7 @@ def _check_parent(path: Path) -> None:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Let errors of the system name what was to be written, not a temporary file or nothing."""
+    """Make errors of the system name the target, not a temporary file or nothing."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The memory of tensors: how much an evaluation takes, and sizes in words."""
+"""Memory of tensors: measurement, and sizes in words."""
 
 import os
 import re
@@ -24,11 +24,11 @@ _SIZE = re.compile(r"(\d+(?:\.\d*)?)\s*([a-z]+)")
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make within the context, while they live.
+    """Context that counts the bytes of live tensors made in it.
 
-    It watches the operations themselves, on every device: the number is exact and the same each
-    time. The memory of a process is not: allocators round, keep what was freed, and serve others.
-    What an operation needs in passing and gives back before it ends is not seen.
+    It observes the operations, on every device: the number is exact and reproducible, unlike the
+    memory of a process, whose allocators round and keep freed memory. Temporary memory within an
+    operation is not counted.
 
     Example:
         >>> import torch
@@ -56,9 +56,8 @@ class LiveBytes(TorchDispatchMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        del types
         kwargs = kwargs or {}
-        # A view, or what is changed in place, brings no memory of its own.
+        # A view, or a tensor changed in place, has no memory of its own.
         given = {storage._cdata for storage in _storages((args, kwargs))}
         made = func(*args, **kwargs)
         for storage in _storages(made):
@@ -71,7 +70,7 @@ class LiveBytes(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """No: the guard that torch would put around each operation imports its compiler first."""
+        """Return False: torch's guard around each operation would import its compiler."""
         return False
 
     def _freed(self, key: int, size: int, _: object) -> None:
@@ -80,7 +79,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def bytes_in(text: str) -> int | None:
-    """The number of bytes of a size such as "1 GiB" or "500 MB"; None if it is no such size.
+    """Parse a size such as "1 GiB" or "500 MB" to bytes; None if it is no such size.
 
     Example:
         >>> bytes_in("1.5 KiB"), bytes_in("2 MB"), bytes_in("2")
@@ -93,7 +92,7 @@ def bytes_in(text: str) -> int | None:
 
 
 def in_words(size: int) -> str:
-    """A number of bytes with a unit.
+    """Format a number of bytes with a unit.
 
     Example:
         >>> in_words(1536)
@@ -106,20 +105,17 @@ def in_words(size: int) -> str:
 
 
 def check_fits(name: str, value: object, numbers: int, *, like: Tensor, remedy: str) -> None:
-    """Refuse what asks for a tensor larger than all memory of the device.
+    """Refuse an argument that asks for a tensor larger than all memory of the device.
 
     Args:
-        name: Name of the argument that asks, for the message.
-        value: What it is.
-        numbers: How many numbers the tensor holds.
+        name: Name of the argument.
+        value: Its value.
+        numbers: Number of entries of the tensor.
         like: A tensor of its dtype and device.
-        remedy: A sentence that says what to do.
-
-    Raises:
-        ValueError: If there cannot be one.
+        remedy: Last sentence of the message.
     """
     if is_hidden(like):
-        return  # a size may stand for any
+        return  # sizes may be symbolic
     needed, memory = numbers * like.element_size(), _memory_of(like.device)
     if needed > memory:
         raise ValueError(
@@ -129,7 +125,7 @@ def check_fits(name: str, value: object, numbers: int, *, like: Tensor, remedy: 
 
 
 def _memory_of(device: torch.device) -> int:
-    """Bytes that the device has in all; where that is not known, more than there can be."""
+    """Return the memory of the device in bytes; a huge number if unknown."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     if device.type == "cpu" and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:

@@ -1,4 +1,4 @@
-"""Mean and standard deviation of columns, in double precision whatever the dtype of the rows."""
+"""Mean and standard deviation of columns, in double precision for every dtype."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from cnf._checks import is_rounded_away
 
 
 def column_moments(name: str, x: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the columns of rows ``(rows, features)``, in float64.
+    """Return mean and standard deviation of the columns of ``(rows, features)``, in float64.
 
     A constant column has the standard deviation 0.
 
@@ -17,8 +17,8 @@ def column_moments(name: str, x: Tensor, weight: Tensor | None = None) -> tuple[
         weight: Weight of each row, ``(rows,)``, of any scale; None for equal weights.
 
     Raises:
-        ValueError: If there are fewer than two rows of positive weight, or the dtype of `x` cannot
-            hold the spread of a column: too large, or rounded away beside its mean.
+        ValueError: If there are fewer than two rows of positive weight, or the standard deviation
+            of a column overflows, or is lost to rounding in, the dtype of `x`.
     """
     rows = x.detach().to("cpu", torch.float64)
     share = rows.new_ones(len(rows))
@@ -46,14 +46,14 @@ def column_moments(name: str, x: Tensor, weight: Tensor | None = None) -> tuple[
 
 
 def _freedom(share: Tensor) -> Tensor:
-    """``1 - (share ** 2).sum()`` of shares that sum to 1, without loss where one is nearly all."""
+    """Return ``1 - (share ** 2).sum()`` of weights that sum to 1, accurate if one is nearly 1."""
     order = share.flatten().sort().values
     others = order[:-1]
     return order[-1] * others.sum() + (others * (1 - others)).sum()
 
 
 def _refuse_beyond(name: str, std: Tensor, dtype: torch.dtype) -> None:
-    """Refuse spreads that, or whose inverses, are infinite in the dtype."""
+    """Refuse standard deviations that are infinite in the dtype, or have an infinite inverse."""
     large = ~(std < torch.finfo(dtype).max)
     small = (std > 0) & (std < torch.finfo(dtype).tiny)
     for size, beyond in (("large", large), ("small", small)):

@@ -1,4 +1,4 @@
-"""Names of rows in messages, as the caller who passed the rows counts them."""
+"""Names of rows in messages, by the caller's indices."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,10 +15,10 @@ _caller_row: ContextVar[Callable[[Row], Row] | None] = ContextVar("_caller_row",
 
 @contextmanager
 def rows_of_caller(caller_row: Callable[[Row], Row]) -> Iterator[None]:
-    """Let `name_rows` name the rows that the caller passed, where a call sees some of them only.
+    """Let `name_rows` use the caller's indices, where a call gets a part of the rows.
 
     Args:
-        caller_row: Takes the index of a row within, and returns that of the same row outside.
+        caller_row: Maps the index of a row in the call to its index at the caller.
 
     Example:
         >>> import torch
@@ -35,12 +35,12 @@ def rows_of_caller(caller_row: Callable[[Row], Row]) -> Iterator[None]:
 
 
 def counted_from(start: int) -> Callable[[Row], Row]:
-    """The index outside of rows that were cut out of the last axis, from `start` on."""
+    """Return the map of indices for rows that begin at `start` of the last axis."""
     return lambda row: (*row[:-1], row[-1] + start)
 
 
 def name_rows(bad: Tensor) -> str:
-    """Name the rows of a boolean mask of shape ``(*batch,)`` that are true, for a message."""
+    """Name the true rows of a mask ``(*batch,)`` for a message."""
     if bad.ndim == 0:
         return "the only row"
     rows = list(map(tuple, bad.nonzero().tolist()))

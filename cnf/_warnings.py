@@ -1,4 +1,4 @@
-"""Warnings that point at the user's line, however deep in the package their cause is seen."""
+"""Warnings that point at the user's line."""
 
 import sys
 import warnings
@@ -6,13 +6,13 @@ import warnings
 _PASSED = frozenset(
     ("beartype", "cnf", "contextlib", "functools", "jaxtyping", "sklearn", "torch", "torchdiffeq")
 )
-"""Packages whose lines stand between the user's and the cause, as decorators of torch do."""
+"""Packages whose frames are skipped."""
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn of a line: the innermost one of the stack of calls that is in none of these packages.
+    """Warn at the innermost stack frame outside of the skipped packages.
 
-    `warnings.warn` counts calls, which differ by the way to the cause.
+    A fixed `stacklevel` would not do, because the depth of the stack varies.
     """
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and _package(frame.f_globals) in _PASSED:

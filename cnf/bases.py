@@ -1,4 +1,4 @@
-"""Base distributions: where a flow starts, at t = 0."""
+"""Base distributions of flows, at t = 0."""
 
 import math
 from abc import ABC, abstractmethod
@@ -15,15 +15,15 @@ from cnf._shapes import BaseRows, Context, Values
 Likelihood = Literal[
     "exact", "estimate", "lower_bound", "biased_estimate", "on_manifold", "not_a_likelihood"
 ]
-"""What a log-likelihood is, the strongest first: exact up to rounding and solver tolerance; an
-unbiased estimate; a lower bound; an estimate whose mean may be on either side of the truth; the
-density on the surface that the flow covers, as if every point were on it; or no likelihood."""
+"""Kind of log-likelihood, the strongest first: exact up to rounding and solver tolerance; an
+unbiased estimate; a lower bound; a biased estimate; the density on the surface that the flow
+covers, as if every point were on it; or no likelihood."""
 
 _STRONGEST_FIRST: tuple[Likelihood, ...] = get_args(Likelihood)
 
 
 def weakest(kinds: Iterable[Likelihood]) -> Likelihood:
-    """The weakest of some kinds, in the order of `Likelihood`; "exact" if there are none."""
+    """Return the weakest of some kinds, in the order of `Likelihood`; "exact" for none."""
     return max(kinds, key=_STRONGEST_FIRST.index, default="exact")
 
 
@@ -32,15 +32,15 @@ _HOOKS = {
     "rsample": "_rsample(shape, context, generator)",
     "initialize": "_initialize(z, generator), which is called while needs_initialization is true",
 }
-"""What a subclass writes in place of each final method."""
+"""Hooks that a subclass writes in place of final methods."""
 
 
 class Base(nn.Module, ABC):
-    """Distribution of z, ``(*batch, features)``, perhaps given a context.
+    """Base distribution of z, ``(*batch, features)``, perhaps given a context.
 
     The public methods are final; a subclass writes the hooks `_log_prob` and `_rsample` and, if it
-    starts from data, `needs_initialization` and `_initialize`. One that is not on all of the real
-    numbers says where it is by `support`.
+    is initialised from data, `needs_initialization` and `_initialize`. A subclass without full
+    support sets `support`.
 
     Args:
         features: Size of z.
@@ -64,7 +64,7 @@ class Base(nn.Module, ABC):
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Refuse a class that overrides a final method, whose hook it would have to write."""
+        """Refuse a class that overrides a final method in place of its hook."""
         super().__init_subclass__(**kwargs)
         refuse_overrides(cls, Base, _HOOKS)
 
@@ -75,32 +75,32 @@ class Base(nn.Module, ABC):
 
     @property
     def support(self) -> constraints.Constraint:
-        """Which numbers or vectors have a positive density."""
+        """Numbers or vectors with a positive density."""
         return constraints.real_vector
 
     @property
     def likelihood(self) -> Likelihood:
-        """What `log_prob` is: the weakest kind among the parts that have one."""
+        """Kind of likelihood of `log_prob`: the weakest among the parts."""
         parts: Iterable[Any] = (part for part in self.modules() if part is not self)
         return weakest(part.likelihood for part in parts if hasattr(type(part), "likelihood"))
 
     @property
     def has_rsample(self) -> bool:
-        """Whether `rsample` has the gradient of its draws; else gradients must be off there."""
+        """Whether `rsample` is differentiable; else it must be called with gradients off."""
         return True
 
     @property
     def needs_initialization(self) -> bool:
-        """Whether something is still to be set from data by `initialize`."""
+        """Whether `initialize` has yet to set something from data."""
         return False
 
     @final
     @torch.no_grad()
     def initialize(self, z: BaseRows, *, generator: Generator | None = None) -> None:
-        """Set what depends on the data from these rows. Once only: later calls change nothing.
+        """Initialise from these rows, once: later calls change nothing.
 
         Raises:
-            ValueError: If these rows do not do, such as too few of them.
+            ValueError: If the rows are unsuitable, such as too few.
         """
         if self.needs_initialization:
             self._initialize(z, generator)
@@ -109,7 +109,7 @@ class Base(nn.Module, ABC):
     def log_prob(
         self, z: BaseRows, context: Context | None = None, *, generator: Generator | None = None
     ) -> Values:
-        """Log-density of `z`, in nats; -inf outside of the support."""
+        """Return the log-density of `z`, in nats; -inf outside of the support."""
         return self._log_prob(z, context if self.context_features else None, generator)
 
     @final
@@ -120,7 +120,7 @@ class Base(nn.Module, ABC):
         *,
         generator: Generator | None = None,
     ) -> BaseRows:
-        """Draws of batch shape `shape`, to which the batch axes of the context broadcast.
+        """Draw with batch shape `shape`, to which the batch axes of the context broadcast.
 
         Raises:
             NotImplementedError: If gradients are on, and the draws have none.
@@ -129,21 +129,21 @@ class Base(nn.Module, ABC):
 
     @abstractmethod
     def _log_prob(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> Tensor:
-        """Hook: log-density of each row."""
+        """Hook: return the log-density of each row."""
 
     @abstractmethod
     def _rsample(
         self, shape: torch.Size, context: Tensor | None, generator: Generator | None
     ) -> Tensor:
-        """Hook: draws of batch shape `shape`."""
+        """Hook: draw with batch shape `shape`."""
 
     def _initialize(self, z: Tensor, generator: Generator | None) -> None:
-        """Hook: set what depends on the data."""
+        """Hook: initialise from data."""
 
     def distribution(
         self, batch_shape: Sequence[int] = (), context: Tensor | None = None
     ) -> Distribution:
-        """The same as a `torch.distributions.Distribution`.
+        """Return this base as a `torch.distributions.Distribution`.
 
         Raises:
             NotImplementedError: If there is none.
@@ -152,7 +152,7 @@ class Base(nn.Module, ABC):
 
 
 class StandardNormal(Base):
-    """Independent normal coordinates of mean 0 and variance 1.
+    """Standard normal distribution: independent features of mean 0 and variance 1.
 
     Args:
         features: Size of z.
@@ -168,7 +168,7 @@ class StandardNormal(Base):
 
     def __init__(self, features: int) -> None:
         super().__init__(features)
-        # Carries dtype and device through .to(), and nothing into a checkpoint.
+        # Carries dtype and device through .to(); not stored in a state dict.
         self.register_buffer("loc", torch.zeros(features), persistent=False)
         self.loc: Tensor
 
@@ -187,6 +187,6 @@ class StandardNormal(Base):
     def distribution(
         self, batch_shape: Sequence[int] = (), context: Tensor | None = None
     ) -> Distribution:
-        """The same as a `torch.distributions.Distribution`."""
+        """Return this base as a `torch.distributions.Distribution`."""
         loc = self.loc.expand(*batch_shape, self.features)
         return Independent(Normal(loc, torch.ones_like(loc), validate_args=False), 1)

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ _NOISES = ("rademacher", "gaussian")
 
 @dataclass(frozen=True)
 class FieldEvaluation:
-    """What one evaluation of a vector field yields; everything along a path is made from these."""
+    """Evaluation of a vector field and its divergence at one time."""
 
     vector_field: VectorField
     """The field."""
@@ -26,34 +27,32 @@ class FieldEvaluation:
     x: Tensor
     """Points, ``(*batch, features)``."""
     context: Tensor | None
-    """What the field is conditioned on, ``(*batch, context_features)``, if it is."""
+    """Context, ``(*batch, context_features)``, if the field is conditional."""
     velocity: Tensor
     """dx/dt, ``(*batch, features)``."""
     divergence: Tensor
     """Trace of dv/dx or an unbiased estimate of it, ``(*batch,)``."""
     products: Tensor | None = None
-    """Jacobian products with the probes, ``(probes, *batch, features)``, if they were made."""
+    """Jacobian products with the probes, ``(probes, *batch, features)``, if computed."""
     weight: float = 1.0
-    """What each product counts: 1 over a basis, 1 / their number for random probes."""
+    """Weight of each product: 1 over a basis, 1 / their number for random probes."""
     estimates: Tensor | None = None
-    """The estimate of the divergence by each random probe, ``(probes, *batch)``."""
+    """Estimate of the divergence by each random probe, ``(probes, *batch)``."""
 
 
 class Divergence(ABC):
-    r"""How the divergence of a vector field is computed: the sum of :math:`p^\top J p` over probes.
+    r"""Divergence of a vector field: the sum of :math:`p^\top J p` over probes.
 
     Probes are drawn once for each solve and passed to every evaluation, so that the ODE stays
     deterministic.
     """
 
-    @property
-    @abstractmethod
-    def is_exact(self) -> bool:
-        """Whether the divergence is exact up to rounding, rather than an unbiased estimate."""
+    is_exact: ClassVar[bool]
+    """Whether the divergence is exact up to rounding, rather than an unbiased estimate."""
 
     @abstractmethod
     def draw_probes(self, x: Rows, *, generator: torch.Generator | None = None) -> Probes | None:
-        """Probes for one solve that starts at `x`; None if no random ones are needed."""
+        """Draw probes for one solve that starts at `x`; None if no random ones are needed."""
 
     @abstractmethod
     def __call__(
@@ -68,14 +67,14 @@ class Divergence(ABC):
     ) -> FieldEvaluation:
         """Evaluate the field and its divergence at `x`, once.
 
-        With `products`, the evaluation holds Jacobian products, even where a closed form of the
-        divergence could do without.
+        With `products`, the evaluation includes Jacobian products, even if the divergence has a
+        closed form.
         """
 
 
 @dataclass(frozen=True)
 class Exact(Divergence):
-    """The exact divergence: in closed form where the field has one, else over the standard basis.
+    """Exact divergence: in closed form where the field has one, else over the standard basis.
 
     The latter costs one Jacobian product for each feature.
 
@@ -85,14 +84,10 @@ class Exact(Divergence):
         torch.Size([3])
     """
 
-    @property
-    def is_exact(self) -> bool:
-        """True."""
-        return True
+    is_exact = True
 
     def draw_probes(self, x: Rows, *, generator: torch.Generator | None = None) -> None:
-        """None: nothing here is random."""
-        del x, generator
+        """Return None: nothing here is random."""
 
     def __call__(
         self,
@@ -105,7 +100,6 @@ class Exact(Divergence):
         products: bool = False,
     ) -> FieldEvaluation:
         """Evaluate the field and its divergence at `x`, once."""
-        del probes
         if products:
             basis = standard_basis(x)
             velocity, columns = vector_field.velocity_and_products(t, x, basis, context)
@@ -118,13 +112,14 @@ class Exact(Divergence):
 
 @dataclass(frozen=True, kw_only=True)
 class Hutchinson(Divergence):
-    r"""Unbiased estimate of the divergence from random probes.
+    r"""Hutchinson's unbiased estimate of the divergence from random probes.
 
     .. math:: \nabla \cdot v = \mathbb{E}_p \, p^\top (\partial v / \partial x) \, p
         \quad\text{for}\quad \mathbb{E}\, p p^\top = I
 
-    Costs `probes` Jacobian products, however many features; the variance falls as 1 / `probes`.
-    Rademacher probes have entries of exactly ±1 and never a larger variance than Gaussian ones.
+    Costs `probes` Jacobian products, for any number of features; the variance falls as
+    1 / `probes`. Rademacher probes have entries of exactly ±1 and never a larger variance than
+    Gaussian ones.
 
     A field v = g(h(x)) with a `bottleneck` narrower than x has the divergence
     :math:`\mathrm{tr}(\partial h / \partial x \; \partial g / \partial h)`, a trace of a smaller
@@ -132,8 +127,8 @@ class Hutchinson(Divergence):
 
     Raises:
         TypeError: If `probes` is not an int.
-        ValueError: If `noise` is unknown or `probes` less than 1; when called, if a bottleneck is
-            asked of a field without one, or together with Jacobian products.
+        ValueError: If `noise` is unknown or `probes` less than 1; when called with `bottleneck`, if
+            the field has none, or together with Jacobian products.
 
     References:
         Hutchinson (1990), A stochastic estimator of the trace of the influence matrix.
@@ -156,16 +151,13 @@ class Hutchinson(Divergence):
         object.__setattr__(self, "probes", check_count("probes", self.probes))
         object.__setattr__(self, "bottleneck", check_flag("bottleneck", self.bottleneck))
 
-    @property
-    def is_exact(self) -> bool:
-        """False, for the divergence is an unbiased estimate."""
-        return False
+    is_exact = False
 
     def draw_probes(self, x: Rows, *, generator: torch.Generator | None = None) -> Probes:
-        """Random probes for each row of `x`.
+        """Draw random probes for each row of `x`.
 
         Raises:
-            ValueError: If there is no memory for them.
+            ValueError: If they exceed the memory.
         """
         remedy = "Take fewer, or fewer rows at once."
         check_fits("probes", self.probes, self.probes * x.numel(), like=x, remedy=remedy)
@@ -187,7 +179,7 @@ class Hutchinson(Divergence):
     ) -> FieldEvaluation:
         """Evaluate the field and the estimate of its divergence at `x`, once."""
         if probes is None:
-            raise ValueError("probes must be what draw_probes returned; got None.")
+            raise ValueError("probes must be the result of draw_probes; got None.")
         if self.bottleneck:
             if vector_field.bottleneck is None:
                 raise ValueError(
@@ -196,10 +188,10 @@ class Hutchinson(Divergence):
                 )
             if products:
                 raise ValueError(
-                    "a regularizer needs products of the whole Jacobian, which probes of a "
-                    "bottleneck do not make; use Hutchinson(bottleneck=False)."
+                    "a regularizer needs products of the whole Jacobian, unlike a bottleneck; use "
+                    "Hutchinson(bottleneck=False)."
                 )
-            # The first entries of a probe are independent of the rest, and so a probe themselves.
+            # The first entries of a probe are a probe, because entries are independent.
             probes = probes[..., : vector_field.bottleneck]
             velocity, made = vector_field.velocity_and_bottleneck_products(t, x, probes, context)
         else:

@@ -1,4 +1,4 @@
-"""Numbers that judge a density model."""
+"""Metrics of density models."""
 
 import math
 
@@ -12,11 +12,11 @@ from cnf._shapes import Values
 
 
 def bits_per_dim(log_prob: Values, dimensions: int) -> Values:
-    """Negative log-likelihood in bits for each dimension of an event.
+    """Return the negative log-likelihood in bits for each dimension of an event.
 
-    For discrete data, such as pixels of 256 levels, `log_prob` must be that of the integers, as a
-    flow with `Dequantize` gives it. Densities of data scaled to [0, 1] would come out too low, by
-    the log2 of the number of levels.
+    For discrete data, such as pixels of 256 levels, `log_prob` must be the log-probability of the
+    integers, as from a flow with `Dequantize`. With the density of data scaled to [0, 1] the result
+    is too low by the log2 of the number of levels.
 
     Args:
         log_prob: Log-likelihood of each event, in nats.
@@ -39,13 +39,13 @@ def bits_per_dim(log_prob: Values, dimensions: int) -> Values:
 
 
 def effective_sample_size(log_weights: Float[Tensor, "draws *batch"]) -> Values:
-    r"""How many independent draws from a target the weighted draws are worth, roughly.
+    r"""Return the effective sample size of importance weights.
 
     .. math:: \Big(\sum_i w_i\Big)^2 \Big/ \sum_i w_i^2
 
-    a number from 1, where one weight outdoes the rest, to the number of draws, where all are equal.
-    A constant factor of the weights does not matter. Few draws may miss the largest weights, and
-    then look better than they are.
+    It is 1 if one weight dominates, and the number of draws if all weights are equal. A constant
+    factor of the weights does not matter. Few draws may miss the largest weights, so that the
+    result is too large.
 
     Args:
         log_weights: Logs of the weights, along the first axis; -inf for a weight of zero.
@@ -62,16 +62,16 @@ def effective_sample_size(log_weights: Float[Tensor, "draws *batch"]) -> Values:
         >>> effective_sample_size(torch.tensor([0.0, 0.0, -torch.inf]))
         tensor(2.)
     """
-    # The largest weight is made 1: logs of large weights have few digits left for differences.
+    # The largest weight becomes 1: logs of large weights have few digits left for differences.
     weights = (log_weights - _largest(log_weights)).exp()
     return weights.sum(0).square() / weights.square().sum(0)
 
 
 def log_mean_exp(log_weights: Float[Tensor, "draws *batch"]) -> Values:
-    """Log of the mean of weights; of importance weights, it estimates log Z, in nats.
+    """Return the log of the mean weight; for importance weights an estimate of log Z, in nats.
 
-    Z is the integral of an unnormalised density. The mean of the weights is an unbiased estimate of
-    it, and so the log of the mean is too small on average, the less so the more draws.
+    Z is the integral of an unnormalised density. The mean weight is an unbiased estimate of Z; its
+    log is too small on average, with a bias that falls with the number of draws.
 
     Args:
         log_weights: Logs of the weights, along the first axis; -inf for a weight of zero.
@@ -89,7 +89,7 @@ def log_mean_exp(log_weights: Float[Tensor, "draws *batch"]) -> Values:
 
 
 def _largest(log_weights: Tensor) -> Tensor:
-    """The largest along the first axis, which must be a finite number."""
+    """Return the largest log-weights along the first axis; refuse columns without a finite one."""
     _check_numbers("log_weights", log_weights)
     if log_weights.ndim == 0 or len(log_weights) == 0:
         raise ValueError(
@@ -114,13 +114,13 @@ def _check_numbers(name: str, values: Tensor) -> None:
 def gaussian_log_prob(
     x: Float[Tensor, "rows features"], training: Float[Tensor, "training_rows features"]
 ) -> Float[Tensor, " rows"] | None:
-    """Log-density of rows by the Gaussian with mean and covariance of other rows, in nats.
+    """Return the log-density of rows under a Gaussian fitted to other rows, in nats.
 
-    What a model must beat to have learnt anything beyond the covariance.
+    It is the baseline for a model that learns more than the covariance.
 
     Args:
         x: Rows to evaluate.
-        training: Rows that the Gaussian is fitted to.
+        training: Rows to fit the Gaussian to.
 
     Returns:
         One number for each row of `x`; None if the covariance is singular, as it is where columns
@@ -153,7 +153,7 @@ def gaussian_log_prob(
     if torch.linalg.matrix_rank(covariance, hermitian=True) < len(mean):
         return None
     gaussian = MultivariateNormal(torch.zeros_like(mean), covariance)
-    if len(x) == 0:  # which torch cannot reshape
+    if len(x) == 0:  # torch cannot reshape it
         return x.new_zeros(0, dtype=dtype)
     log_prob: Tensor = gaussian.log_prob((x - mean) / std) - std.log().sum()
     return log_prob.to(dtype)

@@ -1,10 +1,10 @@
-"""Costs of a path, to be integrated along it: how fast, how rough a flow is.
+"""Regularizers of continuous flows: costs that are integrated along the path.
 
 A regularizer maps a `FieldEvaluation` to the cost rate of each row, at least 0. Its integral over
-the length of time is the cost of the path, positive whichever way time runs. Costs are sums over
-the features of a row, beside a likelihood in nats for each row. RNODE's code takes means over the
-features, and half of the kinetic energy, beside bits per dimension: times ln 2 (kinetic energy:
-half of that) its weights are ours, whatever the number of features.
+time is the cost of the path, positive in both directions of time. Costs are sums over the features
+of a row, beside a likelihood in nats for each row. RNODE's code takes means over the features, and
+half of the kinetic energy, beside bits per dimension: multiply its weights by ln 2 (kinetic energy:
+by half of ln 2) to get the weights here, for any number of features.
 
 References:
     Finlay et al. (2020), How to Train Your Neural ODE (RNODE). https://arxiv.org/abs/2002.02798
@@ -25,10 +25,10 @@ CostRate = Callable[[FieldEvaluation], Tensor]
 
 @dataclass(frozen=True)
 class Regularizer:
-    """A cost rate with a name, and whether it looks at the Jacobian products of an evaluation.
+    """Cost rate with a name, which may use the Jacobian products of an evaluation.
 
-    A plain function from `FieldEvaluation` to rates serves as a regularizer too; it always gets
-    the products.
+    A plain function from `FieldEvaluation` to rates is a regularizer too; it always gets the
+    products.
     """
 
     name: str
@@ -36,10 +36,10 @@ class Regularizer:
     rate: CostRate
     """The cost rate of each row, ``(*batch,)``."""
     needs_products: bool
-    """Whether it looks at `FieldEvaluation.products`."""
+    """Whether it uses `FieldEvaluation.products`."""
 
     def __call__(self, evaluation: FieldEvaluation) -> Values:
-        """The cost rate of each row."""
+        """Return the cost rate of each row."""
         return self.rate(evaluation)
 
 
@@ -54,13 +54,10 @@ def _squared_jacobian(evaluation: FieldEvaluation) -> Tensor:
 
 
 def _squared_derivative(evaluation: FieldEvaluation, dt: float) -> Tensor:
-    return (
-        evaluation.vector_field.velocity_derivative(
-            evaluation.t, evaluation.x, dt, evaluation.velocity, evaluation.context
-        )
-        .square()
-        .sum(-1)
+    derivative = evaluation.vector_field.velocity_derivative(
+        evaluation.t, evaluation.x, dt, evaluation.velocity, evaluation.context
     )
+    return derivative.square().sum(-1)
 
 
 def _squared_directional_derivative(evaluation: FieldEvaluation) -> Tensor:
@@ -89,18 +86,18 @@ the probes of the trace: favours smooth fields (RNODE's second penalty)."""
 directional_derivative = Regularizer(
     "directional_derivative", _squared_directional_derivative, needs_products=False
 )
-"""‖(∂v/∂x) v‖²: how the velocity changes along the path, but for the time dependence of the field.
-Costs one evaluation more, as the next two do."""
+"""‖(∂v/∂x) v‖²: the change of the velocity along the path, without the time dependence of the
+field. It, and each of the next two, costs one evaluation more."""
 
 total_derivative = Regularizer("total_derivative", _squared_acceleration, needs_products=False)
 """‖∂v/∂t + (∂v/∂x) v‖², the squared acceleration: zero for straight paths of constant speed."""
 
 hjb_residual = Regularizer("hjb_residual", _hjb_residual, needs_products=False)
-"""The absolute residual of the Hamilton-Jacobi-Bellman equation ∂Φ/∂t = ½ ‖∇Φ‖², which the
-potential Φ of an optimal transport fulfils (OT-Flow's penalty); for a `PotentialField` only. The
-equation is the same whichever way time runs."""
+"""Absolute residual of the Hamilton-Jacobi-Bellman equation ∂Φ/∂t = ½ ‖∇Φ‖², which the potential Φ
+of an optimal transport solves (OT-Flow's penalty); for a `PotentialField` only. The equation is the
+same in both directions of time."""
 
 
 def needs_products(regularizer: CostRate) -> bool:
-    """Whether the regularizer looks at the Jacobian products; of a plain function, yes."""
+    """Return whether the regularizer uses the Jacobian products; True for a plain function."""
     return not isinstance(regularizer, Regularizer) or regularizer.needs_products

@@ -1,4 +1,4 @@
-"""Flows of other libraries as ours, and ours as theirs."""
+"""Adapters: flows of zuko, nflows, normflows, Pyro and torch as flows of cnf, and the reverse."""
 
 from cnf.adapters.bases import NormflowsBase, TorchBase
 from cnf.adapters.from_libraries import from_nflows, from_normflows, from_torch, from_zuko

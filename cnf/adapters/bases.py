@@ -1,4 +1,4 @@
-"""Distributions of other libraries as bases."""
+"""Base distributions from torch and normflows."""
 
 import math
 from collections.abc import Sequence
@@ -16,18 +16,18 @@ from cnf.transforms.support.constraints import spread
 
 
 class TorchBase(Base):
-    """A `torch.distributions.Distribution` of vectors, or a module that returns one when called.
+    """Base from a `torch.distributions.Distribution` of vectors, or a module that returns one.
 
-    Tensors of a distribution are no parameters: they are not trained, and stay on their device and
-    as precise as they are. What comes out has the dtype that the base was moved to. Tensors of a
-    module, such as a lazy distribution of zuko, are parameters if the module says so.
+    Tensors of a distribution are not parameters: they are not trained, and keep their device and
+    dtype. Log-densities and draws have the dtype that the base was moved to. A module, such as a
+    lazy distribution of zuko, keeps its parameters.
 
     Args:
         source: The distribution, with one event axis and no batch; or the module.
 
     Raises:
         TypeError: If `source` is neither.
-        ValueError: If its shape is another.
+        ValueError: If it has another shape.
 
     Example:
         >>> from torch.distributions import Independent, Laplace
@@ -53,13 +53,13 @@ class TorchBase(Base):
         self.source = source
         with Building():
             drawn = distribution.sample()
-        # The dtype and device of a distribution that is no module.
+        # Carries the dtype and device of a distribution that is no module.
         self.register_buffer("loc", torch.zeros_like(drawn), persistent=False)
         self.loc: Tensor
 
     @property
     def has_rsample(self) -> bool:
-        """What the distribution says."""
+        """Whether the distribution has a differentiable `rsample`."""
         return self._distribution().has_rsample
 
     def _distribution(self) -> Distribution:
@@ -68,7 +68,7 @@ class TorchBase(Base):
 
     @property
     def support(self) -> constraints.Constraint:
-        """What the distribution says."""
+        """Support of the distribution."""
         return _support(self._distribution())
 
     def _log_prob(
@@ -76,7 +76,7 @@ class TorchBase(Base):
     ) -> Tensor:
         distribution = self._distribution()
         inside = rows_inside(z, _support(distribution))
-        if not inside.any():  # torch checks no empty batch
+        if not inside.any():  # torch cannot check an empty batch
             return z.new_full(inside.shape, -math.inf)
         if inside.all():
             return distribution.log_prob(z).to(z)
@@ -87,7 +87,7 @@ class TorchBase(Base):
     ) -> Tensor:
         distribution = self._distribution()
         _check_gradient(distribution, distribution.has_rsample)
-        if 0 in shape:  # which some, such as mixtures, refuse
+        if 0 in shape:  # some distributions, such as mixtures, refuse it
             return self.loc.new_empty(*shape, self.features)
         draw = distribution.rsample if distribution.has_rsample else distribution.sample
         with drawing_from(generator):
@@ -96,7 +96,7 @@ class TorchBase(Base):
     def distribution(
         self, batch_shape: Sequence[int] = (), context: Tensor | None = None
     ) -> Distribution:
-        """The same as a `torch.distributions.Distribution`."""
+        """Return the wrapped distribution, expanded to the batch shape."""
         expanded: Distribution = self._distribution().expand(torch.Size(batch_shape))
         return expanded
 
@@ -104,16 +104,11 @@ class TorchBase(Base):
 def _support(distribution: Distribution) -> constraints.Constraint:
     try:
         return distribution.support or constraints.real_vector
-    except NotImplementedError:  # some mixtures do not tell
+    except NotImplementedError:  # some mixtures have none
         return constraints.real_vector
 
 
 def _check_gradient(distribution: object, has_rsample: bool) -> None:
-    """Refuse draws without gradient where gradients are on.
-
-    Raises:
-        NotImplementedError: If so.
-    """
     if torch.is_grad_enabled() and not has_rsample:
         raise NotImplementedError(
             f"{type(distribution).__name__} cannot be drawn from differentiably; use "
@@ -122,29 +117,29 @@ def _check_gradient(distribution: object, has_rsample: bool) -> None:
 
 
 class NormflowsBase(Base):
-    """A base distribution of normflows, without context.
+    """Base from a base distribution of normflows, without context.
 
     Args:
-        wrapped: The distribution. `shape` is that of its events, each a vector here.
+        wrapped: The distribution. Its events, of shape `shape`, are vectors here.
 
     Raises:
-        TypeError: If it needs a context or a class, or has no density of what it draws.
+        TypeError: If it needs a context or a class, or its `log_prob` is wrong.
     """
 
     def __init__(self, wrapped: nn.Module) -> None:
-        _refuse_what_is_no_base(wrapped)
+        _check_base(wrapped)
         with Building(), torch.no_grad():
             drawn: Tensor = wrapped(1)[0]
         self.shape = tuple(drawn.shape[1:])
         super().__init__(math.prod(self.shape))
         self.wrapped = wrapped
-        # The dtype and device of a distribution that has no tensors of its own.
+        # Carries the dtype and device of a distribution without tensors.
         self.register_buffer("loc", drawn.new_zeros(self.features), persistent=False)
         self.loc: Tensor
 
     @property
     def has_rsample(self) -> bool:
-        """Not for a mixture: which component a draw is of has no gradient."""
+        """False for a mixture: the choice of a component has no gradient."""
         return not is_a(self.wrapped, "normflows", "GaussianMixture")
 
     def _log_prob(
@@ -165,18 +160,17 @@ class NormflowsBase(Base):
         return drawn.to(self.loc).reshape(*shape, self.features)
 
 
-def _refuse_what_is_no_base(wrapped: nn.Module) -> None:
-    """Refuse what depends on a context or a class, or has a wrong density.
-
-    Raises:
-        TypeError: If it does.
-    """
+def _check_base(wrapped: nn.Module) -> None:
+    """Refuse a base that depends on a context or a class, or has a wrong density."""
     conditional = ("ConditionalDiagGaussian", "ClassCondDiagGaussian")
-    of_a_class = getattr(wrapped, "class_cond", False)
-    if of_a_class or any(is_a(wrapped, "normflows", name) for name in conditional):
+    by_class = getattr(wrapped, "class_cond", False)
+    if by_class or any(is_a(wrapped, "normflows", name) for name in conditional):
         raise TypeError(
             "a base must have no context or class of its own; "
             f"got {type(wrapped).__name__} of normflows."
         )
     if is_a(wrapped, "normflows", "GaussianPCA"):
-        raise TypeError("GaussianPCA of normflows is no base: its log_prob is not of its draws.")
+        raise TypeError(
+            "GaussianPCA of normflows cannot be a base: its log_prob is not the density of its "
+            "draws; use another base."
+        )

@@ -1,4 +1,4 @@
-"""The solves of zuko's CNF, which have no bound of their own, with one."""
+"""Evaluation budget for the solves of zuko's CNF, which have none."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,15 +13,15 @@ from cnf.ode.monitor import ODEError
 _BUDGET = 10_000
 """Evaluations of a solve, as by default of `cnf.ODESolver`."""
 
-_CALLS_OF_A_STEP = 7
+_CALLS_PER_STEP = 7
 
 
 class BoundedRate:
-    """The right-hand side of a solve by zuko, which ends in an error where it would never end.
+    """Right-hand side of a solve by zuko, with an evaluation budget.
 
     Args:
         rate: Takes a time and a state.
-        settings: What the solve is by, for the message.
+        settings: Settings of the solve, for the message.
     """
 
     def __init__(self, rate: Callable[[Tensor, Tensor], Tensor], settings: str) -> None:
@@ -33,12 +33,8 @@ class BoundedRate:
         self.ended = False
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        """The rate.
-
-        Raises:
-            ODEError: If the solve asks too often.
-        """
-        if not self.ended:  # a backward pass redoes the steps, and no more
+        """Return the rate; raise an `ODEError` beyond the budget."""
+        if not self.ended:  # a backward pass repeats the steps and adds none
             self._count(float(t.detach()), x.dtype)
         return self.rate(t, x)
 
@@ -46,27 +42,22 @@ class BoundedRate:
         self.evaluations += 1
         self.calls_there = self.calls_there + 1 if t == self.last else 1
         self.last = t
-        if self.calls_there < _CALLS_OF_A_STEP and self.evaluations <= _BUDGET:
+        if self.calls_there < _CALLS_PER_STEP and self.evaluations <= _BUDGET:
             return
-        stuck = self.calls_there >= _CALLS_OF_A_STEP
+        stuck = self.calls_there >= _CALLS_PER_STEP
         what = "needs steps too small for the time to advance" if stuck else "spent its budget"
         raise ODEError(
             f"the solve with zuko's odeint {what}, at t = {t:.6g} after {self.evaluations - 1} "
-            f"evaluations; {self.settings} may be finer than {dtype} can tell, or the field stiff: "
+            f"evaluations; {self.settings} may be finer than {dtype} resolves, or the field stiff: "
             "loosen these arguments of zuko's CNF, or use float64."
         )
 
 
 @contextmanager
 def bounded(transform: TorchTransform, dtype: torch.dtype) -> Iterator[None]:
-    """Within, the solves of a transform end, and a ladj is as precise as the path.
+    """Bound the solves of zuko in a transform, and make its ladj as precise as the path.
 
-    Args:
-        transform: A torch transform, perhaps with solves of zuko inside.
-        dtype: What is solved in.
-
-    Raises:
-        ValueError: If its tolerances are finer than the dtype can tell.
+    A ValueError refuses tolerances that are finer than the dtype of the state resolves.
     """
     with ExitStack() as stack:
         if hasattr(transform, "trace_scale"):
@@ -82,12 +73,12 @@ def _bounded_solve(transform: Any, dtype: torch.dtype) -> Iterator[None]:
     resolution = torch.finfo(dtype).eps
     if max(atol, rtol) < resolution:
         raise ValueError(
-            f"atol and rtol of zuko's CNF must not both be finer than {dtype} can tell, "
+            f"atol and rtol of zuko's CNF must not both be finer than {dtype} resolves, "
             f"{resolution:.1e}; got {atol} and {rtol}. Loosen them, or use float64."
         )
     own = transform.f.rate if isinstance(transform.f, BoundedRate) else transform.f
     rate = BoundedRate(own, f"atol={atol} and rtol={rtol}")
-    # They stay, for a backward pass looks at both again; the transform is made for one call.
+    # Both stay set for the backward pass; the transform is made for one call.
     transform.f, transform.trace_scale = rate, 1.0
     try:
         yield

@@ -1,4 +1,4 @@
-"""Flows of other libraries as flows of ours; their parameters are shared, and no value changes."""
+"""Conversion of flows of other libraries; parameters are shared, and densities stay the same."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,14 +15,14 @@ from cnf.transforms import Flatten, Transform
 
 
 def from_torch(distribution: Distribution) -> Flow:
-    """A torch distribution of vectors as a flow; see `FromTorch` for its transforms alone.
+    """Convert a torch distribution of vectors to a flow; `FromTorch` wraps a transform alone.
 
     Args:
         distribution: One with one event axis and no batch, perhaps a `TransformedDistribution`.
 
     Raises:
         TypeError: If `distribution` is no torch distribution.
-        ValueError: If its shape is another, or a transform does not map vectors of this size.
+        ValueError: If it has another shape, or a transform does not map vectors of this size.
 
     Example:
         >>> import torch
@@ -39,7 +39,7 @@ def from_torch(distribution: Distribution) -> Flow:
 
 
 def from_zuko(flow: nn.Module, context_features: int = 0) -> Flow:
-    """A flow, or another lazy distribution, of zuko; see `FromZuko` for its transforms alone.
+    """Convert a flow, or another lazy distribution, of zuko; `FromZuko` wraps a transform alone.
 
     Args:
         flow: The flow.
@@ -47,7 +47,7 @@ def from_zuko(flow: nn.Module, context_features: int = 0) -> Flow:
 
     Raises:
         TypeError: If `flow` is no module, or it or its base returns no distribution when called.
-        ValueError: If it is of images or the like.
+        ValueError: If its events are not vectors.
 
     Example:
         >>> import torch
@@ -69,14 +69,14 @@ def from_zuko(flow: nn.Module, context_features: int = 0) -> Flow:
 def from_nflows(
     flow: nn.Module, context_features: int = 0, *, shape: Sequence[int] | None = None
 ) -> Flow:
-    """A flow of nflows with a standard normal base; see `FromNflows` for a transform alone.
+    """Convert a flow of nflows with a standard normal base; `FromNflows` wraps a transform alone.
 
-    Events of several axes, such as images, stay what they are.
+    Events of several axes, such as images, keep their shape.
 
     Args:
         flow: The flow.
         context_features: Size of the context, before the flow's own embedding; 0 for none.
-        shape: Shape of an event, if it is not that of the base, as in a multi-scale flow.
+        shape: Shape of an event, if the base has another, as in a multi-scale flow.
 
     Raises:
         TypeError: If `flow` is no flow of nflows, or its base is no StandardNormal.
@@ -105,24 +105,24 @@ def from_nflows(
         latent_shape=latent,
         embedding=flow.get_submodule("_embedding_net"),
     )
-    return Flow(_of_events(transform, sizes))
+    return Flow(_with_flatten(transform, sizes))
 
 
 def from_normflows(
     flow: nn.Module, context_features: int = 0, *, shape: Sequence[int] | None = None
 ) -> Flow:
-    """A `NormalizingFlow` of normflows, conditional or not; see `FromNormflows` for layers alone.
+    """Convert a `NormalizingFlow` of normflows; `FromNormflows` wraps layers alone.
 
-    Events of several axes, such as images, stay what they are.
+    The flow may be conditional. Events of several axes, such as images, keep their shape.
 
     Args:
         flow: The flow.
         context_features: Size of the context; 0 for none.
-        shape: Shape of an event, if it is not that of the base, as where layers squeeze.
+        shape: Shape of an event, if the base has another, as where layers squeeze.
 
     Raises:
-        TypeError: If `flow` is no such flow, a part is no bijection of each row by itself, or the
-            base depends on a context or a class.
+        TypeError: If `flow` is no such flow, a part is no bijection of single rows, or the base
+            depends on a context or a class.
         ValueError: If parts have more than one dtype.
 
     Example:
@@ -144,9 +144,8 @@ def from_normflows(
     sizes = base.shape if shape is None else tuple(shape)
     layers = list(flow.get_submodule("flows").children())
     transform = FromNormflows(layers, sizes, context_features, latent_shape=base.shape)
-    return Flow(_of_events(transform, sizes), base)
+    return Flow(_with_flatten(transform, sizes), base)
 
 
-def _of_events(transform: Transform, shape: Sequence[int]) -> list[Transform]:
-    """The transform, of events of this shape instead of vectors."""
+def _with_flatten(transform: Transform, shape: Sequence[int]) -> list[Transform]:
     return [transform] if len(shape) == 1 else [Flatten(shape), transform]

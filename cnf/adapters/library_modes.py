@@ -1,6 +1,6 @@
-"""Calls into modules of other libraries: their mode, their random numbers, and their traps.
+"""Calls of modules of other libraries: their mode, random numbers and initialisation.
 
-Parts are known by the name of their class and library, so that none of these is imported.
+Classes are recognised by name, so that no library is imported.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,16 +21,16 @@ _REFUSED = {
     ("normflows", "HamiltonianMonteCarlo"): _NO_BIJECTION,
     ("normflows", "MetropolisHastings"): _NO_BIJECTION,
 }
-"""What no likelihood can be had of, and why."""
+"""Classes without a likelihood, and the reason."""
 
 _SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
-    # These leave parameters out of their gradients in evaluation mode.
+    # Their gradients lack parameters in evaluation mode.
     ("zuko", "FFJTransform"): {"training": True},
     ("zuko", "MNN"): {"training": True},
     ("zuko", "UMNN"): {"training": True},
-    # The value of evaluation mode: a determinant in the plane, else an unbiased estimate with these
-    # terms, whatever it is to truncate in training. But only training mode keeps the gradient of
-    # an estimate; and with less memory, only that gradient is of a ladj, and the value is not.
+    # The value as in evaluation mode: a determinant for two features, else an unbiased estimate
+    # with 20 exact terms. Training mode, because only it keeps the gradient of an estimate; without
+    # the memory-saving options, with which the value is not a ladj.
     ("normflows", "iResBlock"): {
         "training": True,
         "brute_force": True,
@@ -40,33 +40,29 @@ _SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
         "grad_in_forward": False,
     },
 }
-"""Under which settings values and gradients are right, for what is not to be in evaluation mode."""
+"""Settings with correct values and gradients, of classes for which evaluation mode has not both."""
 
 _SERIES = "_logdetgrad"
-"""The method of a residual block of normflows that draws from numpy."""
+"""Method of a residual block of normflows that draws from numpy."""
 
 _FROM_FIRST_ROWS: dict[tuple[str, str], dict[str, Any]] = {
     ("nflows", "ActNorm"): {"training": True},
     ("nflows", "BatchNorm"): {"training": True, "momentum": 1.0},
     ("normflows", "ActNorm"): {},
 }
-"""Under which settings a call makes these parts start from its rows."""
+"""Settings with which a call initialises these parts from its rows."""
 
 
 def is_a(part: object, library: str, name: str) -> bool:
-    """Whether `part` is an instance of the class of this name of a library, or of a subclass."""
+    """Return whether `part` is an instance of the class of this name of a library."""
     return any(
         kind.__name__ == name and kind.__module__.split(".")[0] == library
         for kind in type(part).__mro__
     )
 
 
-def refuse_what_has_no_likelihood(module: nn.Module) -> None:
-    """Refuse a module with a part that is no invertible map of each row by itself.
-
-    Raises:
-        TypeError: If it has one.
-    """
+def check_has_likelihood(module: nn.Module) -> None:
+    """Raise a TypeError for a module with a part that is no bijection of single rows."""
     for part in module.modules():
         for (library, name), reason in _REFUSED.items():
             if is_a(part, library, name):
@@ -74,7 +70,7 @@ def refuse_what_has_no_likelihood(module: nn.Module) -> None:
 
 
 def is_estimate(module: nn.Module, shape: tuple[int, ...]) -> bool:
-    """Whether a part estimates its ladj at random, given rows of this shape."""
+    """Return whether a part has a random estimate of its ladj, for rows of this shape."""
     return any(
         (is_a(part, "zuko", "FFJTransform") and not part.exact)
         or (is_a(part, "normflows", "iResBlock") and shape != (2,))
@@ -83,28 +79,25 @@ def is_estimate(module: nn.Module, shape: tuple[int, ...]) -> bool:
 
 
 def parts_to_initialize(module: nn.Module) -> list[nn.Module]:
-    """The parts that still have to start from data."""
+    """Return the parts that are not yet initialised from data."""
     return [part for part in module.modules() if _needs_initialization(part)]
 
 
 def _needs_initialization(part: nn.Module) -> bool:
     if is_a(part, "nflows", "ActNorm"):
         return not part.initialized
-    if is_a(part, "nflows", "BatchNorm"):  # whose running variance is 0 until it has seen rows
+    if is_a(part, "nflows", "BatchNorm"):  # its running variance is 0 until the first rows
         return not bool(part.get_buffer("running_var").any())
     return is_a(part, "normflows", "ActNorm") and not part.data_dep_init_done
 
 
 @contextmanager
 def correct_mode(module: nn.Module, *, starting: bool = False) -> Iterator[None]:
-    """Within, each part has the one mode in which it can be trusted, whatever `module.training`.
+    """Set each part to the mode with correct values and gradients, then restore its own.
 
-    It is evaluation mode, where dropout does nothing and batch normalisation has fixed statistics,
-    but for the few parts that need another. Afterwards all is as it was.
-
-    Args:
-        module: What is called within.
-        starting: Whether parts that await data are to start from the rows of the call.
+    This is evaluation mode, where dropout does nothing and batch normalisation has fixed
+    statistics, but for the few parts that need another. With `starting`, uninitialised parts are
+    initialised from the rows of the call.
     """
     settings: list[tuple[nn.Module, Mapping[str, Any]]] = [
         (part, {"training": False, **_settings_of(part, _SETTINGS)}) for part in module.modules()
@@ -136,15 +129,11 @@ def _set(part: nn.Module, values: Mapping[str, Any]) -> None:
 
 @contextmanager
 def drawing_from(generator: Generator | None, module: nn.Module | None = None) -> Iterator[None]:
-    """Within, what this thread draws from torch's global generators follows `generator`.
+    """Replace torch's global generators by `generator`, for this thread.
 
     Other libraries take no generator. The global ones are neither read nor set, so that other
-    threads draw from them as ever. The numbers of terms that normflows draws from numpy follow too;
-    whatever else draws from numpy, such as a distribution of a user's own, does not.
-
-    Args:
-        generator: The generator; None for leaving all as it is.
-        module: What is called within.
+    threads keep theirs. The numbers of terms that normflows draws from numpy follow `generator`
+    too; other draws from numpy, such as in a user's distribution, do not.
     """
     if generator is None:
         yield
@@ -164,7 +153,7 @@ def drawing_from(generator: Generator | None, module: nn.Module | None = None) -
 
 
 def _drawing_terms_from(terms: np.random.RandomState, block: Any) -> MethodType:
-    """The block's power series, with another source of the numbers of its terms."""
+    """Return the power series of a block, with its numbers of terms drawn from `terms`."""
     series = getattr(type(block), _SERIES)
     samplers = {"geometric_sample": terms.geometric, "poisson_sample": terms.poisson}
     names = {**series.__globals__, **samplers}
@@ -173,8 +162,5 @@ def _drawing_terms_from(terms: np.random.RandomState, block: Any) -> MethodType:
 
 
 def as_rows(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Vectors ``(*batch, features)`` as events ``(rows, *shape)``, in memory of their own.
-
-    A copy, since what was made in inference mode cannot be differentiated.
-    """
-    return x.reshape(-1, *shape).clone()
+    """Copy vectors ``(*batch, features)`` to events ``(rows, *shape)``."""
+    return x.reshape(-1, *shape).clone()  # tensors made in inference mode have no gradient

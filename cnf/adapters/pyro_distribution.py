@@ -1,4 +1,4 @@
-"""Our flows as Pyro's. Importing it imports Pyro; `cnf.adapters.to_pyro` does so when called."""
+"""Flows as Pyro distributions. This imports Pyro; `cnf.adapters.to_pyro` imports it when called."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from cnf.flows.distribution import FlowDistribution
 
 
 class _Drawn(NamedTuple):
-    """A draw and its log-density."""
+    """Draw and its log-density."""
 
     value: Tensor
     log_prob: Tensor
@@ -20,7 +20,7 @@ class _Drawn(NamedTuple):
 
 
 class PyroDistribution(TorchDistribution):
-    """A flow given a context, as a Pyro distribution.
+    """Pyro distribution of a flow given a context.
 
     Args:
         distribution: The flow given the context.
@@ -35,21 +35,20 @@ class PyroDistribution(TorchDistribution):
         super().__init__(distribution.batch_shape, distribution.event_shape, validate_args=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the last draw, whose graph cannot be copied."""
+        """Return the state without the last draw, whose graph cannot be copied."""
         return {**vars(self), "_drawn": None}
 
     @property
     def support(self) -> constraints.Constraint:
-        """Which values have a density."""
+        """Support of the flow."""
         return self.distribution.support
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "PyroDistribution":
-        """The same distribution for a larger batch."""
-        del _instance
+        """Return the same distribution for a larger batch."""
         return PyroDistribution(self.distribution.expand(batch_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density in nats; of the last draw by `rsample`, without a solve."""
+        """Return the log-density in nats; for the last draw by `rsample`, without a solve."""
         drawn = self._drawn
         if drawn is not None and value is drawn.value and self._state(value) == drawn.state:
             return drawn.log_prob
@@ -66,7 +65,7 @@ class PyroDistribution(TorchDistribution):
         return value
 
     def _state(self, value: Tensor) -> list[object]:
-        """What a log-density of `value` depends on, to tell whether it has changed."""
+        """Return the versions of the tensors that a log-density of `value` depends on."""
         tensors = [value, *self.distribution.flow.parameters(), *self.distribution.flow.buffers()]
         versions = [None if part.is_inference() else part._version for part in tensors]
         return [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *versions]

@@ -1,4 +1,4 @@
-"""Our flows in the interfaces of other libraries. What they return shares the flow's parameters."""
+"""Conversion of flows to other libraries; parameters are shared."""
 
 import importlib
 from typing import Any
@@ -12,10 +12,10 @@ _REMEDY = "wrap the transforms in Flow([...])"
 
 
 def to_zuko(flow: Flow) -> Any:
-    """An instance of a subclass of zuko's own `Flow`, for code that asks for one.
+    """Convert a flow to an instance of zuko's `Flow`.
 
-    Where a call that returns a distribution is enough, as in lampe and in sbi's wrapper of zuko's
-    flows, `flow` itself is: ``flow(context)`` is a distribution with `rsample_and_log_prob`.
+    Code that only calls a flow to get a distribution, as lampe and sbi's wrapper of zuko's flows
+    do, takes `flow` itself: ``flow(context)`` is a distribution with `rsample_and_log_prob`.
 
     Args:
         flow: The flow, of vectors.
@@ -35,13 +35,13 @@ def to_zuko(flow: Flow) -> Any:
 
 
 def to_pyro(flow: Flow, context: Tensor | None = None) -> Any:
-    """A flow given a context as a Pyro distribution, for ``pyro.sample``.
+    """Convert a flow given a context to a Pyro distribution, for ``pyro.sample``.
 
     Register the flow by ``pyro.module("flow", flow)`` to train it.
 
     Args:
         flow: The flow.
-        context: What it is conditioned on.
+        context: The context, ``(*batch, context_features)``.
 
     Raises:
         TypeError: If `flow` is no `Flow`.
@@ -53,7 +53,7 @@ def to_pyro(flow: Flow, context: Tensor | None = None) -> Any:
 
 
 def _door(module: str, library: str, package: str) -> Any:
-    """The module that builds on a library from its first line."""
+    """Import the adapter module of an optional library."""
     try:
         importlib.import_module(library)
     except ImportError as error:
@@ -62,10 +62,10 @@ def _door(module: str, library: str, package: str) -> Any:
 
 
 def to_nflows_transform(flow: Flow) -> nn.Module:
-    """The map of a flow as a transform of nflows, from data to noise, with a batch of rows.
+    """Convert the map of a flow to a transform of nflows, from data to noise, of batches of rows.
 
     Args:
-        flow: The flow, a bijection; its base plays no part.
+        flow: The flow, a bijection; its base is ignored.
 
     Raises:
         TypeError: If `flow` is no `Flow`.
@@ -83,10 +83,10 @@ def to_nflows_transform(flow: Flow) -> nn.Module:
 
 
 def to_normflows_flow(flow: Flow) -> nn.Module:
-    """The map of a flow as a layer of normflows, from latent to data, with a batch of rows.
+    """Convert the map of a flow to a layer of normflows, from latent to data, of batches of rows.
 
     Args:
-        flow: The flow, a bijection; its base plays no part.
+        flow: The flow, a bijection; its base is ignored.
 
     Raises:
         TypeError: If `flow` is no `Flow`.
@@ -104,12 +104,7 @@ def to_normflows_flow(flow: Flow) -> nn.Module:
 
 
 def _check_bijection(flow: Flow) -> None:
-    """Refuse what the other library would take for the log-determinant of a Jacobian.
-
-    Raises:
-        TypeError: If `flow` is no `Flow`.
-        ValueError: If a part of it is no bijection.
-    """
+    """Refuse a flow whose ladj is not the log-determinant of a Jacobian."""
     check_type("flow", flow, Flow, _REMEDY)
     for part in flow.chain:
         if not part.is_bijective:

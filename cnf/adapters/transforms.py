@@ -1,4 +1,4 @@
-"""Transforms of other libraries as ours. They wrap what the user made, and import nothing."""
+"""Wrappers of transforms of torch, zuko, nflows and normflows; they import no library."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -12,49 +12,49 @@ from torch.distributions import constraints
 from cnf._checks import check_type
 from cnf._warnings import warn
 from cnf.adapters.bounded_solve import bounded
-from cnf.adapters.library_modes import is_a, refuse_what_has_no_likelihood
+from cnf.adapters.library_modes import check_has_likelihood, is_a
 from cnf.adapters.wrapped_transform import WrappedTransform
 from cnf.transforms.base import WithLadj
 
 
-class OfTorchTransforms(WrappedTransform):
-    """What one torch transform does, made for each context, from data to base."""
+class TorchTransformWrapper(WrappedTransform):
+    """Wrapper of a torch transform from data to base, perhaps one for each context."""
 
     @abstractmethod
-    def _at(self, context: Tensor | None) -> TorchTransform:
-        """The map from data to base."""
+    def _given(self, context: Tensor | None) -> TorchTransform:
+        """Hook: return the transform from data to base."""
 
     def _rows_to_base(self, x: Tensor, context: Tensor | None) -> WithLadj:
-        return _call_and_ladj(self._at(context), x)
+        return _call_and_ladj(self._given(context), x)
 
     def _rows_to_data(self, z: Tensor, context: Tensor | None) -> WithLadj:
-        return _call_and_ladj(self._at(context).inv, z)
+        return _call_and_ladj(self._given(context).inv, z)
 
     def _to_base_value(
         self, x: Tensor, context: Tensor | None, generator: Generator | None
     ) -> Tensor:
         def call(rows: Tensor, context: Tensor | None) -> WithLadj:
-            return _call_alone(self._at(context), rows)
+            return _call_alone(self._given(context), rows)
 
-        return self._trusted("x", call, x, context, generator)[0]
+        return self._checked("x", call, x, context, generator)[0]
 
     def _to_data_value(
         self, z: Tensor, context: Tensor | None, generator: Generator | None
     ) -> Tensor:
         def call(rows: Tensor, context: Tensor | None) -> WithLadj:
-            return _call_alone(self._at(context).inv, rows)
+            return _call_alone(self._given(context).inv, rows)
 
-        return self._trusted("z", call, z, context, generator)[0]
+        return self._checked("z", call, z, context, generator)[0]
 
 
-class FromTorch(OfTorchTransforms):
-    """A `torch.distributions.Transform`, which maps base to data as in a `TransformedDistribution`.
+class FromTorch(TorchTransformWrapper):
+    """Wrapper of a `torch.distributions.Transform` from base to data.
 
-    For one that maps data to base, give its ``.inv``. Tensors that it holds are no parameters:
-    they are not trained, and stay on their device. Data are supported where its codomain says.
+    For one that maps data to base, give its ``.inv``. Its tensors are not parameters: they are not
+    trained, and keep their device. Its codomain is the support of the data.
 
     Args:
-        transform: From base to data, of vectors or of each number.
+        transform: The transform, of vectors or of each number.
         features: Number of entries of x.
 
     Raises:
@@ -84,30 +84,30 @@ class FromTorch(OfTorchTransforms):
 
     @property
     def support(self) -> constraints.Constraint:
-        """The codomain of the torch transform, for whole rows."""
-        return _of_rows(self.transform.codomain)
+        """Codomain of the torch transform, for whole rows."""
+        return _for_rows(self.transform.codomain)
 
     @property
     def codomain(self) -> constraints.Constraint:
-        """The domain of the torch transform, for whole rows."""
-        return _of_rows(self.transform.domain)
+        """Domain of the torch transform, for whole rows."""
+        return _for_rows(self.transform.domain)
 
-    def _at(self, context: Tensor | None) -> TorchTransform:
+    def _given(self, context: Tensor | None) -> TorchTransform:
         return self.transform.inv
 
 
-def _of_rows(constraint: constraints.Constraint) -> constraints.Constraint:
+def _for_rows(constraint: constraints.Constraint) -> constraints.Constraint:
     return constraint if constraint.event_dim == 1 else constraints.independent(constraint, 1)
 
 
-class FromZuko(OfTorchTransforms):
-    """A lazy transform of zuko, which maps data to base as here, also given a context.
+class FromZuko(TorchTransformWrapper):
+    """Wrapper of a lazy transform of zuko from data to base, perhaps conditional.
 
-    Called in training mode throughout, for some of zuko's transforms have no gradient in the other.
-    The ladj of zuko's CNF, which it solves a hundred times more loosely than the path, is as
-    precise as the path here; and since one step size holds for a whole batch, the value of a row
-    changes with the batch by about the tolerance (arguments `atol` and `rtol` of zuko's CNF). A
-    solve that would take more than 10 000 evaluations, or never end, is an `ODEError`.
+    Transforms of zuko whose gradients lack parameters in evaluation mode run in training mode. The
+    ladj of zuko's CNF, which zuko solves a hundred times more loosely than the path, is as precise
+    as the path here. Its step size holds for a whole batch, so that the value of a row changes with
+    the batch by about the tolerance (arguments `atol` and `rtol` of zuko's CNF). A solve of more
+    than 10 000 evaluations raises an `ODEError`.
 
     Args:
         transform: The lazy transform; the ``.inv`` of one that maps base to data.
@@ -123,24 +123,24 @@ class FromZuko(OfTorchTransforms):
         super().__init__(features, context_features)
         self.transform = transform
 
-    def _at(self, context: Tensor | None) -> TorchTransform:
+    def _given(self, context: Tensor | None) -> TorchTransform:
         transform: TorchTransform = self.transform(context)
         return transform
 
 
 class FromNflows(WrappedTransform):
-    """A transform of nflows, which maps data to base as here.
+    """Wrapper of a transform of nflows from data to base.
 
     Args:
         transform: The transform.
-        shape: Number of features, or shape of the event that a vector is, flattened in C order.
+        shape: Number of features, or shape of the event, flattened in C order to a vector.
         context_features: Size of the context; 0 for none.
-        latent_shape: Shape of the event at the base, if that is another.
-        embedding: What the context goes through first, as in a flow of nflows; None for nothing.
+        latent_shape: Shape of the event at the base, if it differs.
+        embedding: Embedding network of the context, as in a flow of nflows; None for none.
 
     Raises:
         TypeError: If `transform` is no module.
-        ValueError: If a part is a SqueezeTransform with a factor that it cannot invert.
+        ValueError: If a part is a SqueezeTransform with an odd factor, which it cannot invert.
     """
 
     def __init__(
@@ -158,8 +158,8 @@ class FromNflows(WrappedTransform):
             factor: Any = getattr(part, "factor", 2)
             if is_a(part, "nflows", "SqueezeTransform") and factor % 2:
                 raise ValueError(
-                    f"SqueezeTransform of nflows inverts no odd factor; got {factor}. "
-                    "Use cnf.transforms.Squeeze."
+                    f"SqueezeTransform of nflows must have an even factor; got {factor}, which it "
+                    "cannot invert. Use cnf.transforms.Squeeze."
                 )
         self.transform = transform
         self.embedding = embedding
@@ -181,24 +181,25 @@ class FromNflows(WrappedTransform):
 
 
 class FromNormflows(WrappedTransform):
-    """Flow layers of normflows, which map base to data: the other way round than here.
+    """Wrapper of flow layers of normflows, which map base to data.
 
-    A residual layer has the ladj of its evaluation mode, with a gradient in any mode: exact for
-    vectors of two entries, else an unbiased estimate with 20 exact terms and some more. So a step
-    of training costs more than in normflows, and a series that is to be truncated is not. The way
-    to the data is as coarse as there, off by some thousandths, for its iteration ends early.
+    A residual layer has the ladj of its evaluation mode, always with a gradient: exact for vectors
+    of two entries, else an unbiased estimate with at least 20 terms. So a training step costs more
+    than in normflows, and no series is truncated. The way to the data has normflows' accuracy, some
+    thousandths, because its iteration stops early.
 
     Args:
         flows: One layer, or several in the order of normflows, from base to data.
-        shape: Number of features, or shape of the event that a vector is, flattened in C order.
+        shape: Number of features, or shape of the event, flattened in C order to a vector.
         context_features: Size of the context; 0 for none.
-        latent_shape: Shape of the event at the base, if that is another.
+        latent_shape: Shape of the event at the base, if it differs.
 
     Raises:
-        TypeError: If `flows` are no modules, or no bijection of each row by itself.
+        TypeError: If a layer is no module, or no bijection of single rows.
 
     Warns:
-        UserWarning: If a layer is an inverse autoregressive flow, by the name of a masked one.
+        UserWarning: If a layer is a "MaskedAffineAutoregressive", which is an inverse
+            autoregressive flow.
     """
 
     def __init__(
@@ -212,7 +213,7 @@ class FromNormflows(WrappedTransform):
         layers = list(flows) if isinstance(flows, nn.ModuleList | Sequence) else [flows]
         for layer in layers:
             check_type("each of flows", layer, nn.Module, "a normflows.flows.Flow")
-            refuse_what_has_no_likelihood(layer)
+            check_has_likelihood(layer)
             if is_a(layer, "normflows", "MaskedAffineAutoregressive"):
                 warn(
                     "MaskedAffineAutoregressive of normflows is an inverse autoregressive flow: "
@@ -231,7 +232,7 @@ class FromNormflows(WrappedTransform):
 
 
 def _through(calls: Sequence[tuple[nn.Module, Any]], x: Tensor, context: Tensor | None) -> WithLadj:
-    """Through one layer of normflows after another; a ladj is 0, 0-dim or one number each row."""
+    """Apply layers of normflows in order; a ladj is 0, 0-dim or one number for each row."""
     total = x.new_zeros(len(x))
     given = {} if context is None else {"context": context}
     for layer, call in calls:
@@ -239,21 +240,21 @@ def _through(calls: Sequence[tuple[nn.Module, Any]], x: Tensor, context: Tensor 
             x, ladj = call(x, **given)
         except NotImplementedError as error:
             raise NotImplementedError(
-                f"{type(layer).__name__} of normflows goes one way only ({error}); such a flow can "
-                "be sampled and trained by ReverseKL, but has no log_prob of given data."
+                f"{type(layer).__name__} of normflows has one direction only ({error}); its flow "
+                "can be sampled and trained by ReverseKL, but has no log_prob of given data."
             ) from error
         total = total + torch.as_tensor(ladj).to(total).reshape(-1)
     return x, total
 
 
 def _call_alone(transform: TorchTransform, x: Tensor) -> WithLadj:
-    """The map of `x`, and zeros in place of its ladj, which is not computed."""
+    """Return the map of `x`, and zeros in place of its ladj, which is not computed."""
     with bounded(transform, x.dtype):
         return transform(x), x.new_zeros(len(x))
 
 
 def _call_and_ladj(transform: TorchTransform, x: Tensor) -> WithLadj:
-    """The map of `x` and its ladj, by zuko in one go."""
+    """Return the map of `x` and its ladj, in one call where zuko offers one."""
     with bounded(transform, x.dtype):
         if hasattr(transform, "call_and_ladj"):
             y, ladj = transform.call_and_ladj(x)

@@ -1,4 +1,4 @@
-"""What wraps a transform of another library: from its rows to ours, and back."""
+"""Base class of the wrappers of transforms of other libraries."""
 
 import math
 from abc import abstractmethod
@@ -24,25 +24,25 @@ _Map = Callable[[Tensor, Tensor | None], WithLadj]
 
 
 class WrappedTransform(Transform):
-    """A transform of another library, on vectors ``(*batch, features)``.
+    """Wrapper of a transform of another library, on vectors ``(*batch, features)``.
 
-    It changes no value, the other library sees the context as it comes, and no result depends on
-    `training`: each part is called in the one mode in which its values and its gradients are right.
-    A part that starts from data does so in `initialize`, and in no other call; batch normalisation
-    takes its statistics there, and keeps them. A subclass defines the two directions for rows, in
-    the hooks `_rows_to_base` and `_rows_to_data`.
+    Values agree with the other library, which gets the context unscaled. No result depends on
+    `training`: each part is called in the mode with correct values and gradients. Parts that start
+    from data are initialised by `initialize` alone; batch normalisation fixes its statistics there.
+    A subclass defines the two directions for rows, in the hooks `_rows_to_base` and
+    `_rows_to_data`.
 
     Args:
-        shape: Number of features, or shape of the event that a vector is, flattened in C order.
+        shape: Number of features, or shape of the event, flattened in C order to a vector.
         context_features: Size of the context; 0 for none.
-        latent_shape: Shape of the event at the base, if that is another.
+        latent_shape: Shape of the event at the base, if it differs.
 
     Raises:
         TypeError: If a size is not an int.
         ValueError: If a size is out of range, or the two shapes have different numbers of entries;
-            when called, if NaN or inf comes out; from `initialize`, if there are less than two
+            when called, if a result is NaN or inf; from `initialize`, if there are less than two
             rows, which have no standard deviation.
-        RuntimeError: When called, if a part has still to start from data.
+        RuntimeError: When called, if a part is not yet initialised from data.
     """
 
     def __init__(
@@ -67,20 +67,20 @@ class WrappedTransform(Transform):
 
     @abstractmethod
     def _rows_to_base(self, x: Tensor, context: Tensor | None) -> WithLadj:
-        """Hook: z and ladj of rows ``(rows, *shape)``."""
+        """Hook: return z and ladj of rows ``(rows, *shape)``."""
 
     @abstractmethod
     def _rows_to_data(self, z: Tensor, context: Tensor | None) -> WithLadj:
-        """Hook: x and ladj of rows ``(rows, *latent_shape)``."""
+        """Hook: return x and ladj of rows ``(rows, *latent_shape)``."""
 
     @property
     def likelihood(self) -> Likelihood:
-        """An estimate if a part is known to estimate its ladj at random, else exact."""
+        """An estimate if a part has a random estimate of its ladj, else exact."""
         return "estimate" if is_estimate(self, self.shape) else "exact"
 
     @property
     def needs_initialization(self) -> bool:
-        """Whether a part, such as ActNorm, has still to start from data."""
+        """Whether a part, such as ActNorm, is not yet initialised from data."""
         return super().needs_initialization or bool(parts_to_initialize(self))
 
     def _initialize(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> None:
@@ -93,25 +93,25 @@ class WrappedTransform(Transform):
             self._call(self._rows_to_base, self.shape, x, context, generator)
 
     def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
-        return self._trusted("x", self._rows_to_base, x, context, generator)
+        return self._checked("x", self._rows_to_base, x, context, generator)
 
     def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
-        return self._trusted("z", self._rows_to_data, z, context, generator)
+        return self._checked("z", self._rows_to_data, z, context, generator)
 
-    def _trusted(
+    def _checked(
         self, name: str, call: _Map, x: Tensor, context: Tensor | None, generator: Generator | None
     ) -> WithLadj:
         waiting = {type(part).__name__ for part in parts_to_initialize(self)}
         if waiting:
             raise RuntimeError(
-                f"{', '.join(sorted(waiting))} starts from data, and has not; call "
+                f"{', '.join(sorted(waiting))} must be initialised from data; call "
                 "flow.initialize(x) first, with many rows. (fit does so by itself.)"
             )
         with correct_mode(self):
             shape = self.shape if name == "x" else self.latent_shape
             y, ladj = self._call(call, shape, x, context, generator)
         bad = non_finite_rows(y.detach()) | ~ladj.detach().isfinite()
-        refuse_rows(name, bad, f"where {type(self).__name__} gives finite numbers")
+        refuse_rows(name, bad, f"where {type(self).__name__} returns finite numbers")
         return y, ladj
 
     def _call(
@@ -127,12 +127,12 @@ class WrappedTransform(Transform):
             rows = _rows(x, batch, shape)
             contexts = None if context is None else _rows(context, batch, context.shape[-1:])
             y, ladj = call(rows, contexts)
-        # A ladj may come in the default dtype, as 0-dim or as a column.
+        # A ladj may have the default dtype, and be 0-dim or a column.
         ladj = ladj.to(x).reshape(-1).expand(len(rows))[: batch.numel()]
         return y.to(x)[: batch.numel()].reshape(*batch, self.features), ladj.reshape(batch)
 
 
 def _rows(x: Tensor, batch: torch.Size, shape: tuple[int, ...]) -> Tensor:
-    """A row for each entry of the batch; for an empty one, which some libraries refuse, one row."""
+    """Return a row for each entry of the batch; one row for an empty batch, as some refuse none."""
     rows = as_rows(x.expand(*batch, x.shape[-1]), shape)
     return rows if len(rows) else rows.new_zeros(1, *shape)

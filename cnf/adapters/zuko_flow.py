@@ -1,4 +1,4 @@
-"""Our flows as zuko's. Importing it imports zuko; `cnf.adapters.to_zuko` does so when called."""
+"""Flows as flows of zuko. This imports zuko; `cnf.adapters.to_zuko` imports it when called."""
 
 from torch import Tensor
 from torch.distributions import Distribution, Transform
@@ -11,19 +11,13 @@ from cnf.flows.torch_transform import FlowTransform
 
 
 class ZukoFlow(TheirFlow):
-    """A flow that is an instance of zuko's class.
-
-    Called, it returns our distribution, whose `rsample_and_log_prob` takes a single solve.
-
-    Args:
-        flow: The flow.
-    """
+    """Instance of zuko's `Flow` whose distribution has a single-solve `rsample_and_log_prob`."""
 
     def __init__(self, flow: Flow) -> None:
         super().__init__(_Map(flow), _Base(flow.base))
 
     def forward(self, c: Tensor | None = None) -> Distribution:
-        """The flow given a context."""
+        """Return the flow given a context."""
         distribution: Distribution = self.transform.flow(c)
         return distribution
 

@@ -1,4 +1,4 @@
-"""Named discrete flows, to compare a CNF with."""
+"""Baselines: named discrete flows, to compare a CNF with."""
 
 from cnf.baselines.catalogue import Baseline, build, names
 from cnf.baselines.glow import glow

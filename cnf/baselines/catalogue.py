@@ -1,4 +1,4 @@
-"""Named discrete flows, to compare a CNF with: one constructor, sizes matched by parameters."""
+"""Catalogue of named discrete flows, with sizes matched by number of parameters."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from cnf._building import Building
 from cnf._checks import check_choice, check_count, check_image_shape
-from cnf.baselines.residual_flows import OURS, glow_of
+from cnf.baselines.residual_flows import CHAINS, glow_of_size
 from cnf.baselines.zuko_flows import NamedMixture, NamedTransform
 from cnf.bases import Likelihood
 from cnf.flows.flow import Flow
@@ -17,22 +17,22 @@ _LARGEST = 2**13
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """What a named flow is."""
+    """Properties of a named flow."""
 
     name: str
-    """What `build` takes."""
+    """Name, for `build`."""
     kind: str
-    """In a few words."""
+    """Kind of flow, in a few words."""
     likelihood: Likelihood = "exact"
-    """What its likelihood is."""
+    """Kind of likelihood."""
     size: int = 64
-    """Default of what grows with the number of parameters."""
+    """Default size."""
     size_of: str = "hidden layers"
-    """What the size is the width or number of."""
+    """Meaning of the size: width of the hidden layers, or number of components or layers."""
     conditional: bool = True
     """Whether it takes a context."""
     images_alone: bool = False
-    """Whether it takes no vectors."""
+    """Whether it takes images only."""
 
 
 _BASELINES = {
@@ -59,7 +59,7 @@ _BASELINES = {
 
 
 def names() -> tuple[Baseline, ...]:
-    """Every named flow, with what it is.
+    """Return every named flow, with its properties.
 
     Example:
         >>> [baseline.name for baseline in names() if baseline.likelihood != "exact"]
@@ -76,21 +76,21 @@ def build(
     size: int | None = None,
     parameters: int | None = None,
 ) -> Flow:
-    """A named discrete flow, untrained. It expects standardised data, as `fit` makes them.
+    """Build a named discrete flow, untrained, for standardised data.
 
     Args:
         name: One of `names`.
         features: Number of entries of x, or shape ``(channels, height, width)`` of images, which
-            a flow of vectors takes flattened.
+            a flow of vectors flattens.
         context_features: Size of the context; 0 for none.
         size: Width of the hidden layers, or number of components or layers; None for a default.
-        parameters: Number of parameters to come as near to as a size can, in place of `size`.
-            Weights that a mask sets to zero count.
+        parameters: Number of parameters, in place of `size`; the size with the nearest number is
+            taken. Masked weights count.
 
     Raises:
         TypeError: If a number is not an int.
         ValueError: If there is no such name, a number is out of range, both `size` and
-            `parameters` are given, or no size comes near to so many parameters.
+            `parameters` are given, or no size gives so many parameters.
         ImportError: If the flow is zuko's, and zuko is not installed.
 
     Example:
@@ -98,7 +98,7 @@ def build(
         >>> sum(parameter.numel() for parameter in flow.parameters())
         9952
     """
-    baseline = _baseline(name)
+    baseline = _BASELINES[check_choice("name", name, _BASELINES)]
     if context_features and not baseline.conditional:
         raise ValueError(f"context_features must be 0 for {name!r}; got {context_features}.")
     if size is not None and parameters is not None:
@@ -109,35 +109,31 @@ def build(
     if isinstance(features, int):
         if baseline.images_alone:
             raise ValueError(f"features must be the shape of images for {name!r}; got {features}.")
-        return _of_vectors(name, features, context_features, size, [])
+        return _vector_flow(name, features, context_features, size, [])
     shape = check_image_shape(features)
     if baseline.images_alone:
-        return Flow(glow_of(shape, context_features, size))
-    return _of_vectors(name, math.prod(shape), context_features, size, [Flatten(shape)])
+        return Flow(glow_of_size(shape, context_features, size))
+    return _vector_flow(name, math.prod(shape), context_features, size, [Flatten(shape)])
 
 
-def _of_vectors(
+def _vector_flow(
     name: str, features: int, context_features: int, size: int, first: list[Transform]
 ) -> Flow:
     if name == "gmm":
         return Flow(first, NamedMixture(features, size))
-    if name in OURS:
+    if name in CHAINS:
         check_count("features", features)
-        return Flow([*first, *OURS[name](features, context_features, size)])
+        return Flow([*first, *CHAINS[name](features, context_features, size)])
     transform = NamedTransform(name, features, context_features, size=size)
-    # Additive couplings keep volume; the last scaling lets it change.
+    # Additive couplings preserve volume; the last scaling does not.
     last = [Affine(features)] if name == "nice" else []
     return Flow([*first, transform, *last])
-
-
-def _baseline(name: str) -> Baseline:
-    return _BASELINES[check_choice("name", name, _BASELINES)]
 
 
 def _size_for(
     name: str, features: int | Sequence[int], context_features: int, parameters: int
 ) -> int:
-    """The size whose number of parameters, which grows with it, is nearest."""
+    """Return the size with the nearest number of parameters, by bisection."""
 
     def count(size: int) -> int:
         with Building():

@@ -1,4 +1,4 @@
-"""Glow: the multi-scale flow of images, as a chain of transforms."""
+"""Glow, the multi-scale flow of images."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -26,17 +26,17 @@ def glow(
     coupling: str = "affine",
     lu: bool = True,
 ) -> list[Transform]:
-    """The transforms of Glow, from images to the base, for `Flow`.
+    """Return the transforms of Glow, from images to the base, for `Flow`.
 
     Each level squeezes the image and takes some steps: an `ActNorm`, a `Conv1x1` and a coupling of
     halves of the channels. Then the last half of the channels is factored out: given the first, it
     is Gaussian, with mean and standard deviation by one convolution (an `AffineCoupling`, so that
-    a standard normal base does for all). The first half goes on to the next level. At the end each
-    channel has a Gaussian prior of learned mean and standard deviation: those of the context, such
-    as a class in one-hot form, or without context those of an `ActNorm`.
+    the whole base is standard normal). The first half goes on to the next level. At the end each
+    channel has a Gaussian prior with learned mean and standard deviation, which depend on the
+    context, such as a class in one-hot form, if there is one.
 
-    The couplings see the context too. The flow is the identity but for rotations until `ActNorm`
-    sees data, which `fit` or `Flow.initialize` gives it.
+    The couplings depend on the context too. The flow is the identity but for rotations until `fit`
+    or `Flow.initialize` initialises `ActNorm`.
 
     Args:
         shape: Shape ``(channels, height, width)`` of the images.
@@ -63,7 +63,7 @@ def glow(
         >>> flow.sample(5).shape
         torch.Size([5, 3, 8, 8])
 
-        Draws at temperature 0.7, whose density is no longer that of the flow:
+        Draws at temperature 0.7, which have another density than the flow:
 
         >>> import torch
         >>> flow.to_data(0.7 * flow.base.rsample(torch.Size([5]))).shape
@@ -123,7 +123,7 @@ def _step(
 def _factor_out(
     shape: tuple[int, int, int], context_features: int, others: list[Transform]
 ) -> list[Transform]:
-    """Makes the last half of the channels standard normal given the first, which goes on."""
+    """Make the last half of the channels standard normal given the first; factor it out."""
     channels, height, width = shape
     conditioner = ConvConditioner(
         (channels // 2, height, width), channels, context_features, hidden_channels=()

@@ -1,10 +1,10 @@
-r"""Increasing functions onto the whole line, for flows of zuko whose own are not.
+r"""Monotonic functions onto the whole real line, for flows of zuko.
 
-zuko's neural autoregressive flow clips numbers softly between its layers, so that what lies beyond
-has no x; its Gaussianization takes normal distribution functions, which are 0 or 1 in floating
-point from a few units on; and both are inverted between -10 and 10, where the ends stand for all
-that is farther out. Densities then have an integral below 1, and samples are not from them. Here
-nothing is clipped, distribution functions are logarithms, and brackets grow until they hold.
+zuko's neural autoregressive flow clips numbers softly between its layers; its Gaussianization uses
+normal distribution functions, which round to 0 or 1 a few units out; and both are inverted between
+-10 and 10 only. Their densities integrate to less than 1, and samples are not from them. Here
+nothing is clipped, distribution functions are logarithms, and brackets grow until they contain the
+root.
 """
 
 import math
@@ -18,18 +18,18 @@ from torch.distributions import Transform as TorchTransform
 from torch.distributions import constraints
 
 _PRECISION = 1e-6
-"""Of inverses, as in zuko."""
+"""Precision of inverses, as in zuko."""
 _LARGEST = 2.0**40
 _FAR = -80.0
-"""Where exp is still a normal number in single precision."""
+"""A number whose exp is still a normal number in single precision."""
 
 
 class Increasing(TorchTransform):
-    """An increasing function of numbers, onto the line; inverted by bisection.
+    """Increasing function onto the real line, with an inverse by bisection.
 
     Args:
-        bisection: That of ``zuko.utils``.
-        parameters: What the function depends on, as far as gradients of the inverse are wanted.
+        bisection: The function ``zuko.utils.bisection``.
+        parameters: Tensors that gradients of the inverse are taken in.
     """
 
     domain = constraints.real
@@ -44,10 +44,10 @@ class Increasing(TorchTransform):
 
     @abstractmethod
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The value, and the logarithm of the slope; zuko asks for both at once."""
+        """Return the value and the logarithm of the slope, as zuko does."""
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """The logarithm of the slope."""
+        """Return the logarithm of the slope."""
         del y
         return self.call_and_ladj(x)[1]
 
@@ -66,11 +66,11 @@ class Increasing(TorchTransform):
 
 
 class MonotonicNetwork(nn.Module):
-    """Makes the increasing function of a monotonic network at some signals, in place of zuko's.
+    """Monotonic network that returns a `Neural` for each signal.
 
     Args:
         zuko: The library.
-        network: Its ``MNN``.
+        network: The ``MNN`` of zuko.
     """
 
     def __init__(self, zuko: Any, network: nn.Module) -> None:
@@ -79,13 +79,13 @@ class MonotonicNetwork(nn.Module):
         self._bisection = zuko.utils.bisection
 
     def forward(self, signal: Tensor) -> "Neural":
-        """The function."""
-        theirs = self.network(signal)
-        return Neural(theirs.f, self._bisection, [signal, *self.network.parameters()])
+        """Return the increasing function for a signal."""
+        function = self.network(signal).f
+        return Neural(function, self._bisection, [signal, *self.network.parameters()])
 
 
 class Neural(Increasing):
-    """What a monotonic network gives, by itself."""
+    """Increasing function of a monotonic network."""
 
     def __init__(
         self,
@@ -100,24 +100,24 @@ class Neural(Increasing):
         return self._function(x)
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """By reverse mode, each number by itself."""
+        """Return the value and the logarithm of the slope, by reverse mode."""
         differentiable = torch.is_grad_enabled()
         with torch.enable_grad():
-            point = x.clone().requires_grad_()  # not x, on which the function may depend too
+            point = x.clone().requires_grad_()  # not x, because the function may depend on x
             y = self._function(point)
             (slope,) = torch.autograd.grad(y.sum(), point, create_graph=differentiable)
         return (y if differentiable else y.detach()), slope.log()
 
 
 class Gaussianization(Increasing):
-    r"""The map of a mixture of normals to a normal.
+    r"""Gaussianization: the map of a mixture of normals to a normal.
 
     .. math:: x \mapsto \Phi^{-1} \Big( \frac1K {\textstyle\sum_k} \Phi(e^{a_k} x + b_k) \Big)
 
     Args:
         shift: b, of shape ``(*batch, components)``.
-        log_scale: a, likewise.
-        bisection: That of ``zuko.utils``.
+        log_scale: a, of the same shape.
+        bisection: The function ``zuko.utils.bisection``.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Gaussianization(Increasing):
         return self._value(self._standard(x))
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """In closed form."""
+        """Return the value and the logarithm of the slope, in closed form."""
         u = self._standard(x)
         y = self._value(u)
         return y, _log_mean_exp(self.log_scale - u.square() / 2) + y.square() / 2
@@ -140,7 +140,7 @@ class Gaussianization(Increasing):
         return x.unsqueeze(-1) * self.log_scale.exp() + self.shift
 
     def _value(self, u: Tensor) -> Tensor:
-        # By the smaller of the two tails, of which the logarithm has all digits.
+        # By the smaller of the two tails, whose logarithm has all digits.
         below = _log_mean_exp(torch.special.log_ndtr(u))
         above = _log_mean_exp(torch.special.log_ndtr(-u))
         magnitude: Tensor = _Quantile.apply(torch.minimum(below, above))  # type: ignore[no-untyped-call]
@@ -149,10 +149,10 @@ class Gaussianization(Increasing):
 
 @torch.no_grad()
 def start_near_identity(layer: Any, components: int) -> None:
-    """Let a layer of `Gaussianization` start as a mixture like the standard normal.
+    """Initialise a layer of `Gaussianization` as a mixture that is close to the standard normal.
 
-    Its components are draws from a normal, each as wide as a kernel is for so many of them; with a
-    context, this is where its network starts from.
+    The means are draws from a normal, and the widths suit a kernel density estimate; with a
+    context, the bias of its network is initialised.
 
     References:
         Silverman (1986), Density Estimation, for the width.
@@ -171,7 +171,7 @@ def start_near_identity(layer: Any, components: int) -> None:
 
 
 class _Quantile(torch.autograd.Function):
-    """Where the normal distribution function has a logarithm, of at most that of 1/2."""
+    """Normal quantile of a log-probability of at most log(1/2)."""
 
     @staticmethod
     def forward(ctx: Any, log_p: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ class _Quantile(torch.autograd.Function):
         twice = -2 * log_p.clamp_max(_FAR)
         far = -(twice - math.log(2 * math.pi) - twice.log()).sqrt()
         y = torch.where(log_p > _FAR, near, far)
-        for _ in range(2):  # Newton's method, on what is nearly a parabola
+        for _ in range(2):  # Newton's method; the log-probability is nearly a parabola
             y = y - (torch.special.log_ndtr(y) - log_p) * _inverse_hazard(y)
         ctx.save_for_backward(y)
         return y
@@ -191,7 +191,7 @@ class _Quantile(torch.autograd.Function):
 
 
 def _inverse_hazard(y: Tensor) -> Tensor:
-    """The distribution function over the density, both of the normal."""
+    """Return the ratio of the normal distribution function and density."""
     log_p: Tensor = torch.special.log_ndtr(y)
     return (log_p + y.square() / 2 + math.log(2 * math.pi) / 2).exp()
 

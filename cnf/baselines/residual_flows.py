@@ -1,4 +1,4 @@
-"""Discrete flows of this package, put together from its transforms."""
+"""Named discrete flows built from the transforms of this package."""
 
 from collections.abc import Callable, Sequence
 
@@ -27,19 +27,19 @@ Transforms = list[Transform]
 
 
 def planar(features: int, context_features: int, size: int) -> Transforms:
-    """So many planar layers, which take no context."""
+    """Return `size` planar layers, which take no context."""
     del context_features
     return [Planar(features) for _ in range(size)]
 
 
 def radial(features: int, context_features: int, size: int) -> Transforms:
-    """So many radial layers, which take no context."""
+    """Return `size` radial layers, which take no context."""
     del context_features
     return [Radial(features) for _ in range(size)]
 
 
 def exact_lipschitz(features: int, context_features: int, size: int) -> Transforms:
-    """Exact-Lipschitz layers with hidden layers of this width, the order reversed between them."""
+    """Return exact-Lipschitz layers of hidden width `size`, with reversed order between them."""
     chain: Transforms = []
     for _ in range(_BLOCKS):
         layer = ExactLipschitz(features, context_features, hidden_features=(size, size))
@@ -48,20 +48,20 @@ def exact_lipschitz(features: int, context_features: int, size: int) -> Transfor
 
 
 def i_resnet(features: int, context_features: int, size: int) -> Transforms:
-    """Residual blocks of perceptrons of this width, their log-determinants cut off."""
+    """Return residual blocks of perceptrons of width `size`, with truncated power series."""
     return _residual(features, _perceptrons(features, context_features, size), TruncatedSeries())
 
 
 def residual(features: int, context_features: int, size: int) -> Transforms:
-    """The same, with log-determinants that are estimated without bias."""
+    """Return residual blocks of perceptrons of width `size`, with unbiased power series."""
     return _residual(features, _perceptrons(features, context_features, size), RussianRoulette())
 
 
 def attentive(features: int, context_features: int, size: int) -> Transforms:
-    """The same, with attention before each perceptron.
+    """Return the layers of `residual`, with a block of attention before each perceptron.
 
-    The features are split evenly into tokens, about as many as are in each. Of a few features the
-    attention has few parameters, so that the flow is nearly `residual`.
+    The features are split evenly into about as many tokens as features in each token. For few
+    features the attention has few parameters, so that the flow is nearly `residual`.
     """
     tokens = next(n for n in range(1, features + 1) if n * n >= features and features % n == 0)
     networks: list[ContractiveNetwork] = []
@@ -70,12 +70,8 @@ def attentive(features: int, context_features: int, size: int) -> Transforms:
     return _residual(features, networks, RussianRoulette())
 
 
-def glow_of(shape: Sequence[int], context_features: int, size: int) -> Transforms:
-    """Glow with so many hidden channels, and as many levels as the image has room for.
-
-    Raises:
-        ValueError: If height or width is odd.
-    """
+def glow_of_size(shape: Sequence[int], context_features: int, size: int) -> Transforms:
+    """Return Glow with `size` hidden channels, and up to three levels, as the image allows."""
     _, height, width = shape
     levels = 1
     while levels < _MOST_LEVELS and not (height % 2 ** (levels + 1) or width % 2 ** (levels + 1)):
@@ -83,7 +79,7 @@ def glow_of(shape: Sequence[int], context_features: int, size: int) -> Transform
     return glow(shape, context_features, levels=levels, steps=_STEPS, hidden_channels=(size, size))
 
 
-OURS: dict[str, Callable[[int, int, int], Transforms]] = {
+CHAINS: dict[str, Callable[[int, int, int], Transforms]] = {
     "acf": attentive,
     "elf": exact_lipschitz,
     "iresnet": i_resnet,
@@ -91,7 +87,7 @@ OURS: dict[str, Callable[[int, int, int], Transforms]] = {
     "radial": radial,
     "residual": residual,
 }
-"""Transformss of vectors by name: of so many features, a context of some size, and a size."""
+"""Constructors by name; they take the numbers of features and context features, and the size."""
 
 
 def _perceptrons(features: int, context_features: int, size: int) -> list[LipschitzMLP]:

@@ -1,6 +1,6 @@
-"""The classics among discrete flows, from zuko, rebuilt from their name and size.
+"""Named discrete flows from zuko, built from a name and a size.
 
-So `save` and `load` keep them like any flow. ``pip install zuko`` brings the library.
+So `save` and `load` work as for any flow. They need zuko: ``pip install zuko``.
 """
 
 import importlib
@@ -15,18 +15,17 @@ from torch.distributions import Transform as TorchTransform
 
 from cnf._checks import check_choice, check_count
 from cnf.adapters import TorchBase
-from cnf.adapters.transforms import OfTorchTransforms
+from cnf.adapters.transforms import TorchTransformWrapper
 from cnf.baselines.monotone import Gaussianization, MonotonicNetwork, start_near_identity
 from cnf.bases import Base
 from cnf.vector_fields.conditioning import ContextScaling, scaled_context
 
 
-class NamedTransform(OfTorchTransforms):
-    """The transform of a named flow of zuko.
+class NamedTransform(TorchTransformWrapper):
+    """Transform of a named flow of zuko.
 
-    Of "naf" and "gf", the increasing functions are onto the line here, and "gf" starts near the
-    identity; see `cnf.baselines.monotone`. The network sees the context scaled, as in the parts of
-    this package.
+    The monotonic functions of "naf" and "gf" are surjective here, unlike in zuko, and "gf" starts
+    near the identity; see `cnf.baselines.monotone`. The network gets the context scaled.
 
     Args:
         name: One of `names`.
@@ -63,16 +62,16 @@ class NamedTransform(OfTorchTransforms):
         """Name and size."""
         return f"name={self.name!r}, size={self.size}"
 
-    def _at(self, context: Tensor | None) -> TorchTransform:
+    def _given(self, context: Tensor | None) -> TorchTransform:
         transform: TorchTransform = self.transform(scaled_context(self, context))
         return transform
 
 
 class NamedMixture(Base):
-    """Mixture of Gaussians with full covariances, of zuko.
+    """Mixture of Gaussians with full covariances, from zuko.
 
-    Its draws have no gradient. `initialize` puts the components on rows of the data, of equal
-    weights and shaped like all rows, which `fit` does before its first step.
+    Its draws have no gradient. `initialize` centres the components on rows of the data, with equal
+    weights and covariances proportional to the covariance of the data; `fit` calls it.
 
     Args:
         features: Size of z.
@@ -88,6 +87,8 @@ class NamedMixture(Base):
         Silverman (1986), Density Estimation, for the width of the components.
     """
 
+    has_rsample = False  # the choice of a component has no gradient
+
     def __init__(self, features: int, size: int) -> None:
         super().__init__(features)
         self.size = check_count("size", size)
@@ -97,13 +98,8 @@ class NamedMixture(Base):
         self.is_initialized: Tensor
 
     @property
-    def has_rsample(self) -> bool:
-        """False, for which component a draw is of has no gradient."""
-        return False
-
-    @property
     def needs_initialization(self) -> bool:
-        """Whether the components are still to be put on data by `initialize`."""
+        """Whether `initialize` has yet to centre the components on data."""
         return not self.is_initialized
 
     def _initialize(self, z: Tensor, generator: torch.Generator | None) -> None:
@@ -139,7 +135,7 @@ class NamedMixture(Base):
     def distribution(
         self, batch_shape: Sequence[int] = (), context: Tensor | None = None
     ) -> Distribution:
-        """The same as a `torch.distributions.Distribution`."""
+        """Return the mixture as a `torch.distributions.Distribution`."""
         return self.mixture.distribution(batch_shape)
 
 
@@ -160,9 +156,9 @@ def _inverse_autoregressive(zuko: Any, features: int, context: int, size: int) -
 
 def _neural_autoregressive(zuko: Any, features: int, context: int, size: int) -> Any:
     widths = (size, size)
-    network = {"hidden_features": 2 * (max(size, 2),)}  # it splits its units in two
+    network = {"hidden_features": 2 * (max(size, 2),)}  # zuko splits its units in two
     flow = zuko.flows.NAF(features, context, hidden_features=widths, network=network)
-    # Without the soft clips between them.
+    # Only these, without the soft clips between them.
     layers = [part for part in flow.transform.transforms if hasattr(part, "univariate")]
     for layer in layers:
         layer.univariate = MonotonicNetwork(zuko, layer.univariate)
@@ -180,7 +176,7 @@ def _coupling(zuko: Any, features: int, context: int, size: int, **univariate: A
 
 
 def _additive(zuko: Any, features: int, context: int, size: int) -> Any:
-    additive = zuko.transforms.AdditiveTransform  # zuko's NICE is affine unless it is told
+    additive = zuko.transforms.AdditiveTransform  # the default of zuko's NICE is affine
     return _coupling(zuko, features, context, size, univariate=additive, shapes=[()])
 
 

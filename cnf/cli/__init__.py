@@ -1,5 +1,5 @@
 """The command line ``cnf``: fit, score, sample, certify and plot densities of tables.
 
-The options are the fields of the classes in this package and of `cnf.tables.fit.DensitySettings`;
-tyro makes a command line of each command. `cnf.cli.main` is the way in.
+tyro generates the options from the fields of the command classes here and of
+`cnf.tables.fit.DensitySettings`. `cnf.cli.main` is the entry point.
 """

@@ -1,4 +1,4 @@
-"""``python -m cnf.cli`` is ``cnf``."""
+"""``python -m cnf.cli`` runs ``cnf``."""
 
 import sys
 

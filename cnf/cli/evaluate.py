@@ -34,7 +34,7 @@ from cnf.transforms import Unconstrain
 class Score(TableCommand):
     """Write the log-density of each row of a table, in nats.
 
-    Columns are found by name, in whatever order; others are left alone.
+    Columns are found by name, in any order; other columns are ignored.
     """
 
     model: ModelFolder
@@ -91,7 +91,7 @@ class Sample(Command):
         assigned_numbers("context", self.context)
 
     def run(self) -> int:
-        """Draw and write; contexts stand beside what was drawn, so that it can be scored."""
+        """Draw and write rows; they include their contexts, so that they can be scored."""
         check_new_file(self.out, force=self.force, reads=files_of(self.model))
         model = TableModel.load(self.model)
         given = assigned_numbers("context", self.context)
@@ -106,16 +106,16 @@ class Sample(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Certify(TableCommand):
-    """Measure how far the numbers of a model can be trusted, on rows of a table.
+    """Check how accurate the numbers of a model are, on rows of a table.
 
-    Prints what was measured, the limit of each and what to do if it fails; the exit code is 1 if
-    one fails.
+    Prints the value and limit of each check, and the remedy if it fails; the exit code is 1 if one
+    fails.
     """
 
     model: ModelFolder
     """Folder of the model."""
     data: DataFile
-    """The table, best of rows that the model was not fitted to."""
+    """The table, best of held-out rows."""
     rows: int = 200
     """Number of rows to draw from the table; all if it has fewer."""
     seed: int = 0

@@ -22,7 +22,7 @@ from cnf.cli.options import (
 )
 from cnf.data.degeneracy import DegenerateDataWarning, check_columns
 from cnf.data.names import listed, quoted, shortened
-from cnf.data.table_files import check_for_training, point_out_fill_values, read_table
+from cnf.data.table_files import check_for_training, read_table, warn_of_fill_values
 from cnf.flows.flow import Flow
 from cnf.metrics import gaussian_log_prob
 from cnf.tables import fit as density
@@ -32,7 +32,7 @@ from cnf.transforms import Unconstrain, transforms_for
 from cnf.transforms.support.columns import Support
 
 _NOTES = 4
-"""Columns that notes are printed about."""
+"""Largest number of columns with a note."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +40,8 @@ class Fit(TableCommand):
     """Fit a density to the rows of a table, and write it into a folder.
 
     The table is a file of numbers: .csv, .tsv, .npy, .npz or .parquet. Some of the rows are held
-    out: they choose the best weights, and their negative log-likelihood (NLL: the lower, the
-    better) is printed with its standard error, beside that of a Gaussian.
+    out, to choose the best weights. Their negative log-likelihood (NLL: the lower, the better) is
+    printed with its standard error, beside the NLL of a Gaussian.
     """
 
     data: DataFile
@@ -51,10 +51,11 @@ class Fit(TableCommand):
     columns: tuple[str, ...] = ()
     """Names of the columns to use, contexts aside; all of them if left out."""
     context_columns: tuple[str, ...] = ()
-    """Columns that the density is conditioned on: it is that of the others, given these."""
+    """Columns that the density of the other columns is conditioned on."""
     support: Assignments = ()
-    """What a column may hold if not any number: positive, integer, interval:LOW:HIGH or
-    periodic:LOW:HIGH. For instance: --support age=positive share=interval:0:1"""
+    """Support of a column that does not hold any real number: positive, integer,
+    interval:LOW:HIGH or periodic:LOW:HIGH. For instance: --support age=positive
+    share=interval:0:1"""
     settings: OmitArgPrefixes[DensitySettings] = field(default_factory=DensitySettings)
     force: bool = False
     """Replace the model in the folder if there is one."""
@@ -71,17 +72,17 @@ class Fit(TableCommand):
         wanted = [*self.columns, *self.context_columns] if self.columns else None
         table = read_table(self.data, wanted, header=self.has_header)
         check_for_training(table, str(self.data))
-        point_out_fill_values(table, str(self.data))
+        warn_of_fill_values(table, str(self.data))
         columns = Columns.of(table, self.context_columns)
         rows = columns.rows(table)
         supports = self._supports_of(columns, rows.x)
         training, held_out = hold_out(rows, self.settings)
         given = f" given {listed(columns.context_names)}" if columns.context_names else ""
         print(f"{len(rows.x)} rows of {listed(columns.names)}{given}", flush=True)
-        _point_out_whole_numbers(rows.x, columns.names, supports)
+        _note_integers(rows.x, columns.names, supports)
         real = [i for i, support in enumerate(supports) if support != "integer"]
         check_columns(str(self.data), rows.x[:, real], [columns.names[i] for i in real])
-        with warnings.catch_warnings():  # said above, by the names of the columns
+        with warnings.catch_warnings():  # given above, with the names of the columns
             warnings.simplefilter("ignore", DegenerateDataWarning)
             flow, history = fit_density(
                 transforms_for(rows.x, supports),
@@ -108,12 +109,12 @@ class Fit(TableCommand):
         return {column: _parsed(column, text) for column, text in texts.items()}
 
     def _supports_of(self, columns: Columns, x: Tensor) -> list[Support]:
-        """What each column may hold; every row must do so."""
+        """Return the support of each column; refuse rows outside of it."""
         supports = self._supports()
         for column in supports:
             if column not in columns.names:
                 raise ValueError(
-                    f"support must be of a column of the density; got {column!r}, which is not "
+                    f"support must name columns of the density; got {column!r}, which is not "
                     f"among {quoted(columns.names)}."
                 )
         found = [supports.get(column, "real") for column in columns.names]
@@ -121,8 +122,8 @@ class Fit(TableCommand):
         return found
 
 
-def _point_out_whole_numbers(x: Tensor, names: Sequence[str], supports: Sequence[Support]) -> None:
-    """Point out columns of numbers that recur: spikes on them make any likelihood."""
+def _note_integers(x: Tensor, names: Sequence[str], supports: Sequence[Support]) -> None:
+    """Print a note on columns of repeated integers, on which a density can have spikes."""
     found = []
     for index, (name, support) in enumerate(zip(names, supports, strict=True)):
         column = x[:, index]
@@ -131,12 +132,12 @@ def _point_out_whole_numbers(x: Tensor, names: Sequence[str], supports: Sequence
             found.append((name, different))
     for name, different in found[:_NOTES]:
         print(
-            f"note: column {shortened(name)!r} holds {different} whole numbers alone. A density "
+            f"note: column {shortened(name)!r} holds {different} different integers. A density "
             "can have spikes on them, and then its NLL says little: perhaps give "
             f"--support {name}=integer."
         )
     if len(found) > _NOTES:
-        print(f"note: so do {len(found) - _NOTES} more columns.")
+        print(f"note: {len(found) - _NOTES} more columns hold integers.")
 
 
 def _parsed(column: str, text: str) -> Support:
@@ -156,7 +157,7 @@ def _parsed(column: str, text: str) -> Support:
 def _report(
     flow: Flow, training: TableRows, held_out: TableRows | None, *, progress: bool
 ) -> Mapping[str, float | None]:
-    """Print the NLL beside that of a Gaussian, and return what was found."""
+    """Print and return the NLL of the flow and of a Gaussian."""
     rows = training if held_out is None else held_out
     which = "training" if held_out is None else "held-out"
     bound = " (at most)" if flow.likelihood == "lower_bound" else ""
@@ -174,7 +175,7 @@ def _report(
 
 
 def _gaussian_nll(training: TableRows, rows: TableRows) -> Tensor | None:
-    """That of a joint Gaussian of columns and contexts, given the contexts."""
+    """Return the NLL of a joint Gaussian of columns and contexts, given the contexts."""
     if training.context is None or rows.context is None:
         log_prob = gaussian_log_prob(rows.x, training.x)
         return None if log_prob is None else -log_prob

@@ -1,4 +1,4 @@
-"""The way in and out of the command line: commands, errors in one line, exit codes."""
+"""Entry point of the command line: commands, errors of one line, exit codes."""
 
 import os
 import sys
@@ -34,7 +34,7 @@ _OPTIONS = {
     ),
     " (In Python, read_table(path, array=NAME) reads it here.)": "",
 }
-"""What the messages of the library say to users of Python, and what they are to say in a shell."""
+"""Replacements in messages: wording for Python, and wording for the command line."""
 
 _HELP = """\
 usage: cnf COMMAND ...
@@ -56,10 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        arguments: What stands behind ``cnf``; None for the arguments of the process.
+        arguments: Arguments after ``cnf``; None for the arguments of the process.
 
     Returns:
-        The exit code: 0; 1 for an error in data or model, and where `certify` finds a fault; 2 for
+        The exit code: 0; 1 for an error in data or model, or a failed check of `certify`; 2 for
         wrong arguments; 130 if interrupted.
 
     Raises:
@@ -95,7 +95,7 @@ def _run(command: Command) -> int:
     except KeyboardInterrupt:
         _say("interrupted")
         return _INTERRUPTED
-    except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
+    except BrokenPipeError:  # the reader of the output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _FAILED
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What the commands have in common: options, and the reading of their values."""
+"""Options that commands share, and parsing of their values."""
 
 import math
 import sys
@@ -27,12 +27,12 @@ _TABLES = (".csv", ".tsv", ".npy")
 
 @dataclass(frozen=True, kw_only=True)
 class Command(ABC):
-    """What every command has."""
+    """Base class of commands."""
 
     quiet: bool = False
-    """Show no progress bar. (There is none either where stderr is no terminal.)"""
+    """Show no progress bar. (There is none if stderr is no terminal.)"""
     debug: bool = False
-    """Show where an error comes from, in place of one line."""
+    """Show the traceback of an error, in place of one line."""
 
     @property
     def progress(self) -> bool:
@@ -41,18 +41,18 @@ class Command(ABC):
 
     @abstractmethod
     def run(self) -> int:
-        """Do what is asked for; return the exit code."""
+        """Run the command and return the exit code."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableCommand(Command):
-    """What every command has that reads a table."""
+    """Base class of commands that read a table."""
 
     header: bool = False
-    """The first line of a table of text holds names, even if they are numbers."""
+    """The first line of a text table holds names, even if they are numbers."""
     no_header: bool = False
-    """The first line of a table of text is a row. (If nothing is said, it is one if it holds a
-    number, and a warning says so.)"""
+    """The first line of a text table is a row. (By default it is one if it holds a number, with a
+    warning.)"""
 
     def __post_init__(self) -> None:
         if self.header and self.no_header:
@@ -60,16 +60,12 @@ class TableCommand(Command):
 
     @property
     def has_header(self) -> bool | None:
-        """Whether the first line holds names; None if nobody said so."""
+        """Whether the first line holds names; None without --header and --no-header."""
         return self.header if self.header or self.no_header else None
 
 
 def assigned(option: str, entries: Sequence[str]) -> dict[str, str]:
-    """The values by column of an option such as ``--support a=positive b=integer``.
-
-    Raises:
-        ValueError: If an entry is not of this form, or a column comes twice.
-    """
+    """Parse the values by column of an option such as ``--support a=positive b=integer``."""
     pairs = [entry.rpartition("=") for entry in entries]
     for entry, (column, _, value) in zip(entries, pairs, strict=True):
         if not column or not value:
@@ -81,20 +77,12 @@ def assigned(option: str, entries: Sequence[str]) -> dict[str, str]:
 
 
 def assigned_numbers(option: str, entries: Sequence[str]) -> dict[str, float]:
-    """The finite numbers by column of an option such as ``--context a=1 b=2.5``.
-
-    Raises:
-        ValueError: If an entry is not of this form.
-    """
+    """Parse the finite numbers by column of an option such as ``--context a=1 b=2.5``."""
     return {column: number(option, text) for column, text in assigned(option, entries).items()}
 
 
 def number(option: str, text: str) -> float:
-    """The finite number that a text stands for.
-
-    Raises:
-        ValueError: If it stands for none.
-    """
+    """Parse a finite number."""
     try:
         value = float(text)
     except ValueError:
@@ -105,26 +93,22 @@ def number(option: str, text: str) -> float:
 
 
 def check_table_name(path: Path) -> None:
-    """Refuse a file that is neither a table that can be written nor ``-``.
-
-    Raises:
-        ValueError: If the suffix is another.
-    """
+    """Refuse a file name without the suffix of a writable table, other than ``-``."""
     if path != STDOUT and path.suffix.lower() not in _TABLES:
         raise ValueError(f"out must end in {', '.join(_TABLES)}, or be -; got {str(path)!r}.")
 
 
 def check_new_file(path: Path, *, force: bool, reads: Iterable[Path] = ()) -> None:
-    """Refuse to write over a file unasked, over what is read, or into a folder that is not there.
+    """Refuse to replace a file without --force or a file that is read, and missing folders.
 
     Args:
         path: The file to write.
-        force: Whether an old file may be replaced.
+        force: Whether an existing file may be replaced.
         reads: Files that the command reads, which are never replaced.
 
     Raises:
         OSError: If the file exists and `force` is False, or its folder does not exist.
-        ValueError: If it is one of those that are read, by whatever name.
+        ValueError: If it is one of `reads`, under any name.
     """
     if path == STDOUT:
         return
@@ -138,11 +122,7 @@ def check_new_file(path: Path, *, force: bool, reads: Iterable[Path] = ()) -> No
 
 
 def refuse_overwriting(path: Path, reads: Iterable[Path]) -> None:
-    """Refuse to replace a file that is read, be it by another spelling or link.
-
-    Raises:
-        ValueError: If `path` is one of `reads`.
-    """
+    """Raise a ValueError if `path` is one of `reads`, also by another spelling or link."""
     for read in reads:
         if path.exists() and read.exists() and path.samefile(read):
             raise ValueError(
@@ -152,16 +132,12 @@ def refuse_overwriting(path: Path, reads: Iterable[Path]) -> None:
 
 
 def files_of(model: Path) -> Iterator[Path]:
-    """The files of the folder of a model."""
+    """Return the files in the folder of a model."""
     return model.glob("*")
 
 
 def write_rows(path: Path, values: Tensor, columns: Sequence[str], *, replace: bool) -> None:
-    """Write a table to a file, or to stdout as CSV.
-
-    Raises:
-        OSError: If it cannot be written, or is there and `replace` is False.
-    """
+    """Write a table to a file, or to stdout as CSV."""
     if path == STDOUT:
         print(to_csv(values.numpy(), columns, delimiter=","), end="")
     else:
@@ -169,14 +145,14 @@ def write_rows(path: Path, values: Tensor, columns: Sequence[str], *, replace: b
 
 
 class MeanAndError(NamedTuple):
-    """The mean of some numbers, and its standard error; None if there is only one number."""
+    """Mean of numbers, and its standard error; None for a single number."""
 
     mean: float
     error: float | None
 
     @classmethod
     def of(cls, values: Tensor) -> "MeanAndError":
-        """That of one number or more."""
+        """Return the mean and standard error of one or more numbers."""
         error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
         return cls(float(values.mean()), error)
 
@@ -187,19 +163,14 @@ class MeanAndError(NamedTuple):
 def refuse_rows_outside(
     data: Path, x: Tensor, names: Sequence[str], supports: Sequence[Support], *, header: bool | None
 ) -> None:
-    """Refuse rows of a table that are outside of the support of a column.
-
-    Raises:
-        ValueError: If there is one; it names the first.
-    """
+    """Raise a ValueError for the first row of a table outside of the support of a column."""
     for index, (column, support) in enumerate(zip(names, supports, strict=True)):
         allowed = Unconstrain([support]).support
         outside = (~allowed.check(x[:, index : index + 1])).nonzero().flatten().tolist()
         if outside:
             raise ValueError(
                 f"{place_of_row(data, outside[0], names, header=header)}, column "
-                f"{shortened(column)!r}: must be "
-                f"{_stated(support)}, as support says; got "
+                f"{shortened(column)!r}: must be {_stated(support)}, by its support; got "
                 f"{float(x[outside[0], index]):g}. {len(outside)} of {len(x)} rows are not."
             )
 

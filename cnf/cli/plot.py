@@ -18,7 +18,6 @@ from cnf.cli.options import (
     files_of,
 )
 from cnf.data.names import quoted, shortened
-from cnf.flows.flow import Flow
 from cnf.plots import plot_column, plot_pairs, plot_two_columns, save_figure
 from cnf.tables import fit as density
 from cnf.tables.fit import TableRows
@@ -32,29 +31,29 @@ _COLUMNS = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Plot(TableCommand):
-    """Draw a model: its density and samples, beside the data if given.
+    """Plot a model: its density and samples, beside the data if given.
 
-    A density of one or two columns is drawn itself; of more, every pair of columns of samples and
-    data. If the model is conditional, give either the data, whose contexts the samples are drawn
-    for, or one --context.
+    For one or two columns this is the density itself; for more, every pair of columns of samples
+    and data. If the model is conditional, give either the data, for samples with the contexts of
+    its rows, or one --context.
     """
 
     model: ModelFolder
     """Folder of the model."""
     data: Annotated[Positional[Path | None], arg(metavar="DATA")] = None
-    """The table, if it shall be drawn too."""
+    """The table, to draw it too."""
     out: Path
-    """Picture to write: .png."""
+    """Image to write: .png."""
     columns: tuple[str, ...] = ()
-    """Columns to draw in pairs; the first 6, if left out."""
+    """Columns to draw in pairs; by default the first 6."""
     context: Assignments = ()
     """Value of each context column, if the model has any: --context age=40 height=1.8"""
     rows: int = 2000
-    """Number of samples, and of rows of the data at most."""
+    """Number of samples, and largest number of rows of the data."""
     seed: int = 0
     """Seed of the samples and rows."""
     force: bool = False
-    """Replace the picture if there is one."""
+    """Replace the image if there is one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,7 +64,7 @@ class Plot(TableCommand):
         assigned_numbers("context", self.context)
 
     def run(self) -> int:
-        """Draw and write."""
+        """Draw and write the plot."""
         reads = [*files_of(self.model), *([] if self.data is None else [self.data])]
         check_new_file(self.out, force=self.force, reads=reads)
         model = TableModel.load(self.model)
@@ -73,13 +72,14 @@ class Plot(TableCommand):
         return 0
 
     def _figure(self, model: TableModel) -> "matplotlib.figure.Figure":
-        data = None if self.data is None else self._some(self._read(self.data, model))
+        data = None if self.data is None else self._some_rows(self.data, model)
         by_row = bool(model.columns.context_names) and data is not None
         if by_row and self.context:
             raise ValueError("draw either the data or one --context, not both.")
         context = None
         if data is not None and by_row:
-            samples = self._sample_for_each(model.flow, data)
+            generator = torch.Generator().manual_seed(self.seed)
+            samples = model.flow.sample((), data.context, generator=generator)
         else:
             context = model.columns.context(assigned_numbers("context", self.context))
             samples = density.sample(model.flow, self.rows, context, seed=self.seed)
@@ -105,15 +105,10 @@ class Plot(TableCommand):
             title=title,
         )
 
-    def _read(self, data: Path, model: TableModel) -> TableRows:
-        return model.columns.read(data, header=self.has_header)
-
-    def _some(self, rows: TableRows) -> TableRows:
+    def _some_rows(self, data: Path, model: TableModel) -> TableRows:
+        rows = model.columns.read(data, header=self.has_header)
         order = torch.randperm(len(rows.x), generator=torch.Generator().manual_seed(self.seed))
         return rows.take(order[: self.rows])
-
-    def _sample_for_each(self, flow: Flow, rows: TableRows) -> Tensor:
-        return flow.sample((), rows.context, generator=torch.Generator().manual_seed(self.seed))
 
     def _shown(self, names: tuple[str, ...]) -> tuple[str, ...]:
         for name in self.columns:

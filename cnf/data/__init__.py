@@ -1,4 +1,4 @@
-"""Data as tensors: toy densities with the truth, tables, benchmarks. Knows nothing of models."""
+"""Data: toy densities with exact log-densities, tables and benchmarks."""
 
 from cnf.data.densities import GaussianMixture
 from cnf.data.memmap import NpyRows

@@ -1,4 +1,4 @@
-"""Which cells of a table are numbers that a flow can take, and what to say of others."""
+"""Checks of the cells of a table: valid numbers, missing values and loss of digits."""
 
 import math
 import re
@@ -14,7 +14,7 @@ from cnf.data.names import shortened
 LARGEST = float(np.finfo(np.float32).max)
 """Largest number that single precision holds, in which flows are trained."""
 EXACT = 2.0**53 - 1
-"""Up to this, double precision holds every whole number, and tells it from the next."""
+"""Largest integer up to which double precision represents every integer and its successor."""
 
 _MISSING = frozenset(
     (
@@ -22,12 +22,12 @@ _MISSING = frozenset(
         *("?", "-", "--", ".", ".."),
     )
 )
-"""Spellings of a missing value, in small letters."""
+"""Spellings of a missing value, in lower case."""
 
 
 def number(cell: str) -> float | None:
-    """The number that a cell holds, as NumPy reads it; None if it holds none."""
-    if not cell.isascii() or "_" in cell:  # which Python's own numbers may have
+    """Parse the number in a cell as NumPy does; None if it is not a number."""
+    if not cell.isascii() or "_" in cell:  # Python accepts these, NumPy does not
         return None
     try:
         return float(cell)
@@ -36,12 +36,12 @@ def number(cell: str) -> float | None:
 
 
 def is_missing(cell: str) -> bool:
-    """Whether a cell holds a spelling of a missing value."""
+    """Return whether a cell holds a spelling of a missing value."""
     return cell.strip().lower() in _MISSING
 
 
 def cell_defect(cell: str) -> str | None:
-    """What is wrong with a cell of text, if anything."""
+    """Describe the defect of a cell of text; None if it is a valid number."""
     if is_missing(cell):
         shown = f"got {cell.strip()}, which stands for a missing value"
         found = shown if cell.strip() else "the cell is empty, a missing value"
@@ -49,7 +49,7 @@ def cell_defect(cell: str) -> str | None:
     value = number(cell)
     if value is None:
         return (
-            f"must be a number; got {shortened(cell)!r}. Cells are parted by comma, semicolon or "
+            f"must be a number; got {shortened(cell)!r}. Separate cells by comma, semicolon or "
             "tab, and decimals by a point; choose other columns if this one holds text."
         )
     if abs(value) > LARGEST:
@@ -60,15 +60,15 @@ def cell_defect(cell: str) -> str | None:
 
 
 def cell_of_row(path: Path, row: int, name: str) -> str:
-    """Names a cell of a file that has no lines, by its row and column."""
+    """Name a cell of a binary file by its row and column."""
     return f"{path}, row {row + 1} (from 1), column {shortened(name)!r}"
 
 
 def unacceptable(cell: str, value: float) -> str:
-    """Says why a cell that is a number is not one that a flow can take."""
+    """Describe the defect of a number that is not finite, or too large for single precision."""
     if math.isfinite(value):
         return (
-            f"must be at most {LARGEST:.2g} in size, as single precision holds; got {cell}. "
+            f"must be at most {LARGEST:.2g} in size, to fit single precision; got {cell}. "
             "Rescale the column."
         )
     kind = ", a missing value" if math.isnan(value) else ""
@@ -76,29 +76,23 @@ def unacceptable(cell: str, value: float) -> str:
 
 
 def inexact(whole: int) -> str | None:
-    """Says that a whole number has more digits than double precision holds, if it has."""
+    """Describe the loss of digits of an integer in double precision; None if it has none."""
     if abs(whole) > LARGEST:
         return unacceptable(shortened(str(whole)), LARGEST)
     held = int(float(whole))
     if held == whole:
         return None
     return (
-        f"must be a whole number that double precision holds; got {whole}, which would become "
+        f"must be an integer that double precision can represent; got {whole}, which would become "
         f"{held}. Subtract a constant from the column first, or leave it out if it only names "
         "the rows."
     )
 
 
 def refuse_unless_numbers(name: str, values: Any) -> None:
-    """Refuse an array that NumPy would turn into numbers that nobody meant.
+    """Refuse an array that NumPy would convert to wrong numbers.
 
-    Args:
-        name: Name of the argument, for the message.
-        values: Anything that `numpy.asarray` takes.
-
-    Raises:
-        ValueError: If values are masked, dates or texts, or whole numbers that double precision
-            does not hold.
+    These are masked values, dates, texts, and integers that lose digits in double precision.
     """
     parts = values if isinstance(values, list | tuple) else [values]
     masked = sum(int(np.ma.getmaskarray(part).sum()) for part in parts if np.ma.isMA(part))
@@ -107,7 +101,7 @@ def refuse_unless_numbers(name: str, values: Any) -> None:
             f"{name} must have no masked values; got {masked}. Leave these rows out, or fill them: "
             f"{name}.filled(value)."
         )
-    # As objects, for NumPy makes doubles of lists and frames of whole numbers and others.
+    # As objects, because NumPy makes doubles of lists and frames that mix integers and others.
     array = values if isinstance(values, np.ndarray) else np.asarray(values, dtype=object)
     _refuse_kind(name, array.dtype.kind)
     for value in array.flat if array.dtype.kind == "O" else ():
@@ -118,11 +112,11 @@ def refuse_unless_numbers(name: str, values: Any) -> None:
     found = first_inexact(array)
     if found:
         place, defect = found
-        raise ValueError(f"{name} {defect} It stands at {place}.")
+        raise ValueError(f"{name} {defect} It is at {place}.")
 
 
 def _kind(value: object) -> str:
-    """What `numpy.dtype.kind` would be of a value in an array of objects."""
+    """Return the `numpy.dtype.kind` of a value in an array of objects."""
     if isinstance(value, str | bytes):
         return "U"
     dates = date, timedelta, np.datetime64, np.timedelta64
@@ -148,7 +142,7 @@ def _refuse_kind(name: str, kind: str) -> None:
 
 
 def first_inexact(values: NDArray[Any]) -> tuple[tuple[int, ...], str] | None:
-    """Where an array of numbers loses digits in double precision, and what to say of it."""
+    """Return the place and defect of the first integer that loses digits; None if there is none."""
     if values.dtype.kind not in "iu" or values.dtype.itemsize < 8:
         return None
     for place in np.argwhere((values > 2**53) | (values < -(2**53))):

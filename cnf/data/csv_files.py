@@ -1,7 +1,7 @@
-"""Tables of numbers as text: read at the speed of NumPy, and any defect found by line and column.
+"""CSV files: parsed by `numpy.loadtxt`, with defects located by line and column.
 
-A file is parsed by `numpy.loadtxt`. It is walked through once more, cell by cell, where that fails
-or cannot see whether every line was read as one row: where there are quotes, or columns left out.
+The file is read a second time, cell by cell, if parsing fails, or if `numpy.loadtxt` cannot detect
+uneven lines: where there are quotes, or columns are left out.
 """
 
 import csv
@@ -23,7 +23,7 @@ _ENCODING = "utf-8-sig"
 """UTF-8; a byte-order mark at the start is skipped."""
 _WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _DELIMITERS = "\t;,"
-"""In this order, for numbers and names may hold commas."""
+"""In this order, because numbers and names may hold commas."""
 _SAY_WHICH = "say header=True if it holds names, header=False if it is a row"
 _MAYBE_HEADER = " If the line is a header, say so by header=True."
 _UTF8 = "Save the file as UTF-8"
@@ -35,25 +35,21 @@ class _Layout(NamedTuple):
     header_lines: int
     """Lines before the first row of numbers."""
     guessed: bool
-    """Whether the first line was taken for a row, though nobody said so."""
+    """Whether the first line was taken for a row without header=False."""
     hint: str
-    """What to do if the first line is a comment, as it may be."""
+    """Remedy if the first line may be a comment."""
 
 
 def read_csv(
     path: Path, columns: tuple[str, ...] | None, header: bool | None = None
 ) -> tuple[NDArray[np.float64], tuple[str, ...]]:
-    """Values and names of columns of a file of text; see `cnf.data.table_files.read_table`.
-
-    Raises:
-        ValueError: If anything is wrong with the file.
-    """
+    """Return values and names of columns of a text file; see `cnf.data.table_files.read_table`."""
     has_quotes = _has_quotes(path)
     try:
         layout = _layout(path, columns, header)
         chosen = find_columns(f"{path}, line {layout.header_lines or 1}", layout.names, columns)
-        if has_quotes or columns is not None:
-            _refuse_uneven_lines(path, layout)
+        if has_quotes or columns is not None:  # lines may be uneven beyond the chosen columns
+            _refuse_first_defect(path, layout, ())
         try:
             values = _parse(path, layout, chosen)
         except ValueError as error:
@@ -74,18 +70,14 @@ def read_csv(
 def line_of_row(
     path: Path, row: int, columns: tuple[str, ...] | None, header: bool | None = None
 ) -> int:
-    """The line of a row of numbers, counted from 0, in a file that `read_csv` has read."""
+    """Return the line number of a row, counted from 0, of a file that `read_csv` has read."""
     layout = _layout(path, columns, header)
     lines = (line for line, _ in _rows(path, layout.delimiter) if line > layout.header_lines)
     return next(itertools.islice(lines, row, None))
 
 
 def to_csv(values: NDArray[np.generic], columns: Sequence[str] | None, *, delimiter: str) -> str:
-    """A table as text, with a header if there are names.
-
-    Raises:
-        ValueError: If there is not one name for each column, or one holds a line break.
-    """
+    """Format a table as text, with a header if there are names, each without line breaks."""
     if columns is not None and len(columns) != values.shape[1]:
         raise ValueError(f"columns must be {values.shape[1]} names; got {len(columns)}.")
     for name in columns or ():
@@ -94,7 +86,8 @@ def to_csv(values: NDArray[np.generic], columns: Sequence[str] | None, *, delimi
     text = io.StringIO()
     writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
     if columns is not None:
-        marked = any(name.lstrip().startswith("#") for name in columns[:1])  # not for a comment
+        # Quotes keep a name that begins with # from being read as a comment.
+        marked = any(name.lstrip().startswith("#") for name in columns[:1])
         names = csv.writer(
             text,
             delimiter=delimiter,
@@ -102,7 +95,7 @@ def to_csv(values: NDArray[np.generic], columns: Sequence[str] | None, *, delimi
             quoting=csv.QUOTE_ALL if marked else csv.QUOTE_MINIMAL,
         )
         names.writerow(columns)
-    # Python writes doubles as NumPy does, and faster, but knows no single precision.
+    # Python writes doubles as NumPy does, and faster, but has no single precision.
     writer.writerows((values.astype(str) if values.dtype == np.float32 else values).tolist())
     return text.getvalue()
 
@@ -130,27 +123,22 @@ def _layout(path: Path, columns: tuple[str, ...] | None, header: bool | None) ->
 
 
 def _is_header(where: str, cells: Sequence[str], columns: tuple[str, ...] | None) -> bool:
-    """Whether the first line holds names, by what stands in it.
-
-    Raises:
-        ValueError: If nobody can tell.
-    """
+    """Return whether the first line holds names; refuse a line that may be either."""
     if columns and set(columns) <= set(cells):
         return True
     numbered = len(cells) > 1 and list(cells) == list(map(str, range(len(cells))))
     if numbered or all(map(is_missing, cells)):
         raise ValueError(
-            f"{where}: must be names or a row of numbers; {listed(cells)} may be either. Please "
-            f"{_SAY_WHICH}."
+            f"{where}: must be clearly names or a row of numbers; {listed(cells)} may be either. "
+            f"Please {_SAY_WHICH}."
         )
     return all(number(cell) is None for cell in cells)
 
 
 def _doubt_first_row(path: Path, values: NDArray[np.float64]) -> None:
-    """Say that the first line was taken for a row; ask if it looks like a scale above the columns.
+    """Warn that the first line was taken for a row; refuse one that looks like a numeric header.
 
-    Raises:
-        ValueError: If it does: its numbers rise evenly, out of the range of the others.
+    Numeric headers rise evenly, out of the range of the other rows.
     """
     first, others = values[0], values[1:]
     steps = np.diff(first)
@@ -158,9 +146,9 @@ def _doubt_first_row(path: Path, values: NDArray[np.float64]) -> None:
         outside = (first < others.min(0)) | (first > others.max(0))
         if outside.all():
             raise ValueError(
-                f"{path}, line 1: must be names or a row of numbers; "
-                f"{listed([f'{value:g}' for value in first])} may be either, for they rise evenly "
-                f"and lie outside the range of the other rows. Please {_SAY_WHICH}."
+                f"{path}, line 1: must be clearly names or a row of numbers; "
+                f"{listed([f'{value:g}' for value in first])} may be either, because they rise "
+                f"evenly and lie outside the range of the other rows. Please {_SAY_WHICH}."
             )
     warn(
         f"{path}, line 1 holds numbers and was read as a row, so the columns are called "
@@ -169,7 +157,7 @@ def _doubt_first_row(path: Path, values: NDArray[np.float64]) -> None:
 
 
 def _rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Number and cells of each line that is not blank."""
+    """Yield the number and the cells of each line that is not blank."""
     with path.open(encoding=_ENCODING, newline="") as file:
         reader = csv.reader(_lines(path, file, delimiter), delimiter=delimiter, strict=True)
         try:
@@ -183,7 +171,7 @@ def _rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _lines(path: Path, file: TextIO, delimiter: str) -> Iterator[str]:
-    """The lines, each of which must be a row: a quote that stays open would swallow others."""
+    """Yield the lines; refuse one with an open quote, which would swallow the following lines."""
     cell = rf'(?:"(?:[^"\r\n]|"")*"|[^"{delimiter}\r\n]*)'
     row = re.compile(rf"{cell}(?:{delimiter}{cell})*[\r\n]*")
     begun = False
@@ -193,7 +181,7 @@ def _lines(path: Path, file: TextIO, delimiter: str) -> Iterator[str]:
         if '"' in line and not row.fullmatch(line):
             raise ValueError(
                 f"{path}, line {number_of_line}: must have quotes around whole cells only, each "
-                'closed in its line, and "" for a quote within; got '
+                'closed in its line, and "" for a quote inside a cell; got '
                 f"{shortened(line.strip())!r}. Mend the quotes; a cell cannot hold a line break."
                 f"{_about_comment(path, line)}"
             )
@@ -201,7 +189,7 @@ def _lines(path: Path, file: TextIO, delimiter: str) -> Iterator[str]:
 
 
 def _without_mark(line: str, delimiter: str) -> str:
-    """The first line without the # that `numpy.savetxt` puts before names; a row keeps it."""
+    """Strip the # that `numpy.savetxt` puts before names; a row of numbers keeps it."""
     names = re.sub(rf"^\s*#[#\s]*(?=[^#\s{delimiter}])", "", line)
     cells = names.split(delimiter)
     return line if any(number(cell.strip(' "\r\n')) is not None for cell in cells) else names
@@ -221,13 +209,8 @@ def _parse(path: Path, layout: _Layout, chosen: tuple[int, ...]) -> NDArray[np.f
     )
 
 
-def _refuse_uneven_lines(path: Path, layout: _Layout) -> None:
-    """Refuse lines with more or less cells than there are columns, also among those left out."""
-    _refuse_first_defect(path, layout, ())
-
-
 def _refuse_first_defect(path: Path, layout: _Layout, chosen: tuple[int, ...]) -> None:
-    """Raise a `ValueError` for the first line or chosen cell that is not as it must be."""
+    """Raise a `ValueError` for the first uneven line or invalid chosen cell, if any."""
     count = len(layout.names)
     for row, (line, cells) in enumerate(_rows(path, layout.delimiter)):
         if line <= layout.header_lines:
@@ -249,7 +232,7 @@ def _refuse_first_defect(path: Path, layout: _Layout, chosen: tuple[int, ...]) -
 
 
 def _about_comment(path: Path, line: str) -> str:
-    """What to do about a comment, if the line may be one."""
+    """Return the remedy for a line that may be a comment, else an empty text."""
     if not line.lstrip().startswith("#"):
         return ""
     return (
@@ -259,17 +242,13 @@ def _about_comment(path: Path, line: str) -> str:
 
 
 def _has_quotes(path: Path) -> bool:
-    """Whether there are quotes in a file.
-
-    Raises:
-        ValueError: If there is a NUL.
-    """
+    """Return whether there are quotes in a file; refuse UTF-16 and NUL bytes."""
     found, line = False, 1
     with path.open("rb") as file:
         start = file.read(4096)
         if start.startswith(_WIDE_MARKS) or 4 * start.count(b"\0") > len(start):
             raise ValueError(
-                f"{path}, line 1, column 1: must be UTF-8 text; it is UTF-16 or no text. {_UTF8}, "
+                f"{path}, line 1, column 1: must be UTF-8 text; it is UTF-16 or binary. {_UTF8}, "
                 f"for instance by: iconv -f UTF-16 -t UTF-8 {path.name} > new.csv"
             )
         file.seek(0)
@@ -278,8 +257,8 @@ def _has_quotes(path: Path) -> bool:
             line += before.count(b"\n")
             if nul:
                 raise ValueError(
-                    f"{path}, line {line}: must be text; it holds a NUL, perhaps of a damaged or a "
-                    "binary file. Mend or drop the line."
+                    f"{path}, line {line}: must be text; it holds a NUL byte, as damaged and "
+                    "binary files do. Mend or drop the line."
                 )
             found = found or b'"' in block
     return found
@@ -299,7 +278,7 @@ def _refuse_encoding(path: Path) -> NoReturn:
 
 
 def _first_bad_byte(line: bytes) -> int:
-    """Where the first byte stands that is not UTF-8; -1 if there is none."""
+    """Return the position of the first byte that is not UTF-8; -1 if there is none."""
     try:
         line.decode()
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""Densities on the plane: curves blurred by normal noise."""
+"""Toy densities on the plane: curves with normal noise."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,11 +13,22 @@ from cnf._shapes import Values
 from cnf.data.densities import RandomNumbers, ToyDensity, entropy_on_plane
 
 Curve = Callable[[Tensor], Tensor]
-"""Maps positions between 0 and 1, of shape (n,), to points of the plane, of shape (n, 2)."""
+"""Map from positions between 0 and 1, (n,), to points of the plane, (n, 2)."""
 
 
-class NoisyCurves(ToyDensity):
-    r"""A curve picked at random, a uniform position on it, and normal noise.
+class NoisyDensity(ToyDensity):
+    """Toy density on the plane that is smoothed by normal noise of standard deviation `noise`."""
+
+    features = 2
+    noise: float
+
+    def entropy(self) -> float:
+        """Return the entropy in nats, by quadrature; its error is below 1e-5."""
+        return entropy_on_plane(self, 0.75 * self.noise)
+
+
+class NoisyCurves(NoisyDensity):
+    r"""Mixture of noisy curves: a random curve, a uniform position on it, and normal noise.
 
     .. math:: p(x) = \frac{1}{K} \sum_{k=1}^K \int_0^1 N(x; c_k(u), \sigma^2 I) \, du
 
@@ -27,20 +38,17 @@ class NoisyCurves(ToyDensity):
     Args:
         curves: Smooth curves, equally probable; a position is drawn uniformly from 0 to 1.
         noise: Standard deviation of the noise.
-        nodes: Nodes of the quadrature on each curve; enough are two on a piece as long as `noise`.
+        nodes: Quadrature nodes on each curve; two for each piece as long as `noise` suffice.
 
     Raises:
         ValueError: If there is no curve, `noise` is not positive, or `nodes` is less than 1.
     """
 
-    features = 2
-
     def __init__(self, curves: Sequence[Curve], noise: float, *, nodes: int = 256) -> None:
         if not curves:
             raise ValueError("curves must hold at least one curve; got none.")
-        _check_noise(noise)
+        self.noise = check_number("noise", noise, "positive and finite", is_positive)
         self.curves = tuple(curves)
-        self.noise = noise
         self.nodes = nodes
         positions, weights = gauss_legendre(nodes)
         self._centres = torch.cat([curve(positions) for curve in curves])
@@ -48,10 +56,6 @@ class NoisyCurves(ToyDensity):
         left, bottom = (self._centres.amin(dim=0) - 5 * noise).tolist()
         right, top = (self._centres.amax(dim=0) + 5 * noise).tolist()
         self.extent = (left, right, bottom, top)
-
-    def entropy(self) -> float:
-        """Entropy in nats, by quadrature; its error is below 1e-5."""
-        return entropy_on_plane(self, 0.75 * self.noise)
 
     def _draw(self, n: int, random: RandomNumbers) -> Float[Tensor, "n 2"]:
         choice = random.integers(len(self.curves), n)
@@ -67,8 +71,8 @@ class NoisyCurves(ToyDensity):
         return terms.logsumexp(dim=-1) - math.log(2 * math.pi * self.noise**2)
 
 
-class NoisyCircles(ToyDensity):
-    r"""A circle around the origin picked at random, a uniform angle, and normal noise.
+class NoisyCircles(NoisyDensity):
+    r"""Mixture of noisy circles around the origin: a random circle, a uniform angle, normal noise.
 
     .. math:: p(x) = \frac{1}{2 \pi \sigma^2 K} \sum_{k=1}^K
         \exp\left(-\frac{|x|^2 + r_k^2}{2 \sigma^2}\right) I_0\left(\frac{|x| r_k}{\sigma^2}\right)
@@ -81,20 +85,13 @@ class NoisyCircles(ToyDensity):
         ValueError: If there is no radius, a radius is negative, or `noise` is not positive.
     """
 
-    features = 2
-
     def __init__(self, radii: Sequence[float], noise: float) -> None:
         if not radii or min(radii) < 0:
             raise ValueError(f"radii must be at least one number, none negative; got {radii}.")
-        _check_noise(noise)
-        self.noise = noise
+        self.noise = check_number("noise", noise, "positive and finite", is_positive)
         self._radii = torch.tensor(radii, dtype=torch.float64)
         reach = max(radii) + 5 * noise
         self.extent = (-reach, reach, -reach, reach)
-
-    def entropy(self) -> float:
-        """Entropy in nats, by quadrature; its error is below 1e-5."""
-        return entropy_on_plane(self, 0.75 * self.noise)
 
     def _draw(self, n: int, random: RandomNumbers) -> Float[Tensor, "n 2"]:
         radius = self._radii[random.integers(len(self._radii), n)]
@@ -110,8 +107,8 @@ class NoisyCircles(ToyDensity):
         return terms.logsumexp(dim=-1) - math.log(2 * math.pi * self.noise**2 * len(self._radii))
 
 
-class TwoSpirals(ToyDensity):
-    """Two spiral arms, one the other turned by half a turn.
+class TwoSpirals(NoisyDensity):
+    """Two noisy spiral arms, half a turn apart.
 
     A point is `(s (m(n) + u)) / 3 + e` with `m(n) = (-n cos n, n sin n)`, `n` from 0 to 3 pi with
     density `2 n / (3 pi)^2`, `u` uniform from 0 to 0.5 in both coordinates, `s` either sign, and
@@ -132,7 +129,6 @@ class TwoSpirals(ToyDensity):
         Grathwohl et al. (2019), FFJORD. https://arxiv.org/abs/1810.01367
     """
 
-    features = 2
     noise = 0.1
 
     def __init__(self, *, nodes: int = 384) -> None:
@@ -146,10 +142,6 @@ class TwoSpirals(ToyDensity):
         reach = math.pi + 2 * self._half_width + 5 * self.noise
         self.extent = (-reach, reach, -reach, reach)
 
-    def entropy(self) -> float:
-        """Entropy in nats, by quadrature; its error is below 1e-5."""
-        return entropy_on_plane(self, 0.75 * self.noise)
-
     def _draw(self, n: int, random: RandomNumbers) -> Float[Tensor, "n 2"]:
         arm = _spiral(3 * math.pi * random.uniform(n).sqrt()) + 0.5 * random.uniform(n, 2)
         sign = 2 * random.integers(2, n)[:, None] - 1
@@ -160,7 +152,7 @@ class TwoSpirals(ToyDensity):
         half_width = self._half_width / self.noise
         blurred = _normal_between(distances, half_width).prod(dim=-1) @ self._weights
         log_blurred = blurred.log()
-        # Only points so far away that the sum above may underflow pay for erfcx.
+        # erfcx only where the sum above may underflow, because it costs more.
         far = blurred < 1e-200
         terms = _log_normal_between(distances[far], half_width).sum(dim=-1) + self._weights.log()
         log_blurred[far] = terms.logsumexp(dim=-1)
@@ -172,17 +164,17 @@ def _spiral(n: Float[Tensor, "n"]) -> Float[Tensor, "n 2"]:
 
 
 def _normal_between(distance: Values, half_width: float) -> Values:
-    """Probability that a standard normal number lies within `half_width` of `distance` >= 0."""
+    """Return the probability of a standard normal within `half_width` of `distance` >= 0."""
     near: Tensor = torch.special.erfc((distance - half_width) / math.sqrt(2))
     far: Tensor = torch.special.erfc((distance + half_width) / math.sqrt(2))
     return (near - far) / 2
 
 
 def _log_normal_between(distance: Values, half_width: float) -> Values:
-    """Logarithm of `_normal_between`, for any distance.
+    """Return the logarithm of `_normal_between`, for any distance.
 
-    With erfc(a) = exp(-a^2) erfcx(a) the exponential of the nearer end comes out of the
-    difference, which then cannot underflow.
+    erfc(a) = exp(-a^2) erfcx(a) factors the exponential of the nearer end out of the difference,
+    which then cannot underflow.
     """
     near: Tensor = torch.special.erfcx((distance - half_width) / math.sqrt(2))
     far: Tensor = torch.special.erfcx((distance + half_width) / math.sqrt(2))
@@ -191,19 +183,8 @@ def _log_normal_between(distance: Values, half_width: float) -> Values:
 
 
 def gauss_legendre(nodes: int) -> tuple[Float[Tensor, "nodes"], Float[Tensor, "nodes"]]:
-    """Positions and weights of Gauss-Legendre quadrature from 0 to 1, in float64.
-
-    Args:
-        nodes: Number of nodes.
-
-    Raises:
-        ValueError: If `nodes` is less than 1.
-    """
+    """Return positions and weights of Gauss-Legendre quadrature from 0 to 1, in float64."""
     if nodes < 1:
         raise ValueError(f"nodes must be at least 1; got {nodes}.")
     positions, weights = np.polynomial.legendre.leggauss(nodes)
     return torch.from_numpy((positions + 1) / 2), torch.from_numpy(weights / 2)
-
-
-def _check_noise(noise: float) -> None:
-    check_number("noise", noise, "positive and finite", is_positive)

@@ -1,4 +1,4 @@
-"""Columns whose density is unbounded: constant, repeated, or linear functions of other columns."""
+"""Degenerate columns, with an unbounded density: constant, repeated or linearly dependent."""
 
 from collections.abc import Sequence
 
@@ -13,26 +13,26 @@ from cnf.data.names import listed
 _SHARE = 0.05
 _FEWEST = 10
 _DEPENDENT = 1e-10
-"""Variance of a combination of standardised columns that is as good as none, rounding apart."""
+"""Variance of a combination of standardised columns that counts as zero, beside rounding."""
 _ROUNDINGS = 8
-"""The variance of a number within a rounding step is a twelfth of its square; sums have more."""
+"""Divisor of the squared rounding step: 12 for the variance of one rounding, less for sums."""
 _LOADING = 0.1
 
 
 class DegenerateDataWarning(UserWarning):
-    """A likelihood of these rows means little: it has no bound, or follows values far outside."""
+    """The likelihood of the rows is unbounded, or dominated by outliers."""
 
 
 def check_columns(name: str, x: Float[Tensor, "rows columns"], names: Sequence[str]) -> None:
     """Refuse constant columns, and warn of values that many rows share and of linear dependence.
 
     Args:
-        name: What to call the rows in the message.
-        x: The rows, real numbers all of which count alike.
+        name: Name of the rows in the message.
+        x: Rows of real numbers, with equal weights.
         names: Name of each column.
 
     Raises:
-        ValueError: If a column is constant, or varies by less than its dtype can tell.
+        ValueError: If a column is constant, or its variation is lost to rounding in its dtype.
 
     Warns:
         DegenerateDataWarning: If more than 5 % of the rows share a value of a column, or columns
@@ -43,10 +43,10 @@ def check_columns(name: str, x: Float[Tensor, "rows columns"], names: Sequence[s
     constant = (std == 0).nonzero().flatten().tolist()
     if constant:
         raise ValueError(
-            f"{name} must vary in every column, for a constant has no density; it is constant in "
-            f"{listed([names[i] for i in constant])}. Leave these columns out."
+            f"{name} must vary in every column, because a constant has no density; it is constant "
+            f"in {listed([names[i] for i in constant])}. Leave these columns out."
         )
-    remarks = [*_of_repeated_values(rows, names), *_of_dependence(rows, x.dtype, names)]
+    remarks = [*_repeated_values(rows, names), *_linear_dependence(rows, x.dtype, names)]
     if remarks:
         warn(
             f"{name} has no bounded density: {'; '.join(remarks)}. The likelihood then grows "
@@ -55,7 +55,7 @@ def check_columns(name: str, x: Float[Tensor, "rows columns"], names: Sequence[s
         )
 
 
-def _of_repeated_values(rows: Tensor, names: Sequence[str]) -> list[str]:
+def _repeated_values(rows: Tensor, names: Sequence[str]) -> list[str]:
     fewest = max(_FEWEST, int(_SHARE * len(rows)) + 1)
     if len(rows) < fewest:
         return []
@@ -65,27 +65,27 @@ def _of_repeated_values(rows: Tensor, names: Sequence[str]) -> list[str]:
     for i in repeated.nonzero().flatten().tolist():
         values, counts = ordered[i].unique_consecutive(return_counts=True)
         most = counts.argmax()
-        share = 100 * counts[most] / len(rows)
-        shared.append(f"{names[i]} ({values[most] + 0.0:g} in {share:.0f} %)")
+        percent = 100 * counts[most] / len(rows)
+        shared.append(f"{names[i]} ({values[most] + 0.0:g} in {percent:.0f} %)")
     if not shared:
         return []
     return [
-        f"more than 5 % of the rows share a value of {listed(shared)}; call whole numbers "
-        "integers (transforms_for in Python, --support NAME=integer of the command cnf), model the "
+        f"more than 5 % of the rows share a value of {listed(shared)}; declare integers "
+        "(transforms_for in Python, --support NAME=integer of the command cnf), model the "
         "rows with the value apart, or add noise as wide as the rounding"
     ]
 
 
-def _of_dependence(rows: Tensor, dtype: torch.dtype, names: Sequence[str]) -> list[str]:
-    rows = rows / rows.abs().amax(0)  # their squares are then neither 0 nor inf
+def _linear_dependence(rows: Tensor, dtype: torch.dtype, names: Sequence[str]) -> list[str]:
+    rows = rows / rows.abs().amax(0)  # squares are then neither 0 nor inf
     size = rows.std(0)
-    middle = rows.T.contiguous().median(1).values  # a mean may be far outside of nearly all rows
+    middle = rows.T.contiguous().median(1).values  # outliers may move a mean off nearly all rows
     standard = (rows - middle) / size
     step = torch.finfo(dtype).eps * rows.abs() / size
     if len(rows) <= rows.shape[1] or rows.shape[1] < 2:
         return []
     flat = _flat_directions(standard, step, torch.eye(rows.shape[1], dtype=rows.dtype))
-    if flat.shape[1]:  # a few rows far outside, beside which any columns look alike, do not count
+    if flat.shape[1]:  # again without outliers, which make any columns look dependent
         far = standard.square().sum(1)
         near = far <= far.median()
         flat = _flat_directions(standard[near], step[near], flat)
@@ -95,22 +95,22 @@ def _of_dependence(rows: Tensor, dtype: torch.dtype, names: Sequence[str]) -> li
         return []
     return [
         f"a linear function of the columns {listed([names[i] for i in involved])} is constant; "
-        "leave out what follows from the others"
+        "leave out columns that depend on the others"
     ]
 
 
-def _flat_directions(standard: Tensor, step: Tensor, among: Tensor) -> Tensor:
-    """Directions of a subspace in which rows vary by no more than rounding leaves.
+def _flat_directions(standard: Tensor, step: Tensor, basis: Tensor) -> Tensor:
+    """Return the directions in a subspace along which rows vary by no more than rounding.
 
     Args:
-        standard: The rows, each column in a unit of its own.
-        step: Size of the rounding of each number, in these units.
-        among: Basis of the subspace, one direction in each column.
+        standard: The rows, each column in its own unit.
+        step: Rounding step of each number, in these units.
+        basis: Basis of the subspace, one direction in each column.
     """
-    along = (standard - standard.mean(0)) @ among
-    variances, turned = torch.linalg.eigh(along.T @ along / len(along))
-    directions = among @ turned
-    usual = directions.square().T @ standard.var(0, correction=0)
+    along = (standard - standard.mean(0)) @ basis
+    variances, eigenvectors = torch.linalg.eigh(along.T @ along / len(along))
+    directions = basis @ eigenvectors
+    expected = directions.square().T @ standard.var(0, correction=0)
     rounding = directions.square().T @ step.amax(0).square() / _ROUNDINGS
-    flat: Tensor = directions[:, variances <= _DEPENDENT * usual + rounding]
+    flat: Tensor = directions[:, variances <= _DEPENDENT * expected + rounding]
     return flat

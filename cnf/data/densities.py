@@ -1,4 +1,4 @@
-"""Distributions with an exact log-density: the interface, and mixtures of Gaussians."""
+"""Toy densities: the base class, and mixtures of Gaussians."""
 
 import math
 from abc import ABC, abstractmethod
@@ -12,39 +12,39 @@ from cnf._checks import check_count, check_generator, check_vectors
 from cnf._shapes import Rows, Values
 
 ROWS_PER_CHUNK = 512
-"""Points whose log-density is computed at once; bounds the memory of a call."""
+"""Number of points in each chunk of `log_prob`; it bounds the memory of a call."""
 
 
 @dataclass(frozen=True)
 class RandomNumbers:
-    """Float64 random numbers on the CPU from one generator."""
+    """Source of float64 random numbers on the CPU, from one generator."""
 
     generator: torch.Generator | None
     """None stands for torch's global generator."""
 
     def uniform(self, *shape: int) -> Float[Tensor, "..."]:
-        """Uniform numbers from 0 (included) to 1 (excluded)."""
+        """Draw uniform numbers from 0 (included) to 1 (excluded)."""
         return torch.rand(shape, generator=self.generator, dtype=torch.float64, device="cpu")
 
     def normal(self, *shape: int) -> Float[Tensor, "..."]:
-        """Standard normal numbers."""
+        """Draw standard normal numbers."""
         return torch.randn(shape, generator=self.generator, dtype=torch.float64, device="cpu")
 
     def integers(self, end: int, n: int) -> Int[Tensor, "n"]:
-        """Uniform integers from 0 (included) to `end` (excluded)."""
+        """Draw uniform integers from 0 (included) to `end` (excluded)."""
         return torch.randint(end, (n,), generator=self.generator, device="cpu")
 
 
 class ToyDensity(ABC):
-    """Distribution with a sampler and the exact log-density of what it samples.
+    """Distribution with a sampler and an exact log-density.
 
-    The difference of its `log_prob` and a model's, averaged over its samples, is the distance
-    (Kullback-Leibler divergence) of the model from the truth in nats.
+    The difference of its `log_prob` and a model's, averaged over its samples, is the
+    Kullback-Leibler divergence of the model from the truth, in nats.
 
     Attributes:
         features: Size of the last axis of a point.
-        extent: Smallest and largest value of each feature in turn, (xmin, xmax, ymin, ymax) in the
-            plane, of a box for plots that holds all but a few millionths of the probability.
+        extent: Box for plots, with all but a few millionths of the probability: smallest and
+            largest value of each feature in turn, (xmin, xmax, ymin, ymax) in the plane.
     """
 
     features: int
@@ -53,11 +53,11 @@ class ToyDensity(ABC):
     def sample(
         self, n: int, generator: torch.Generator | None = None
     ) -> Float[Tensor, "n features"]:
-        """Independent points, on the CPU and in torch's default dtype.
+        """Draw independent points, on the CPU and in torch's default dtype.
 
         Args:
             n: Number of points.
-            generator: Source of randomness on the CPU; torch's global generator if None.
+            generator: Generator on the CPU; torch's global generator if None.
 
         Raises:
             TypeError: If `n` is not an integer.
@@ -69,23 +69,19 @@ class ToyDensity(ABC):
 
     @torch.no_grad()
     def log_prob(self, x: Rows) -> Values:
-        """Log-density in nats; -inf outside the support.
+        """Return the log-density in nats, without gradient; -inf outside the support.
 
-        Computed in float64 on the CPU, returned with the dtype and device of `x`. It carries no
-        gradient.
-
-        Args:
-            x: Points.
+        Computed in float64 on the CPU, returned with the dtype and device of `x`.
 
         Raises:
             TypeError: If `x` is not a tensor.
-            ValueError: If the last axis of `x` is not `features` long, its dtype is not a
-                floating-point one, or it is not finite.
+            ValueError: If the last axis of `x` is not `features` long, or `x` is not floating or
+                not finite.
         """
         check_vectors("x", x, self.features, like=x)
         rows = x.to("cpu", torch.float64).reshape(-1, self.features)
-        # One tensor for all results: kept apart they would split the heap between large
-        # temporaries, which then grows by gigabytes.
+        # One tensor for all results: separate ones would fragment the heap between large
+        # temporaries, and grow it by gigabytes.
         log_prob = rows.new_empty(len(rows))
         for start in range(0, len(rows), ROWS_PER_CHUNK):
             chunk = slice(start, start + ROWS_PER_CHUNK)
@@ -94,26 +90,22 @@ class ToyDensity(ABC):
 
     @abstractmethod
     def entropy(self) -> float:
-        """Differential entropy in nats: the mean of `-log_prob` over samples."""
+        """Return the differential entropy in nats: the mean of `-log_prob` over samples."""
 
     @abstractmethod
     def _draw(self, n: int, random: RandomNumbers) -> Float[Tensor, "n features"]:
-        """Independent points in float64."""
+        """Hook: draw independent points in float64."""
 
     @abstractmethod
     def _log_prob(self, x: Float[Tensor, "rows features"]) -> Float[Tensor, "rows"]:
-        """Log-density of a chunk of finite float64 points."""
+        """Hook: return the log-density of a chunk of finite float64 points."""
 
 
 def entropy_on_plane(density: ToyDensity, step: float) -> float:
-    """Entropy in nats of a density on the plane, by the trapezoid rule over its `extent`.
+    """Return the entropy in nats of a density on the plane, by the trapezoid rule over its extent.
 
-    For a density smoothed by normal noise the error falls faster than any power of `step`; three
-    quarters of the noise's standard deviation leave less than 1e-5 nats.
-
-    Args:
-        density: Density with two features.
-        step: Distance of neighbouring grid points.
+    For a density smoothed by normal noise the error falls faster than any power of the grid `step`;
+    three quarters of the noise's standard deviation leave less than 1e-5 nats.
     """
     left, right, bottom, top = density.extent
     grid = torch.cartesian_prod(
@@ -124,18 +116,18 @@ def entropy_on_plane(density: ToyDensity, step: float) -> float:
 
 
 class GaussianMixture(ToyDensity):
-    """Mixture of normal distributions in any dimension.
+    """Gaussian mixture in any dimension.
 
     Args:
-        means: Centre of each component.
+        means: Mean of each component.
         covariances: Covariance matrix of each component.
         weights: Probability of each component up to a common factor; equal if None.
 
     Raises:
         TypeError: If an argument is not a tensor.
-        ValueError: If a dtype is not a floating-point one, the shapes do not fit, a number is not
-            finite, a covariance matrix is not symmetric and positive definite, or the weights are
-            negative or all zero.
+        ValueError: If a dtype is not floating, the shapes do not fit, a number is not finite, a
+            covariance matrix is not symmetric and positive definite, or the weights are negative or
+            all zero.
 
     Example:
         >>> standard = GaussianMixture(torch.zeros(1, 2), torch.eye(2).expand(1, 2, 2))
@@ -168,17 +160,14 @@ class GaussianMixture(ToyDensity):
         self.extent = tuple(torch.stack((low, high), dim=-1).flatten().tolist())
 
     def entropy(self, *, draws: int = 2**16) -> float:
-        r"""Entropy in nats: closed form for one component, else partly Monte Carlo.
+        r"""Return the entropy in nats: closed form for one component, else partly Monte Carlo.
 
         .. math:: H = \sum_k w_k H(N_k) + \mathbb{E}_{k, x} \log \frac{N_k(x)}{p(x)}
 
-        The mean on the right, the information that a point holds about its component, is taken
-        over draws from a generator with a fixed seed. Its standard error is the standard deviation
-        of the logarithm divided by the square root of `draws`: below 0.004 nats where that
-        deviation is below 1, and next to nothing for components far apart.
-
-        Args:
-            draws: Number of draws, for more than one component.
+        The expectation, the mutual information of point and component, is the mean over `draws`
+        from a generator with a fixed seed. Its standard error is the standard deviation of the
+        logarithm divided by the square root of `draws`: below 0.004 nats where that deviation is
+        below 1, and nearly 0 for components far apart.
         """
         log_scales = self._factors.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1)
         each = self.features / 2 * math.log(2 * math.pi * math.e) + log_scales
@@ -216,7 +205,7 @@ class GaussianMixture(ToyDensity):
     def _log_prob_of_components(
         self, x: Float[Tensor, "rows features"]
     ) -> Float[Tensor, "rows components"]:
-        """Logarithm of weight times density, for each component."""
+        """Return the logarithm of weight times density, for each component."""
         offsets = (x - self._means[:, None]).mT
         whitened = torch.linalg.solve_triangular(self._factors, offsets, upper=False)
         log_scales = self._factors.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1)
@@ -226,7 +215,7 @@ class GaussianMixture(ToyDensity):
 
 
 def _check_floats(name: str, value: Tensor, shape: tuple[int | str, ...]) -> None:
-    """Raise unless a finite floating-point tensor of that shape; a name stands for any size."""
+    """Refuse anything but a finite floating tensor of this shape; a name stands for any size."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}.")
     if not value.is_floating_point():
@@ -247,7 +236,7 @@ def _cholesky(
 ) -> Float[Tensor, "components features features"]:
     factors: Tensor
     factors, failed = torch.linalg.cholesky_ex(covariances)
-    # Relative to the variances, so that rounding in float32 is forgiven at any scale.
+    # Relative to the variances, to allow for float32 rounding at any scale.
     asymmetry = (covariances - covariances.mT).abs().amax(dim=(-2, -1))
     scale = covariances.diagonal(dim1=-2, dim2=-1).amax(dim=-1)
     bad = ((failed != 0) | (asymmetry > 1e-6 * scale)).nonzero().flatten().tolist()

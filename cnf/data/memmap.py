@@ -1,4 +1,4 @@
-"""Rows of a file that may be larger than memory."""
+"""Memory-mapped rows of a file that may be larger than memory."""
 
 import io
 import lzma
@@ -21,7 +21,7 @@ DAMAGES = (
     *(EOFError, OSError, OverflowError, RuntimeError, SyntaxError, ValueError),
     *(lzma.LZMAError, tokenize.TokenError, zipfile.BadZipFile, zlib.error),
 )
-"""What NumPy raises, or its libraries do, where a file is damaged."""
+"""Exceptions of NumPy and its libraries for damaged files."""
 
 _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -30,14 +30,14 @@ _HEADERS = {
 
 
 class NpyRows(Dataset[Tensor]):
-    """The rows of a ``.npy`` file, each read when it is asked for and not before.
+    """Dataset of the rows of a ``.npy`` file, each read on access.
 
-    To give rows contexts or weights, stack two files by name with torch's
+    For contexts or weights, stack files by name with torch's
     ``StackDataset(x=NpyRows("x.npy"), context=NpyRows("context.npy"))``.
 
     Args:
-        path: File of an array with at least one axis; the first is that of the rows.
-        dtype: What rows are converted to; None to leave them as they are.
+        path: File of an array with at least one axis; the first axis counts the rows.
+        dtype: Dtype of the returned rows; None for the dtype of the file.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -58,7 +58,7 @@ class NpyRows(Dataset[Tensor]):
         self._open()
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the content of the file, which may be too large to send to another process."""
+        """Return the state without the array, which may be too large for another process."""
         return {"path": self.path, "dtype": self.dtype}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -72,8 +72,8 @@ class NpyRows(Dataset[Tensor]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Tensor]:
-        """The rows at these places, read at once."""
-        some = self.array[list(indices)]  # such an index makes a copy
+        """Return the rows at several indices, read at once."""
+        some = self.array[list(indices)]  # a copy
         rows = torch.from_numpy(some.astype(some.dtype.newbyteorder("="), copy=False))
         return list(rows if self.dtype is None else rows.to(self.dtype))
 
@@ -105,11 +105,7 @@ class NpyRows(Dataset[Tensor]):
 
 
 def check_header(file: IO[bytes] | io.BufferedIOBase, size: int) -> None:
-    """Refuse an array that states more numbers than follow; leave the file where it was.
-
-    Raises:
-        ValueError: If it does, or is no array of plain numbers.
-    """
+    """Refuse an array whose header states more numbers than follow, or no plain numbers."""
     version = np.lib.format.read_magic(file)
     if version not in _HEADERS:
         raise ValueError(f"its format has version {version}, which is not for plain numbers")

@@ -8,17 +8,17 @@ _LONGEST_LISTED = 80
 
 
 def numbered_names(count: int) -> tuple[str, ...]:
-    """Names for columns that have none, from x1 on."""
+    """Return default column names: x1, x2, …."""
     return tuple(f"x{number}" for number in range(1, count + 1))
 
 
 def shortened(text: str, longest: int = _LONGEST) -> str:
-    """A text for a message or a picture, cut off if it is long."""
+    """Truncate a long text for a message or a figure."""
     return text if len(text) <= longest else f"{text[:longest]}…"
 
 
 def listed(texts: Sequence[str]) -> str:
-    """Texts for a message: the first few, and how many there are; "none" if there are none.
+    """Join texts for a message: the first few, and their number; "none" if there are none.
 
     Example:
         >>> listed(numbered_names(1024))
@@ -29,20 +29,18 @@ def listed(texts: Sequence[str]) -> str:
 
 
 def quoted(names: Sequence[str]) -> str:
-    """Names for a message, in quotes."""
+    """Join names in quotes for a message."""
     return listed([repr(shortened(name)) for name in names])
 
 
 def find_columns(
     where: str, names: Sequence[str], columns: Sequence[str] | None
 ) -> tuple[int, ...]:
-    """Positions of `columns` among the `names` of a table, or of all of them.
-
-    Columns that nobody asks for may have no name, or the same.
+    """Return the positions of `columns` among the `names` of a table; None for all columns.
 
     Raises:
-        ValueError: If a name is asked for twice or not there, or a column to be read has no name
-            or that of another.
+        ValueError: If a requested name is repeated or missing, or a column to be read has an empty
+            or repeated name. Other columns may have any name.
     """
     if columns is not None and (not columns or len(set(columns)) < len(columns)):
         raise ValueError(f"columns must be one or more different names; got {quoted(columns)}.")
@@ -60,8 +58,9 @@ def find_columns(
             )
         if name in positions:
             raise ValueError(
-                f"{where}, column {index + 1}: must have a name of its own; {shortened(name)!r} is "
-                f"that of column {positions[name] + 1} too. Rename one, or choose other columns."
+                f"{where}, column {index + 1}: must have a unique name; column "
+                f"{positions[name] + 1} is called {shortened(name)!r} too. Rename one, or choose "
+                "other columns."
             )
         positions[name] = index
     return tuple(positions[name] for name in (names if columns is None else columns))

@@ -1,4 +1,4 @@
-"""Tables of numbers in Parquet files; the only module that talks to pyarrow."""
+"""Reading of Parquet files; the only module that imports pyarrow."""
 
 import re
 from collections.abc import Sequence
@@ -16,11 +16,7 @@ from cnf.data.names import find_columns, shortened
 def read_parquet(
     path: Path, columns: tuple[str, ...] | None
 ) -> tuple[NDArray[np.float64], tuple[str, ...]]:
-    """Values and names of columns of a Parquet file; see `cnf.data.table_files.read_table`.
-
-    Raises:
-        ValueError: If it is damaged, or a column holds anything but numbers.
-    """
+    """Return values and names of columns of a Parquet file; see `read_table`."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -47,13 +43,9 @@ def read_parquet(
 
 
 def _refuse_index(path: Path, names: tuple[str, ...], index: Sequence[Any]) -> None:
-    """Refuse columns that only hold the index of a pandas frame, unless they are asked for.
+    """Refuse columns that hold the index of a pandas frame.
 
-    Args:
-        path: The file, for the message.
-        names: Names of all columns.
-        index: What pandas noted about its index: names of columns, or a mapping for each index that
-            only counts and is no column.
+    `index` is pandas' metadata: names of columns, or a mapping for each range index.
     """
     for name in names:
         if name in index or re.fullmatch(r"__index_level_\d+__", name):

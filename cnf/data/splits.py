@@ -1,4 +1,4 @@
-"""Rows for training, validation and test."""
+"""Splits into training, validation and test rows."""
 
 from typing import Any, NamedTuple
 
@@ -10,17 +10,17 @@ Rows = NDArray[np.floating[Any]]
 
 
 class Splits(NamedTuple):
-    """Rows to train on, to choose by, and to judge by."""
+    """Training, validation and test rows."""
 
     train: Rows
     validation: Rows
     test: Rows
 
     def standardized(self) -> "Splits":
-        """The same rows, where train and validation have mean 0 and standard deviation 1 together.
+        """Return the rows, scaled so that train and validation jointly have mean 0 and std 1.
 
         Raises:
-            ValueError: If a column is constant there.
+            ValueError: If a column is constant in train and validation.
         """
         known = np.concatenate([self.train, self.validation])
         mean, std = known.mean(0), known.std(0)
@@ -33,25 +33,25 @@ class Splits(NamedTuple):
 def split_rows(
     x: Rows, *, validation: float = 0.1, test: float = 0.1, seed: int | None = 0
 ) -> Splits:
-    """Cut rows into three: the last are for test, those before them for validation.
+    """Split rows into three: first training, then validation, then test rows.
 
     Args:
         x: The rows.
-        validation: Share of the rows that are not for test; rounded down, but at least one row.
-        test: Share of all rows, likewise.
-        seed: Seed of the order that the rows are brought into before; None to leave them in theirs.
+        validation: Fraction of the rows before the test rows; rounded down, but at least one row.
+        test: Fraction of all rows; rounded down, but at least one row.
+        seed: Seed of the shuffling before the split; None for no shuffling.
 
     Raises:
-        ValueError: If a share is not in (0, 1), or there are too few rows for three parts.
+        ValueError: If a fraction is not in (0, 1), or there are too few rows for three parts.
 
     Example:
         >>> splits = split_rows(np.arange(100.0)[:, None], seed=None)
         >>> [len(part) for part in splits], splits.test[0].item()
         ([81, 9, 10], 90.0)
     """
-    for name, share in (("validation", validation), ("test", test)):
-        if not 0 < share < 1:
-            raise ValueError(f"{name} must be more than 0 and less than 1; got {share}.")
+    for name, fraction in (("validation", validation), ("test", test)):
+        if not 0 < fraction < 1:
+            raise ValueError(f"{name} must be more than 0 and less than 1; got {fraction}.")
     if seed is not None:
         x = x[np.random.default_rng(seed).permutation(len(x))]
     known = len(x) - max(1, int(test * len(x)))

@@ -1,7 +1,7 @@
-"""Tables of numbers, read from files and written to them.
+"""Reading and writing of tables of numbers: text, NumPy and Parquet files.
 
-Whatever is wrong with a file is a `ValueError` in one line that names the file, the line, the
-column and what was found there.
+Every defect of a file raises a `ValueError` of one line with the file, the line, the column and the
+cell.
 """
 
 import io
@@ -24,11 +24,11 @@ from cnf.data.names import find_columns, listed, numbered_names, shortened
 from cnf.data.parquet import read_parquet
 
 _RAW_FILL_VALUES = (-32768, 32767, 65535)
-"""Ends of whole numbers of 16 bits, which raw data use for missing values."""
+"""Limits of 16-bit integers, which raw data use for missing values."""
 
 
 class Table(NamedTuple):
-    """Rows of numbers with names for the columns."""
+    """Rows of numbers with column names."""
 
     values: NDArray[np.float64]
     """``(rows, columns)``, finite."""
@@ -45,25 +45,26 @@ def read_table(
 ) -> Table:
     r"""Read a table of finite numbers from a file.
 
-    The suffix says what the file is: text (``.csv``, ``.tsv``, ``.txt``), ``.npy``, ``.npz`` or
-    ``.parquet`` (which needs pyarrow). Text is UTF-8, with or without byte-order mark, its cells
-    parted by comma, semicolon or tab, perhaps quoted. Each row is one line; blank lines are
+    The suffix defines the format: text (``.csv``, ``.tsv``, ``.txt``), ``.npy``, ``.npz`` or
+    ``.parquet`` (which needs pyarrow). Text is UTF-8, with or without byte-order mark; comma,
+    semicolon or tab separate cells, which may be quoted. Each row is one line; blank lines are
     skipped.
 
     Args:
         path: The file.
-        columns: Names of those to read, in this order; None for all. The others may hold anything.
-        array: Name of the array in an ``.npz`` file; None if it has one of two axes only. An array
-            of text called ``columns`` beside it gives the names.
-        header: Whether the first line of text holds names. If None, it does unless it holds a
-            number; a warning says so where it was taken for a row.
+        columns: Names of the columns to read, in this order; None for all. Other columns may hold
+            anything.
+        array: Name of the array in an ``.npz`` file; None if only one has two axes. An array of
+            text called ``columns`` holds the names.
+        header: Whether the first line of text holds names. None: it does unless it holds a number;
+            a line taken for a row gives a warning.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is of another kind, damaged or empty, has no such column, lines of
-            different length, or holds anything but numbers that single precision can hold, or
-            whole numbers with more digits than double precision holds, or a first line of which
-            nobody can tell whether it is a header. The message names line and column.
+        ValueError: If the file is of another format, damaged or empty, lacks a column, has lines of
+            different length, numbers beyond single precision, integers beyond double precision,
+            other cells, or a first line that may be a header or a row. The message names line and
+            column.
 
     Example:
         >>> import tempfile
@@ -100,7 +101,7 @@ def read_table(
 def place_of_row(
     path: Path, row: int, columns: Sequence[str] | None = None, *, header: bool | None = None
 ) -> str:
-    """Where a row, counted from 0, stands in a file that `read_table` has read, for a message."""
+    """Return the place of a row, counted from 0, in a file that `read_table` has read."""
     if _READERS[path.suffix.lower()] is read_csv:
         wanted = None if columns is None else tuple(columns)
         return f"{path}, line {line_of_row(path, row, wanted, header)}"
@@ -114,20 +115,20 @@ def write_table(
     *,
     replace: bool = True,
 ) -> None:
-    """Write a table, atomically, as ``.csv``, ``.tsv`` or ``.npy`` by the suffix.
+    """Write a table atomically as ``.csv``, ``.tsv`` or ``.npy``, by the suffix.
 
-    Numbers come back as they were: text has as many digits as their dtype needs.
+    Text has all digits, so that reading it returns the same numbers.
 
     Args:
-        path: Where to; the folder must exist.
+        path: The file; its folder must exist.
         values: ``(rows, columns)``.
         columns: Names for the header of text; None for no header. ``.npy`` keeps no names.
-        replace: Whether an old file may be replaced.
+        replace: Whether an existing file may be replaced.
 
     Raises:
-        OSError: If the file cannot be written, or is there and `replace` is False.
-        ValueError: If the suffix is another, the names do not fit the values, or these are no
-            numbers, or masked.
+        OSError: If the file cannot be written, or exists and `replace` is False.
+        ValueError: If the suffix is another, the names do not fit the values, or values are masked
+            or no numbers.
     """
     path = as_path("path", path)
     refuse_unless_numbers("values", values)
@@ -147,15 +148,7 @@ def write_table(
 
 
 def check_for_training(table: Table, name: str = "the table") -> None:
-    """Refuse a table that no density can be fitted to.
-
-    Args:
-        table: The table.
-        name: What to call it in the message, such as the path.
-
-    Raises:
-        ValueError: If it has less than two rows, or a column is constant.
-    """
+    """Refuse a table with fewer than two rows or a constant column; messages use its `name`."""
     if len(table.values) < 2:
         raise ValueError(f"{name} must have at least 2 rows to fit; got {len(table.values)}.")
     constant = np.flatnonzero((table.values == table.values[0]).all(0))
@@ -164,23 +157,16 @@ def check_for_training(table: Table, name: str = "the table") -> None:
             f"{shortened(table.columns[i])!r} (always {table.values[0, i]:g})" for i in constant
         ]
         raise ValueError(
-            f"{name} must vary in every column, for a constant has no density; it does not in "
+            f"{name} must vary in every column, because a constant has no density; it does not in "
             f"{listed(found)}. Leave such columns out."
         )
 
 
-def point_out_fill_values(table: Table, name: str = "the table") -> None:
-    """Warn of values far outside of a column that may stand for missing ones, as 1e20 or -999.
+def warn_of_fill_values(table: Table, name: str = "the table") -> None:
+    """Warn of outliers such as 1e20 or -999 that may stand for missing values.
 
-    A column's least or greatest value is one if it is further from the others than 30 times their
-    range; 3 times, if it comes twice or is one of those that mark missing values by custom.
-
-    Args:
-        table: The table.
-        name: What to call it in the message, such as the path.
-
-    Warns:
-        DegenerateDataWarning: If there are any.
+    The least or greatest value of a column is one if its distance from the others is more than 30
+    times their range; 3 times, if it is repeated or a usual mark of missing values.
     """
     found = [
         f"{value:g} in {count} of {len(column)} rows of {shortened(label)!r}"
@@ -190,14 +176,14 @@ def point_out_fill_values(table: Table, name: str = "the table") -> None:
     if found:
         warn(
             f"{name} has values far outside of all others in their column, which may stand for "
-            f"missing ones: {listed(found)}. Drop these rows or mend them, for a density follows "
+            f"missing ones: {listed(found)}. Drop or mend these rows, because a density follows "
             "all its rows.",
             DegenerateDataWarning,
         )
 
 
 def _fill_values(column: NDArray[np.float64]) -> list[tuple[float, int]]:
-    """Values of a column that may stand for missing ones, and how often they come."""
+    """Return the values of a column that may stand for missing ones, and their counts."""
     low, high = float(column.min()), float(column.max())
     others = column[(column > low) & (column < high)]
     if not len(others):
@@ -230,7 +216,7 @@ def _read_npz(
             raise ValueError(
                 f"{path} must have one array of two axes; it has "
                 f"{listed([f'{name} {found.shape}' for name, found in arrays.items()])}. Save the "
-                "one that is meant in a file of its own: numpy.save(path, array). (In Python, "
+                "right one in a file of its own: numpy.save(path, array). (In Python, "
                 "read_table(path, array=NAME) reads it here.)"
             )
         array = tables[0]
@@ -245,7 +231,7 @@ def _read_npz(
 
 
 def _open_numpy(path: Path) -> Any:
-    """The array of an .npy file, or those of an .npz file by name."""
+    """Return the array of an .npy file, or the arrays of an .npz file by name."""
     try:
         with path.open("rb") as file:
             packed = file.read(4).startswith(b"PK")
@@ -267,7 +253,7 @@ def _open_numpy(path: Path) -> Any:
 
 
 def _check_archive(path: Path, file: io.BufferedIOBase) -> None:
-    """Compare the sizes that an .npz file states before anything is unpacked."""
+    """Refuse an .npz file whose stated sizes are too large or wrong, before unpacking it."""
     with zipfile.ZipFile(file) as archive:
         check_unpacked(path, sum(entry.file_size for entry in archive.infolist()))
         for entry in archive.infolist():
@@ -283,7 +269,7 @@ def _read_parquet(
 
 
 def _numbers(path: Path, what: str, values: Any) -> NDArray[Any]:
-    """An array as a table; a vector is one column."""
+    """Return an array as a table; a vector is one column."""
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiub":
         kind = getattr(values, "dtype", type(values).__name__)
         raise ValueError(f"{path} must hold real numbers; {what} holds {kind}.")

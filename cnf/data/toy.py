@@ -1,4 +1,4 @@
-"""FFJORD's eight toy sets on the plane, each with its exact log-density."""
+"""FFJORD's eight toy sets on the plane, with exact log-densities."""
 
 import math
 from collections.abc import Callable
@@ -16,10 +16,10 @@ __all__ = ["TOY_NAMES", "Checkerboard", "GaussianMixture", "Pinwheel", "ToyDensi
 
 
 def toy_density(name: str) -> ToyDensity:
-    """One of FFJORD's eight toy sets, as a distribution with an exact log-density.
+    """Return one of FFJORD's eight toy sets, as a distribution with an exact log-density.
 
-    Shapes and scales are those of the authors' code, where some sets walk through their angles or
-    classes evenly; here these are drawn at random too, so that points are independent.
+    Shapes and scales agree with the authors' code, except that angles and classes, which it
+    enumerates evenly in some sets, are random here, so that points are independent.
 
     Args:
         name: One of `TOY_NAMES`.
@@ -41,7 +41,7 @@ def toy_density(name: str) -> ToyDensity:
 
 
 class Pinwheel(ToyDensity):
-    r"""Five blobs, sheared into blades.
+    r"""Pinwheel: five Gaussian blobs, sheared into blades.
 
     With `f` normal, mean (1, 0) and standard deviations (0.3, 0.1), and blade `k` of five, a point
     is `f` turned clockwise by `2 pi k / 5 + 0.25 exp(f_0)` and doubled. The change of variables
@@ -71,11 +71,11 @@ class Pinwheel(ToyDensity):
         self._turns = torch.stack((angles.cos(), -angles.sin()))
 
     def entropy(self) -> float:
-        """Entropy in nats, by Gauss-Hermite quadrature over `f`; its error is below 1e-5."""
+        """Return the entropy in nats, by Gauss-Hermite quadrature; its error is below 1e-5."""
         positions, factors = map(torch.from_numpy, np.polynomial.hermite_e.hermegauss(64))
         nodes = torch.cartesian_prod(positions, positions)
         weights = torch.outer(factors, factors).flatten() / (2 * math.pi)
-        # The blades are alike, so one of them is enough.
+        # By symmetry, one blade is enough.
         x = self._turn(self._mean + self._std * nodes, torch.zeros(len(nodes), dtype=torch.long))
         return -float(weights @ self.log_prob(x))
 
@@ -91,7 +91,7 @@ class Pinwheel(ToyDensity):
     def _turn_back(
         self, x: Float[Tensor, "n 2"], f0: Float[Tensor, "n"], blade: Int[Tensor, "n"]
     ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
-        """Both coordinates of `f`, were `f0` the first; a root is where it is."""
+        """Return both coordinates of `f` for a guess `f0` of the first, which a root returns."""
         angle = self._blades[blade] + 0.25 * f0.exp()
         cos, sin = angle.cos(), angle.sin()
         return (cos * x[:, 0] - sin * x[:, 1]) / 2, (sin * x[:, 0] + cos * x[:, 1]) / 2
@@ -102,7 +102,7 @@ class Pinwheel(ToyDensity):
         z = (torch.stack((f0, f1), dim=-1) - self._mean) / self._std
         log_normal = -z.square().sum(dim=-1) / 2 - (2 * math.pi * self._std.prod()).log()
         terms = log_normal - (4 * (1 + 0.25 * f0.exp() * f1).abs()).log() - math.log(5)
-        # A logsumexp over the roots of each row, of which there is no fixed number.
+        # A logsumexp over the roots of each row, whose number varies.
         largest = x.new_full((len(x),), -math.inf).scatter_reduce(0, row, terms, "amax")
         sums = x.new_zeros(len(x)).index_add(0, row, (terms - largest[row]).exp())
         return largest + sums.log()
@@ -110,7 +110,7 @@ class Pinwheel(ToyDensity):
     def _roots(
         self, x: Float[Tensor, "rows 2"]
     ) -> tuple[Int[Tensor, "roots"], Int[Tensor, "roots"], Float[Tensor, "roots"]]:
-        """Row, blade and `f_0` of each way in which a point can have come about."""
+        """Return row, blade and `f_0` of each preimage of each point."""
         above = torch.tensordot(x / 2, self._turns, dims=1) > self._grid
         row, blade, cell = (above[..., 1:] != above[..., :-1]).nonzero(as_tuple=True)
         falling = above[row, blade, cell]
@@ -131,7 +131,7 @@ class Pinwheel(ToyDensity):
 
 
 class Checkerboard(ToyDensity):
-    """Uniform on the eight dark squares, of side 2, of a board from -4 to 4.
+    """Uniform density on the eight dark squares, of side 2, of a checkerboard from -4 to 4.
 
     The squares are closed: rounding may put a sample on an edge.
 
@@ -143,7 +143,7 @@ class Checkerboard(ToyDensity):
     extent = (-4.0, 4.0, -4.0, 4.0)
 
     def entropy(self) -> float:
-        """Entropy in nats: the logarithm of the area, 32."""
+        """Return the entropy in nats: the logarithm of the area, 32."""
         return math.log(32)
 
     def _draw(self, n: int, random: RandomNumbers) -> Float[Tensor, "n 2"]:

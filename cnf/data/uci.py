@@ -1,8 +1,8 @@
-"""The five tables that density models are compared on, from their original files.
+"""UCI benchmark tables for density estimation: POWER, GAS, HEPMASS, MINIBOONE and BSDS300.
 
-POWER, GAS, HEPMASS, MINIBOONE and BSDS300, cut and scaled as Papamakarios et al. did, so that
-results can be set beside published ones. The files are their archive,
-https://zenodo.org/records/1161203; this package brings none and downloads none.
+They are split and scaled as by Papamakarios et al., so that results compare with published ones.
+The files are in their archive, https://zenodo.org/records/1161203; this package contains and
+downloads none.
 
 References:
     Papamakarios, Pavlakou & Murray (2017), Masked Autoregressive Flow for Density Estimation.
@@ -34,19 +34,19 @@ _CONVERT_GAS = (
 
 
 def benchmark_table(name: str, folder: str | os.PathLike[str]) -> Splits:
-    """One of the five benchmark tables, cut into three and standardised.
+    """Load one of the five benchmark tables, split into three and standardised.
 
     Args:
         name: One of `BENCHMARKS`, in any case.
-        folder: Where the archive was unpacked: it has ``power/data.npy``, ``hepmass/`` with
+        folder: Folder of the unpacked archive: it has ``power/data.npy``, ``hepmass/`` with
             ``1000_train.csv`` and ``1000_test.csv``, ``miniboone/data.npy``,
-            ``BSDS300/BSDS300.hdf5`` (needs h5py), and ``gas/``. The file there is a pickle, which
-            is code; it is not read. Convert it once to ``ethylene_CO.npy``, ``.parquet`` or
-            ``.csv``; the error without them shows a command.
+            ``BSDS300/BSDS300.hdf5`` (needs h5py), and ``gas/``, whose pickle is code and not read.
+            Convert it once to ``ethylene_CO.npy``, ``.parquet`` or ``.csv``; the error without
+            them shows a command.
 
     Raises:
-        FileNotFoundError: If the file is not there.
-        ValueError: If there is no table of that name, or the file is not as expected.
+        FileNotFoundError: If the file is missing.
+        ValueError: If there is no table of that name, or the file has another content.
     """
     if name.lower() not in _LOADERS:
         raise ValueError(f"name must be one of {', '.join(BENCHMARKS)}; got {name!r}.")
@@ -54,10 +54,10 @@ def benchmark_table(name: str, folder: str | os.PathLike[str]) -> Splits:
 
 
 def prepare_power(data: NDArray[np.float64]) -> Splits:
-    """POWER from its eight columns: shuffled, two left out, the others with noise; standardised.
+    """Prepare POWER from its eight columns: shuffle, drop two, add noise, split, standardise.
 
-    Measurements are rounded, to a degree that differs by column; the noise spreads them over the
-    step of rounding, the time of day excepted.
+    The noise spreads each rounded measurement over the rounding step of its column; the time of day
+    gets none.
 
     Args:
         data: ``(rows, 8)``: active power, reactive power, voltage, intensity, three sub-meterings,
@@ -68,7 +68,7 @@ def prepare_power(data: NDArray[np.float64]) -> Splits:
     """
     if data.ndim != 2 or data.shape[1] != 8:
         raise ValueError(f"POWER must have shape (rows, 8); got {data.shape}.")
-    random = np.random.RandomState(42)  # Which rows are in which part hangs on these very draws.
+    random = np.random.RandomState(42)  # these draws define the published split
     data = data.copy()
     random.shuffle(data)
     rows = len(data)
@@ -90,7 +90,7 @@ def _gas(folder: Path) -> Splits:
         raise FileNotFoundError(
             f"there is none of {', '.join(_GAS_FILES)} in {files[0].parent}. The original "
             "ethylene_CO.pickle is code, which this package does not run; if you trust it, convert "
-            f"it there by: {_CONVERT_GAS}"
+            f"it in that folder by: {_CONVERT_GAS}"
         )
     table = read_table(found)
     sensors = [i for i, column in enumerate(table.columns) if column not in _GAS_LEFT_OUT]
@@ -102,8 +102,8 @@ def _gas(folder: Path) -> Splits:
         )
     alike = np.asarray(np.corrcoef(x, rowvar=False)) > _GAS_CORRELATION
     kept = list(range(x.shape[1]))
-    while (crowded := alike[np.ix_(kept, kept)].sum(1) > 1).any():  # by others than itself
-        del kept[int(crowded.argmax())]
+    while (correlated := alike[np.ix_(kept, kept)].sum(1) > 1).any():  # with others than itself
+        del kept[int(correlated.argmax())]
     x = x[:, kept]
     return split_rows((x - x.mean(0)) / x.std(0, ddof=1), seed=None)
 
@@ -113,14 +113,14 @@ def _hepmass(folder: Path) -> Splits:
         _hepmass_signal(folder / "hepmass" / f"1000_{part}.csv") for part in ("train", "test")
     )
     mean, std = known.mean(0), known.std(0, ddof=1)
-    varied = (known == known.min(0)).sum(0) <= _HEPMASS_REPEATS  # as the original, by the least
+    varied = (known == known.min(0)).sum(0) <= _HEPMASS_REPEATS  # the original's criterion
     known, test = (((part - mean) / std)[:, varied] for part in (known, test))
     train = len(known) - int(0.1 * len(known))
     return Splits(known[:train], known[train:], test)
 
 
 def _hepmass_signal(path: Path) -> NDArray[np.float64]:
-    """The features of the signal. Header and lines of these files differ in their last columns."""
+    """Return the features of the signal; header and lines differ in their last columns."""
     _check_exists(path)
     try:
         columns = range(1 + _HEPMASS_FEATURES)
@@ -173,7 +173,7 @@ def _check_exists(path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(
             f"there is no file {path}. Unpack the archive of https://zenodo.org/records/1161203, "
-            "and name the folder that it makes."
+            "and pass its folder."
         )
 
 

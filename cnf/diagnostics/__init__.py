@@ -1,4 +1,4 @@
-"""How far the numbers of a flow can be trusted: each measured, judged, and with a remedy."""
+"""Diagnostics: checks of the likelihood, samples, inverse and gradients of a flow."""
 
 from cnf.diagnostics.certify import certify
 from cnf.diagnostics.gradients import GradientCheck, GradientReport, check_gradients

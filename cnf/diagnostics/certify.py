@@ -1,4 +1,4 @@
-"""The certification of a flow."""
+"""Certification of a flow."""
 
 import math
 from collections.abc import Callable
@@ -27,42 +27,42 @@ def certify(
     *,
     generator: torch.Generator | None = None,
 ) -> LikelihoodReport:
-    """Measure how far the likelihood, the samples and the inverse of a flow can be trusted.
+    """Check the accuracy of the likelihood, the samples and the inverse of a flow.
 
-    The checks, each with its verdict and a remedy:
+    The checks, each with a verdict and a remedy:
 
-    - ``hutchinson``: the exact mean log-density against the estimate with random probes, in
-      standard errors of the latter;
-    - ``finite_differences``: how far products with the Jacobian of a vector field, of which its
-      divergence is made, are from finite differences of the velocity;
-    - ``standard_error``: of the flow's own log-density of one row, if that is an estimate;
-    - ``gradient_modes``: the largest change of a log-density when gradients are asked for, and when
-      the flow is put into training mode, or out of it;
-    - ``tolerance``: the largest change of a log-density when the tolerance of the solver is cut
-      tenfold (for a method of fixed steps: their number doubled);
-    - ``round_trip``: the largest error of x -> z -> x, in standard deviations of each feature;
-    - ``ladj``: how far the ladj of a discrete bijection is from its Jacobian by autograd, for the
-      worst part and direction, which it names;
-    - ``sampled_log_prob``: the largest difference between the log-density that comes with a sample
-      and that of the sample evaluated anew;
-    - ``integral``: the distance from 1 of the integral of the density over a grid, in 2-D;
-    - ``inverse_lipschitz``: the largest factor by which the inverse stretches an error near the
-      data, against what the rounding errors of the dtype allow;
+    - ``hutchinson``: difference of the exact mean log-density and its Hutchinson estimate, in
+      standard errors of the estimate;
+    - ``finite_differences``: deviation of the Jacobian products of a vector field, which define its
+      divergence, from finite differences of the velocity;
+    - ``standard_error``: standard error of the log-density of one row, if it is an estimate;
+    - ``gradient_modes``: largest change of a log-density with gradients on, in training and
+      evaluation mode;
+    - ``tolerance``: largest change of a log-density when the tolerance of the solver is divided by
+      ten (for a fixed-step method: its steps doubled);
+    - ``round_trip``: largest error of x -> z -> x, in standard deviations of each feature;
+    - ``ladj``: deviation of the ladj of a discrete bijection from its Jacobian by autograd, for the
+      worst part and direction;
+    - ``sampled_log_prob``: largest difference between the log-density returned with a sample and
+      `log_prob` of the sample;
+    - ``integral``: distance from 1 of the integral of the density over a grid, in 2-D;
+    - ``inverse_lipschitz``: Lipschitz constant of the inverse near the data, against the limit of
+      the rounding errors of the dtype;
     - ``nfe``: evaluations of the vector fields for one `log_prob` of all rows.
 
     A check in which the flow overflows, refuses its own numbers or does not converge fails with the
-    value inf; the remedy is then the flow's message.
+    value inf and the message of the flow as remedy.
 
     Args:
         flow: The flow.
-        x: Rows to measure on, best held-out ones; a few hundred will do.
+        x: Rows to measure on, best held-out ones; a few hundred suffice.
         context: One context for each row, if the flow is conditional.
         generator: Source of the seed of all draws; None for a fixed seed.
 
     Raises:
         TypeError: If `flow` is not a `Flow`, or `x` not a tensor.
         ValueError: If `x` has less than two rows, or it or `context` does not fit the flow.
-        NotImplementedError: If the flow goes one way only.
+        NotImplementedError: If the flow has one direction only.
 
     References:
         Behrmann et al. (2021), Understanding and Mitigating Exploding Inverses in Invertible
@@ -94,7 +94,7 @@ def certify(
 
 
 def _check_rows(flow: Flow, x: Tensor, context: Tensor | None) -> None:
-    """Refuse what the user got wrong here, for what a check raises is the fault of the flow."""
+    """Refuse invalid rows here, because errors within a check count as failures of the flow."""
     check_events("x", x, flow.event_shape, like=reference_tensor(flow))
     check_context(context, flow.context_features, like=reference_tensor(flow))
     if context is not None and context.shape[:-1] != x.shape[:1]:
@@ -110,7 +110,7 @@ def _measured(name: str, measure: Callable[[Case], Outcome], case: Case) -> Chec
         outcome = measure(case)
     except NotMeasuredError as reason:
         return Check(name=name, meaning=str(reason))
-    except (NotImplementedError, torch.OutOfMemoryError):  # which are no word on the numbers
+    except (NotImplementedError, torch.OutOfMemoryError):  # not failures of the numbers
         raise
     except (ValueError, RuntimeError) as error:
         outcome = Outcome(math.inf, 0.0, "the flow failed on numbers of its own", str(error))

@@ -1,4 +1,4 @@
-"""The checks of a certification: each measures one number, and knows its limit."""
+"""Checks of a certification: each measures one number, and has a limit."""
 
 import dataclasses
 import math
@@ -25,7 +25,7 @@ _GRID = 201
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is certified."""
+    """Flow and rows of a certification."""
 
     flow: Flow
     x: Tensor
@@ -33,22 +33,22 @@ class Case:
     seed: int
 
     def few(self) -> "Case":
-        """The first rows only, for what is costly."""
+        """Return the case with the first rows only, for costly checks."""
         context = None if self.context is None else self.context[:_FEW_ROWS]
         return dataclasses.replace(self, x=self.x[:_FEW_ROWS], context=context)
 
     def by(self, flow: Flow) -> "Case":
-        """Another flow on the same rows."""
+        """Return the case with another flow."""
         return dataclasses.replace(self, flow=flow)
 
     @property
     def generator(self) -> torch.Generator:
-        """A generator that always draws the same, so that differences are not those of draws."""
+        """New generator with a fixed seed, so that repeated draws are equal."""
         return torch.Generator(self.x.device).manual_seed(self.seed)
 
     @property
     def continuous(self) -> list[ContinuousTransform]:
-        """The continuous transforms, nested ones included."""
+        """Continuous transforms, nested ones included."""
         return [part for part in self.flow.modules() if isinstance(part, ContinuousTransform)]
 
     @property
@@ -59,16 +59,16 @@ class Case:
 
     @property
     def exact(self) -> Flow:
-        """The flow with the exact divergence wherever it follows an ODE."""
+        """The flow with the exact divergence in all continuous transforms."""
         return self.flow.using(divergence=Exact())
 
     def log_prob(self) -> Tensor:
-        """Log-density of the rows."""
+        """Return the log-density of the rows."""
         return self.flow.log_prob(self.x, self.context, generator=self.generator)
 
 
 class Outcome(NamedTuple):
-    """A number and what to think of it, as in `cnf.diagnostics.Check`."""
+    """Value, limit, meaning and remedy of a check, as in `cnf.diagnostics.Check`."""
 
     value: float
     limit: float
@@ -88,7 +88,7 @@ def _hutchinson(case: Case) -> Outcome:
     exact = case.by(case.exact).log_prob()
     estimated = case.flow.using(divergence=Hutchinson(probes=_PROBES))
     log_prob, error = estimated.log_prob_and_error(case.x, case.context, generator=case.generator)
-    # Where the Jacobian is diagonal the estimate has no error, and the solver's is left.
+    # For a diagonal Jacobian the estimate is exact, and only the error of the solver is left.
     floor = 10 * max(max(part.solver.rtol, part.solver.atol) for part in case.continuous)
     spread = math.hypot(float(error.square().sum().sqrt()) / len(error), floor)
     return Outcome(
@@ -96,7 +96,7 @@ def _hutchinson(case: Case) -> Outcome:
         4.0,
         "exact mean log-density against the estimated one, in standard errors",
         "A field's velocity_and_products or velocity_and_divergence is wrong; compare both with "
-        "those of ModuleField.",
+        "the results of a ModuleField.",
     )
 
 
@@ -107,14 +107,14 @@ def _finite_differences(case: Case) -> Outcome:
     return Outcome(
         max(found),
         0.1,
-        "median deviation of a Jacobian product from finite differences of the velocity, in shares",
+        "median relative deviation of a Jacobian product from finite differences of the velocity",
         "The field's velocity does not go through autograd (detach, numpy, no_grad), or its "
         "velocity_and_products is wrong; write forward in operations of torch alone.",
     )
 
 
 def _deviation_of_products(part: ContinuousTransform, case: Case) -> float:
-    """How far p^T J p is from finite differences along p, at random points halfway in time."""
+    """Return the deviation of p^T J p from finite differences at random points, halfway in time."""
     field, like = part.vector_field, case.x
     shape, draws = (len(case.x), part.features), case.generator
     x = torch.randn(shape, generator=draws, dtype=like.dtype, device=like.device)
@@ -122,7 +122,7 @@ def _deviation_of_products(part: ContinuousTransform, case: Case) -> float:
     context = case.context if part.context_features else None
     t = part.field_times(x.new_tensor(0.5)).detach()
     velocity, products = field.velocity_and_products(t, x, probe.unsqueeze(0), context)
-    # Where truncation, of the order of the square, and rounding are about the same.
+    # This size balances the truncation error, of second order, and rounding.
     size = torch.finfo(like.dtype).eps ** (1 / 3)
     ahead, behind = (field(t, x + sign * size * probe, context) for sign in (1, -1))
     expected = (probe * (ahead - behind)).sum(-1) / (2 * size)
@@ -139,7 +139,7 @@ def _standard_error(case: Case) -> Outcome:
     divergences = [part.divergence for part in case.continuous]
     probes = [part.probes for part in divergences if isinstance(part, Hutchinson)]
     if len(probes) < sum(part is not None and not part.is_exact for part in divergences):
-        raise NotMeasuredError("known of estimates by Hutchinson's method only")
+        raise NotMeasuredError("for estimates by Hutchinson's method only")
     estimated = case.flow.map_continuous(_with_probes)
     _, error = estimated.log_prob_and_error(case.x, case.context, generator=case.generator)
     return Outcome(
@@ -153,16 +153,16 @@ def _standard_error(case: Case) -> Outcome:
 def _gradient_modes(case: Case) -> Outcome:
     case = case.few()
     expected = case.log_prob()
-    found = torch.stack([_asking_for_gradients(case, training) for training in (True, False)])
-    # A step whose error is near to the tolerance may be rejected in one mode only.
+    found = torch.stack([_with_gradients(case, training) for training in (True, False)])
+    # A step whose error is near the tolerance may be rejected in one mode only.
     adaptive = [part.solver for part in case.continuous if part.solver.steps is None]
     steps = max((10 * max(solver.rtol, solver.atol) for solver in adaptive), default=0.0)
     rounding = 100 * torch.finfo(case.x.dtype).eps * (1 + float(expected.abs().max()))
     return Outcome(
         float((found - expected).abs().max()),
         steps + rounding,
-        "largest change when gradients are asked for, in training and evaluation mode",
-        "Look for what depends on requires_grad, or on training (dropout, batch normalisation).",
+        "largest change with gradients on, in training and evaluation mode",
+        "Look for code that depends on requires_grad, or on training (dropout, batch norm).",
     )
 
 
@@ -189,7 +189,7 @@ def _round_trip(case: Case) -> Outcome:
         0.01,
         "largest error of x -> z -> x, in standard deviations",
         "Solve more precisely (see tolerance), use float64, or regularise (see inverse_lipschitz); "
-        "a transform of your own must undo in to_data what it does in to_base.",
+        "in a transform of your own, to_data must be the inverse of to_base.",
     )
 
 
@@ -244,7 +244,7 @@ def _is_discrete_bijection(part: Transform) -> bool:
 def _deviations_of_ladj(
     part: Transform, x: Tensor, context: Tensor | None, case: Case
 ) -> dict[str, float]:
-    """How far the ladj of either direction is from the Jacobian of the way to the base."""
+    """Return the deviation of both ladjs from the Jacobian of the way to the base."""
     with torch.enable_grad():
         point = x.detach().clone().requires_grad_()
         z, ladj = part.to_base_and_ladj(point, context, generator=case.generator)
@@ -260,7 +260,7 @@ def _deviations_of_ladj(
     jacobian = torch.stack(rows, 1).flatten(2)
     expected = torch.linalg.slogdet(jacobian.double()).logabsdet
     _, back = part.to_data_and_ladj(z.detach(), context, generator=case.generator)
-    # The row in the middle, for a kink may lie at another.
+    # The median, because a row may lie at a kink.
     return {
         "to_base_and_ladj": float((ladj.detach() - expected).abs().median()),
         "to_data_and_ladj": float((back + expected).abs().median()),
@@ -292,7 +292,7 @@ def _inverse_lipschitz(case: Case) -> Outcome:
     if case.flow.features > _MANY_FEATURES:
         raise NotMeasuredError(f"for at most {_MANY_FEATURES} features")
     if any(methods()[part.solver.method] == "external" for part in case.continuous):
-        raise NotMeasuredError("the solver leaves torch, so that the Jacobian is not at hand")
+        raise NotMeasuredError("the solver leaves torch, so that autograd has no Jacobian")
     few = case.few()
     flow = few.flow.map_continuous(_by_backprop)
     with torch.enable_grad():
@@ -304,21 +304,21 @@ def _inverse_lipschitz(case: Case) -> Outcome:
         ]
     jacobians = torch.stack(rows, 1) * case.scale.flatten()
     smallest, largest = _extreme_stretches(jacobians.double())
-    # A rounding error grows by both factors on the way there and back.
+    # A rounding error grows by both factors on the round trip.
     allowed = 1e-3 / (torch.finfo(x.dtype).eps * largest)
     return Outcome(
         1 / smallest if smallest else math.inf,
         allowed,
-        "largest stretch of an error from base to data; the limit is what rounding allows",
+        "largest growth of an error from base to data; rounding errors set the limit",
         "Regularise (jacobian_frobenius), bound the scales, or use float64; samples and "
-        "reconstructions there are not to be trusted.",
+        "reconstructions near these rows may be wrong.",
     )
 
 
 def _nfe(case: Case) -> Outcome:
     _need_continuous(case)
     if all(part.solver.steps is not None for part in case.continuous):
-        raise NotMeasuredError("the solver takes the same steps whatever the field")
+        raise NotMeasuredError("the solver takes the same steps for every field")
     with count_evaluations(case.flow) as nfe:
         case.log_prob()
     return Outcome(
@@ -353,11 +353,11 @@ def _need_continuous(case: Case) -> None:
 def _need_density(case: Case) -> None:
     kind = case.exact.likelihood
     if kind != "exact":
-        raise NotMeasuredError(f"the likelihood is {kind!r}, whatever the divergence")
+        raise NotMeasuredError(f"the likelihood is {kind!r}, with any divergence")
 
 
-def _asking_for_gradients(case: Case, training: bool) -> Tensor:
-    """The log-density of rows that need gradients, with the whole flow in one mode."""
+def _with_gradients(case: Case, training: bool) -> Tensor:
+    """Return the log-density of rows that require gradients, with the whole flow in one mode."""
     modes = [(part, part.training) for part in case.flow.modules()]
     case = dataclasses.replace(case, x=case.x.clone().requires_grad_())
     try:
@@ -370,7 +370,7 @@ def _asking_for_gradients(case: Case, training: bool) -> Tensor:
 
 
 def _extreme_stretches(jacobians: Tensor) -> tuple[float, float]:
-    """The least and the largest singular value; 0 and inf where an entry is not finite."""
+    """Return the least and the largest singular value; 0 and inf if an entry is not finite."""
     if not jacobians.isfinite().all():
         return 0.0, math.inf
     values = torch.linalg.svdvals(jacobians)

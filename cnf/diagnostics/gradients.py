@@ -1,4 +1,4 @@
-"""The gradients of a flow by each way to make them, compared."""
+"""Comparison of the gradients of a flow by backprop, checkpoint and adjoint."""
 
 import dataclasses
 import math
@@ -28,27 +28,27 @@ from cnf.vector_fields import count_evaluations
 _REMEDIES: dict[Gradient, str] = {
     "adjoint": "Tighten rtol and atol of the ODESolver (with fixed steps: raise steps), or choose "
     "gradient='checkpoint'.",
-    "checkpoint": "The field does not give the same value twice: look for randomness in it.",
+    "checkpoint": "The field does not return the same value twice: look for randomness in it.",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradientCheck:
-    """How far the gradient made in one way is from that by backprop."""
+    """Deviation of the gradient by one method from the gradient by backprop."""
 
     gradient: Gradient
-    """The way, as in `ODESolver.gradient`."""
+    """The method, as in `ODESolver.gradient`."""
     error: float = math.nan
     """Norm of the difference from the gradient by backprop, relative to the norm of the latter; NaN
-    if there is no gradient by this way."""
+    if the method gives no gradient."""
     tolerance: float
     """The largest error that passes."""
     nfe: int = 0
     """Evaluations of the vector fields, in the solves and in the backward pass together."""
     verdict: Literal["pass", "fail", "skip"] = "skip"
-    """Whether the error is within the tolerance; "skip" if the method has no such gradient."""
+    """Whether the error is within the tolerance; "skip" if the solver has no such gradient."""
     remedy: str = ""
-    """What to do if it fails, or why it was skipped."""
+    """Remedy if it fails, or the reason why it was skipped."""
 
     def __str__(self) -> str:
         if self.verdict == "skip":
@@ -62,14 +62,14 @@ class GradientCheck:
 
 @dataclass(frozen=True, kw_only=True)
 class GradientReport:
-    """What `check_gradients` found."""
+    """Report of `check_gradients`."""
 
     rows: int
-    """Number of rows that it was measured on."""
+    """Number of rows."""
     parameters: int
     """Number of entries of the gradient."""
     checks: tuple[GradientCheck, ...]
-    """One check for each way to make gradients, backprop first."""
+    """One check for each gradient method, backprop first."""
 
     @property
     def passed(self) -> bool:
@@ -77,11 +77,7 @@ class GradientReport:
         return all(check.verdict != "fail" for check in self.checks)
 
     def __getitem__(self, gradient: str) -> GradientCheck:
-        """The check of this way.
-
-        Raises:
-            KeyError: If there is none.
-        """
+        """Return the check of a gradient method; raise a KeyError if there is none."""
         named: dict[str, GradientCheck] = {check.gradient: check for check in self.checks}
         return named[gradient]
 
@@ -103,14 +99,14 @@ def check_gradients(
 ) -> GradientReport:
     """Compare the gradients of the mean log-likelihood by backprop, checkpoint and adjoint.
 
-    Each part of the flow is solved by its own solver; to check a solver, such as that of training,
-    ask about ``flow.using(solver=solver)``. Backprop is the reference, as it differentiates the
-    steps taken; checkpoint should agree to rounding errors, the adjoint to about the tolerance of
-    the solver, or to the errors of its steps.
+    Each part of the flow is solved by its own solver; to check another solver, such as the one of
+    training, pass ``flow.using(solver=solver)``. Backprop is the reference, as it differentiates
+    the steps taken; checkpoint should agree to rounding errors, the adjoint to about the tolerance
+    of the solver, or to the errors of its steps.
 
     Args:
-        flow: The flow; it, and the ``grad`` of its parameters, stay as they are.
-        x: Rows, best as many as a minibatch has.
+        flow: The flow; it, and the ``grad`` of its parameters, are not changed.
+        x: Rows, best as many as in a minibatch.
         context: One context for each row, if the flow is conditional.
         tolerance: The largest relative error that passes.
         generator: Source of the seed of all draws; None for a fixed seed.
@@ -161,7 +157,7 @@ def _check(
         vector, nfe = measure(flow)
     except ODEError as failure:
         return found(error=math.inf, verdict="fail", remedy=str(failure))
-    # Where the gradient is zero, so must be the difference.
+    # If the reference is zero, the other gradient must be zero, too.
     scale = reference.norm().clamp_min(torch.finfo(reference.dtype).tiny)
     error = float((vector - reference).norm() / scale)
     verdict: Literal["pass", "fail"] = "pass" if error <= tolerance else "fail"
@@ -169,7 +165,7 @@ def _check(
 
 
 def _gradient(flow: Flow, *, x: Tensor, context: Tensor | None, seed: int) -> tuple[Tensor, int]:
-    """Gradient of the mean log-likelihood in all parameters, as one vector, and the evaluations."""
+    """Return the gradient of the mean log-likelihood, as one vector, and the evaluations."""
     parameters = _trainable(flow)
     with torch.inference_mode(False), torch.enable_grad(), count_evaluations(flow) as nfe:
         x, context = x.detach().clone(), None if context is None else context.detach().clone()
@@ -184,11 +180,7 @@ def _gradient(flow: Flow, *, x: Tensor, context: Tensor | None, seed: int) -> tu
 
 
 def _by(gradient: Gradient, flow: Flow) -> Flow:
-    """The same flow with its gradients made in another way.
-
-    Raises:
-        ValueError: If a method of its solvers has no such gradient.
-    """
+    """Return the flow with another gradient method; raise a ValueError if a solver has none."""
 
     def change(part: ContinuousTransform) -> ContinuousTransform:
         return part.using(solver=dataclasses.replace(part.solver, gradient=gradient))
@@ -214,6 +206,6 @@ def _check_arguments(flow: Flow, x: Tensor, context: Tensor | None, tolerance: f
         check_trainable("flow", flow)
     check_number("tolerance", tolerance, "positive and finite", is_positive)
     if not any(isinstance(part, ContinuousTransform) for part in flow.modules()):
-        raise ValueError("flow must follow an ODE; its gradients are made in one way only.")
+        raise ValueError("flow must follow an ODE; other flows have one gradient method only.")
     if not _trainable(flow):
         raise ValueError("flow must have parameters that require a gradient; got none.")

@@ -1,4 +1,4 @@
-"""What a certification found."""
+"""Report of a certification."""
 
 import math
 from dataclasses import dataclass
@@ -9,20 +9,20 @@ from cnf.transforms import Likelihood
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One number, and what to think of it."""
+    """Result of one check."""
 
     name: str
     """Name of the check."""
     value: float = math.nan
-    """What was measured; NaN if nothing was."""
+    """Measured value; NaN for none."""
     limit: float = math.nan
     """The largest value that passes."""
     verdict: Literal["pass", "fail", "skip"] = "skip"
     """Whether the value is within the limit; "skip" if it could not be measured."""
     meaning: str
-    """What the value is, or why there is none."""
+    """Meaning of the value, or the reason why there is none."""
     remedy: str = ""
-    """What to do if it fails."""
+    """Remedy if it fails."""
 
     def __str__(self) -> str:
         numbers = "" if self.verdict == "skip" else f"{self.value:.3g} (limit {self.limit:.3g})"
@@ -32,12 +32,12 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class LikelihoodReport:
-    """What `certify` found."""
+    """Report of `certify`."""
 
     likelihood: Likelihood
-    """What `log_prob` of the flow is: "exact", "estimate", "lower_bound" or "biased_estimate"."""
+    """Kind of likelihood of the flow."""
     rows: int
-    """Number of rows that it was measured on."""
+    """Number of rows."""
     checks: tuple[Check, ...]
     """The checks, in a fixed order."""
 
@@ -47,11 +47,7 @@ class LikelihoodReport:
         return all(check.verdict != "fail" for check in self.checks)
 
     def __getitem__(self, name: str) -> Check:
-        """The check of this name.
-
-        Raises:
-            KeyError: If there is none.
-        """
+        """Return the check of this name; raise a KeyError if there is none."""
         return {check.name: check for check in self.checks}[name]
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Ordinary differential equations: how they are solved, watched and compiled."""
+"""Solvers of ordinary differential equations: methods, gradients, monitoring and compilation."""
 
 from cnf.ode.solver import ErrorNorm, Gradient, ODEError, ODESolver, RightHandSide, State, methods
 

@@ -1,21 +1,20 @@
-r"""Gradients of a solve step by step: each step is redone with a graph of its own.
+r"""Checkpointed gradients of a solve: the backward pass recomputes one step at a time.
 
-A solver goes from the state at the start of a step to that at its end, :math:`s_{i+1} = F_i(s_i)`.
-Backprop keeps the graphs of all steps. Here the solve runs without a graph and keeps the
-:math:`s_i` alone. The backward pass goes from the last step to the first: it redoes
-:math:`F_i` from :math:`s_i` with a graph, through which it takes
+Step i of a solver maps the state, :math:`s_{i+1} = F_i(s_i)`. Backprop keeps the graphs of all
+steps. Here the solve runs without a graph and keeps the :math:`s_i` alone. The backward pass goes
+from the last step to the first: it recomputes :math:`F_i(s_i)` with a graph, through which it takes
 
 .. math::
     \bar s_i = (\partial F_i / \partial s_i)^\top \bar s_{i+1}
     \qquad\text{and}\qquad
     \bar\theta \mathrel{+}= (\partial F_i / \partial \theta)^\top \bar s_{i+1},
 
-and drops the graph. So the gradient is that of the numbers which the solver computed, as with
-backprop, but memory holds the graph of one step, and of each other step its state.
+and drops the graph. So the gradient is exact for the discrete solution, as with backprop, but
+memory holds the graph of one step, and only the states of the others.
 
-An embedded Runge-Kutta method carries over from step to step, beside the state, the rates that it
-evaluated last: they are its first stage in the next step, and so a part of :math:`s` too. What an
-adaptive method chose is constant: each step keeps its share of the way between two times.
+An embedded Runge-Kutta method carries its last rates over to the next step as first stage, and so
+they are part of :math:`s` too. Step sizes of an adaptive method are constants: each step keeps its
+relative position between two times.
 
 References:
     Gholami, Keutzer and Biros (2019), ANODE: Unconditionally Accurate Memory-Efficient Gradients
@@ -35,31 +34,31 @@ from torch import Tensor
 from cnf.ode.monitor import State, SteppingMonitor
 
 Step = Callable[[Tensor, Tensor, State, State], tuple[State, State]]
-"""Takes the times of a step's start and end, the state at its start, and the rates there that were
-carried over, if any; returns the state at its end and the rates to carry over, if any."""
+"""Takes the times of a step's start and end, the state at its start, and the rates carried over to
+it, if any; returns the state at its end and the rates to carry over, if any."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a step starts from."""
+    """Start of a step."""
 
     t: Tensor
     """The time."""
     state: State
     """The state."""
     rates: State
-    """Its rates, where the method carried them over from the step before; else empty."""
+    """Rates that the method carried over from the step before; else empty."""
 
 
 class RecordingMonitor(SteppingMonitor):
-    """A `SteppingMonitor` that keeps what each step of the forward solve starts from."""
+    """`SteppingMonitor` that records the start of each step of the forward solve."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.starts: list[Start] = []
 
     def callback_step(self, t: Tensor, state: Any, dt: Tensor) -> None:
-        """Keep the start of the step, unless it is another attempt at the last one."""
+        """Record the start of the step, unless it repeats a rejected one."""
         super().callback_step(t, state, dt)
         if self.in_backward or (self.starts and t == self.starts[-1].t):
             return
@@ -77,16 +76,16 @@ def solve_by_steps(
     times: Tensor,
     parameters: Sequence[Tensor],
 ) -> State:
-    """What `solve` returns, with a backward pass that redoes one `step` at a time.
+    """Return the result of `solve`, with a backward pass that recomputes one `step` at a time.
 
     Args:
-        monitor: The right-hand side, monitored.
-        solve: Follows `state` through `times`, and a step ends at each; called without gradient.
+        monitor: The monitored right-hand side.
+        solve: Solves from `state` through `times`, with a step that ends at each; called without
+            gradient.
         step: One step of the same method.
         state: The state at the first time.
         times: The times.
-        parameters: Every other tensor that the right-hand side depends on and that requires a
-            gradient.
+        parameters: Every other tensor of the right-hand side that requires a gradient.
     """
     device = state[0].device.type
     autocast = functools.partial(
@@ -104,7 +103,7 @@ def solve_by_steps(
 
 
 class _SolveBySteps(torch.autograd.Function):
-    """The solve without a graph; its backward pass is `_Steps.gradients`."""
+    """Solve without a graph; the backward pass is `_Steps.gradients`."""
 
     @staticmethod
     def forward(ctx: Any, steps: "_Steps", solve: Callable[[], State], *inputs: Tensor) -> State:
@@ -119,20 +118,19 @@ class _SolveBySteps(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Steps:
-    """The steps of a solve that has been done."""
+    """Steps of a finished solve."""
 
     monitor: RecordingMonitor
     step: Step
     times: Tensor
     parameters: Sequence[Tensor]
     autocast: Callable[[], torch.autocast]
-    """As it was in the solve."""
+    """Autocast with the settings of the solve."""
 
     def gradients(self, gradients: State) -> tuple[Tensor | None, ...]:
-        """Gradients in the times, the first state and the parameters.
+        """Return the gradients in the times, the first state and the parameters.
 
-        Args:
-            gradients: Those in the state at each time, ``(times, *shape)``.
+        `gradients` are the gradients in the state at each time, ``(times, *shape)``.
         """
         moves_times = self.times.requires_grad
         in_times = torch.zeros_like(self.times) if moves_times else None
@@ -156,13 +154,10 @@ class _Steps:
         return in_times, *in_state, *in_parameters
 
     def _redo(self, start: Start, end: Tensor, gradients: State) -> Sequence[Tensor | None]:
-        """Gradients of one step: in its two times, if any are needed, state, rates and parameters.
+        """Return the gradients in the times of a step, if needed, state, rates and parameters.
 
-        Args:
-            start: What the step starts from.
-            end: The time where it ends.
-            gradients: Those in the state there and, except after the last step, in the rates that
-                are carried over.
+        `gradients` are the gradients in the state at its `end` and, except after the last step, in
+        the carried rates.
         """
         t0, t1 = start.t.detach(), end.detach()
         state, rates = _leaves(start.state), _leaves(start.rates)
@@ -184,13 +179,13 @@ class _Steps:
         return found
 
     def _move_times(self, in_times: Tensor, stop: int, t: Tensor, gradient: Tensor | None) -> None:
-        """Pass the gradient in `t` on to the two times between which it keeps its share."""
+        """Distribute the gradient in `t` to the two times between which its position is fixed."""
         if gradient is None:
             return
         before, after = self.times[stop - 1 : stop + 1].detach().to(t.dtype)
-        share = (t - before) / (after - before)
-        in_times[stop - 1] += (1 - share) * gradient
-        in_times[stop] += share * gradient
+        position = (t - before) / (after - before)
+        in_times[stop - 1] += (1 - position) * gradient
+        in_times[stop] += position * gradient
 
 
 def _leaves(parts: State) -> State:

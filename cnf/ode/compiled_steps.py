@@ -1,4 +1,4 @@
-r"""Steps of fixed size along a compiled field, each of them one program.
+r"""Compiled fixed steps: one program for each step of a compiled vector field.
 
 An explicit Runge-Kutta method goes from :math:`s` at :math:`t_0` to :math:`s'` at :math:`t_1 = t_0
 + h` by slopes :math:`k_i` at stages in between,
@@ -6,15 +6,15 @@ An explicit Runge-Kutta method goes from :math:`s` at :math:`t_0` to :math:`s'` 
 .. math:: k_i = f\Big(t_0 + h \sum_j a_{ij}, \; s + h \sum_j a_{ij} k_j\Big), \qquad
     s' = s + h \sum_i b_i k_i
 
-The program of a step holds all its evaluations and what combines them, for points and ladj alike. A
-loop runs it once for each step: the time to compile grows with the stages, but not with the steps.
-The methods and the grid are torchdiffeq's, and so are the numbers but for rounding.
+The program of a step contains all its evaluations and their combination, for points and ladj. A
+loop runs it once for each step: the compile time grows with the stages, but not with the steps. The
+methods and the grid are torchdiffeq's, and so are the numbers up to rounding.
 
-Steps run so where the field is compiled, makes its divergence without reverse mode, and is looked
-on by nothing but counts of its evaluations. Left out, and solved evaluation by evaluation, are
-adaptive and Adams methods; the adjoint and checkpoint, where there is a gradient; regularizers;
-divergences but `Exact` and `Hutchinson`; and what runs within `torch.func`. So is, once more, a
-solve that fails or would spend its budget, to say where and why.
+Steps are compiled if the field is compiled, computes its divergence without reverse mode, and has
+no torch hooks but counts of its evaluations. Not compiled, and solved evaluation by evaluation, are
+adaptive and Adams methods; the adjoint and checkpoint, with gradients on; regularizers; divergences
+other than `Exact` and `Hutchinson`; and solves within `torch.func`. A solve that fails or would
+spend its budget is repeated so, for its error message.
 """
 
 from collections.abc import Callable
@@ -39,20 +39,20 @@ _STAGES: dict[str, tuple[tuple[float, ...], ...]] = {
     "heun3": ((1 / 3,), (0, 2 / 3), (1 / 4, 0, 3 / 4)),
     "rk4": ((1 / 3,), (-1 / 3, 1), (1, -1, 1), (1 / 8, 3 / 8, 3 / 8, 1 / 8)),
 }
-"""For each method, what weighs the slopes so far on the way to the next stage; last, to the end."""
+"""For each method, the weights of the slopes so far for each next stage, and for the end."""
 
 Rates = Callable[..., State]
-"""Takes a field, a time, points and further inputs; returns the rate of each part of the state, of
-which the points are the first and the others never an input."""
+"""Takes a field, a time, points and further inputs; returns the rate of each part of the state.
+The points are the first part; the other parts are no inputs."""
 
 
 @dataclass(frozen=True)
 class FieldSteps:
-    """How to make steps along a field into programs.
+    """Fixed steps along a compiled field, each as one program.
 
     Args:
         field: The field.
-        rates: The rates of the state; a function that outlives the call, as its program does.
+        rates: The rates of the state; a global function, because its program is kept.
         inputs: Its further inputs.
     """
 
@@ -61,7 +61,7 @@ class FieldSteps:
     inputs: tuple[Any, ...]
 
     def is_active_for(self, method: str) -> bool:
-        """Whether steps of the method run as programs here and now."""
+        """Return whether steps of the method run as programs in the present context."""
         return (
             method in _STAGES
             and not self._compilation.steps_failed
@@ -80,15 +80,15 @@ class FieldSteps:
         budget: int,
         fallback: Callable[[], State],
     ) -> State:
-        """The state at each of `times`.
+        """Return the state at each of `times`.
 
         Args:
-            method: A method that `is_active_for` names.
+            method: A method for which `is_active_for` is true.
             state: The state at the first time.
-            grid: Where steps start and end, each of `times` among them.
+            grid: Starts and ends of steps, which include `times`.
             times: The times.
             budget: Largest number of evaluations.
-            fallback: The same solve without these programs, which alone tells why it fails.
+            fallback: The same solve without these programs, with the error messages.
         """
         stages = len(_STAGES[method]) * (len(grid) - 1)
         if stages > budget or not _advances(grid.detach()):
@@ -114,11 +114,11 @@ class FieldSteps:
         step = self._compilation.step(key, lambda: _step(self.rates, _STAGES[method]))
         seen = [state]
         here = _uniform(state)
-        # Copies, for a program is made for the sizes of what its inputs are views of, too.
+        # Copies, because a program depends on the base tensors of views, too.
         marks = [t.clone() for t in grid]
         for (start, end), time in zip(pairwise(marks), grid.tolist()[1:], strict=True):
             moved = step(self.field, start, end, here, self.inputs)
-            # A CUDA graph writes where it wrote before.
+            # A CUDA graph overwrites its last result.
             here = tuple(part.clone() for part in moved)
             if time in times:
                 seen.append(here)
@@ -126,7 +126,7 @@ class FieldSteps:
 
     def _do_without(self, error: Exception) -> None:
         self._compilation.steps_failed = True
-        if not self._compilation.failed:  # of which there has been a warning
+        if not self._compilation.failed:  # which has given a warning
             warn(
                 f"torch.compile failed on a whole step ({reason(error)}). The flow goes on "
                 "with programs of single evaluations: the same numbers, more slowly."
@@ -142,8 +142,7 @@ def _step(rates: Rates, stages: tuple[tuple[float, ...], ...]) -> Callable[..., 
         slopes: list[State] = []
         for weights in stages:
             found = rates(field, t.to(state[0].dtype), here[0], *inputs)
-            # Under autocast a network returns what is coarser than the state may be.
-            slopes.append(tuple(map(torch.Tensor.type_as, found, state)))
+            slopes.append(tuple(map(torch.Tensor.type_as, found, state)))  # autocast lowers dtypes
             t = start + sum(weights) * size
             here = tuple(
                 part + size * _weighted(weights, slope)
@@ -160,12 +159,12 @@ def _weighted(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
 
 
 def _uniform(state: State) -> State:
-    """The state as it is after a step: no view, and each part needs a gradient, or none does."""
+    """Copy the state to the form after a step: no view, and gradients for all parts or none."""
     copies = tuple(part.clone() for part in state)
     return tuple(part.requires_grad_() for part in copies) if torch.is_grad_enabled() else copies
 
 
 def _advances(grid: Tensor) -> bool:
-    """Whether the time advances in each step, as `cnf.ode.monitor.SteppingMonitor` asks."""
+    """Return whether the time advances in each step, as in `SteppingMonitor`."""
     starts = grid[:-1].abs()
     return bool((starts + grid.diff().abs() > starts).all())

@@ -1,4 +1,4 @@
-"""Monitors a solve from the inside: keeps to its budget and explains how it failed."""
+"""Monitoring of a solve: its evaluation budget, and explanations of failures."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ class ODEError(RuntimeError):
 
 
 class SolveMonitor:
-    """The right-hand side of an ODE, monitored.
+    """Monitored right-hand side of an ODE.
 
     Args:
         rhs: Takes a 0-dim time and the state, returns the derivative of each of its tensors.
@@ -28,7 +28,7 @@ class SolveMonitor:
         kind: "adaptive", "fixed" or "external".
         gradient: "adjoint", "backprop" or "checkpoint".
         budget: Largest number of evaluations, forward and again in each backward pass.
-        controlled: How many tensors of the state, from the first, choose the steps; None for all.
+        controlled: Number of leading tensors of the state that control the steps; None for all.
     """
 
     def __init__(
@@ -58,14 +58,13 @@ class SolveMonitor:
         self.has_rejected = False
 
     def __call__(self, t: Tensor, state: State) -> State:
-        """The rates at a time, if there is budget left for an evaluation."""
+        """Return the rates at a time; raise an `ODEError` beyond the budget."""
         if self.evaluations >= self.budget:
             raise self.error(t, f"spent its budget of max_evaluations={self.budget}")
         self.evaluations += 1
         if self.in_backward:
             state = _MonitoredGradient.apply(self, t, *state)  # type: ignore[no-untyped-call]
-        # Under autocast a network returns what is coarser than the state of the ODE may be.
-        rates = tuple(
+        rates = tuple(  # in the dtypes of the state, which autocast lowers
             rate.to(part.dtype) for rate, part in zip(self.rhs(t, state), state, strict=True)
         )
         self.last = tuple(part.detach() for part in (*state, *rates))
@@ -73,7 +72,7 @@ class SolveMonitor:
         return rates
 
     def backward_once(self, solution: State) -> State:
-        """The solution of a solve whose backward pass evaluates anew, with a monitor over each."""
+        """Return the solution, with a monitored backward pass that evaluates the field again."""
         seen = [(tensor, _version(tensor)) for tensor in self.dependencies()]
 
         def begin() -> None:
@@ -83,9 +82,9 @@ class SolveMonitor:
                 for tensor, (then, version) in zip(now, seen, strict=True)
             ):
                 raise RuntimeError(
-                    "the parameters, buffers or context of the vector field were exchanged or "
+                    "the parameters, buffers or context of the vector field were replaced or "
                     "changed between a solve and its backward pass (torch.func.functional_call "
-                    f"does so), where gradient={self.gradient!r} needs them again; use "
+                    f"does so), which needs them again with gradient={self.gradient!r}; use "
                     "gradient='backprop'."
                 )
             self.in_backward = True
@@ -99,24 +98,23 @@ class SolveMonitor:
         return monitored
 
     def keep_errors(self, errors: Tensor, *, rejected: bool) -> None:
-        """Keep the errors of the last step that was rejected; before there is one, of the last.
+        """Keep the errors of the last rejected step; if there is none, of the last step.
 
         Args:
-            errors: Of each number of the solver's state, in units of the tolerance.
-            rejected: Whether they were too large.
+            errors: Error of each number of the solver's state, in units of the tolerance.
+            rejected: Whether the step was rejected.
         """
         if rejected or not self.has_rejected:
             self.errors = errors
             self.has_rejected = rejected
 
     def check_start(self, state: State) -> None:
-        """Refuse a state that is not finite before anything is made of it."""
+        """Refuse an initial state that is not finite."""
         if not all_finite(state):
             bad = _bad_rows(tuple(part.detach() for part in state))
             raise ODEError(
-                f"the solve with {self.method} starts from NaN or inf in {name_rows(bad)}: what "
-                "stands before it has left the range of the dtype. Standardise the data, or use "
-                "float64."
+                f"the solve with {self.method} starts from NaN or inf in {name_rows(bad)}: the "
+                "transforms before it overflow the dtype. Standardise the data, or use float64."
             )
 
     def check_end(self, solution: State, times: Tensor) -> None:
@@ -127,16 +125,16 @@ class SolveMonitor:
             raise self.error(times[-1], "reached NaN or inf")
 
     def check_gradient(self, t: Tensor, gradient: Tensor) -> None:
-        """Refuse a gradient that is not finite, unless a smaller step may do."""
+        """Refuse a gradient that is not finite, unless a smaller step may avoid it."""
         if all_finite((gradient,)):
             return
         self.bad_gradient = non_finite_rows(gradient)
         if self.kind == "adaptive" and self.gradient == "adjoint":
-            return  # the step is rejected, and a smaller one may do
+            return  # the step is rejected, and a smaller one may succeed
         raise self.error(t, "reached a gradient of NaN or inf")
 
     def error(self, t: Tensor, what: str) -> ODEError:
-        """An error that says when, after how many evaluations, in which rows and why."""
+        """Return an error with the time, the number of evaluations, the rows and the reason."""
         name = "the backward solve" if self.in_backward else "the solve"
         return ODEError(
             f"{name} with {self.method} {what}, at t = {abs(float(t.detach())):.6g} after "
@@ -151,7 +149,7 @@ class SolveMonitor:
             )
         if self.first is None or self.last is None:
             return "the vector field was not evaluated."
-        # The first is asked first: bad in one row, it makes the first step NaN, and so every row.
+        # The first evaluation first: one bad row in it makes the first step NaN, and so every row.
         bad = _bad_rows(self.first)
         if not bad.any():
             bad = _bad_rows(self.last)
@@ -170,10 +168,10 @@ class SolveMonitor:
         )
 
     def _slowest(self) -> str:
-        """Which rows force the steps, as far as it is known."""
+        """Name the rows that limit the step size, as far as known."""
         assert self.last is not None  # noqa: S101 - for mypy: `_diagnosis` sees to it
         state = self.last[: len(self.last) // 2]
-        if self.errors is None:  # before the first step, or the method tells no errors
+        if self.errors is None:  # before the first step, or for a method without error estimate
             speed = self.last[len(state)].abs().amax(-1)
             return (
                 f"the velocity is largest, {float(speed.max()):.3g}, in "
@@ -186,10 +184,10 @@ class SolveMonitor:
         )
 
     def _error_of_rows(self, errors: Tensor, state: State) -> Tensor:
-        """The largest error in each row of what chooses the steps."""
+        """Return the largest error in each row, among the tensors that control the steps."""
         sizes = [part.numel() for part in state]
         rows = state[0].shape[:-1]
-        # The state of the adjoint is a time, our state, its gradients, and those of parameters.
+        # The state of the adjoint: a time, the state, its gradients, and parameters' gradients.
         copies = errors[1:].split(sum(sizes))[:2] if self.in_backward else (errors,)
         found = [
             part.abs().reshape(*rows, -1).amax(-1)
@@ -200,12 +198,12 @@ class SolveMonitor:
 
 
 class SteppingMonitor(SolveMonitor):
-    """A `SolveMonitor` that torchdiffeq calls before each step, forward and backward."""
+    """`SolveMonitor` that torchdiffeq calls before each step, forward and backward."""
 
     def callback_step(self, t: Tensor, state: Any, dt: Tensor) -> None:
         """Refuse a step that does not advance the time, or starts from NaN or inf."""
         if holds(~(t.abs() + dt.abs() > t.abs())):
-            # torchdiffeq takes a step of 0 where the size that it computes is not finite.
+            # torchdiffeq takes a step of 0 if the computed size is not finite.
             too_small = "needs steps too small for the time to advance"
             raise self.error(t, "reached NaN or inf" if dt == 0 else too_small)
         if not all_finite(state):
@@ -215,7 +213,7 @@ class SteppingMonitor(SolveMonitor):
 
 
 class _BackwardPass(torch.autograd.Function):
-    """Identity whose backward announces a backward pass, and refuses to be differentiated."""
+    """Identity whose backward calls `begin`, and refuses to be differentiated."""
 
     @staticmethod
     def forward(ctx: Any, gradient: str, begin: Callable[[], None], *solution: Tensor) -> State:
@@ -234,7 +232,7 @@ class _BackwardPass(torch.autograd.Function):
 
 
 class _MonitoredGradient(torch.autograd.Function):
-    """Identity on the state whose backward shows its gradient to the monitor."""
+    """Identity on the state whose backward passes its gradient to the monitor."""
 
     @staticmethod
     def forward(ctx: Any, monitor: SolveMonitor, t: Tensor, *state: Tensor) -> State:
@@ -248,7 +246,7 @@ class _MonitoredGradient(torch.autograd.Function):
 
 
 def _bad_rows(evaluation: State) -> Tensor:
-    """Mask of the rows in which a state or its rate, as the monitor keeps them, is not finite."""
+    """Return the mask of the rows in which a state or its rate is not finite."""
     rows = evaluation[0].shape[:-1]
     return non_finite_rows(torch.cat([part.reshape(*rows, -1) for part in evaluation], -1))
 

@@ -1,15 +1,15 @@
-r"""The arithmetic of an embedded Runge-Kutta method, for torchdiffeq's control of its steps.
+r"""Steps of embedded Runge-Kutta methods, under torchdiffeq's step-size control.
 
 A step from :math:`(t_0, y_0)` of size h has the stages
 
 .. math:: k_i = f\Bigl(t_0 + \alpha_i h,\; y_0 + h \sum_{j < i} \beta_{ij} k_j\Bigr), \qquad
     y_1 = y_0 + h \sum_i c_i k_i
 
-and an estimate :math:`h \sum_i e_i k_i` of its error. torchdiffeq keeps the stages of each number
-side by side, so that every sum goes over a short last axis and every stage is written with gaps,
-and makes dense output of every step. Here each stage is a tensor to itself, and dense output is
-made only where a time lies within a step. Order, tableau, error ratio, first and next step sizes
-are torchdiffeq's; the numbers are the same but for rounding.
+and an estimate :math:`h \sum_i e_i k_i` of its error. torchdiffeq stores the stages of each number
+side by side, so that every sum is over a short last axis and every stage is strided, and computes
+dense output for every step. Here each stage is a tensor, and dense output is computed only if a
+time lies inside a step. Order, tableau, error ratio, first and next step sizes are torchdiffeq's;
+the numbers are the same up to rounding.
 
 Reference: Dormand and Prince (1980), A family of embedded Runge-Kutta formulae.
 """
@@ -27,18 +27,19 @@ class Tableau(NamedTuple):
     """Coefficients of an embedded method."""
 
     alpha: list[float]
-    """Where in the step the stages after the first are."""
+    """Positions of the stages after the first, in units of the step."""
     beta: list[list[float]]
-    """What each of them takes of the stages before it."""
+    """Weights of the earlier stages, for each of these stages."""
     solution: list[float] | None
-    """What the end takes of all stages; None if that is what the last stage has taken."""
+    """Weights of all stages for the end; None if the last stage is evaluated at the end."""
     error: list[float]
+    """Weights of all stages for the error estimate."""
     middle: list[float]
-    """What the middle of the step takes, for dense output."""
+    """Weights of all stages for the middle of the step, for dense output."""
 
 
 def tableau(solver: Any) -> Tableau:
-    """The tableau of one of torchdiffeq's adaptive solvers, in double precision."""
+    """Return the tableau of one of torchdiffeq's adaptive solvers, in double precision."""
     alpha, beta, solution, error = solver.tableau
     reuses_last = solution[-1] == 0 and bool((solution[:-1] == beta[-1]).all())
     return Tableau(
@@ -58,15 +59,9 @@ def take_step(
     t1: Tensor,
     method: Tableau,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The state at `t1`, and all stages; differentiable in all tensors.
+    """Return the state at `t1`, and all stages; differentiable in all tensors.
 
-    Args:
-        rhs: Takes a time and a state.
-        y0: The state at `t0`.
-        f0: Its rate there.
-        t0: Time of the start.
-        t1: Time of the end.
-        method: The coefficients.
+    `y0` is the state at `t0` and `f0` its rate; `rhs` takes a time and a state.
     """
     start, end, size = t0.to(y0), t1.to(y0), (t1 - t0).to(y0)
     # Just before the end, in case the field jumps there.
@@ -81,7 +76,7 @@ def take_step(
 
 
 def constant(size: Tensor) -> Tensor | float:
-    """The size of a step as a number, which makes sums cheaper, unless derivatives ask for it."""
+    """Return the size of a step as a number, for cheaper sums, unless it needs derivatives."""
     if size.requires_grad or torch.compiler.is_compiling() or functions_are_transformed():
         return size
     return float(size)
@@ -90,7 +85,7 @@ def constant(size: Tensor) -> Tensor | float:
 def moved(
     y0: Tensor, size: Tensor | float, weights: Sequence[float], stages: Sequence[Tensor]
 ) -> Tensor:
-    """`y0` moved by `size` times a weighted sum of stages, not all of whose weights are zero."""
+    """Add `size` times a weighted sum of stages to `y0`; not all weights may be zero."""
     pairs = [pair for pair in zip(weights, stages, strict=True) if pair[0] != 0]
     weight, stage = pairs[0]
     if isinstance(size, Tensor):

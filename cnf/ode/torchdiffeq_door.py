@@ -1,6 +1,6 @@
-"""The methods of the installed torchdiffeq, and one step of those that need no earlier ones.
+"""Methods of the installed torchdiffeq, and single steps of its one-step methods.
 
-This is the only module that talks to torchdiffeq.
+This is the only module that imports torchdiffeq.
 """
 
 import functools
@@ -18,7 +18,7 @@ from cnf.ode.runge_kutta import Tableau, constant, moved, tableau, take_step
 
 @functools.cache
 def methods() -> dict[str, str]:
-    """The methods that the installed torchdiffeq offers: name -> "adaptive", "fixed" or "external".
+    """Return the methods of the installed torchdiffeq: name -> "adaptive", "fixed" or "external".
 
     Example:
         >>> methods()["dopri5"]
@@ -38,10 +38,10 @@ def methods() -> dict[str, str]:
 
 @functools.cache
 def solvers() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Torchdiffeq's `odeint` and `odeint_adjoint`, whose adaptive methods take our `LeanSteps`.
+    """Return torchdiffeq's `odeint` and `odeint_adjoint`, with `LeanSteps` in adaptive methods.
 
-    torchdiffeq takes a method by its name in a table of its own, which is others' too. These are
-    functions of second copies of its two modules, so that the table of the copies is ours.
+    torchdiffeq looks a method up in a global table, which other code shares. These are functions of
+    second copies of its two modules, with a table of their own.
     """
     theirs = "torchdiffeq._impl"
     first, second = (_copy_of(f"{theirs}.{name}") for name in ("odeint", "adjoint"))
@@ -57,14 +57,14 @@ def solvers() -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 class LeanSteps:
-    """An adaptive solver of torchdiffeq, as a base class before it, with lean arithmetic.
+    """Mixin of torchdiffeq's adaptive solvers, with the cheaper arithmetic of `runge_kutta`.
 
     Args:
         everywhere: Whether a step ends at each of the times; else at the last, beyond which the
             field must not be evaluated.
-        on_trial: Told of each step that is tried: the errors of all numbers, in units of the
+        on_trial: Called for each attempted step, with the errors of all numbers, in units of the
             tolerance, and whether the step is rejected.
-        options: What torchdiffeq's solvers take.
+        options: Options of torchdiffeq's solvers.
     """
 
     func: Any
@@ -90,34 +90,34 @@ class LeanSteps:
         self.stops = t[1:] if self.everywhere else t[-1:]
 
     def _advance(self, next_t: Tensor) -> Tensor:
-        """The state at a time, with as many steps as it takes."""
+        """Return the state at a time, after as many steps as necessary."""
         from torchdiffeq._impl.interp import _interp_evaluate, _interp_fit
 
         while next_t > self.rk_state.t1:
             self.rk_state = self._adaptive_step(self.rk_state)
         y1, _, t0, t1, _, (y0, stages) = self.rk_state
         if next_t == t1:
-            ended: Tensor = y1
-            return ended
+            end: Tensor = y1
+            return end
         size = (t1 - t0).to(y0)
         y_mid = moved(y0, size, self.method.middle, stages)
         curve = _interp_fit(y0, y1, y_mid, stages[0], stages[-1], size)
-        within: Tensor = _interp_evaluate(curve, t0, t1, next_t)
-        return within
+        inside: Tensor = _interp_evaluate(curve, t0, t1, next_t)
+        return inside
 
     def _adaptive_step(self, state: Any) -> Any:
-        """Try one step: where the next one starts, and its size."""
+        """Try one step; return the start and the size of the next one."""
         from torchdiffeq._impl.misc import _optimal_step_size
 
         y0, f0, _, t0, size, _ = state
         if not size.isfinite():
-            size = torch.zeros_like(size)  # which the callback refuses
+            size = torch.zeros_like(size)  # the callback refuses it
         self.func.callback_step(t0, y0, size)
         t1 = t0 + size
         stop = self.stops[torch.searchsorted(self.stops.detach(), t0.detach(), right=True)]
         if t1 >= stop:
             t1, size = stop, stop - t0
-        # `func` itself adds nothing but a pass over the state, to see its dtype.
+        # Not `func` itself, which only adds a pass over the state for its dtype.
         y1, stages = take_step(self.func.base_func, y0, f0, t0, t1, self.method)
         with torch.no_grad():
             error = moved(torch.zeros_like(y0), constant(size.detach()), self.method.error, stages)
@@ -136,12 +136,12 @@ class LeanSteps:
 
 
 def _without_derivatives(size: Tensor) -> Tensor:
-    """A size chosen for a step: a constant, to forward-mode differentiation too."""
+    """Return a step size as a constant, for forward-mode differentiation too."""
     return torch.full((), float(size), dtype=size.dtype, device=size.device)
 
 
 def _copy_of(name: str) -> Any:
-    """A module that is loaded anew, and is not where others find theirs."""
+    """Load a second copy of a module, outside of `sys.modules`."""
     spec = importlib.util.find_spec(name)
     assert spec is not None and spec.loader is not None  # noqa: S101, PT018 - for mypy
     module = importlib.util.module_from_spec(spec)
@@ -150,7 +150,7 @@ def _copy_of(name: str) -> Any:
 
 
 def is_multistep(method: str) -> bool:
-    """Whether a step of the method depends on those before it."""
+    """Return whether the method is a multistep method."""
     from torchdiffeq._impl.fixed_adams import AdamsBashforthMoulton
     from torchdiffeq._impl.odeint import SOLVERS
 
@@ -159,7 +159,7 @@ def is_multistep(method: str) -> bool:
 
 @functools.cache
 def evaluations_per_step(method: str) -> int:
-    """How many evaluations a step takes after the first; of a multistep method, at the least."""
+    """Return the evaluations of a step after the first; for a multistep method the least number."""
     from torchdiffeq._impl.odeint import SOLVERS
 
     if methods()[method] == "adaptive":
@@ -178,12 +178,9 @@ def evaluations_per_step(method: str) -> int:
 
 
 def one_step(method: str, rhs: RightHandSide, *, like: Tensor) -> Step:
-    """A step of a method, of given size, with the arithmetic of torchdiffeq.
+    """Return a function for one step of a one-step method, with the arithmetic of torchdiffeq.
 
-    Args:
-        method: A method that is "fixed" and no multistep method, or "adaptive".
-        rhs: The right-hand side.
-        like: A tensor of the dtype and device of the state.
+    `like` is a tensor with the dtype and device of the state.
     """
     if methods()[method] == "adaptive":
         return _embedded_step(method, rhs, like)
@@ -206,7 +203,7 @@ def _fixed_step(method: str, rhs: RightHandSide) -> Step:
 
 
 def _embedded_step(method: str, rhs: RightHandSide, like: Tensor) -> Step:
-    """Carries over its last stage, which is the first of the next step."""
+    """Return an embedded step; it carries over its last stage as first stage of the next step."""
     from torchdiffeq._impl.odeint import SOLVERS
 
     coefficients = tableau(SOLVERS[method])

@@ -1,7 +1,7 @@
-"""Pictures of flows and tables: tensors and callables in, a matplotlib figure out.
+"""Plots of flows and tables: from tensors and callables to matplotlib figures.
 
-Matplotlib is imported when the first figure is made, and neither pyplot nor a global setting is
-used. A picture goes into the panel `ax`, or into a new figure without one.
+Matplotlib is imported with the first figure; neither pyplot nor a global setting is used. A plot is
+drawn into the panel `ax`, or into a new figure.
 """
 
 from cnf.plots.figures import figure_grid, save_figure

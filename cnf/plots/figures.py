@@ -1,4 +1,4 @@
-"""Figures, their panels and files, and the look that all pictures share."""
+"""Figures, their panels and files, and the common style."""
 
 import io
 import os
@@ -20,7 +20,7 @@ TITLE_SIZE, TEXT_SIZE = 10, 8
 def figure_grid(
     rows: int, columns: int, *, panel_size: Number = 3.2
 ) -> tuple["matplotlib.figure.Figure", list[list["matplotlib.axes.Axes"]]]:
-    """A figure of empty panels, `panel_size` inches each, and its axes as a list for each row.
+    """Make a figure of empty panels, `panel_size` inches each; its axes are a list for each row.
 
     Raises:
         ValueError: If `rows` or `columns` is less than 1, or `panel_size` is not positive.
@@ -42,11 +42,11 @@ def figure_grid(
 def save_figure(
     figure: "matplotlib.figure.Figure", path: str | os.PathLike[str], *, replace: bool = True
 ) -> None:
-    """Write a figure as PNG, whole or not at all; make missing folders.
+    """Write a figure as PNG, atomically; make missing folders.
 
     Raises:
         ValueError: If `path` does not end in ".png".
-        OSError: If the file cannot be written, or is there and `replace` is False.
+        OSError: If the file cannot be written, or exists and `replace` is False.
     """
     path = as_path("path", path)
     if path.suffix.lower() != ".png":
@@ -58,7 +58,7 @@ def save_figure(
 
 
 def new_panel(width: float = 3.2) -> "matplotlib.axes.Axes":
-    """The panel of a new figure, `width` inches wide."""
+    """Return the panel of a new figure, `width` inches wide."""
     figure, axes = figure_grid(1, 1)
     figure.set_size_inches(width, 3.2)
     return axes[0][0]

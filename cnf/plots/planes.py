@@ -1,4 +1,4 @@
-"""Pictures of the plane: densities, samples, paths and vector fields."""
+"""Plots in the plane: densities, samples, trajectories and vector fields."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     import matplotlib.figure
 
 _MOST_PIXELS = 10_000
-"""Cells along an axis; more are no picture."""
+"""Largest number of cells along an axis."""
 
 Extent: TypeAlias = Sequence[Number]
-"""The rectangle that a picture shows: xmin, xmax, ymin, ymax."""
+"""Rectangle of a plot: xmin, xmax, ymin, ymax."""
 
 
 def plot_density(
@@ -43,21 +43,21 @@ def plot_density(
     ax: "matplotlib.axes.Axes | None" = None,
     title: str | None = None,
 ) -> "matplotlib.figure.Figure":
-    """Image of a density, evaluated at the centre of each pixel.
+    """Plot a density as an image, evaluated at the centre of each pixel.
 
     Args:
         log_prob: Log-densities (n,) in nats of points (n, 2), which come in chunks, without
             gradient, in torch's default dtype and on its default device. May be -inf.
         extent: The rectangle (xmin, xmax, ymin, ymax).
-        log: Show the log-density, down to 12 nats below its maximum: tails and false bridges
-            between modes, which the density hides, are seen there.
+        log: Plot the log-density, down to 12 nats below its maximum: it shows tails and false
+            bridges between modes, which the density hides.
         resolution: Number of pixels along each axis.
         ax: Panel to draw into.
         title: Text above the panel.
 
     Raises:
-        ValueError: If `extent` or `resolution` makes no grid that the dtype can tell apart, or
-            `log_prob` returns a wrong shape, NaN, values too large for a picture or, with `log`,
+        ValueError: If `extent` or `resolution` is invalid, grid points coincide in the dtype, or
+            `log_prob` returns a wrong shape, NaN, values too large for an image or, with `log`,
             -inf everywhere.
     """
     points = _rounded(grid_points(extent, resolution), torch.empty(()))
@@ -73,7 +73,7 @@ def draw_density(
     ax: "matplotlib.axes.Axes | None" = None,
     title: str | None = None,
 ) -> "matplotlib.figure.Figure":
-    """The image of `plot_density`, of the points that `grid_points` gives in any dtype."""
+    """Plot a density as `plot_density` does, at the points of `grid_points` in any dtype."""
     resolution = math.isqrt(len(points))
     chunks = torch.split(points, 16_384)
     values = torch.cat([_evaluate("log_prob", log_prob, (len(x),), x) for x in chunks])
@@ -94,17 +94,17 @@ def plot_samples(
     ax: "matplotlib.axes.Axes | None" = None,
     title: str | None = None,
 ) -> "matplotlib.figure.Figure":
-    """Histogram of samples with the look and units of `plot_density`; points if fewer than 1000.
+    """Plot samples as a histogram in the style and units of `plot_density`, below 1000 as points.
 
     Args:
         x: Samples (n, 2).
-        extent: The rectangle (xmin, xmax, ymin, ymax), by default a square around the samples.
-            Samples outside are not drawn, but the histogram is still normalised by all of them.
+        extent: The rectangle (xmin, xmax, ymin, ymax), by default a square around the samples. The
+            histogram is normalised by all samples, those outside included.
         ax: Panel to draw into.
         title: Text above the panel.
 
     Raises:
-        ValueError: If `x` is empty, not finite or not (n, 2), or `extent` is no rectangle.
+        ValueError: If `x` is empty, not finite or not (n, 2), or `extent` invalid.
     """
     points = _checked_points("x", x, 2)
     extent = _square_around(points) if extent is None else _checked_extent(extent)
@@ -124,17 +124,16 @@ def plot_trajectories(
     ax: "matplotlib.axes.Axes | None" = None,
     title: str | None = None,
 ) -> "matplotlib.figure.Figure":
-    """Paths of samples from the base, where t = 0, to the data, where t = 1.
+    """Plot trajectories of samples from the base, t = 0, to the data, t = 1.
 
     Args:
-        states: Points (times, n, 2) of n paths, the base first.
-        extent: The rectangle (xmin, xmax, ymin, ymax), by default a square around the paths.
+        states: Points (times, n, 2) of n trajectories, the base first.
+        extent: The rectangle (xmin, xmax, ymin, ymax), by default a square around all points.
         ax: Panel to draw into.
         title: Text above the panel.
 
     Raises:
-        ValueError: If `states` is empty, not finite or not (times, n, 2), or `extent` is no
-            rectangle.
+        ValueError: If `states` is empty, not finite or not (times, n, 2), or `extent` invalid.
     """
     paths = _checked_points("states", states, 3)
     extent = _square_around(paths.flatten(0, 1)) if extent is None else _checked_extent(extent)
@@ -158,17 +157,17 @@ def plot_vector_field(
     resolution: int = 20,
     title: str | None = None,
 ) -> "matplotlib.figure.Figure":
-    """Arrows of a vector field, a panel for each time, length and colour on one scale.
+    """Plot a vector field as arrows, a panel for each time, with a common scale.
 
     Args:
         vector_field: Velocities (n, 2) at a time (0-dim) and points (n, 2), without gradient.
-        times: Times of the panels, whose dtype and device the points have too.
+        times: Times of the panels; points have their dtype and device.
         extent: The rectangle (xmin, xmax, ymin, ymax).
         resolution: Number of arrows along each axis.
         title: Text above all panels.
 
     Raises:
-        ValueError: If an argument is unusable or a velocity is not finite.
+        ValueError: If an argument is invalid or a velocity is not finite.
     """
     if times.ndim != 1 or len(times) == 0 or not times.isfinite().all():
         raise ValueError(f"times must be finite and of shape (times,), not empty; got {times}.")
@@ -225,20 +224,20 @@ def _square_around(points: Tensor) -> Extent:
 
 
 def _rounded(points: Tensor, like: Tensor) -> Tensor:
-    """Points of a grid in the dtype and on the device of a tensor."""
+    """Convert points of a grid to the dtype and device of a tensor; refuse points that coincide."""
     rounded = points.to(like)
     for exact, kept in zip(points.T, rounded.T, strict=True):
         if len(kept.unique()) < len(exact.unique()):
             raise ValueError(
                 f"extent must be wide enough for the dtype {like.dtype}, in which points of the "
-                f"grid from {exact.min():g} to {exact.max():g} fall together. Shift the plane to "
-                "its middle, or take float64."
+                f"grid from {exact.min():g} to {exact.max():g} coincide. Centre the data at 0, or "
+                "take float64."
             )
     return rounded
 
 
 def grid_points(extent: Extent, resolution: int) -> Tensor:
-    """Centres of the cells of `extent`, row by row from below, each row from the left."""
+    """Return the centres of the cells of `extent`: rows from below, each from the left."""
     left, right, bottom, top = _checked_extent(extent)
     check_count("resolution", resolution, most=_MOST_PIXELS)
     centres = (torch.arange(resolution, dtype=torch.float64, device="cpu") + 0.5) / resolution
@@ -264,7 +263,7 @@ def _evaluate(
 
 
 def _histogram(points: Tensor, extent: Extent) -> Tensor:
-    """Estimated density in each cell, rows from below."""
+    """Return the density estimate in each cell, rows from below."""
     bins = min(200, math.isqrt(len(points) // 4))
     left, right, bottom, top = extent
     x, y = points.T.numpy()
@@ -289,7 +288,7 @@ def _show_density(
 def _draw_arrows(
     ax: "matplotlib.axes.Axes", x: Tensor, velocity: Tensor, fast: float, cell: float
 ) -> None:
-    """Arrows in the units of the plane: at the speed `fast` one cell long, in the top colour."""
+    """Draw arrows; the speed `fast` is one cell long, with the top colour."""
     look: dict[str, Any] = {"cmap": "viridis_r", "clim": (0.0, fast), "width": 0.005}
     units: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": fast / cell}
     speed = velocity.norm(dim=-1).numpy()
@@ -303,4 +302,4 @@ def _finish_plane(
     ax.spines[:].set(color="#c0c0c0", linewidth=0.6)
     if title is not None:
         ax.set_title(title, fontsize=TITLE_SIZE)
-    return ax.figure.figure  # of a subfigure, the figure around it
+    return ax.figure.figure  # the whole figure, also for a subfigure

@@ -1,4 +1,4 @@
-"""Pictures of the columns of a table, and of a density fitted to them."""
+"""Plots of the columns of a table, and of a density fitted to them."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -31,12 +31,12 @@ def plot_column(
     data: Float[Tensor, "rows 1"] | None = None,
     title: str | None = None,
 ) -> "matplotlib.figure.Figure":
-    """The density of one column as a curve, over a histogram of the data or else of samples.
+    """Plot the density of one column as a curve, over a histogram of the data or else of samples.
 
     Args:
         log_prob: Log-densities (n,) in nats of values (n, 1), in float64. May be -inf.
         name: Name of the column.
-        samples: Samples of the density, which say where it is.
+        samples: Samples of the density, for the range of the plot.
         data: Values of the column.
         title: Text above the panel.
 
@@ -75,7 +75,7 @@ def plot_two_columns(
     data: Float[Tensor, "rows 2"] | None = None,
     title: str | None = None,
 ) -> "matplotlib.figure.Figure":
-    """The density of two columns as an image, beside its samples and, if given, the data.
+    """Plot the density of two columns as an image, beside its samples and, if given, the data.
 
     Args:
         log_prob: Log-densities (n,) in nats of points (n, 2), in float64.
@@ -86,7 +86,7 @@ def plot_two_columns(
 
     Raises:
         ValueError: If `samples` or `data` are not (n, 2), empty or not finite, or `log_prob`
-            returns no densities that can be drawn.
+            returns invalid values, as in `plot_density`.
     """
     samples, data = _checked("samples", samples, 2), _checked_data(data, 2)
     shown = samples if data is None else torch.cat([samples, data])
@@ -113,7 +113,7 @@ def plot_pairs(
     data: Float[Tensor, "rows features"] | None = None,
     title: str | None = None,
 ) -> "matplotlib.figure.Figure":
-    """Every pair of columns as points, and each column as a histogram.
+    """Plot every pair of columns as points, and each column as a histogram.
 
     Args:
         samples: Samples of a density.
@@ -154,7 +154,7 @@ def plot_pairs(
 
 
 def _checked(name: str, x: Tensor, columns: int) -> Tensor:
-    """Rows to draw, in float64 and on the CPU."""
+    """Return rows to draw in float64 on the CPU; refuse invalid ones."""
     if x.ndim != 2 or x.shape[-1] != columns or x.numel() == 0:
         raise ValueError(f"{name} must have shape (n, {columns}), not empty; got {tuple(x.shape)}.")
     bad = ~x.detach().isfinite().all(-1)
@@ -188,7 +188,7 @@ def _draw_pair(
 
 
 def _range(values: Tensor) -> tuple[float, float]:
-    """Bounds around all values but a few at either end."""
+    """Return bounds around all values but a few at either end."""
     few = math.ceil(_LEFT_OUT * len(values))
     ordered = values.sort().values
     low, high = float(ordered[few - 1]), float(ordered[-few])
@@ -203,7 +203,7 @@ def _few_ticks() -> "matplotlib.ticker.MaxNLocator":
 
 
 def _finish(ax: "matplotlib.axes.Axes", across: str, up: str) -> None:
-    # Names of columns are no formulas, whatever signs they hold.
+    # Column names may hold $ signs, and are never formulas.
     ax.set_xlabel(across, fontsize=TEXT_SIZE, parse_math=False, usetex=False)
     ax.set_ylabel(up, fontsize=TEXT_SIZE, parse_math=False, usetex=False)
     ax.tick_params(labelsize=TEXT_SIZE)

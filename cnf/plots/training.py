@@ -1,4 +1,4 @@
-"""The picture of a training run."""
+"""Plot of a training run."""
 
 import itertools
 import math
@@ -21,21 +21,21 @@ def plot_training(
     ax: "matplotlib.axes.Axes | None" = None,
     title: str | None = None,
 ) -> "matplotlib.figure.Figure":
-    """Loss against step, its running median and the validation losses.
+    """Plot the loss against the step, its running median and the validation losses.
 
-    Values not measured (None or not finite) leave no mark; single spikes may leave the panel.
+    Missing values (None or not finite) are not drawn; single spikes may be outside the panel.
 
     Args:
         history_columns: Columns "step" and "loss", and perhaps "validation" in nats and "phase".
-            Losses of several phases may be of different kinds, so that a line marks the end of
-            each, and the running median keeps within it.
-        reference: Loss of a perfect model, which is the entropy of the truth, in nats.
+            Phases may have different losses, so that a line marks the end of each, and the running
+            median does not cross it.
+        reference: Loss of a perfect model, the entropy of the truth, in nats.
         ax: Panel to draw into.
         title: Text above the panel.
 
     Raises:
-        ValueError: If a column is missing or of another length, no loss is finite, or
-            `reference` is not.
+        ValueError: If a column is missing or of another length, or `reference` or every loss is
+            not finite.
     """
     steps, losses = _measured(history_columns, "loss")
     if len(losses) == 0:
@@ -63,7 +63,7 @@ def plot_training(
 
 
 def _ends_of_phases(columns: Mapping[str, Sequence[Number | None]]) -> list[float]:
-    """The step halfway between two phases, for each two."""
+    """Return the step halfway between each two consecutive phases."""
     steps, phases = columns["step"], columns.get("phase", [])
     return [
         float(steps[row]) + 0.5  # type: ignore[arg-type]
@@ -75,7 +75,7 @@ def _ends_of_phases(columns: Mapping[str, Sequence[Number | None]]) -> list[floa
 def _medians_within_phases(
     steps: np.ndarray, losses: np.ndarray, ends: Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and running medians, with NaN between phases."""
+    """Return steps and running medians, with NaN between phases."""
     cuts = np.searchsorted(steps, ends)
     parts = []
     for part_steps, part in zip(np.split(steps, cuts), np.split(losses, cuts), strict=True):
@@ -89,7 +89,7 @@ def _medians_within_phases(
 def _measured(
     columns: Mapping[str, Sequence[Number | None]], name: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The column `name` where it is finite, after its steps."""
+    """Return the steps and the values of the column `name` where it is finite."""
     if not {"step", name} <= columns.keys():
         raise ValueError(f'history_columns must hold "step" and "{name}"; got {list(columns)}.')
     steps, values = (np.array(columns[key], dtype=float) for key in ("step", name))
@@ -103,7 +103,7 @@ def _measured(
 
 
 def _running_median(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Indices, 400 at most, and medians over a fiftieth of the run around them."""
+    """Return at most 400 indices, and medians over a fiftieth of the run around them."""
     half = max(2, len(values) // 100)
     places = np.unique(np.linspace(0, len(values) - 1, 400).astype(int))
     medians = [np.median(values[max(0, place - half) : place + half + 1]) for place in places]

@@ -1,4 +1,4 @@
-"""A flow in one file: its tensors, and a description of its parts."""
+"""Saving and loading of a flow as one file."""
 
 from cnf.saving.flow_files import load, save
 

@@ -1,4 +1,4 @@
-"""A flow as JSON: the class and the constructor's settings of each part, and back."""
+"""JSON description of a flow: the class and the constructor's arguments of each part."""
 
 import dataclasses
 import functools
@@ -22,21 +22,21 @@ FAMILIES: tuple[type, ...] = (
     *(Flow, Base, Transform, VectorField, Divergence),
     *(LogDet, ContractiveNetwork, Conditioner, ODESolver),
 )
-"""What a flow is made of. Each subclass of these in cnf is saved and loaded by its name."""
+"""Base classes of the parts of a flow. Subclasses of these in cnf are saved and loaded by name."""
 
 _NEW_NAMES: dict[str, dict[str, str]] = {
     "AdditiveCoupling": {"kept": "mask"},
     "AffineCoupling": {"kept": "mask"},
     "ODESolver": {"control": "error_norm"},
 }
-"""Settings by what older files call them, and what they are called now, for each class."""
+"""Settings renamed since older files, for each class: old name and new name."""
 
 _REMEDY = "Save flow.state_dict() instead, and rebuild the flow in your own code."
 
 
 @functools.cache
 def own_classes() -> dict[str, type]:
-    """The classes of this package that a flow may have as parts, by name."""
+    """Return the classes of this package that a flow may have as parts, by name."""
     return {
         cls.__name__: cls
         for family in FAMILIES
@@ -53,7 +53,7 @@ def _with_subclasses(cls: Any) -> Iterator[type]:
 
 
 def describe(value: Any) -> Any:
-    """JSON for a setting or part: a part is its class and its constructor's arguments.
+    """Describe a setting or part as JSON: a part is its class and its constructor's arguments.
 
     Raises:
         TypeError: If it has a part or setting that no file can describe.
@@ -65,7 +65,7 @@ def describe(value: Any) -> Any:
     if isinstance(value, list | tuple | nn.ModuleList):
         return [describe(item) for item in value]
     cls = type(value)
-    _refuse_other_classes(cls)
+    _check_class(cls)
     settings = {}
     for name in _settings(cls):
         if not hasattr(value, name):
@@ -83,15 +83,12 @@ def describe(value: Any) -> Any:
 
 
 def rebuild(description: Any, classes: Mapping[str, type], count_part: Callable[[], object]) -> Any:
-    """What `describe` described.
+    """Build the setting or part that `describe` described; constructors may raise any exception.
 
     Args:
         description: The JSON.
-        classes: Classes beside those of cnf, by name.
-        count_part: Called once for each part, to stop where there are too many.
-
-    Raises:
-        Exception: Whatever a constructor raises.
+        classes: The user's classes, by name.
+        count_part: Called once for each part, to stop if there are too many.
     """
     if isinstance(description, list):
         return [rebuild(item, classes, count_part) for item in description]
@@ -102,7 +99,7 @@ def rebuild(description: Any, classes: Mapping[str, type], count_part: Callable[
     cls = own_classes().get(name) or classes.get(name)
     if cls is None:
         raise MissingClassError(
-            f"it names the class {name!r}, which is none of cnf; if it is yours, give it: "
+            f"it names the class {name!r}, which cnf does not have; if it is yours, pass it: "
             f"load(path, classes=[{name}])"
         )
     new_names: Mapping[Any, Any] = _NEW_NAMES.get(name, {})
@@ -117,7 +114,7 @@ def rebuild(description: Any, classes: Mapping[str, type], count_part: Callable[
 
 
 def by_name(classes: Iterable[type]) -> dict[str, type]:
-    """Classes of a user's own, by name.
+    """Return the user's classes, by name.
 
     Raises:
         TypeError: If one is no class, or cannot be saved.
@@ -129,7 +126,7 @@ def by_name(classes: Iterable[type]) -> dict[str, type]:
     for cls in classes:
         if not isinstance(cls, type):
             raise TypeError(f"classes must hold classes; got {cls!r}.")
-        _refuse_other_classes(cls)
+        _check_class(cls)
         if named.setdefault(cls.__name__, cls) is not cls:
             raise ValueError(f"classes must differ in name; got {cls.__name__} twice.")
     return named
@@ -142,14 +139,14 @@ def _is_number_in_an_array(value: object) -> bool:
 
 
 class MissingClassError(ValueError):
-    """A description names a class that is not known here."""
+    """A description names an unknown class."""
 
 
 class _NoDescriptionError(TypeError):
-    """What is neither a plain setting nor a part."""
+    """A value is neither a plain setting nor a part."""
 
 
-def _refuse_other_classes(cls: type) -> None:
+def _check_class(cls: type) -> None:
     """Refuse classes that no file may name."""
     own = own_classes().get(cls.__name__)
     if own is cls:
@@ -161,13 +158,13 @@ def _refuse_other_classes(cls: type) -> None:
         )
     if own is not None:
         raise ValueError(
-            f"a class of your own must have a name of its own; got {cls.__qualname__}, and cnf has "
-            f"a class {cls.__name__}. Rename yours."
+            f"your class must have a unique name; got {cls.__qualname__}, and cnf has a class "
+            f"{cls.__name__}. Rename yours."
         )
 
 
 def _setting(part: Any, name: str) -> Any:
-    """A setting that a part has; the transforms of a flow are a list, as they were given."""
+    """Return a setting of a part; the transforms of a flow as a list."""
     setting = getattr(part, name)
     if isinstance(part, Flow | FactorOut) and isinstance(setting, Chain):
         return setting.transforms
@@ -175,7 +172,7 @@ def _setting(part: Any, name: str) -> Any:
 
 
 def _settings(cls: type) -> list[str]:
-    """Names of the settings that a part is rebuilt from, each also an attribute."""
+    """Return the names of the settings of a class, each also an attribute."""
     if issubclass(cls, Flow):
         return ["transforms", "base"]
     if dataclasses.is_dataclass(cls):

@@ -1,8 +1,8 @@
-"""Saving a flow to one file, and building it again from that file alone.
+"""Saving of a flow to one file, and loading from that file alone.
 
 The file is safetensors: the tensors, and in its metadata a JSON description of the parts and
-settings, with a digest of the whole file. It holds data, never code: only classes of this package
-are built from it, and those that the caller names.
+settings, with a digest of the whole file. It holds data, never code: loading builds classes of this
+package, and classes that the caller passes, only.
 """
 
 import json
@@ -28,30 +28,30 @@ _REMEDY = "Restore it from a copy, or save the flow again."
 
 _LEAST_BYTES, _BYTES_PER_BYTE = 2**26, 16
 _LEAST_CALLS, _CALLS_PER_TENSOR = 20_000, 100
-"""What building a flow may take, for so many bytes and tensors in the file. Building takes up to 3
-bytes for a byte, and 8 operations for a tensor."""
+"""Limits of memory and operations of building a flow, by the bytes and tensors of the file.
+Building takes up to 3 bytes for a byte, and 8 operations for a tensor."""
 
 
 def save(flow: Flow, path: str | os.PathLike[str]) -> None:
-    """Write a flow to `path`, atomically: the file is complete or as it was before.
+    """Write a flow to a file, atomically.
 
-    Values are kept, not which of them are frozen: each parameter of a loaded flow is trainable.
+    All parameters of a loaded flow are trainable, also frozen ones.
 
     A part of your own, a subclass of `VectorField`, `Transform`, `Base` or `Divergence` or a
-    network in a `ModuleField`, is kept by its class's name and its constructor's arguments. Each of
-    these must be an attribute of the same name: a number, a text, another part, or a list of these,
-    which `load` gives back as Python's numbers and lists.
+    network in a `ModuleField`, is stored by its class's name and its constructor's arguments. Each
+    argument must be an attribute of the same name: a number, a text, another part, or a list of
+    these, which `load` returns as Python's numbers and lists.
 
     Args:
         flow: The flow.
-        path: Where to; the folder must exist. The custom is the suffix ``.safetensors``.
+        path: The file; its folder must exist. The usual suffix is ``.safetensors``.
 
     Raises:
         TypeError: If `flow` is not a flow, or has a part or a setting that the file cannot
             describe; or if `path` is no path. Save the ``state_dict()`` of such a flow instead, and
             rebuild it in your own code.
-        ValueError: If parts of the flow share tensors, which the file could not keep shared, or
-            have more than one dtype; if a tensor holds NaN or inf; or if `path` is a folder.
+        ValueError: If parts of the flow share tensors, or have more than one dtype; if a tensor
+            holds NaN or inf; or if `path` is a folder.
         OSError: If the file cannot be written.
 
     Example:
@@ -70,7 +70,7 @@ def save(flow: Flow, path: str | os.PathLike[str]) -> None:
         )
     check_path("path", path)
     description = {"sha256": BLANK_DIGEST, "format": FORMAT_VERSION, "flow": describe(flow)}
-    _refuse_what_a_file_cannot_keep(flow)
+    _check_tensors(flow)
     tensors = {
         name: value.detach().resolve_neg().contiguous() for name, value in flow.state_dict().items()
     }
@@ -78,7 +78,7 @@ def save(flow: Flow, path: str | os.PathLike[str]) -> None:
     write_atomically(path, seal(content))
 
 
-@torch.inference_mode(False)  # whose tensors could not be trained
+@torch.inference_mode(False)  # its tensors cannot be trained
 def load(
     path: str | os.PathLike[str],
     *,
@@ -87,15 +87,14 @@ def load(
 ) -> Flow:
     """Read a flow that `save` wrote.
 
-    The flow is as it was saved, or there is an error: the file carries a digest of all its bytes.
-    What the file asks for is compared with what it holds before memory is spent, and torch's random
-    state is left alone.
+    A digest of all bytes detects damage. The memory that the file asks for is checked against its
+    size before it is spent, and torch's random state is not changed.
 
     Args:
         path: The file.
-        device: Where the flow shall be.
-        classes: Classes of your own that the flow has parts of, as ``classes=[Mine]``. They are
-            found by name; cnf's own need not, and cannot, be given.
+        device: Device of the flow.
+        classes: Your classes that the flow has parts of, as ``classes=[Mine]``. They are found by
+            name; classes of cnf are known.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -104,7 +103,7 @@ def load(
             class is missing; or if there is no such device.
 
     Warns:
-        UserWarning: If the file is from before there was a digest.
+        UserWarning: If an old file has no digest.
     """
     path, device, own = as_path("path", path), _check_device(device), by_name(classes)
     if path.is_dir():
@@ -136,12 +135,7 @@ def load(
 
 
 def _check_device(device: Any) -> torch.device:
-    """Refuse what is no device that can hold numbers.
-
-    Raises:
-        TypeError: If it is neither a device nor a text.
-        ValueError: If there is no such device here.
-    """
+    """Return the device; refuse a device that is missing or holds no numbers."""
     if not isinstance(device, str | torch.device):
         raise TypeError(f"device must be a torch.device or a str such as 'cpu'; got {device!r}.")
     try:
@@ -149,7 +143,7 @@ def _check_device(device: Any) -> torch.device:
         torch.empty(0, device=found).to("cpu")
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         raise ValueError(
-            f"device must be one that is here and holds numbers, such as 'cpu'; got "
+            f"device must be available and hold numbers, such as 'cpu'; got "
             f"{str(device)!r} ({(str(error) or repr(error)).splitlines()[0]})."
         ) from error
     return found
@@ -173,21 +167,18 @@ def _read_description(path: Path, text: str) -> dict[str, Any]:
 
 
 def _refuse_damage(path: Path, description: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Refuse a file with other bytes than were written, or with NaN or inf.
+    """Refuse a file with damaged bytes, or with NaN or inf.
 
-    A damaged name of a key could pass for a file from before there was a digest, so that all keys
-    must be known.
+    All keys must be known, because a damaged "sha256" would look like an old file without digest.
     """
     known = description.keys() - {"sha256"} == {"format", "flow"}
     if not known or ("sha256" in description and not is_intact(path, description["sha256"])):
-        raise ValueError(
-            f"{str(path)!r} is damaged: its bytes are not those that were written. {_REMEDY}"
-        )
+        raise ValueError(f"{str(path)!r} is damaged: its bytes do not match its digest. {_REMEDY}")
     _refuse_not_finite(f"{str(path)!r} must hold finite numbers", tensors, _REMEDY)
     if "sha256" not in description:
         warn(
             f"{str(path)!r} is from a version of cnf that wrote no digest, so that damage cannot "
-            "be told. Save the flow again: save(load(path), path)."
+            "be detected. Save the flow again: save(load(path), path)."
         )
 
 
@@ -211,7 +202,7 @@ def _build(
         flow.load_state_dict(tensors)
     except MissingClassError as error:
         raise ValueError(f"{str(path)!r} needs a class of your own: {error}.") from error
-    except Exception as error:  # constructors, of classes from anywhere, may raise anything
+    except Exception as error:  # constructors may raise anything
         raise ValueError(
             f"{str(path)!r} does not describe a flow of this version of cnf "
             f"({str(error).rstrip('.')}). Load it with the version that saved it. {_REMEDY}"
@@ -220,7 +211,7 @@ def _build(
 
 
 def _refuse_other_dtypes(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-    """Refuse what `load_state_dict` would convert, such as integers for weights."""
+    """Refuse tensors that `load_state_dict` would convert, such as integers for weights."""
     for name, value in tensors.items():
         if name in expected and value.dtype != expected[name].dtype:
             raise TypeError(f"its tensor {name!r} is {value.dtype}, not {expected[name].dtype}")
@@ -233,7 +224,8 @@ def _refuse_not_finite(what: str, tensors: dict[str, Tensor], remedy: str) -> No
         raise ValueError(f"{what}; got NaN or inf in the tensor {bad[0]!r}{more}. {remedy}")
 
 
-def _refuse_what_a_file_cannot_keep(flow: Flow) -> None:
+def _check_tensors(flow: Flow) -> None:
+    """Refuse shared tensors, several dtypes, NaN and inf."""
     tensors = flow.state_dict(keep_vars=True)
     dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     if len(dtypes) > 1:

@@ -22,7 +22,7 @@ from cnf._checks import check_count
 from cnf.data.cells import refuse_unless_numbers
 from cnf.data.degeneracy import DegenerateDataWarning, check_columns
 from cnf.data.names import shortened
-from cnf.data.table_files import Table, check_for_training, point_out_fill_values
+from cnf.data.table_files import Table, check_for_training, warn_of_fill_values
 from cnf.tables import fit as density
 from cnf.tables.fit import DensitySettings, TableRows, continue_density, fit_density, hold_out
 from cnf.training import History
@@ -119,7 +119,7 @@ class CNFDensity(DensityMixin, BaseEstimator):
         names = getattr(self, "feature_names_in_", range(self.n_features_in_))
         table = Table(rows.x.numpy(), tuple(map(str, names)))
         check_for_training(table, "X")
-        point_out_fill_values(table, "X")
+        warn_of_fill_values(table, "X")
         check_columns("X", rows.x, table.columns)
         settings = self._settings()
         training, held_out = hold_out(rows, settings)

@@ -10,7 +10,7 @@ from torch.distributions import constraints
 from cnf._moments import column_moments
 from cnf._warnings import warn
 from cnf.data.degeneracy import check_columns
-from cnf.data.table_files import Table, point_out_fill_values
+from cnf.data.table_files import Table, warn_of_fill_values
 from cnf.flows.flow import Flow
 from cnf.training.data import TrainingData
 from cnf.transforms import ContinuousTransform, Standardize, Transform
@@ -96,7 +96,7 @@ def check_sample(name: str, flow: Flow, sample: Sample) -> None:
     if real:
         rows, names = sample.rows[:, real], [f"column {i}" for i in real]
         check_columns(name, rows, names)
-        point_out_fill_values(Table(rows.numpy(force=True).astype(float), tuple(names)), name)
+        warn_of_fill_values(Table(rows.numpy(force=True).astype(float), tuple(names)), name)
 
 
 def _columns(flow: Flow) -> list[constraints.Constraint]:

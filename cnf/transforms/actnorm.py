@@ -1,4 +1,4 @@
-"""Scaling and shift of each feature or channel, set from the first data."""
+"""Activation normalisation: scaling and shift of each feature or channel, set from data."""
 
 import math
 from collections.abc import Sequence
@@ -8,14 +8,15 @@ from torch import Generator, Tensor, nn
 
 from cnf._checks import check_count, check_shape
 from cnf.transforms.base import Transform, WithLadj
+from cnf.transforms.elementwise import restored, standardized
 
 
 class ActNorm(Transform):
     """Learnable scaling and shift that start from the data: ``z = (x - loc) * exp(-log_scale)``.
 
     `initialize` gives each feature, or each channel of an image, mean 0 and standard deviation 1
-    over the rows it is given; until then this is the identity. `fit` does it with its first rows.
-    A feature or channel that is constant over them keeps the scale 1.
+    over the given rows; until then this is the identity. `fit` initialises it with its first rows.
+    A feature or channel that is constant over these rows keeps the scale 1.
 
     Args:
         shape: Number of features of a vector, or shape ``(channels, height, width)`` of the image
@@ -51,7 +52,7 @@ class ActNorm(Transform):
 
     @property
     def needs_initialization(self) -> bool:
-        """Whether loc and scale are still to be set by `initialize`."""
+        """Whether `initialize` has yet to set loc and scale."""
         return not self.is_initialized
 
     def _initialize(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> None:
@@ -64,17 +65,14 @@ class ActNorm(Transform):
         self.is_initialized.fill_(True)
 
     def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
-        loc, log_scale = self._of_features()
-        return (x - loc) * (-log_scale).exp(), -log_scale.sum().expand(x.shape[:-1])
+        return standardized(x, *self._loc_and_log_scale())
 
     def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
-        loc, log_scale = self._of_features()
-        return loc + log_scale.exp() * z, log_scale.sum().expand(z.shape[:-1])
+        return restored(z, *self._loc_and_log_scale())
 
     def _contributions(self, x: Tensor, context: Tensor | None) -> Tensor:
-        return -self._of_features()[1].expand_as(x)
+        return -self._loc_and_log_scale()[1].expand_as(x)
 
-    def _of_features(self) -> tuple[Tensor, Tensor]:
-        return self.loc.repeat_interleave(self.pixels), self.log_scale.repeat_interleave(
-            self.pixels
-        )
+    def _loc_and_log_scale(self) -> tuple[Tensor, Tensor]:
+        pixels = self.pixels
+        return self.loc.repeat_interleave(pixels), self.log_scale.repeat_interleave(pixels)

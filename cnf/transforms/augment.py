@@ -1,4 +1,4 @@
-"""The transform that adds features, so that the base side is larger than the data side."""
+"""Augmentation: random features are appended to x, so that z is larger than x."""
 
 import itertools
 import math
@@ -13,23 +13,23 @@ from cnf.vector_fields.conditioning import ContextScaling, scaled_context
 
 
 class Augment(Transform):
-    r"""Appends random features e, drawn from q(e | x, context): ``z = (x, e)``.
+    r"""Augmentation by random features e, drawn from q(e | x, context): ``z = (x, e)``.
 
-    What follows is a density of x and e together, and so gives a lower bound of that of x:
+    The rest of the flow models the joint density of x and e, which bounds the density of x:
 
     .. math:: \log p(x) \ge \mathbb{E}_q [\log p(x, e) - \log q(e | x)]
 
-    The gap is the distance (Kullback-Leibler divergence) of q from the posterior of e under the
-    flow. Draws are reparameterised, so that q learns with the flow. Paths of an ODE that would have
-    to cross in the space of x have room beside each other in the larger one.
+    The gap is the Kullback-Leibler divergence of q from the posterior of e under the flow. Draws
+    are reparameterised, so that q is trained with the flow. Paths of an ODE that would have to
+    cross in the space of x can pass each other in the larger space.
 
     Args:
         features: Size of x.
         augment: Size of e.
         context_features: Size of the context; 0 for none.
-        hidden_features: Widths of the hidden layers of the network that gives the mean and the
-            logarithm of the standard deviation of e; ``()`` for an affine map. A new q is standard
-            normal. None for one that always is.
+        hidden_features: Widths of the hidden layers of the network that returns the mean and the
+            logarithm of the standard deviation of e; ``()`` for an affine map. q starts as the
+            standard normal. None for a q that stays standard normal.
 
     Raises:
         TypeError: If a size is not an int.
@@ -46,6 +46,8 @@ class Augment(Transform):
         >>> z.shape, ladj.shape
         (torch.Size([5, 5]), torch.Size([5]))
     """
+
+    stochastic_to_base = True
 
     def __init__(
         self,
@@ -73,11 +75,6 @@ class Augment(Transform):
         """Size of x and e together."""
         return self.features + self.augment
 
-    @property
-    def stochastic_to_base(self) -> bool:
-        """True: e is drawn."""
-        return True
-
     def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         mean, log_std = self._mean_and_log_std(x, context)
         noise = torch.randn(
@@ -103,8 +100,7 @@ class Augment(Transform):
         context = scaled_context(self, context)
         if context is not None:
             x = torch.cat([x, context.expand(*x.shape[:-1], self.context_features)], -1)
-        # Under autocast the network returns what is coarser than a log-density may be.
-        mean, log_std = self.network(x).to(x.dtype).chunk(2, -1)
+        mean, log_std = self.network(x).to(x.dtype).chunk(2, -1)  # autocast lowers the dtype
         return mean, log_std
 
     def _network(self, hidden_features: Sequence[int]) -> nn.Sequential:
@@ -119,5 +115,5 @@ class Augment(Transform):
 
 
 def _log_normal(noise: Tensor, log_std: Tensor) -> Tensor:
-    """Log-density of mean + std * noise, in nats."""
+    """Return the log-density of mean + std * noise, in nats."""
     return (-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)

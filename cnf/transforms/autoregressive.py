@@ -1,4 +1,4 @@
-"""A network whose outputs for each feature see the features before it only."""
+"""Masked autoregressive network (MADE)."""
 
 import itertools
 from collections.abc import Sequence
@@ -8,20 +8,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cnf._checks import check_count
+from cnf._checks import check_count, check_widths
 from cnf._shapes import Context, Rows
 from cnf.vector_fields.conditioning import ContextScaling, scaled_context
 
 
 class AutoregressiveNetwork(nn.Module):
-    """Perceptron with masked weights: what it gives for feature i depends on features before i.
+    """Masked perceptron: the outputs for feature i depend on the features before i alone.
 
-    Every output may depend on the context. A new one gives zeros.
+    Every output may depend on the context. The initial outputs are zero.
 
     Args:
         features: Size of x.
         context_features: Size of the context; 0 for none.
-        outputs: How many numbers it gives for each feature.
+        outputs: Number of outputs for each feature.
         hidden_features: Widths of the hidden layers; ``()`` for an affine map. Some of the units
             see the first feature only, some the first two, and so on, in equal parts.
 
@@ -51,17 +51,14 @@ class AutoregressiveNetwork(nn.Module):
         self.features = check_count("features", features)
         self.context_features = check_count("context_features", context_features, least=0)
         self.outputs = check_count("outputs", outputs)
-        if not isinstance(hidden_features, Sequence):
-            raise TypeError(f"hidden_features must be widths; got {hidden_features!r}.")
-        widths = [check_count("each of hidden_features", width) for width in hidden_features]
-        self.hidden_features = tuple(widths)
-        sees = [self._inputs_are(), *map(self._hidden_units_see, widths)]
+        self.hidden_features = check_widths("hidden_features", hidden_features, least=0)
+        degrees = [self._input_degrees(), *map(self._hidden_degrees, self.hidden_features)]
         self.hidden = nn.ModuleList(
             _MaskedLinear(after.unsqueeze(-1) >= before)
-            for before, after in itertools.pairwise(sees)
+            for before, after in itertools.pairwise(degrees)
         )
-        of_feature = torch.arange(1, self.features + 1).repeat_interleave(self.outputs)
-        self.last = _MaskedLinear(of_feature.unsqueeze(-1) > sees[-1])
+        output_degrees = torch.arange(1, self.features + 1).repeat_interleave(self.outputs)
+        self.last = _MaskedLinear(output_degrees.unsqueeze(-1) > degrees[-1])
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
         if self.context_features:
@@ -70,27 +67,27 @@ class AutoregressiveNetwork(nn.Module):
     def forward(
         self, x: Rows, context: Context | None = None
     ) -> Float[Tensor, "*batch features outputs"]:
-        """The numbers for each feature."""
+        """Return the outputs for each feature."""
         context = scaled_context(self, context)
         if context is not None:
             x = torch.cat([x, context.expand(*x.shape[:-1], self.context_features)], -1)
         for layer in self.hidden:
             x = functional.silu(layer(x))
-        found: Tensor = self.last(x).unflatten(-1, (self.features, self.outputs))
-        return found
+        outputs: Tensor = self.last(x).unflatten(-1, (self.features, self.outputs))
+        return outputs
 
-    def _inputs_are(self) -> Tensor:
-        """Number of each input: features from 1 on; 0 is for the context, which all may see."""
+    def _input_degrees(self) -> Tensor:
+        """Return the MADE degrees of the inputs: 1, 2, … for features, 0 for the context."""
         return torch.cat([torch.arange(1, self.features + 1), torch.zeros(self.context_features)])
 
-    def _hidden_units_see(self, width: int) -> Tensor:
-        """Up to which feature each of the units sees; up to 0 is of use with a context only."""
+    def _hidden_degrees(self, width: int) -> Tensor:
+        """Return the number of the last feature that each unit sees; 0 for the context alone."""
         least = 0 if self.context_features or self.features == 1 else 1
         return least + torch.arange(width) * (self.features - least) // width
 
 
 class _MaskedLinear(nn.Linear):
-    """A linear layer without the weights where the mask ``(outputs, inputs)`` is false."""
+    """Linear layer whose weights are zero where the mask ``(outputs, inputs)`` is false."""
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__(mask.shape[1], mask.shape[0])

@@ -1,4 +1,4 @@
-"""Networks that read the numbers of a transform off the features that it leaves alone."""
+"""Conditioners: networks that compute the parameters of a coupling layer."""
 
 import itertools
 import math
@@ -15,11 +15,11 @@ from cnf.vector_fields.conditioning import ContextScaling, scaled_context
 
 
 class Conditioner(nn.Module, ABC):
-    """Base class of conditioners. A coupling takes any module; a file keeps these by their name."""
+    """Base class of conditioners. A coupling takes any module; `cnf.save` stores these by name."""
 
     @abstractmethod
     def forward(self, x: Rows, context: Context | None = None) -> Float[Tensor, "*batch outputs"]:
-        """The numbers for each row."""
+        """Return the parameters for each row."""
 
 
 class MLPConditioner(Conditioner):
@@ -29,7 +29,7 @@ class MLPConditioner(Conditioner):
 
     Args:
         features: Size of x.
-        outputs: How many numbers it gives for each row.
+        outputs: Number of outputs for each row.
         context_features: Size of the context; 0 for none.
         hidden_features: Widths of the hidden layers; ``()`` for an affine map.
 
@@ -66,7 +66,7 @@ class MLPConditioner(Conditioner):
             self.context_scaling = ContextScaling(self.context_features)
 
     def forward(self, x: Rows, context: Context | None = None) -> Float[Tensor, "*batch outputs"]:
-        """The numbers for each row."""
+        """Return the parameters for each row."""
         context = scaled_context(self, context)
         inputs = x if context is None else torch.cat([x, context], -1)
         outputs: Tensor = self.layers(inputs)
@@ -76,14 +76,14 @@ class MLPConditioner(Conditioner):
 class ConvConditioner(Conditioner):
     """Convolutional network of a flattened image and the context, with ReLU between its layers.
 
-    The first and last kernels are 3 x 3, those between 1 x 1, with zeros beyond the border. The
-    context shifts each channel that the first layer gives. The last layer starts at zero, so that
-    a new transform is the identity, and is followed by a learned positive factor for each channel,
+    The first and last kernels are 3 x 3, the others 1 x 1, with zero padding. The context shifts
+    each channel of the first layer's output. The last layer starts at zero, so that a new transform
+    is the identity, and is followed by a learned positive factor for each channel,
     ``exp(3 * log_scale)``.
 
     Args:
         shape: Shape ``(channels, height, width)`` of the image that x is, flattened in C order.
-        outputs: Channels of what it gives, an image of the same height and width, flattened.
+        outputs: Channels of the output, a flattened image of the same height and width.
         context_features: Size of the context; 0 for none.
         hidden_channels: Channels of the hidden layers; ``()`` for a single convolution.
 
@@ -130,7 +130,7 @@ class ConvConditioner(Conditioner):
         _reset_to_zero(layers[-1])
 
     def forward(self, x: Rows, context: Context | None = None) -> Float[Tensor, "*batch outputs"]:
-        """The channels of numbers for each image, flattened."""
+        """Return the channels of parameters for each image, flattened."""
         first, *others = self.layers
         channels: Tensor = first(x.reshape(-1, *self.shape))
         context = scaled_context(self, context)

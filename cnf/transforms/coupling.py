@@ -1,4 +1,4 @@
-"""Coupling layers: some features change, by numbers that a network reads off the others."""
+"""Coupling layers: one half of the features is mapped, with parameters from the other half."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -22,20 +22,19 @@ _CHECKERBOARDS = ("even", "odd")
 
 
 class Coupling(Transform):
-    """Changes some features, each by a map of one number, and keeps the others as they are.
+    """Coupling layer: maps some features elementwise and keeps the others.
 
-    What the map of each is, a network says, the `conditioner`, from the kept features and the
-    context; so both ways take one call of it. It is a module of the signature ``(x, context)``
-    that gives ``numbers * changed`` numbers for each row: the first number of each changed
-    feature, then the second, and so on. With halves, x is the kept features alone; with
-    checkerboards it is the whole image, with zeros for pixels that change, and the network gives
-    numbers for all pixels, of which those of kept ones are left aside. The context has the batch
-    shape of x, and is None if `context_features` is 0; a network of your own sees it as it comes,
-    as in a `ModuleField`.
+    A network, the `conditioner`, computes the parameters of the map from the kept features and the
+    context; so both directions call it once. It is a module of the signature ``(x, context)`` that
+    returns ``numbers * changed`` values for each row: the first parameter of each changed feature,
+    then the second, and so on. With halves, its x is the kept features alone. With checkerboards
+    its x is the whole image, with zeros for pixels that change, and it returns parameters for all
+    pixels; the parameters of kept pixels are ignored. The context has the batch shape of x, and is
+    None if `context_features` is 0; a network of your own gets it unscaled, as in a `ModuleField`.
 
-    A subclass says how many `numbers` the map of a feature has, and what the map is, in the hooks
-    `_changed_to_base` and `_changed_to_data`. These are given the features that change and the
-    numbers, a tensor of the same shape for each.
+    A subclass sets `numbers`, the number of parameters for each changed feature, and writes the map
+    in the hooks `_changed_to_base` and `_changed_to_data`. Their arguments are the features that
+    change and the parameters, a tensor of the same shape for each.
 
     Args:
         shape: Number of features of a vector, or shape ``(channels, height, width)`` of the image
@@ -44,14 +43,14 @@ class Coupling(Transform):
         conditioner: The network; None for an `MLPConditioner`, or a `ConvConditioner` of images,
             with which the new transform is the identity. A flow with a network of your own cannot
             be saved by `cnf.save`.
-        mask: What stays as it is: the "first" half of the features, or of the channels of an
-            image; all but these, the "last"; or the pixels of an image whose row and column add
-            up to an "even" or "odd" number, as on a checkerboard. Alternate them.
+        mask: The kept features: the "first" or "last" half of the features, or of the channels of
+            an image; or the pixels of an image whose row and column add up to an "even" or "odd"
+            number, as on a checkerboard. Alternate them.
 
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If a size is out of range, `mask` is unknown or leaves nothing to keep or to
-            change, or `conditioner` says that it takes other features or another context.
+            change, or `conditioner` takes other features or another context.
     """
 
     numbers: ClassVar[int]
@@ -82,19 +81,20 @@ class Coupling(Transform):
         self._changed: Tensor
         if conditioner is None:
             conditioner = self._default_conditioner()
-        self.conditioner = self._checked(conditioner)
+        self._check_sizes(conditioner)
+        self.conditioner = conditioner
 
     def extra_repr(self) -> str:
-        """Shape of x, and what is kept."""
+        """Shape of x, and the mask."""
         return f"shape={self.shape}, mask={self.mask!r}"
 
     @abstractmethod
     def _changed_to_base(self, x: Tensor, numbers: Sequence[Tensor]) -> WithLadj:
-        """Hook: z, and log(dz/dx) of each feature."""
+        """Hook: return z, and log(dz/dx) of each feature."""
 
     @abstractmethod
     def _changed_to_data(self, z: Tensor, numbers: Sequence[Tensor]) -> WithLadj:
-        """Hook: x, and log(dx/dz) of each feature."""
+        """Hook: return x, and log(dx/dz) of each feature."""
 
     def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         numbers = self._numbers(x, context)
@@ -108,21 +108,20 @@ class Coupling(Transform):
 
     @property
     def _sees_all(self) -> bool:
-        """Whether the conditioner takes and gives whole images."""
+        """Whether the conditioner takes and returns whole images."""
         return self.mask in _CHECKERBOARDS
 
     def _numbers(self, x: Tensor, context: Tensor | None) -> Sequence[Tensor]:
-        """The numbers of the maps: a tensor ``(*batch, changed)`` for each."""
+        """Return the parameters of the maps: a tensor ``(*batch, changed)`` for each."""
         if context is not None:
             context = context.expand(*x.shape[:-1], self.context_features)
         seen = x.index_fill(-1, self._changed, 0) if self._sees_all else x[..., self._given]
-        # Under autocast a network returns what is coarser than a point of the flow may be.
-        numbers: Tensor = self.conditioner(seen, context).to(x.dtype)
+        numbers: Tensor = self.conditioner(seen, context).to(x.dtype)  # autocast lowers the dtype
         each = self.features if self._sees_all else len(self._changed)
         if numbers.shape != (*x.shape[:-1], self.numbers * each):
             raise ValueError(
-                f"conditioner must give {self.numbers * each} numbers for each row, "
-                f"{self.numbers} for each of {each} features; it gave shape "
+                f"conditioner must return {self.numbers * each} numbers for each row, "
+                f"{self.numbers} for each of {each} features; it returned shape "
                 f"{tuple(numbers.shape)} for x of shape {tuple(x.shape)}."
             )
         numbers = numbers.unflatten(-1, (self.numbers, each))
@@ -138,11 +137,10 @@ class Coupling(Transform):
         shape = (given, height, width)
         return ConvConditioner(shape, self.numbers * changed, self.context_features)
 
-    def _checked(self, conditioner: nn.Module) -> nn.Module:
-        """The conditioner, if it is no module of this package that takes other sizes."""
+    def _check_sizes(self, conditioner: nn.Module) -> None:
         check_type("conditioner", conditioner, nn.Module, "MLPConditioner(2, 4)")
         if not isinstance(conditioner, MLPConditioner | ConvConditioner):
-            return conditioner
+            return
         features = self.features if self._sees_all else len(self._given)
         for name, size in (("features", features), ("context_features", self.context_features)):
             if getattr(conditioner, name) != size:
@@ -151,14 +149,13 @@ class Coupling(Transform):
                     f"{self.features} features and context_features={self.context_features}; "
                     f"it takes {name}={getattr(conditioner, name)}."
                 )
-        return conditioner
 
 
 class AdditiveCoupling(Coupling):
-    """Shifts some features by what a network reads off the others: ``z = x - loc(kept)``.
+    """Additive coupling layer: ``z = x - loc(kept)``.
 
-    Volumes stay as they are: the ladj is 0. The arguments are those of `Coupling`; the
-    conditioner gives one number, loc, for each changed feature.
+    It preserves volume: the ladj is 0. It takes the arguments of `Coupling`; the conditioner
+    returns one number, loc, for each changed feature.
 
     References:
         Dinh, Krueger & Bengio (2015), NICE. https://arxiv.org/abs/1410.8516
@@ -180,25 +177,25 @@ class AdditiveCoupling(Coupling):
 
 
 class AffineCoupling(Coupling):
-    r"""Shifts and scales some features by what a network reads off the others.
+    r"""Affine coupling layer.
 
     .. math::
         z = (x - \mathrm{loc}) \, e^{-s}, \qquad s = c \tanh(r / c)
 
-    with loc and r what the conditioner gives for each changed feature, loc of all of them first.
+    where the conditioner returns loc of all changed features, then r of all changed features.
     The bound c on the logarithm of the scale keeps the layer from exploding far from the data;
     ``s`` is about r where r is small.
 
     Args:
         shape: As in `Coupling`, which documents the first four.
         context_features: Size of the context; 0 for none.
-        conditioner: The network; None for one that suits the shape.
-        mask: What stays as it is: "first", "last", "even" or "odd".
+        conditioner: The network; None for the default.
+        mask: The kept features: "first", "last", "even" or "odd".
         bound: The bound c, positive and finite.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If a size or `bound` is out of range, or something of what `Coupling` says.
+        ValueError: If a size or `bound` is out of range, or as `Coupling` raises it.
 
     References:
         Dinh, Sohl-Dickstein & Bengio (2017), Density Estimation Using Real NVP.
@@ -236,7 +233,7 @@ class AffineCoupling(Coupling):
 
 
 def _kept_features(shape: tuple[int, int, int], mask: str) -> Tensor:
-    """Which features are kept, as booleans of shape ``(features,)``."""
+    """Return the mask of the kept features, ``(features,)``."""
     check_choice("mask", mask, _HALVES + _CHECKERBOARDS)
     channels, height, width = shape
     if mask in _HALVES:

@@ -1,4 +1,4 @@
-"""Transforms that act on each feature alone."""
+"""Elementwise affine transforms: learned, conditional, and standardisation."""
 
 import math
 from collections.abc import Sequence
@@ -41,21 +41,21 @@ class Affine(Transform):
         self.log_scale = nn.Parameter(torch.zeros(features))
 
     def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
-        return _standardized(x, self.loc, self.log_scale)
+        return standardized(x, self.loc, self.log_scale)
 
     def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
-        return _restored(z, self.loc, self.log_scale)
+        return restored(z, self.loc, self.log_scale)
 
     def _contributions(self, x: Tensor, context: Tensor | None) -> Tensor:
         return -self.log_scale.expand_as(x)
 
 
 class ConditionalAffine(Transform):
-    """Scaling and shift by the context: ``x = loc(context) + exp(log_scale(context)) * z``.
+    """Conditional scaling and shift: ``x = loc(context) + exp(log_scale(context)) * z``.
 
-    Both are affine in the context and start as the identity. At the end of a flow this is a base
-    of independent normal features whose means and standard deviations are learned: given a class
-    in one-hot form, those of each class.
+    `loc` and `log_scale` are affine in the context and start as the identity. At the end of a flow
+    this is a base of independent normal features with learned means and standard deviations: one
+    Gaussian for each class, if the context is a class in one-hot form.
 
     Args:
         shape: Number of features of a vector, or shape ``(channels, height, width)`` of the image
@@ -91,10 +91,10 @@ class ConditionalAffine(Transform):
         return f"shape={self.shape}"
 
     def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
-        return _standardized(x, *self._loc_and_log_scale(context, x.dtype))
+        return standardized(x, *self._loc_and_log_scale(context, x.dtype))
 
     def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
-        return _restored(z, *self._loc_and_log_scale(context, z.dtype))
+        return restored(z, *self._loc_and_log_scale(context, z.dtype))
 
     def _contributions(self, x: Tensor, context: Tensor | None) -> Tensor:
         return -self._loc_and_log_scale(context, x.dtype)[1].expand_as(x)
@@ -102,17 +102,17 @@ class ConditionalAffine(Transform):
     def _loc_and_log_scale(
         self, context: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        # Under autocast a layer returns what is coarser than a point of the flow may be.
-        of_channels = self.layer(scaled_context(self, context)).to(dtype)
-        loc, log_scale = of_channels.repeat_interleave(self.pixels, -1).chunk(2, -1)
+        channels = self.layer(scaled_context(self, context)).to(dtype)  # autocast lowers the dtype
+        loc, log_scale = channels.repeat_interleave(self.pixels, -1).chunk(2, -1)
         return loc, log_scale
 
 
 class Standardize(Transform):
-    """Fixed scaling that gives the data mean 0 and standard deviation 1: ``x = mean + std * z``.
+    """Standardisation to mean 0 and standard deviation 1: ``x = mean + std * z``, not learned.
 
-    `initialize` sets it, once, from the rows it is given, and `fit` does so with its training rows;
-    until then it is the identity. `from_data` makes one that is set; both raise the same.
+    `initialize` sets mean and standard deviation once, from the given rows; `fit` calls it with its
+    training rows; until then this is the identity. `from_data` returns an initialised one. Both
+    raise the same errors.
 
     Args:
         features: Size of x.
@@ -144,11 +144,11 @@ class Standardize(Transform):
     def from_data(
         cls, x: Float[Tensor, "rows features"], *, weight: Float[Tensor, " rows"] | None = None
     ) -> "Standardize":
-        """The standardisation of the rows of `x`, in its dtype and on its device.
+        """Return the standardisation of the rows of `x`, in its dtype and on its device.
 
         Args:
             x: At least two rows.
-            weight: How much each row counts, on any scale; None for all alike.
+            weight: Weight of each row, on any scale; None for equal weights.
 
         Raises:
             TypeError: If `x` is not a tensor.
@@ -172,14 +172,14 @@ class Standardize(Transform):
 
     @property
     def needs_initialization(self) -> bool:
-        """Whether mean and standard deviation are still to be set by `initialize`."""
+        """Whether `initialize` has yet to set mean and standard deviation."""
         return not self.is_initialized
 
     def _initialize(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> None:
         self._set(x.reshape(-1, self.features))
 
     def keep_identity(self) -> None:
-        """Stay the identity where nothing has been set yet, as for a flow trained without data."""
+        """Stay the identity if not yet initialised, as for a flow trained without data."""
         if self.needs_initialization:
             self.is_initialized.fill_(True)
 
@@ -196,24 +196,26 @@ class Standardize(Transform):
         self.is_initialized.fill_(True)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # What was saved before scalings could wait for data had been set.
+        # State dicts from before `is_initialized` existed hold initialised scalings.
         if f"{prefix}mean" in state_dict:
             state_dict.setdefault(f"{prefix}is_initialized", torch.ones((), dtype=torch.bool))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
-        return _standardized(x, self.mean, self.log_std)
+        return standardized(x, self.mean, self.log_std)
 
     def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
-        return _restored(z, self.mean, self.log_std)
+        return restored(z, self.mean, self.log_std)
 
     def _contributions(self, x: Tensor, context: Tensor | None) -> Tensor:
         return -self.log_std.expand_as(x)
 
 
-def _standardized(x: Tensor, loc: Tensor, log_scale: Tensor) -> WithLadj:
+def standardized(x: Tensor, loc: Tensor, log_scale: Tensor) -> WithLadj:
+    """``(x - loc) * exp(-log_scale)`` and its ladj."""
     return (x - loc) * (-log_scale).exp(), (-log_scale.sum(-1)).expand(x.shape[:-1])
 
 
-def _restored(z: Tensor, loc: Tensor, log_scale: Tensor) -> WithLadj:
+def restored(z: Tensor, loc: Tensor, log_scale: Tensor) -> WithLadj:
+    """``loc + exp(log_scale) * z`` and its ladj."""
     return loc + log_scale.exp() * z, log_scale.sum(-1).expand(z.shape[:-1])

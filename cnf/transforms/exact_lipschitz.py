@@ -1,4 +1,4 @@
-"""The exact-Lipschitz flow: residual steps whose largest slope is known, not bounded."""
+"""The exact-Lipschitz flow (ELF): residual steps with an exact Lipschitz constant."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,41 +8,40 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 from torch.nn import functional
 
-from cnf._checks import all_finite, check_count, check_number, non_finite_rows, refuse_overflow
+from cnf._checks import all_finite, check_count, check_fraction, non_finite_rows, refuse_overflow
 from cnf._shapes import Values
 from cnf.transforms.autoregressive import AutoregressiveNetwork
 from cnf.transforms.base import Transform, WithLadj
 from cnf.transforms.roots import increasing_root
 
 _NARROWEST = 1e-2
-"""Least width of a ramp, in units of its distance from 0 plus 1: its ends differ in float32 too."""
+"""Least width of a ramp, in units of 1 + its distance from 0: its ends differ in float32 too."""
 
 _SPREAD = 3.0
-"""Ramps of a new transform stand evenly between minus and plus this, for standardised data."""
+"""The initial ramps are evenly spaced between minus and plus this, for standardised data."""
 
 
 class ExactLipschitz(Transform):
-    r"""A residual step of each feature that depends on those before it: a contraction by design.
+    r"""Autoregressive residual flow with an exact Lipschitz constant.
 
     .. math:: z_i = x_i + g(x_i; \theta_i), \qquad \theta_i = \theta_i(x_1, \dots, x_{i-1})
 
-    Each g is a network of one number with one hidden layer, whose slope is a sum of ramps. Such a
-    slope is largest at an end of a ramp, so that its maximum is exact and takes no power iteration;
-    a g that is steeper than `lipschitz` is scaled down to it. The map is one-to-one, its Jacobian
-    triangular, and slopes of z_i in x_i are between 1 - `lipschitz` and 1 + `lipschitz`. A new one
-    is the identity.
+    Each g is a function of one number whose slope is a sum of ramps. Its largest slope is at an end
+    of a ramp, so that the Lipschitz constant is exact and takes no power iteration; a g steeper
+    than `lipschitz` is scaled down to it. The map is one-to-one, its Jacobian triangular, and the
+    slope of z_i in x_i is between 1 - `lipschitz` and 1 + `lipschitz`. A new one is the identity.
 
-    Ramps in place of steps, which the slope of a ReLU network has, make the density continuous; its
-    gradient still jumps at the ends of ramps. The way to the base is one call of the network that
-    gives the parameters; the way to the data one for each feature, with a bisection in each. Put
-    a `Permute` between two of these, and an `ActNorm` where data are to be scaled by more.
+    Ramps make the density continuous, where the steps in the slope of a ReLU network would not; its
+    gradient still jumps at the ends of ramps. The way to the base calls the network of the
+    parameters once; the way to the data calls it once for each feature, with a bisection each. Put
+    a `Permute` between two of these, and an `ActNorm` where data need a larger scaling.
 
     Args:
         features: Size of x.
         context_features: Size of the context; 0 for none.
         units: Number of ramps of each g.
-        hidden_features: Widths of the hidden layers of the network that gives the parameters;
-            ``()`` for an affine map.
+        hidden_features: Widths of the hidden layers of the network of the parameters; ``()`` for
+            an affine map.
         lipschitz: Largest slope of each g, between 0 and 1.
 
     Raises:
@@ -71,9 +70,7 @@ class ExactLipschitz(Transform):
     ) -> None:
         super().__init__(features, context_features)
         self.units = check_count("units", units)
-        self.lipschitz = check_number(
-            "lipschitz", lipschitz, "between 0 and 1", lambda number: 0 < number < 1
-        )
+        self.lipschitz = check_fraction("lipschitz", lipschitz)
         self.network = AutoregressiveNetwork(
             features, context_features, outputs=2 + 3 * self.units, hidden_features=hidden_features
         )
@@ -97,14 +94,14 @@ class ExactLipschitz(Transform):
     def _to_data_value(
         self, z: Tensor, context: Tensor | None, generator: Generator | None
     ) -> Tensor:
-        x = z  # of which the network sees no more than is found
+        x = z  # the parameters of feature i depend on the features before it, which are solved
         for i in range(self.features):
-            found = self._undone(self._ramps("z", x, context).of_feature(i), z[..., i])
-            x = torch.cat([x[..., :i], found.unsqueeze(-1), x[..., i + 1 :]], -1)
+            solved = self._inverse(self._ramps("z", x, context).of_feature(i), z[..., i])
+            x = torch.cat([x[..., :i], solved.unsqueeze(-1), x[..., i + 1 :]], -1)
         return x
 
-    def _undone(self, ramps: "Ramps", target: Tensor) -> Tensor:
-        """The number that becomes `target`: no farther from 0 than its slopes allow."""
+    def _inverse(self, ramps: "Ramps", target: Tensor) -> Tensor:
+        """Return the x with x + g(x) = target, by root finding; the slopes bound its distance."""
 
         def excess_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
             step, slope = ramps.value_and_slope(x)
@@ -116,11 +113,10 @@ class ExactLipschitz(Transform):
         return increasing_root(excess_and_slope, -farthest, farthest)
 
     def _ramps(self, name: str, x: Tensor, context: Tensor | None) -> "Ramps":
-        # Under autocast the network returns what is coarser than a log-density may be.
-        parameters = self.network(x, context).to(x.dtype)
+        parameters = self.network(x, context).to(x.dtype)  # autocast lowers the dtype
         if not all_finite((parameters,)):
             bad = non_finite_rows(parameters.detach(), event_dim=2)
-            refuse_overflow(name, bad, "what the network makes of it", x.dtype)
+            refuse_overflow(name, bad, "the output of the network", x.dtype)
         shift, slope, heights, moves, widths = parameters.split(
             [1, 1, self.units, self.units, self.units], -1
         )
@@ -140,62 +136,57 @@ class Ramps:
     """
 
     shift: Values
-    """The value at 0 is this plus what ramps that begin below 0 add."""
+    """Value at 0, without the ramps that begin below 0."""
     slope: Values
     """Slope below all ramps."""
     heights: Float[Tensor, "*batch units"]
-    """By how much the slope changes along each ramp."""
+    """Change of the slope along each ramp."""
     places: Float[Tensor, "*batch units"]
-    """Where each ramp begins."""
+    """Start of each ramp."""
     widths: Float[Tensor, "*batch units"]
-    """How long it is."""
+    """Width of each ramp."""
 
     def value_and_slope(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The functions and their derivatives, each at one number."""
+        """Return the functions and their derivatives at t, one number for each function."""
         size = _unit(t.abs())  # else terms overflow though their sum does not
-        share, units = self._share(t), size.unsqueeze(-1)
+        position, units = self._position(t), size.unsqueeze(-1)
         beyond = t.unsqueeze(-1) / units - (self.places + self.widths) / units
-        area = 0.5 * self.widths * share.square() / units + beyond.clamp(min=0)
+        area = 0.5 * self.widths * position.square() / units + beyond.clamp(min=0)
         value = self.slope * (t / size) + (self.heights * area).sum(-1)
         return self.shift + size * value, self.slope_at(t)
 
     def slope_at(self, t: Tensor) -> Tensor:
-        """The derivatives alone."""
-        return self.slope + (self.heights * self._share(t)).sum(-1)
+        """Return the derivatives alone."""
+        return self.slope + (self.heights * self._position(t)).sum(-1)
 
-    def steepest(self) -> Tensor:
-        """The largest absolute slope: that at an end of a ramp, between which slopes are linear."""
+    def lipschitz_constant(self) -> Tensor:
+        """Return the largest absolute slope; slopes are linear between the ends of ramps."""
         ends = torch.cat([self.places, self.places + self.widths], -1)
         return self.slope_at(ends.movedim(-1, 0)).abs().amax(0)
 
     def scaled_to(self, limit: float) -> "Ramps":
-        """The same functions where no slope exceeds the limit, else with slopes scaled to it."""
-        # In a unit that cancels, for products with derivatives of huge slopes overflow.
+        """Return the functions with their Lipschitz constants scaled down to at most `limit`."""
+        # The unit cancels; without it, products with derivatives of huge slopes overflow.
         unit = _unit(torch.maximum(self.slope.abs(), self.heights.abs().amax(-1)))
         slope, heights = self.slope / unit, self.heights / unit.unsqueeze(-1)
         in_unit = Ramps(self.shift, slope, heights, self.places, self.widths)
-        factor = limit / in_unit.steepest().clamp(min=limit / unit)
+        factor = limit / in_unit.lipschitz_constant().clamp(min=limit / unit)
         heights = factor.unsqueeze(-1) * heights
         return Ramps(self.shift, factor * slope, heights, self.places, self.widths)
 
     def of_feature(self, i: int) -> "Ramps":
-        """The functions of the feature i, the last axis of the batch."""
-        return Ramps(
-            self.shift[..., i],
-            self.slope[..., i],
-            self.heights[..., i, :],
-            self.places[..., i, :],
-            self.widths[..., i, :],
-        )
+        """Return the functions of feature i, the last axis of the batch."""
+        units = (self.heights[..., i, :], self.places[..., i, :], self.widths[..., i, :])
+        return Ramps(self.shift[..., i], self.slope[..., i], *units)
 
-    def _share(self, t: Tensor) -> Tensor:
-        """Where each number is along each ramp: 0 where it begins, 1 where it ends."""
-        # Not far from the ramp, for a quotient that overflows has a gradient of NaN.
+    def _position(self, t: Tensor) -> Tensor:
+        """Return the position of t along each ramp: 0 up to its start, 1 from its end on."""
+        # Clamped near the ramp, because a quotient that overflows has a gradient of NaN.
         near = t.unsqueeze(-1).clamp(self.places - self.widths, self.places + 2 * self.widths)
         return ((near - self.places) / self.widths).clamp(0, 1)
 
 
 def _unit(size: Tensor) -> Tensor:
-    """Positive numbers where they are so large that products of a few overflow, else 1."""
+    """Return `size` where it is so large that products of a few overflow, else 1."""
     size = size.detach()
     return torch.where(size > torch.finfo(size.dtype).max ** 0.25, size, 1.0)

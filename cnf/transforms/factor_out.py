@@ -1,4 +1,4 @@
-"""A transform that leaves features out: the multi-scale architecture."""
+"""Factoring out features: the multi-scale architecture."""
 
 from collections.abc import Iterable, Sequence
 
@@ -13,15 +13,15 @@ from cnf.transforms.chain import Chain, check_covered
 
 
 class FactorOut(Transform):
-    """Applies transforms to the first features; the rest go to the base as they are.
+    """Multi-scale step: transforms of the first features; the others go to the base unchanged.
 
-    With a base of independent features this is the factoring out of a multi-scale flow: what is
-    left out early need not pass through all layers, and each layer costs less. `transforms` take
-    the features that are kept, and the result stands before the rest. One that does not take all
-    numbers, such as a `Dequantize` of some columns of a table, checks its own features.
+    With a base of independent features this is the factoring out of Real NVP: features factored
+    out early skip the later layers, which then cost less. `transforms` take the kept features, and
+    their result stands before the others. A transform with a narrower support, such as a
+    `Dequantize` of some columns of a table, checks its own features.
 
     Args:
-        transforms: From data to base; the first says how many features are kept.
+        transforms: From data to base; `features` of the first is the number of kept features.
         features: Size of x.
 
     Raises:
@@ -56,11 +56,11 @@ class FactorOut(Transform):
                 f"features must be more than the {self.kept} that transforms take; "
                 f"got {self.features}."
             )
-        check_covered(chain.transforms, "what is left out", constraints.real_vector)
+        check_covered(chain.transforms, "the factored-out part", constraints.real_vector)
         self.transforms = chain
 
     def extra_repr(self) -> str:
-        """How many features are kept and left out."""
+        """Numbers of features kept and left out."""
         return f"kept={self.kept}, left_out={self.features - self.kept}"
 
     @property
@@ -75,27 +75,27 @@ class FactorOut(Transform):
 
     @property
     def likelihood(self) -> Likelihood:
-        """The weakest among the transforms."""
+        """The weakest likelihood among the transforms."""
         return self.transforms.likelihood
 
     @property
     def stochastic_to_base(self) -> bool:
-        """Whether one of the transforms draws on the way to the base."""
+        """Whether one of the transforms is stochastic towards the base."""
         return self.transforms.stochastic_to_base
 
     @property
     def stochastic_to_data(self) -> bool:
-        """Whether one of the transforms draws on the way to the data."""
+        """Whether one of the transforms is stochastic towards the data."""
         return self.transforms.stochastic_to_data
 
     @property
     def is_bijective(self) -> bool:
-        """Whether all transforms are."""
+        """Whether all transforms are bijective."""
         return self.transforms.is_bijective
 
     @property
     def needs_initialization(self) -> bool:
-        """Whether one of the transforms does."""
+        """Whether one of the transforms needs initialization."""
         return self.transforms.needs_initialization
 
     def _initialize(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> None:
@@ -139,6 +139,6 @@ class FactorOut(Transform):
         return torch.cat([x, rest], -1)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What the transforms take or give, and the rest, which has one size on both sides."""
+        """Return the entries for the transforms, and the others, as many on both sides."""
         kept = x.shape[-1] - (self.features - self.kept)
         return x[..., :kept], x[..., kept:]

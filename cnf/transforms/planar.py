@@ -1,4 +1,4 @@
-"""Planar and radial flows: points move along one direction, or to and from one point."""
+"""Planar and radial flows."""
 
 import math
 
@@ -10,14 +10,14 @@ from cnf.transforms.base import Transform, WithLadj
 from cnf.transforms.roots import increasing_root
 
 _MARGIN = 1e-3
-"""Least slope of either map along the line on which it moves points: what keeps inverses finite."""
+"""Least slope of either map along its line of motion, which keeps inverses finite."""
 
 _AT_REST = math.log(math.expm1(1 - _MARGIN))
-"""Where softplus is 1 - `_MARGIN`: the identity."""
+"""The number whose softplus is 1 - `_MARGIN`, for which both maps are the identity."""
 
 
 class Planar(Transform):
-    r"""A step along one direction, by how far x is from a plane: a ridge of density is bent.
+    r"""Planar flow: a step along one direction that depends on the distance of x from a plane.
 
     .. math::
         z = x + \hat u \tanh(w^\top x + b), \qquad
@@ -25,9 +25,9 @@ class Planar(Transform):
         m = \mathrm{softplus}(w^\top u) - 1 + 0.001
 
     with w the `normal`, u the `direction` and b the `offset`. The correction of u makes
-    :math:`w^\top \hat u = m` greater than -1, so that the map is one-to-one whatever the parameters
-    are. A new one is the identity. The way to the base is cheap; the way to the data takes as many
-    steps of bisection, on one number for each row, as the dtype has digits.
+    :math:`w^\top \hat u = m` greater than -1, so that the map is one-to-one for all parameters. A
+    new one is the identity. The way to the base is cheap; the way to the data is a bisection on one
+    number for each row, with one step for each digit of the dtype.
 
     Args:
         features: Size of x.
@@ -66,7 +66,7 @@ class Planar(Transform):
             bend = height.tanh()
             return height + across * bend - target, 1 + across * (1 - bend.square())
 
-        # Where the height overflows, the bend is that of the largest number: 1 or -1.
+        # The clamp keeps the height finite; its tanh is 1 or -1 there.
         limits = torch.finfo(target.dtype)
         target = target.clamp(limits.min, limits.max)
         low, high = target - across.abs(), target + across.abs()
@@ -74,12 +74,12 @@ class Planar(Transform):
         return z - bend.unsqueeze(-1) * step, -torch.log1p(across * (1 - bend.square()))
 
     def _height(self, x: Tensor) -> Tensor:
-        # Not a matrix product, which autocast would round; so below.
-        size = _size(x)  # without which products might be inf, and their sum NaN
+        # Not a matrix product, which autocast would round; nor is one below.
+        size = _size(x)  # products of large numbers might be inf, and their sum NaN
         return size.squeeze(-1) * (x / size * self.normal).sum(-1) + self.offset
 
     def _step(self) -> tuple[Tensor, Tensor]:
-        """The corrected direction, and its product with the normal."""
+        """Return the corrected direction, and its product with the normal."""
         product = (self.normal * self.direction).sum()
         across = functional.softplus(product) - (1 - _MARGIN)
         correction = (across - product) * self.normal / self.normal.square().sum()
@@ -87,15 +87,15 @@ class Planar(Transform):
 
 
 class Radial(Transform):
-    r"""A step to or from one point, the less the farther away: density is heaped there or hollowed.
+    r"""Radial flow: a step towards or away from one point, smaller the farther x is from it.
 
     .. math::
         z = x + \frac{\beta}{\alpha + r} (x - x_0), \qquad r = \lVert x - x_0 \rVert, \qquad
         \beta = \mathrm{softplus}(s) - (1 - 0.001) \, \alpha
 
     with x_0 the `centre`, s the `strength` and the logarithm of alpha the `log_radius`. As beta is
-    greater than -alpha, the map is one-to-one whatever the parameters are. A new one is the
-    identity. Both ways have a closed form: r solves a quadratic equation.
+    greater than -alpha, the map is one-to-one for all parameters. A new one is the identity. Both
+    directions have a closed form: r solves a quadratic equation.
 
     Args:
         features: Size of x.
@@ -131,12 +131,12 @@ class Radial(Transform):
         return self.centre + offset / stretch.unsqueeze(-1), -ladj
 
     def _radius_and_rest(self) -> tuple[Tensor, Tensor]:
-        """Alpha, and alpha + beta, without the difference of the two that would lose digits."""
+        """Return alpha, and alpha + beta without the difference that would lose digits."""
         radius = self.log_radius.exp()
         return radius, _MARGIN * radius + functional.softplus(self.strength)
 
     def _stretch_and_ladj(self, distance: Tensor) -> tuple[Tensor, Tensor]:
-        """What a distance from the centre is multiplied by, and the ladj there."""
+        """Return the factor of the distance from the centre, and the ladj there."""
         radius, rest = self._radius_and_rest()
         stretch = (rest + distance) / (radius + distance)
         near, far = radius / (radius + distance), distance / (radius + distance)
@@ -144,18 +144,21 @@ class Radial(Transform):
         return stretch, (self.features - 1) * stretch.log() + along.log()
 
     def _distance(self, target: Tensor) -> Tensor:
-        """The distance r that becomes `target`: ``r**2 + (rest - target) r = radius * target``."""
+        """Return the distance r that maps to `target`, by the quadratic formula.
+
+        It solves ``r**2 + (rest - target) r = radius * target``.
+        """
         radius, rest = self._radius_and_rest()
         lead = target - rest
         size = lead.abs()
-        scale = target.detach().clamp(min=1)  # without which squares might overflow
+        scale = target.detach().clamp(min=1)  # squares of large numbers might overflow
         root = scale * ((lead / scale).square() + 4 * radius / scale * (target / scale)).sqrt()
         # (lead + root) / 2, without the difference of near numbers where lead is negative.
         return lead / 2 + size / 2 + 2 * radius * (target / (root + size))
 
 
 def _size(x: Tensor) -> Tensor:
-    """A constant for each row to divide by, so that squares and sums keep in range; mostly 1."""
+    """Return a constant divisor for each row, mostly 1, that keeps squares and sums in range."""
     limits = torch.finfo(x.dtype)
     largest = x.detach().abs().amax(-1, keepdim=True)
     in_range = (largest > limits.tiny**0.5 / limits.eps) & (largest < limits.max**0.25)
@@ -163,7 +166,7 @@ def _size(x: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor) -> Tensor:
-    """The Euclidean norm; the largest number where the norm overflows though no entry does."""
+    """Return the Euclidean norm; the largest finite number where the norm overflows."""
     size = _size(x)
     norm: Tensor = size.squeeze(-1) * torch.linalg.vector_norm(x / size, dim=-1)
     return norm.clamp(max=torch.finfo(x.dtype).max)

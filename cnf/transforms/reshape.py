@@ -1,31 +1,23 @@
-"""Transforms that rearrange the entries of x."""
+"""Flattening, permutation and squeezing: transforms that rearrange the entries of x."""
 
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Generator, Tensor
-from torch.distributions import constraints
 
 from cnf._checks import check_count, check_shape
 from cnf.transforms.base import Transform, WithLadj
 
 
 class Rearrangement(Transform):
-    """The same numbers in another order or shape: the ladj is 0.
+    """Rearrangement of the entries of x, with ladj 0. The next transform defines the support."""
 
-    Args:
-        features: Number of entries of x.
-    """
-
-    @property
-    def support(self) -> constraints.Constraint | None:
-        """None, for the next transform says which numbers x may hold."""
-        return None
+    support = None
 
 
 class Flatten(Rearrangement):
-    """Events of any shape, such as images, as vectors in C order. Comes first in a flow.
+    """Flattens events of any shape, such as images, to vectors in C order; first in a flow.
 
     Args:
         shape: Shape of an event, such as ``(channels, height, width)``.
@@ -62,7 +54,7 @@ class Flatten(Rearrangement):
 
 
 class Permute(Rearrangement):
-    """Features in another, fixed order: ``z[..., i] = x[..., order[i]]``.
+    """Fixed permutation of the features: ``z[..., i] = x[..., order[i]]``.
 
     Args:
         order: Each of the numbers from 0 to features - 1, once.
@@ -100,7 +92,7 @@ class Permute(Rearrangement):
 
 
 class Squeeze(Rearrangement):
-    """Each 2 x 2 square of a flattened image becomes four channels of one pixel.
+    """Turns each 2 x 2 square of a flattened image into four channels of one pixel.
 
     Channels of the result count the places within a square fastest, as in
     `torch.nn.functional.pixel_unshuffle`.

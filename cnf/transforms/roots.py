@@ -1,4 +1,4 @@
-"""Roots of increasing functions, for inverses that have no closed form."""
+"""Root finding for increasing functions, for inverses without a closed form."""
 
 import math
 from collections.abc import Callable
@@ -12,14 +12,14 @@ from cnf._shapes import Values
 def increasing_root(
     value_and_slope: Callable[[Tensor], tuple[Tensor, Tensor]], low: Values, high: Values
 ) -> Values:
-    """Where each of many increasing functions is 0: to round-off, and with its gradient.
+    """Return the root of each of many increasing functions, to round-off and with its gradient.
 
-    The bracket is halved as often as its dtype has digits, whatever the functions are, and a step
-    of Newton mends the last digits. That step alone is differentiated: at a root its gradient is
-    that of the implicit function. Second derivatives through it would be wrong.
+    Bisection, one step for each digit of the dtype, then a Newton step. Only the Newton step is
+    differentiated: at a root it has the gradient of the implicit function. Its second derivatives
+    are wrong.
 
     Args:
-        value_and_slope: What the functions and their derivatives are at one point for each.
+        value_and_slope: Returns the functions and their derivatives, at one point for each.
         low: Points at or below the roots.
         high: Points at or above the roots.
 
@@ -34,7 +34,7 @@ def increasing_root(
     """
     with torch.no_grad():
         for _ in range(math.ceil(-math.log2(torch.finfo(low.dtype).eps))):
-            middle = low / 2 + high / 2  # whose sum might overflow
+            middle = low / 2 + high / 2  # low + high might overflow
             is_below = value_and_slope(middle)[0] < 0
             low, high = torch.where(is_below, middle, low), torch.where(is_below, high, middle)
         root = low / 2 + high / 2

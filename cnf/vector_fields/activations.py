@@ -1,4 +1,4 @@
-"""Smooth activations and their slopes, for closed-form and forward-carried derivatives."""
+"""Smooth activations and their derivatives, for closed-form and forward-mode derivatives."""
 
 import math
 from collections.abc import Callable
@@ -12,18 +12,18 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation: its value, and its value with its slope at the price of little more."""
+    """Activation: its value, and its value and slope together, which cost little more."""
 
     value: Callable[[Tensor], Tensor]
     value_and_slope: Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class _TanhByExp(torch.autograd.Function):
-    """tanh for the compiler, whose own takes several times as long on a CPU."""
+    """tanh by exp for compiled programs, whose own tanh is several times slower on a CPU."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor) -> Tensor:
-        decay = torch.exp(-2 * a.abs())  # of what does not overflow
+        decay = torch.exp(-2 * a.abs())  # never overflows
         value = torch.copysign((1 - decay) / (1 + decay), a)
         ctx.save_for_backward(value)
         return value
@@ -52,7 +52,7 @@ def _sigmoid(a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _softplus_value(a: Tensor) -> Tensor:
-    # torch turns linear above its threshold of 20, which costs nine digits of the slope there.
+    # torch's default threshold of 20 costs nine digits of the slope above it.
     return functional.softplus(a, threshold=40.0)
 
 
@@ -73,7 +73,7 @@ def _gelu(a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _elu(a: Tensor) -> tuple[Tensor, Tensor]:
-    # The clamped argument does not overflow, and above zero its exp is the slope of 1.
+    # The clamp prevents overflow, and gives the slope 1 above zero.
     return functional.elu(a), a.clamp(max=0).exp()
 
 
@@ -93,7 +93,7 @@ ACTIVATIONS: dict[str, Activation] = {
 """Activations by name: all once continuously differentiable, as the divergence needs."""
 
 
-# Functions with names, for fields that hold them are pickled.
+# Named functions, because fields that hold them are pickled.
 def _sin_antiderivative(a: Tensor) -> Tensor:
     return -a.cos()
 

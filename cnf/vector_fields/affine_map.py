@@ -1,4 +1,4 @@
-"""The affine map that a time-conditioned layer is at one time and context."""
+"""Affine map of a time-conditioned layer at one time and context."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,17 +8,17 @@ from torch import Tensor, nn
 
 
 class AffineMap(NamedTuple):
-    """The map ``x -> gate * (weight x + offset) + bias`` of a layer at one time and context."""
+    """Affine map ``x -> gate * (weight x + offset) + bias``."""
 
     weight: Tensor
-    """Shape ``(out, in)``, or ``(*batch, out, in)`` where rows differ in it."""
+    """Shape ``(out, in)``, or ``(*batch, out, in)`` where rows have their own."""
     gate: Tensor | None
-    """Shape ``(*batch, out)``, where rows differ in it; None stands for ones."""
+    """Shape ``(*batch, out)``, where rows have their own; None stands for ones."""
     bias: Tensor
     """Shape ``(out,)`` or ``(*batch, out)``."""
     offset: Tensor | None = None
-    """Shape ``(out,)``; None stands for zeros. It could stand in the bias, times the gate; but
-    where rows differ in the gate, to add it within the product is cheaper."""
+    """Shape ``(out,)``; None stands for zeros. With a gate for each row it is cheaper to add within
+    the product than, times the gate, in the bias."""
 
     @property
     def is_shared(self) -> bool:
@@ -26,22 +26,22 @@ class AffineMap(NamedTuple):
         return self.gate is None and self.weight.ndim == 2
 
     def value(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """The map of `x`."""
+        """Return the map of `x`."""
         if self.gate is None and self.weight.ndim == 2 and self.bias.ndim == 1:
             return nn.functional.linear(x, self.weight, self.bias)
         return self._scaled(self._product(x, self.offset)) + self.bias
 
     @property
     def at_zero(self) -> Float[Tensor, "*batch out"]:
-        """The map of zero."""
+        """Value of the map at zero."""
         return self.bias if self.offset is None else self.bias + self._scaled(self.offset)
 
     def tangent(self, dx: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """The derivative of the map in direction `dx`."""
+        """Return the derivative of the map in direction `dx`."""
         return self._scaled(self._product(dx))
 
     def cotangent(self, dy: Float[Tensor, "*batch out"]) -> Float[Tensor, "*batch in"]:
-        """The transposed derivative of the map, of `dy`."""
+        """Return the transposed derivative of the map, applied to `dy`."""
         dy = self._scaled(dy)
         if self.weight.ndim == 2:
             return dy @ self.weight
@@ -50,7 +50,7 @@ class AffineMap(NamedTuple):
     def linearised(
         self, x: Float[Tensor, "*batch in"]
     ) -> tuple[Float[Tensor, "*batch out"], Callable[[Tensor], Tensor]]:
-        """The map of `x`, and its derivative."""
+        """Return the map of `x`, and its derivative."""
         return self.value(x), self.tangent
 
     def _product(self, x: Tensor, offset: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The vector field v(t, x | context) of a continuous flow, and what one evaluation can yield."""
+"""Base class of the vector fields v(t, x | context) of continuous flows, and their evaluations."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -28,17 +28,17 @@ _HOOKS = {
         "_velocity_and_bottleneck_products(t, x, probes, context), which returns both"
     ),
 }
-"""What a subclass writes in place of each final method."""
+"""Hooks that a subclass writes in place of final methods."""
 
 
 class VectorField(nn.Module, ABC):
-    """Velocity dx/dt at (t, x), given a context; t = 0 is the base and t = 1 the data.
+    """Vector field: the velocity dx/dt at (t, x), given a context; t = 0 is the base, t = 1 data.
 
     The public methods that evaluate are final: they count the evaluation, and run a program where
     the field is compiled. A subclass writes the hook `_velocity`; everything else then works by
-    reverse-mode differentiation. A field that knows a cheaper way writes `_velocity_and_products`
-    and `_velocity_and_divergence` too. Hooks are given the time, the points, the probes where there
-    are any, and the context or None.
+    reverse-mode differentiation. A field with a cheaper way writes `_velocity_and_products` and
+    `_velocity_and_divergence` too. Hooks take the time, the points, the probes if any, and the
+    context or None.
 
     Args:
         features: Size of x.
@@ -57,12 +57,12 @@ class VectorField(nn.Module, ABC):
     """
 
     compilation: Compilation | None = None
-    """What makes and runs programs of the hooks; None until `compile`."""
+    """Compiled programs of the hooks; None until `compile`."""
     has_programs: ClassVar[bool] = False
     """Whether the hooks of divergence and products can be compiled: reverse mode cannot."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Refuse a class that overrides a final method, whose hook it would have to write."""
+        """Refuse a class that overrides a final method in place of its hook."""
         super().__init_subclass__(**kwargs)
         refuse_overrides(cls, VectorField, _HOOKS)
         cls.has_programs = cls._velocity_and_products is not VectorField._velocity_and_products
@@ -79,22 +79,22 @@ class VectorField(nn.Module, ABC):
 
     @property
     def has_closed_form_divergence(self) -> bool:
-        """Whether `velocity_and_divergence` costs about one evaluation, however many features."""
+        """Whether `velocity_and_divergence` costs about one evaluation, for any `features`."""
         return False
 
     @property
     def bottleneck(self) -> int | None:
-        """Width of a layer through which x acts, if it is less than `features` and known."""
+        """Width of the narrowest layer, if it is known and less than `features`."""
         return None
 
     @final  # type: ignore[misc]  # to torch, forward is an attribute that may be written
     def forward(self, t: Times, x: Rows, context: Context | None = None) -> Rows:
-        """Velocity at `x`.
+        """Return the velocity at `x`.
 
         Args:
             t: Time, 0-dim or one for each row, ``(*batch,)``.
             x: Points, ``(*batch, features)``.
-            context: Its batch axes broadcast to those of `x`.
+            context: Its batch axes broadcast to the batch axes of `x`.
         """
         if self.compilation is not None:
             return self.compilation.run(self._velocity, t, x, context)
@@ -104,7 +104,7 @@ class VectorField(nn.Module, ABC):
     def velocity_and_divergence(
         self, t: Times, x: Rows, context: Context | None = None
     ) -> tuple[Rows, Values]:
-        """Velocity and its exact divergence."""
+        """Return the velocity and its exact divergence."""
         if self._forward_pre_hooks:
             self._count_evaluation(t, x, context)
         if self.compilation is not None:
@@ -115,11 +115,11 @@ class VectorField(nn.Module, ABC):
     def velocity_and_products(
         self, t: Times, x: Rows, probes: Probes, context: Context | None = None
     ) -> tuple[Rows, Probes]:
-        r"""Velocity, and the product of its Jacobian J = ∂v/∂x with each probe.
+        r"""Return the velocity, and the product of its Jacobian J = ∂v/∂x with each probe.
 
-        By reverse mode the products are :math:`J^\top p`; a field that carries tangents forward
-        gives :math:`J p`. Either serves: :math:`p^\top J p` is the same number, and so is the sum
-        of squares over a basis (or its mean over random probes).
+        By reverse mode the products are :math:`J^\top p`, by forward mode :math:`J p`. Both give
+        the same :math:`p^\top J p`, and the same sum of squares over a basis (or mean over random
+        probes).
         """
         if self._forward_pre_hooks:
             self._count_evaluation(t, x, context)
@@ -131,11 +131,11 @@ class VectorField(nn.Module, ABC):
     def velocity_and_bottleneck_products(
         self, t: Times, x: Rows, probes: NarrowProbes, context: Context | None = None
     ) -> tuple[Rows, NarrowProbes]:
-        r"""Velocity, and the product with each probe of a smaller matrix of the same trace.
+        r"""Return the velocity, and the products of probes with a smaller matrix of the same trace.
 
         For v = g(h(x)) with h of the width `bottleneck`, :math:`\mathrm{tr} (\partial g/\partial h)
         (\partial h/\partial x) = \mathrm{tr} (\partial h/\partial x)(\partial g/\partial h)`. The
-        latter matrix is smaller, and so may be the variance of an estimate of its trace.
+        latter matrix is smaller, and the variance of its trace estimate may be smaller, too.
 
         Raises:
             NotImplementedError: If `bottleneck` is None.
@@ -163,7 +163,7 @@ class VectorField(nn.Module, ABC):
     def _velocity_and_divergence(
         self, t: Tensor, x: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Hook: the velocity and its divergence; here the trace over the standard basis."""
+        """Hook: the velocity and its divergence. Default: the trace over the standard basis."""
         basis = standard_basis(x)
         velocity, products = self._velocity_and_products(t, x, basis, context)
         return velocity, (basis * products).sum(-1).sum(0)
@@ -171,11 +171,11 @@ class VectorField(nn.Module, ABC):
     def _velocity_and_products(
         self, t: Tensor, x: Tensor, probes: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Hook: the velocity and Jacobian products; here by reverse mode."""
+        """Hook: the velocity and Jacobian products. Default: by reverse mode."""
         if is_exporting():
             raise RuntimeError(
-                f"torch.export cannot follow the divergence of a {type(self).__name__}, which is "
-                "made by backward passes; export to_data, or write _velocity_and_products."
+                f"torch.export cannot follow the divergence of a {type(self).__name__}: it takes "
+                "backward passes; export to_data, or write _velocity_and_products."
             )
         if functions_are_transformed():
             velocity, pull, *_ = torch.func.vjp(lambda x: self._velocity(t, x, context), x)
@@ -186,8 +186,8 @@ class VectorField(nn.Module, ABC):
             context = None if context is None else usable_by_autograd(context)
             differentiable = torch.is_grad_enabled()
             with torch.enable_grad():
-                # A view: x may be one itself that was made without a graph, as torch hands it to
-                # the forward pass of an `autograd.Function`, and no gradient reaches such a one.
+                # A view, because no gradient reaches a view made without a graph, such as torch
+                # passes to the forward of an `autograd.Function`.
                 tracked = differentiable and x.requires_grad
                 point = x.view_as(x) if tracked else x.detach().requires_grad_()
                 velocity = self._velocity(t, point, context)
@@ -207,18 +207,18 @@ class VectorField(nn.Module, ABC):
     def velocity_derivative(
         self, t: Times, x: Rows, dt: float, dx: Rows, context: Context | None = None
     ) -> Rows:
-        """Derivative of the velocity in the direction (`dt`, `dx`).
+        """Return the derivative of the velocity in the direction (`dt`, `dx`).
 
-        Along a path, where `dt` is 1 and `dx` the velocity, it is the acceleration.
+        With `dt` = 1 and `dx` the velocity it is the acceleration along the path.
         """
         return derivative_along(
             lambda t, x: self(t, x, context), (t, x), (torch.full_like(t, dt), dx)
         )
 
     def dependencies(self, context: Context | None = None) -> list[Tensor]:
-        """Every tensor but t and x that the velocity depends on, as `ODESolver.solve` asks.
+        """Return every tensor but t and x that the velocity depends on, for `ODESolver.solve`.
 
-        Plain attributes of a user's network too, which are neither parameters nor buffers.
+        It includes plain tensor attributes of a user's network.
         """
         plain = (value for part in self.modules() for value in vars(part).values())
         return [
@@ -231,22 +231,22 @@ class VectorField(nn.Module, ABC):
     def compile(
         self, *, backend: str | Callable[..., Any] = "inductor", mode: str | None = None
     ) -> None:
-        """Compile the evaluations of this field, in place, each when it is first asked for.
+        """Compile the evaluations of this field in place, each at its first call.
 
-        The velocity is; the divergence and Jacobian products are where the field makes them without
-        reverse mode. See `Flow.compile`.
+        Divergence and Jacobian products are compiled unless the field computes them by reverse
+        mode. See `Flow.compile`.
         """
         self.compilation = Compilation(backend=backend, mode=mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state without programs, which cannot be copied: a copy is not compiled."""
+        """Return the state without programs, which cannot be copied: a copy is not compiled."""
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         state.pop("compilation", None)
         return state
 
     @property
     def is_only_counted(self) -> bool:
-        """Whether no hook of torch sees the points and velocities of evaluations."""
+        """Whether evaluation counts are the only torch hooks on this field."""
         before = self._forward_pre_hooks.values()
         others = (self._forward_hooks, self._backward_hooks, self._backward_pre_hooks)
         return not any(others) and all(
@@ -254,10 +254,7 @@ class VectorField(nn.Module, ABC):
         )
 
     def _count_evaluation(self, t: Tensor, x: Tensor, context: Tensor | None) -> None:
-        """Run the forward pre-hooks, as ``__call__`` does.
-
-        Not within a compiled program: whoever calls it runs them.
-        """
+        """Run the forward pre-hooks, as ``__call__`` does; the caller of a program runs them."""
         if torch.compiler.is_compiling():
             return
         for key, hook in list(self._forward_pre_hooks.items()):
@@ -268,7 +265,7 @@ class VectorField(nn.Module, ABC):
 
 
 class EvaluationCount:
-    """Number of vector-field evaluations (nfe) seen so far, in `value`."""
+    """Number of function evaluations (nfe) so far, in `value`."""
 
     def __init__(self) -> None:
         self.value = 0
@@ -284,7 +281,7 @@ class EvaluationCount:
 def count_evaluations(module: nn.Module) -> Iterator[EvaluationCount]:
     """Count the evaluations of every vector field in `module`, backward passes included.
 
-    Counts those of every thread that uses the module meanwhile.
+    The count includes all threads.
 
     Example:
         >>> from cnf import CNF

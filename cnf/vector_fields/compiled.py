@@ -1,12 +1,12 @@
-"""Vector fields whose evaluation is compiled by `torch.compile`.
+"""Compilation of vector fields by `torch.compile`.
 
-An evaluation is dozens of small operations, each of which takes a call of Python and a pass through
-memory. The compiler makes a few loops of them, and again of their gradient: the same numbers but
-for rounding. What is compiled is the evaluation and not the solve, so that every method of solving,
-every kind of gradient and every message of a failed solve stay what they are. Only steps of fixed
-size may be programs as a whole: see `cnf.ode.compiled_steps`.
+An evaluation is dozens of small operations, each with a Python call and a pass through memory. The
+compiler fuses them, and the operations of their gradient, into a few loops: the same numbers up to
+rounding. The evaluation is compiled, not the solve, so that every solver method, gradient method
+and error message stays the same. Fixed steps may be compiled as a whole: see
+`cnf.ode.compiled_steps`.
 
-A compiled field holds a `Compilation`, and its final methods ask it to run their hooks.
+A compiled field holds a `Compilation`, which runs the hooks of its final methods.
 """
 
 from collections.abc import Callable
@@ -30,11 +30,11 @@ _REMEDY = (
 
 
 class Compilation:
-    """How fields are compiled, and the programs made: one for each class of fields and method.
+    """Compiled programs of vector fields: one for each class of fields and method.
 
     Args:
-        backend: As `torch.compile` takes it.
-        mode: Likewise.
+        backend: Argument of `torch.compile`.
+        mode: Argument of `torch.compile`.
 
     Raises:
         RuntimeError: If torch knows no such backend or mode.
@@ -49,7 +49,7 @@ class Compilation:
         torch.compile(_let_graphs_be_kept, **self.options)  # refuses an unknown backend at once
 
     def run(self, hook: Callable[..., Result], *inputs: Tensor | None) -> Result:
-        """The result of a hook of a field, by a program if one can be made and run."""
+        """Return the result of a hook of a field, by a program if one can be compiled and run."""
         field, name = hook.__self__, hook.__name__  # type: ignore[attr-defined]
         if not self.is_active() or not (name == VELOCITY or type(field).has_programs):
             return hook(*inputs)
@@ -70,13 +70,13 @@ class Compilation:
         return result
 
     def is_active(self) -> bool:
-        """Whether programs run here and now, rather than what they were made of."""
+        """Whether programs run in the present context, rather than uncompiled functions."""
         return not (torch.compiler.is_compiling() or self.failed or _in_functional_transform())
 
     def step(
         self, key: tuple[Any, ...], make: Callable[[], Callable[..., Any]]
     ) -> Callable[..., Any]:
-        """The program of a step: see `cnf.ode.compiled_steps`."""
+        """Return the program of a solver step: see `cnf.ode.compiled_steps`."""
         if torch.is_grad_enabled():
             _let_graphs_be_kept()
         if key not in self.steps:
@@ -89,13 +89,13 @@ class Compilation:
 
 
 def reason(error: Exception) -> str:
-    """Why a program could not be made, in a line."""
+    """Return, in one line, why compilation failed."""
     lines = str(error).strip().splitlines()[:2]  # the second is the backend's own
     return f"{type(error).__name__}: {' '.join(lines)}"
 
 
 def compile_alike(copy: nn.Module, original: nn.Module) -> None:
-    """Let a copy of a module run the programs of its compiled fields, which no copy has itself."""
+    """Let a copy of a module share the programs of the original, which copying drops."""
     for part, model in zip(copy.modules(), original.modules(), strict=True):
         compilation = getattr(model, "compilation", None)
         if isinstance(compilation, Compilation):
@@ -103,11 +103,11 @@ def compile_alike(copy: nn.Module, original: nn.Module) -> None:
 
 
 def _with_its_own_code(method: Callable[..., Any]) -> FunctionType:
-    """A function that calls `method`.
+    """Return a function with a code object of its own that calls `method`.
 
-    torch keeps the programs made of a function with its code, eight of them at most (for gradients
-    on and off, other dtypes, numbers of axes, …), and runs without one beyond that. All fields of a
-    class, in whatever flow, share the code of its methods.
+    torch stores at most eight programs with a code object (for gradients on and off, dtypes,
+    numbers of axes, …), and compiles no more beyond. All fields of a class share the code of its
+    methods.
     """
 
     def evaluate(field, *inputs):  # type: ignore[no-untyped-def]
@@ -120,9 +120,9 @@ def _with_its_own_code(method: Callable[..., Any]) -> FunctionType:
 def _uniform(
     field: nn.Module, inputs: tuple[Tensor | None, ...], *, is_velocity: bool
 ) -> tuple[Tensor | None, ...]:
-    """The inputs, made as alike in all evaluations of a solve as can be: each kind is compiled.
+    """Return the inputs, made alike in all evaluations of a solve, to compile few programs.
 
-    Where a gradient is asked of the parameters, x needs one in all evaluations but the first.
+    With gradients of parameters, x requires a gradient in all evaluations but the first.
     """
     if not torch.is_grad_enabled():
         return tuple(None if tensor is None else tensor.detach() for tensor in inputs)
@@ -135,10 +135,10 @@ def _uniform(
 
 
 def _let_graphs_be_kept() -> None:
-    """Allow backward passes with ``retain_graph=True``, such as torchdiffeq's adjoint takes.
+    """Allow backward passes with ``retain_graph=True``, which torchdiffeq's adjoint uses.
 
-    A compiled backward pass may else overwrite what the forward pass saved, and then refuses them.
-    The setting holds for a thread, and is off in the one that runs backward passes on a GPU.
+    By default a compiled backward pass may overwrite tensors that the forward pass saved. The
+    setting is local to a thread, and off in the thread of backward passes on a GPU.
     """
     from torch._functorch import config  # noqa: PLC0415 - private: only where it is needed
 
@@ -147,5 +147,5 @@ def _let_graphs_be_kept() -> None:
 
 
 def _in_functional_transform() -> bool:
-    """Whether this runs within `torch.func.grad`, `vmap` or the like, which take no program."""
+    """Return whether `torch.func.grad`, `vmap` or the like is active: they take no program."""
     return torch._C._functorch.peek_interpreter_stack() is not None

@@ -1,4 +1,4 @@
-"""What the layers of a field are conditioned on: time, waves of it, and the context."""
+"""Conditioning of layers: time, its Fourier features, and the scaled context."""
 
 import math
 from typing import Any
@@ -13,10 +13,10 @@ from cnf._warnings import warn
 
 
 class ContextScaling(nn.Module):
-    """Gives each column of the context mean 0 and standard deviation 1 over the training rows.
+    """Standardisation of the context: mean 0 and standard deviation 1 over the training rows.
 
-    The identity until `initialize` sets it, once. Each module that puts a context into layers holds
-    one as its `context_scaling`, unless it takes no context; `Transform.initialize` finds it there.
+    The identity until `initialize` sets it, once. Each conditional module with layers holds one as
+    its `context_scaling`, where `Transform.initialize` finds it.
 
     Args:
         context_features: Size of the context, at least 1.
@@ -33,21 +33,21 @@ class ContextScaling(nn.Module):
         self.is_initialized: Tensor
 
     def forward(self, context: Context) -> Context:
-        """The context as the layers see it."""
+        """Return the scaled context."""
         return (context - self.mean) * (-self.log_std).exp()
 
     @property
     def needs_initialization(self) -> bool:
-        """Whether mean and standard deviation are still to be set."""
+        """Whether mean and standard deviation are not yet set."""
         return not self.is_initialized
 
     @torch.no_grad()
     def initialize(
         self, context: Context | None, weight: Float[Tensor, " rows"] | None = None
     ) -> None:
-        """Set mean and standard deviation from these rows, once; `weight` is of each row.
+        """Set mean and standard deviation from these rows, once; each row has a `weight`.
 
-        A column that is constant over them says nothing; it keeps the scale 1, with a warning.
+        A constant column keeps the scale 1, with a warning.
 
         Raises:
             ValueError: If the dtype of the context cannot hold the spread of a column.
@@ -69,18 +69,18 @@ class ContextScaling(nn.Module):
 
     @torch.no_grad()
     def set(self, mean: Tensor, std: Tensor) -> None:
-        """Set mean and standard deviation to these numbers, ``(context_features,)``."""
+        """Set mean and standard deviation, each ``(context_features,)``."""
         self.mean.copy_(mean)
         self.log_std.copy_(std.log())
         self.is_initialized.fill_(True)
 
     def keep_identity(self) -> None:
-        """Stay the identity where nothing has been set yet."""
+        """Stay the identity if not yet initialised."""
         if self.needs_initialization:
             self.is_initialized.fill_(True)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # What was saved before there was a scaling had none. A part of one is no scaling.
+        # State dicts from before scalings existed have none of these names; a part is an error.
         names = ("mean", "log_std", "is_initialized")
         if not any(f"{prefix}{name}" in state_dict for name in names):
             for name in names:
@@ -90,23 +90,23 @@ class ContextScaling(nn.Module):
 
 
 def scaled_context(module: nn.Module, context: Context | None) -> Context | None:
-    """The context as the layers of a module see it: by its `context_scaling`, if it holds one.
+    """Return the context scaled by the `context_scaling` of a module, if it holds one.
 
-    A module without context holds none, nor does one that was pickled before there were scalings.
+    A module without context holds none, nor does one pickled before scalings existed.
     """
     scaling: ContextScaling | None = getattr(module, "context_scaling", None)
     return context if context is None or scaling is None else scaling(context)
 
 
 def context_scalings(module: nn.Module) -> list[ContextScaling]:
-    """The scalings of the context in a module and its parts."""
+    """Return the scalings of the context in a module and its parts."""
     return [part for part in module.modules() if isinstance(part, ContextScaling)]
 
 
 def waves_and_context(
     t: Times, context: Context | None, waves: int
 ) -> Float[Tensor, "*batch inputs"] | None:
-    """``sin(pi k t)`` and ``cos(pi k t)`` for k = 1 … `waves`, and the context, side by side.
+    """Concatenate ``sin(pi k t)`` and ``cos(pi k t)`` for k = 1 … `waves`, and the context.
 
     Half-waves, so that the two ends of time differ. With 0 waves this is the context itself.
     """
@@ -118,10 +118,10 @@ def waves_and_context(
 
 
 def beside(first: Tensor, second: Tensor | None) -> Tensor:
-    """Both along the last axis; their batch axes broadcast."""
+    """Concatenate two tensors along the last axis; their batch axes broadcast."""
     if second is None:
         return first
-    if first.ndim == second.ndim == 1:  # the usual case, made short
+    if first.ndim == second.ndim == 1:  # the usual case, made fast
         return torch.cat([first, second])
     batch = torch.broadcast_shapes(first.shape[:-1], second.shape[:-1])
     return torch.cat([part.expand(*batch, part.shape[-1]) for part in (first, second)], -1)

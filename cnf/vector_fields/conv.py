@@ -1,9 +1,9 @@
-"""The convolutional vector field, for images."""
+"""Convolutional vector field, for images."""
 
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -13,22 +13,22 @@ from cnf._shapes import Context, Rows, Times
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.affine_map import AffineMap
 from cnf.vector_fields.conditioning import ContextScaling, scaled_context
-from cnf.vector_fields.layers import LAYERS, TimeLinear
+from cnf.vector_fields.layers import LAYERS, reset_layers
 from cnf.vector_fields.staged import Activated, LayeredField, Stage, Tangent
 
 
 class ConvField(LayeredField):
     """Convolutional network on images, conditioned on time and context.
 
-    x is the flattened image: channels, then rows, then columns. Each layer is one of `MLPField`'s,
-    applied to the patch around every pixel, with zeros beyond the border: a convolution that keeps
-    the resolution, whose gates and shifts are one for each channel. Jacobian products are carried
-    forward beside the values.
+    x is the flattened image: channels, then rows, then columns. Each layer is a layer of `MLPField`
+    applied to the patch around every pixel, with zero padding: a convolution that keeps the
+    resolution, with one gate and one shift for each channel. Jacobian products are computed forward
+    with the values.
 
-    There is no closed form of the divergence, and the exact one costs a product for each pixel
-    and channel; choose `Hutchinson` for all but small images.
+    The divergence has no closed form, and the exact one costs a product for each pixel and channel;
+    choose `Hutchinson` for all but small images.
 
-    The output layer starts at zero, so that a new field is at rest and a new flow the identity.
+    The output layer starts at zero, so that a new field is zero and a new flow the identity.
 
     Args:
         shape: Channels, height and width of the images; `features` is their product.
@@ -38,7 +38,7 @@ class ConvField(LayeredField):
             published "concat" is a shift only away from the border, where its channel of t is
             padded with zeros.)
         activation: Name in `cnf.vector_fields.activations.ACTIVATIONS`, for all hidden layers.
-        kernel_size: Side of the kernels, odd.
+        kernel_size: Side of the kernels; odd.
 
     Raises:
         TypeError: If a size is not an int.
@@ -53,6 +53,8 @@ class ConvField(LayeredField):
         >>> field(torch.tensor(0.5), torch.zeros(3, 64)).shape
         torch.Size([3, 64])
     """
+
+    shares_times = True
 
     def __init__(
         self,
@@ -70,7 +72,9 @@ class ConvField(LayeredField):
         self.hidden_channels = check_widths("hidden_channels", hidden_channels)
         self.layer = check_choice("layer", layer, LAYERS)
         self.activation = check_choice("activation", activation, ACTIVATIONS)
-        self.kernel_size = _check_odd("kernel_size", kernel_size)
+        self.kernel_size = check_count("kernel_size", kernel_size)
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd; got {kernel_size}. Try {kernel_size + 1}.")
         widths = (channels, *self.hidden_channels, channels)
         self.layers = nn.ModuleList(
             LAYERS[layer](inputs * self.kernel_size**2, outputs, self.context_features)
@@ -81,19 +85,11 @@ class ConvField(LayeredField):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the initial weights: torch's, but for the last layer."""
-        layers = cast("list[TimeLinear]", list(self.layers))
-        for layer in layers:
-            layer.reset_parameters()
-        layers[-1].reset_to_zero()
-
-    @property
-    def shares_times(self) -> bool:
-        """True."""
-        return True
+        """Draw the initial weights: torch's, but zero for the last layer."""
+        reset_layers(self.layers)
 
     def stages(self, t: Times, x: Rows, context: Context | None) -> list[Stage]:
-        """The convolutions with their activations, between two changes of shape."""
+        """Return the convolutions with their activations, between two changes of shape."""
         batch = x.shape[:-1]
         context = scaled_context(self, context)
         if t.ndim:
@@ -113,17 +109,16 @@ class ConvField(LayeredField):
 
 
 class Convolution(NamedTuple):
-    """An affine map of the patch around each pixel, zero beyond the border: a convolution."""
+    """Convolution with zero padding: an affine map of the patch around each pixel."""
 
     affine: AffineMap
-    """With inputs in the order of a kernel, ``(channels, row, column)``, and at most one batch
-    axis."""
+    """Inputs in the order of a kernel, ``(channels, row, column)``; at most one batch axis."""
     kernel_size: int
 
     def value(
         self, x: Float[Tensor, "rows channels height width"]
     ) -> Float[Tensor, "rows out height width"]:
-        """The map of `x`."""
+        """Return the map of `x`."""
         affine = self.affine
         if affine.is_shared and affine.bias.ndim == 1:
             return nn.functional.conv2d(x, self._kernel, affine.bias, padding=self.kernel_size // 2)
@@ -132,7 +127,7 @@ class Convolution(NamedTuple):
     def tangent(
         self, dx: Float[Tensor, "*probes rows channels height width"]
     ) -> Float[Tensor, "*probes rows out height width"]:
-        """The derivative of the map in direction `dx`."""
+        """Return the derivative of the map in direction `dx`."""
         weight, gate = self.affine.weight, self.affine.gate
         size, padding = self.kernel_size, self.kernel_size // 2
         images = dx.flatten(0, -4)
@@ -147,7 +142,7 @@ class Convolution(NamedTuple):
     def linearised(
         self, x: Float[Tensor, "rows channels height width"]
     ) -> tuple[Float[Tensor, "rows out height width"], Tangent]:
-        """The map of `x`, and its derivative."""
+        """Return the map of `x`, and its derivative."""
         return self.value(x), self.tangent
 
     @property
@@ -157,23 +152,14 @@ class Convolution(NamedTuple):
 
 
 class Reshape(NamedTuple):
-    """A change of shape."""
+    """Change of shape."""
 
     shape: tuple[int, ...]
 
     def value(self, x: Tensor) -> Tensor:
-        """`x` in the shape."""
+        """Return `x` in the shape."""
         return x.reshape(self.shape)
 
     def linearised(self, x: Tensor) -> tuple[Tensor, Tangent]:
-        """`x` in the shape, and directions likewise."""
+        """Return `x` in the shape, and the same change for directions."""
         return self.value(x), lambda dx: dx.reshape(len(dx), *self.shape)
-
-
-def _check_odd(name: str, value: int) -> int:
-    size = check_count(name, value)
-    if size % 2 == 0:
-        raise ValueError(
-            f"{name} must be odd, so that a patch has a middle; got {size}. Try {size + 1}."
-        )
-    return size

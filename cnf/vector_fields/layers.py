@@ -1,7 +1,7 @@
-"""Time-conditioned linear layers: each is an affine map of x whose parts depend on t and context.
+"""Time-conditioned linear layers: affine maps of x that depend on t and context.
 
-Every layer has the form ``gate * (W x + offset) + bias``. A field needs to know no more to carry
-tangents through it (``gate * (W dx)``) or to write its divergence in closed form.
+Every layer has the form ``gate * (W x + offset) + bias``, from which a field gets tangents
+(``gate * (W dx)``) and closed forms of its divergence.
 
 References:
     Grathwohl et al. (2019), FFJORD. https://arxiv.org/abs/1810.01367
@@ -9,7 +9,7 @@ References:
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +20,16 @@ from cnf.vector_fields.conditioning import beside
 
 
 class TimeLinear(nn.Module, ABC):
-    """A linear layer conditioned on time and context.
+    """Linear layer conditioned on time and context.
 
-    A subclass adds its parts in `build` and gives the map in `forward`.
+    A subclass makes its parts in `build` and returns the map in `forward`.
 
     Args:
         in_features: Size of the input.
         out_features: Size of the output.
         context_features: Size of the context; 0 for none.
-        gate_context: Whether a gate depends on the context too. The output layer of a field says
-            no: its gate is then the same for each row, which the closed-form divergence needs.
+        gate_context: Whether a gate depends on the context too; False for the output layer of a
+            field, because the closed-form divergence needs a gate that all rows share.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class TimeLinear(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, t: Times, context: Context | None) -> AffineMap:
-        """The affine map at this time and context."""
+        """Return the affine map at this time and context."""
 
     def reset_parameters(self) -> None:
         """Draw the initial weights, as torch does for linear layers."""
@@ -61,12 +61,12 @@ class TimeLinear(nn.Module, ABC):
                 module.reset_parameters()
 
     def reset_to_waves(self, frequency: float) -> None:
-        """Draw the weights of a sinusoidal layer: normal of this scale, and any phase."""
+        """Draw the weights of a sinusoidal layer: normal with this scale, and uniform phases."""
         nn.init.normal_(self.linear.weight, std=frequency)
         nn.init.uniform_(self.linear.bias, -math.pi, math.pi)
 
     def reset_to_zero(self) -> None:
-        """Make this the zero map at every time and context; a gate stays, with nothing to scale."""
+        """Make this the zero map at every time and context; a gate keeps its weights."""
         for name, parameter in self.named_parameters():
             if not name.startswith("gate."):
                 nn.init.zeros_(parameter)
@@ -81,7 +81,7 @@ class TimeLinear(nn.Module, ABC):
     def _gated(
         self, t: Tensor, context: Tensor | None, gate: nn.Module, shift: Tensor
     ) -> AffineMap:
-        """``sigmoid(gate(t, c)) * (W x + b) + shift``."""
+        """Return the map ``sigmoid(gate(t, c)) * (W x + b) + shift``."""
         conditions = beside(t.unsqueeze(-1), context if self.gate_context else None)
         factor = gate(conditions).sigmoid()
         weight, offset = self.linear.weight, self.linear.bias
@@ -99,11 +99,9 @@ class IgnoreLinear(TimeLinear):
             self.shift = self._linear(self.context_features, bias=False)
 
     def forward(self, t: Times, context: Context | None) -> AffineMap:
-        """The affine map at this context."""
-        bias = self.linear.bias
-        return AffineMap(
-            self.linear.weight, None, bias if context is None else bias + self.shift(context)
-        )
+        """Return the affine map at this context."""
+        weight, bias = self.linear.weight, self.linear.bias
+        return AffineMap(weight, None, bias if context is None else bias + self.shift(context))
 
 
 class ConcatLinear(TimeLinear):
@@ -114,7 +112,7 @@ class ConcatLinear(TimeLinear):
         self.shift = self._linear(1 + self.context_features, bias=False)
 
     def forward(self, t: Times, context: Context | None) -> AffineMap:
-        """The affine map at this time and context."""
+        """Return the affine map at this time and context."""
         shift = self.shift(beside(t.unsqueeze(-1), context))
         return AffineMap(self.linear.weight, None, self.linear.bias + shift)
 
@@ -129,7 +127,7 @@ class SquashLinear(TimeLinear):
             self.shift = self._linear(self.context_features, bias=False)
 
     def forward(self, t: Times, context: Context | None) -> AffineMap:
-        """The affine map at this time and context."""
+        """Return the affine map at this time and context."""
         shifted = context is not None and not self.gate_context
         shift = self.shift(context) if shifted else torch.zeros_like(self.linear.bias)
         return self._gated(t, context, self.gate, shift)
@@ -147,7 +145,7 @@ class ConcatSquashLinear(TimeLinear):
         self.shift = self._linear(1 + self.context_features, bias=False)
 
     def forward(self, t: Times, context: Context | None) -> AffineMap:
-        """The affine map at this time and context."""
+        """Return the affine map at this time and context."""
         return self._gated(t, context, self.gate, self.shift(beside(t.unsqueeze(-1), context)))
 
 
@@ -161,13 +159,13 @@ class BlendLinear(TimeLinear):
             self.shift = self._linear(self.context_features, bias=False)
 
     def forward(self, t: Times, context: Context | None) -> AffineMap:
-        """The affine map at this time and context."""
+        """Return the affine map at this time and context."""
         weight = torch.lerp(self.linear.weight, self.end.weight, t[..., None, None])
         bias = torch.lerp(self.linear.bias, self.end.bias, t[..., None])
         return AffineMap(weight, None, bias if context is None else bias + self.shift(context))
 
     def reset_to_waves(self, frequency: float) -> None:
-        """Draw the same waves for both ends."""
+        """Draw the same weights for t = 0 and t = 1."""
         super().reset_to_waves(frequency)
         self.end.load_state_dict(self.linear.state_dict())
 
@@ -195,7 +193,7 @@ class HyperLinear(TimeLinear):
             self.shift = self._linear(self.context_features, bias=False)
 
     def forward(self, t: Times, context: Context | None) -> AffineMap:
-        """The affine map at this time and context."""
+        """Return the affine map at this time and context."""
         columns = self.linear.in_features + 1
         change = self.change(self.hidden(t.unsqueeze(-1)).tanh()).unflatten(-1, (-1, columns))
         weight = self.linear.weight + change[..., :-1]
@@ -217,15 +215,15 @@ class HyperLinear(TimeLinear):
     ) -> None:
         if f"{prefix}slope.weight" in state_dict:
             raise RuntimeError(
-                "these are weights of an earlier 'hyper' layer, which was linear in t and not "
-                "FFJORD's. It is a 'blend' layer whose end has the sum of linear and slope: give "
-                "those to a field with layer='blend'"
+                "these are weights of an earlier 'hyper' layer, which was linear in t, unlike "
+                "FFJORD's. It equals a 'blend' layer whose `end` is linear + slope: load them so "
+                "into a field with layer='blend'"
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class FiLMLinear(TimeLinear):
-    """``(1 + g(t, c)) * W x + s(t, c)``, where a small network gives g and s; no g at the output.
+    """``(1 + g(t, c)) * W x + s(t, c)``, with a small network for g and s; no g at the output.
 
     References:
         Perez et al. (2018), FiLM: Visual Reasoning with a General Conditioning Layer.
@@ -244,7 +242,7 @@ class FiLMLinear(TimeLinear):
         )
 
     def forward(self, t: Times, context: Context | None) -> AffineMap:
-        """The affine map at this time and context."""
+        """Return the affine map at this time and context."""
         modulation = self.network(beside(t.unsqueeze(-1), context))
         if not self.gate_context:
             return AffineMap(self.linear.weight, None, self.linear.bias + modulation)
@@ -256,9 +254,21 @@ class FiLMLinear(TimeLinear):
 
     def reset_to_zero(self) -> None:
         """Make this the zero map; the network keeps a hidden layer, or it would never learn."""
-        for module in (self.linear, self.network[-1]):
-            for parameter in module.parameters():
-                nn.init.zeros_(parameter)
+        for parameter in (*self.linear.parameters(), *self.network[-1].parameters()):
+            nn.init.zeros_(parameter)
+
+
+def reset_layers(layers: nn.ModuleList, frequency: float | None = None) -> None:
+    """Draw the initial weights of a field: torch's, but zero for the last layer.
+
+    A `frequency` draws the first layer as a sinusoidal layer of this scale.
+    """
+    first, *_, last = (each := cast("list[TimeLinear]", list(layers)))
+    for layer in each:
+        layer.reset_parameters()
+    if frequency is not None:
+        first.reset_to_waves(frequency)
+    last.reset_to_zero()
 
 
 LAYERS: dict[str, type[TimeLinear]] = {
@@ -270,4 +280,4 @@ LAYERS: dict[str, type[TimeLinear]] = {
     "hyper": HyperLinear,
     "film": FiLMLinear,
 }
-"""Layers by name: those of FFJORD's published code, and FiLM."""
+"""Layers by name: the layers of FFJORD's published code, and FiLM."""

@@ -1,4 +1,4 @@
-"""The linear vector field, whose flow is known in closed form."""
+"""Linear vector field, with a closed-form flow."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from cnf.vector_fields.conditioning import ContextScaling, scaled_context
 
 
 class LinearField(VectorField):
-    """``A x + b + C c``, constant in time: the oracle of the tests, and a fast Gaussian flow.
+    """Linear vector field ``A x + b + C c``, constant in time: a fast Gaussian flow.
 
     Args:
         features: Size of x.
@@ -27,6 +27,8 @@ class LinearField(VectorField):
         tensor(2., grad_fn=<ExpandBackward0>)
     """
 
+    has_closed_form_divergence = True
+
     def __init__(self, features: int, context_features: int = 0) -> None:
         super().__init__(features, context_features)
         self.weight = nn.Parameter(torch.zeros(features, features))
@@ -37,11 +39,6 @@ class LinearField(VectorField):
 
     def _velocity(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
         return x @ self.weight.T + self._offset(context)
-
-    @property
-    def has_closed_form_divergence(self) -> bool:
-        """True, for the divergence is the trace of A."""
-        return True
 
     def _velocity_and_products(
         self, t: Tensor, x: Tensor, probes: Tensor, context: Tensor | None
@@ -57,7 +54,7 @@ class LinearField(VectorField):
     def solution(
         self, x: Rows, context: Context | None = None, *, start: float, end: float
     ) -> tuple[Rows, Values]:
-        r"""Where the flow takes `x` from `start` to `end`, and the ladj: both exact.
+        r"""Return the exact solution at `end` from `x` at `start`, and its exact ladj.
 
         With h = end - start, the state is :math:`e^{hA} x + \int_0^h e^{sA} ds \, (b + C c)` and
         the ladj :math:`h \, \mathrm{tr} A`.

@@ -1,8 +1,7 @@
-"""The fully connected vector field, with its divergence in closed form."""
+"""Fully connected vector field, with a closed-form divergence."""
 
 import itertools
 from collections.abc import Sequence
-from typing import cast
 
 from torch import Tensor, nn
 
@@ -11,7 +10,7 @@ from cnf._shapes import Context, Rows, Times
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.conditioning import ContextScaling, scaled_context, waves_and_context
 from cnf.vector_fields.jacobian.perceptron import Perceptron
-from cnf.vector_fields.layers import LAYERS, TimeLinear
+from cnf.vector_fields.layers import LAYERS, reset_layers
 from cnf.vector_fields.settings import check_activations, check_frequency, check_time_features
 from cnf.vector_fields.staged import LayeredField, Stage
 
@@ -27,15 +26,14 @@ class MLPField(LayeredField):
 
     .. math:: \nabla \cdot v = s_2'(a_2)^\top \, (W_2 \odot (W_1 W_3)^\top) \, s_1'(a_1)
 
-    with the pre-activations :math:`a_i`: one product more than the velocity takes, in any
-    dimension. With one hidden layer it is :math:`\sum_j s_1'(a_1)_j (W_1 W_2)_{jj}`. In deeper
-    networks, tangents from x meet cotangents from the velocity, one of each for each feature: see
-    `cnf.vector_fields.jacobian.perceptron`. Neither needs a second backward pass in training.
+    with the pre-activations :math:`a_i`: one matrix product more than the velocity, in any
+    dimension. With one hidden layer it is :math:`\sum_j s_1'(a_1)_j (W_1 W_2)_{jj}`. For deeper
+    networks see `cnf.vector_fields.jacobian.perceptron`. Training takes no second backward pass.
 
-    Where rows differ in t, so do the weights of some layers and the gate of an output layer; the
-    divergence then falls back on one product for each feature.
+    Where each row has its own t, some layers have weights, and the output layer a gate, for each
+    row; the divergence then costs one product for each feature.
 
-    The output layer starts at zero, so that a new field is at rest and a new flow the identity.
+    The output layer starts at zero, so that a new field is zero and a new flow the identity.
 
     Args:
         features: Size of x.
@@ -46,15 +44,14 @@ class MLPField(LayeredField):
             one name for each; None for "sin" in the first and "silu" in the others.
         frequency: Initial standard deviation of the input weights of a sinusoidal first layer;
             None for ``4 / sqrt(max(1, features - 1))``, which suits standardised data.
-        time_features: Number m of waves; None for 8, or for 0 with the layer "ignore". Layers see
-            ``sin(pi k t)`` and ``cos(pi k t)`` for k = 1 … m beside t, as if they were part of the
-            context. They shift what a layer gives, and scale it where its gate depends on the
-            context; the gate of the output layer depends on t alone.
+        time_features: Number m of waves; None for 8, or for 0 with the layer "ignore". Layers get
+            ``sin(pi k t)`` and ``cos(pi k t)`` for k = 1 … m beside t, as part of the context. They
+            shift the output of a layer, and scale it if its gate depends on the context; the gate
+            of the output layer depends on t alone.
 
     Raises:
         TypeError: If a size is not an int.
-        ValueError: If a size, name or the frequency is out of range, or `time_features` not 0
-            with the layer "ignore".
+        ValueError: If an argument is out of range, or `time_features` not 0 for the layer "ignore".
 
     References:
         Grathwohl et al. (2019), FFJORD, https://arxiv.org/abs/1810.01367, for the layers.
@@ -71,6 +68,8 @@ class MLPField(LayeredField):
         >>> velocity.shape, divergence.shape
         (torch.Size([3, 64]), torch.Size([3]))
     """
+
+    shares_times = True
 
     def __init__(
         self,
@@ -104,27 +103,16 @@ class MLPField(LayeredField):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the initial weights: torch's, but for a sinusoidal first layer and the last."""
-        layers = cast("list[TimeLinear]", list(self.layers))
-        for layer in layers:
-            layer.reset_parameters()
-        if self.frequency is not None:
-            layers[0].reset_to_waves(self.frequency)
-        layers[-1].reset_to_zero()
+        """Draw the initial weights: see `cnf.vector_fields.layers.reset_layers`."""
+        reset_layers(self.layers, self.frequency)
 
     def stages(self, t: Times, x: Rows, context: Context | None) -> list[Stage]:
-        """The hidden layers with their activations, and the output layer."""
-        del x
+        """Return the hidden layers with their activations, and the output layer."""
         return self._network(t, context).stages
 
     @property
-    def shares_times(self) -> bool:
-        """True."""
-        return True
-
-    @property
     def inner_widths(self) -> tuple[int, ...]:
-        """The widths of the hidden layers."""
+        """Widths of the hidden layers."""
         return self.hidden_features
 
     @property
@@ -138,9 +126,7 @@ class MLPField(LayeredField):
         return self._network(t, context).velocity_and_divergence(x)
 
     def _network(self, t: Tensor, context: Tensor | None) -> Perceptron:
-        """The network at one time and context."""
-        if context is not None:
-            context = scaled_context(self, context)
-        conditions = waves_and_context(t, context, self.time_features)
+        """Return the network at one time and context."""
+        conditions = waves_and_context(t, scaled_context(self, context), self.time_features)
         maps = [layer(t, conditions) for layer in self.layers]
         return Perceptron(maps, self._activations)

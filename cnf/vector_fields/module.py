@@ -1,20 +1,20 @@
-"""Any network as a vector field."""
+"""Vector field by a network of your own."""
 
 from torch import Tensor, nn
 
 from cnf._checks import is_hidden
 from cnf.vector_fields.base import VectorField
 
-_OF_SHAPES = ("dimension", "shape", "size", "argument")
-"""Words by which torch and Python tell that arguments do not fit what is done with them."""
+_SHAPE_WORDS = ("dimension", "shape", "size", "argument")
+"""Words in the messages of torch and Python about arguments that do not fit."""
 
 
 class ModuleField(VectorField):
-    """Any network as a vector field.
+    """Vector field by any network.
 
-    The network sees the context as it comes, unlike those of the other fields: it may look a class
-    up by it, or may have been trained already. Where it is to be scaled, let the network hold a
-    `cnf.vector_fields.conditioning.ContextScaling` and call it; `fit` finds that, and sets it.
+    The network gets the context unscaled, unlike other fields: it may look up a class by it, or be
+    pretrained. To scale it, let the network hold and call a
+    `cnf.vector_fields.conditioning.ContextScaling`, which `fit` initialises.
 
     Args:
         network: Module called as ``network(t, x)``, or as ``network(t, x, context)`` if
@@ -48,10 +48,10 @@ class ModuleField(VectorField):
     def _velocity(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
         inputs = (t, x) if context is None else (t, x, context)
         try:
-            # Copies, for a network may change in place what it is given, which is the solver's.
+            # Copies, because a network may change its inputs in place, and the solver owns them.
             velocity = self.network(*(part.clone() for part in inputs))
         except (IndexError, RuntimeError, TypeError) as error:
-            if is_hidden(x) or not any(word in str(error) for word in _OF_SHAPES):
+            if is_hidden(x) or not any(word in str(error) for word in _SHAPE_WORDS):
                 raise
             raise ValueError(_failure(inputs, error)) from error
         if not isinstance(velocity, Tensor) or velocity.shape != x.shape:
@@ -66,13 +66,13 @@ class ModuleField(VectorField):
 
 
 def _failure(inputs: tuple[Tensor, ...], error: Exception) -> str:
-    """Why a network may have failed: mostly, because it does not expect these shapes."""
+    """Return the message of a network that failed, mostly because of the shapes."""
     names = ("t", "x", "context")[: len(inputs)]
     shapes = [f"{name} {tuple(part.shape)}" for name, part in zip(names, inputs, strict=True)]
     rows = "*x.shape[:-1]"
     parts = ["x", f"t[..., None].expand({rows}, 1)", f"context.expand({rows}, -1)"][: len(inputs)]
     return (
         f"network failed, called as network({', '.join(names)}) with the shapes "
-        f"{', '.join(shapes)}: {str(error).rstrip('.')}. To concatenate what it is given: "
+        f"{', '.join(shapes)}: {str(error).rstrip('.')}. To concatenate its inputs: "
         f"torch.cat([{', '.join(parts)}], -1)."
     )

@@ -1,4 +1,4 @@
-"""The vector field that is minus the gradient of a potential."""
+"""Potential vector field: minus the gradient of a potential."""
 
 from typing import cast
 
@@ -19,21 +19,21 @@ _CONDITIONER_WIDTH = 32
 
 
 class PotentialField(VectorField):
-    r"""Minus the gradient of a scalar network: ``v = -∇Φ``, whose flow does not rotate.
+    r"""Irrotational vector field, minus the gradient of a scalar network: ``v = -∇Φ``.
 
-    With a time-conditioned layer :math:`a = W x + b` (whose W and b depend on t and the context)
-    and the antiderivative S of the activation s, the potential is
+    With a time-conditioned layer :math:`a = W x + b` (W and b depend on t and the context) and the
+    antiderivative S of the activation s, the potential is
 
     .. math:: \Phi(t, x) = w^\top S(a) + \tfrac{g}{2} x^\top A x + u^\top x
 
-    where a small network gives w, u and g from t and the context, and A is symmetric. Then
+    where a small network computes w, u and g from t and the context, and A is symmetric. Then
 
     .. math:: v = -W^\top (w \odot s(a)) - g A x - u, \qquad
         \nabla \cdot v = -\sum_j w_j \, s'(a_j) \, \|W_j\|^2 - g \, \mathrm{tr} A
 
-    so that the divergence costs less than the velocity, in any dimension. OT-Flow's network has
-    further layers in S, for which a closed form would take a product with a matrix for each row and
-    feature. A new field is at rest.
+    so that the divergence costs less than the velocity, in any dimension. (OT-Flow's network has
+    further layers in S; its divergence takes a matrix product for each row and feature.) A new
+    field is zero.
 
     Args:
         features: Size of x.
@@ -46,7 +46,7 @@ class PotentialField(VectorField):
 
     Raises:
         TypeError: If a size is not an int.
-        ValueError: If a size, name or the frequency is out of range.
+        ValueError: If an argument is out of range.
 
     References:
         Onken et al. (2021), OT-Flow: Fast and Accurate Continuous Normalizing Flows via Optimal
@@ -60,6 +60,9 @@ class PotentialField(VectorField):
         >>> velocity.shape, divergence.shape
         (torch.Size([3, 64]), torch.Size([3]))
     """
+
+    shares_times = True
+    has_closed_form_divergence = True
 
     def __init__(
         self,
@@ -90,7 +93,7 @@ class PotentialField(VectorField):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the initial weights: torch's, but for a sinusoidal layer and what makes w, u, A."""
+        """Draw the initial weights: torch's, or sinusoidal; w, u and A start at zero."""
         self.units.reset_parameters()
         if self.frequency is not None:
             self.units.reset_to_waves(self.frequency)
@@ -105,26 +108,16 @@ class PotentialField(VectorField):
         return -_pulled_back(units, w, value) - self._linear(x, u, g)
 
     def potential(self, t: Times, x: Rows, context: Context | None = None) -> Values:
-        """The potential Φ at `x`."""
+        """Return the potential Φ at `x`."""
         units, (w, u, g) = self._parts(t, context)
         waves = (w * self._antiderivative(units.value(x))).sum(-1)
         return waves + ((0.5 * g * self._curvature(x) + u) * x).sum(-1)
 
     def potential_rate(self, t: Times, x: Rows, context: Context | None = None) -> Values:
-        """∂Φ/∂t at `x`."""
+        """Return ∂Φ/∂t at `x`."""
         return derivative_along(
             lambda t: self.potential(t, x, context), (t,), (torch.ones_like(t),)
         )
-
-    @property
-    def shares_times(self) -> bool:
-        """True."""
-        return True
-
-    @property
-    def has_closed_form_divergence(self) -> bool:
-        """True."""
-        return True
 
     def _velocity_and_products(
         self, t: Tensor, x: Tensor, probes: Tensor, context: Tensor | None
@@ -150,7 +143,7 @@ class PotentialField(VectorField):
     def _parts(
         self, t: Tensor, context: Tensor | None
     ) -> tuple[AffineMap, tuple[Tensor, Tensor, Tensor]]:
-        """The layer, and w, u and g, at one time and context."""
+        """Return the layer, and w, u and g, at one time and context."""
         context = scaled_context(self, context)
         outputs = self.conditioner(beside(t.unsqueeze(-1), context))
         w, u, g = outputs.split([self.hidden_features, self.features, 1], -1)
@@ -163,7 +156,7 @@ class PotentialField(VectorField):
         return g * self._curvature(x) + u
 
     def _curvature(self, x: Tensor) -> Tensor:
-        """A x, where A is the symmetric part of a matrix."""
+        """Return A x, where A is the symmetric part of a matrix."""
         return x @ self._symmetric()
 
     def _symmetric(self) -> Tensor:
@@ -171,7 +164,7 @@ class PotentialField(VectorField):
 
 
 def _pulled_back(units: AffineMap, w: Tensor, y: Tensor) -> Tensor:
-    """``W^T (w * y)``; where rows share w, it scales the weight, which is cheaper."""
+    """Return ``W^T (w * y)``; where rows share w, it scales the weight, which is cheaper."""
     if w.ndim == 1 and units.is_shared:
         return y @ (w.unsqueeze(-1) * units.weight)
     return units.cotangent(w * y)

@@ -1,8 +1,8 @@
-"""The residual vector field, for deep networks."""
+"""Residual vector field, for deep networks."""
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -10,7 +10,7 @@ from cnf._checks import check_choice, check_count
 from cnf._shapes import Context, Rows, Times
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.conditioning import ContextScaling, scaled_context, waves_and_context
-from cnf.vector_fields.layers import LAYERS, TimeLinear
+from cnf.vector_fields.layers import LAYERS, reset_layers
 from cnf.vector_fields.settings import check_activations, check_frequency, check_time_features
 from cnf.vector_fields.staged import Activated, LayeredField, Stage, Tangent, applied, linearised
 
@@ -22,9 +22,9 @@ class ResidualField(LayeredField):
         \quad v = W h + b
 
     where biases (and gates, which scale rows of the weights) depend on t and the context. Jacobian
-    products are carried forward beside the values; the divergence has no closed form.
+    products are computed forward with the values; the divergence has no closed form.
 
-    The output layer starts at zero, so that a new field is at rest and a new flow the identity.
+    The output layer starts at zero, so that a new field is zero and a new flow the identity.
 
     Args:
         features: Size of x.
@@ -39,8 +39,7 @@ class ResidualField(LayeredField):
 
     Raises:
         TypeError: If a size is not an int.
-        ValueError: If a size, name or the frequency is out of range, or `time_features` not 0
-            with the layer "ignore".
+        ValueError: If an argument is out of range, or `time_features` not 0 for the layer "ignore".
 
     References:
         He et al. (2016), Deep Residual Learning for Image Recognition.
@@ -52,6 +51,8 @@ class ResidualField(LayeredField):
         >>> field(torch.tensor(0.5), torch.zeros(3, 8)).shape
         torch.Size([3, 8])
     """
+
+    shares_times = True
 
     def __init__(
         self,
@@ -86,17 +87,11 @@ class ResidualField(LayeredField):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the initial weights: torch's, but for a sinusoidal input layer and the last."""
-        layers = cast("list[TimeLinear]", list(self.layers))
-        for layer in layers:
-            layer.reset_parameters()
-        if self.frequency is not None:
-            layers[0].reset_to_waves(self.frequency)
-        layers[-1].reset_to_zero()
+        """Draw the initial weights: see `cnf.vector_fields.layers.reset_layers`."""
+        reset_layers(self.layers, self.frequency)
 
     def stages(self, t: Times, x: Rows, context: Context | None) -> list[Stage]:
-        """The input layer, the blocks and the output layer."""
-        del x
+        """Return the input layer, the blocks and the output layer."""
         conditions = waves_and_context(t, scaled_context(self, context), self.time_features)
         first, *inner, output = [layer(t, conditions) for layer in self.layers]
         at_input, in_blocks = (ACTIVATIONS[name] for name in self.activation)
@@ -108,29 +103,24 @@ class ResidualField(LayeredField):
         ]
 
     @property
-    def shares_times(self) -> bool:
-        """True."""
-        return True
-
-    @property
     def inner_widths(self) -> tuple[int, ...]:
-        """The width of h, after the input layer and after each block."""
+        """Width of h, after the input layer and after each block."""
         return (self.hidden_features,) * (1 + self.blocks)
 
 
 class Residual(NamedTuple):
-    """The identity plus stages in a row."""
+    """Residual block: the identity plus a sequence of stages."""
 
     inner: tuple[Stage, ...]
 
     def value(self, x: Tensor) -> Tensor:
-        """The map of `x`."""
+        """Return the map of `x`."""
         change = x
         for stage in self.inner:
             change = stage.value(change)
         return x + change
 
     def linearised(self, x: Tensor) -> tuple[Tensor, Tangent]:
-        """The map of `x`, and its derivative there."""
+        """Return the map of `x`, and its derivative there."""
         change, tangents = linearised(self.inner, x)
         return x + change, lambda dx: dx + applied(tangents, dx)

@@ -1,4 +1,4 @@
-"""The settings that the networks of vector fields share, checked."""
+"""Checks of the settings that vector fields share."""
 
 import math
 from collections.abc import Sequence
@@ -10,12 +10,7 @@ from cnf.vector_fields.activations import ACTIVATIONS
 def check_activations(
     activation: str | Sequence[str] | None, number: int, what: str = "hidden layers"
 ) -> tuple[str, ...]:
-    """One activation for each of a `number` of layers; None for sin, then silu.
-
-    Raises:
-        TypeError: If `activation` is neither a name nor names.
-        ValueError: If a name is unknown, or their number wrong.
-    """
+    """Return one activation for each of `number` layers; None for sin, then silu."""
     if activation is None:
         return ("sin", *("silu",) * (number - 1))
     if not isinstance(activation, str | Sequence):
@@ -30,16 +25,12 @@ def check_activations(
 
 
 def check_frequency(frequency: float | None, features: int, activation: str) -> float | None:
-    """The initial scale of a sinusoidal first layer; None if the first layer is another.
-
-    Raises:
-        ValueError: If `frequency` is given for another `activation`, or not positive and finite.
-    """
+    """Return the initial scale of a sinusoidal first layer; None for another first layer."""
     if activation != "sin":
         if frequency is not None:
             raise ValueError(
-                "frequency is the scale of a sinusoidal first layer; leave it out with the "
-                f"activation {activation!r}; got {frequency}."
+                f"frequency must be None with the activation {activation!r}, because it is the "
+                f"scale of a sinusoidal first layer; got {frequency}."
             )
         return None
     if frequency is None:
@@ -48,12 +39,7 @@ def check_frequency(frequency: float | None, features: int, activation: str) -> 
 
 
 def check_time_features(time_features: int, layer: str) -> int:
-    """Refuse time features of a layer that ignores time.
-
-    Raises:
-        TypeError: If `time_features` is not an int.
-        ValueError: If it is less than 0, or not 0 with the layer "ignore".
-    """
+    """Return the number of time features; refuse all but 0 for the layer "ignore"."""
     count = check_count("time_features", time_features, least=0)
     if count and layer == "ignore":
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Vector fields made of stages in a row, whose derivatives are carried forward stage by stage."""
+"""Vector fields that are sequences of stages, with forward-mode derivatives."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -11,51 +11,51 @@ from cnf.vector_fields.activations import Activation
 from cnf.vector_fields.base import VectorField
 
 Tangent: TypeAlias = Callable[[Tensor], Tensor]
-"""A derivative as a linear map: of directions with a leading axis of probes."""
+"""Derivative as a linear map of directions with a leading axis of probes."""
 
 
 @runtime_checkable
 class Stage(Protocol):
-    """A differentiable map of x at one time and context."""
+    """Differentiable map of x at one time and context."""
 
     def value(self, x: Tensor) -> Tensor:
-        """The map of `x`."""
+        """Return the map of `x`."""
 
     def linearised(self, x: Tensor) -> tuple[Tensor, Tangent]:
-        """The map of `x`, and its derivative there."""
+        """Return the map of `x`, and its derivative there."""
 
 
 class Activated(NamedTuple):
-    """A stage, then an activation."""
+    """Stage followed by an activation."""
 
     stage: Stage
     activation: Activation
 
     def value(self, x: Tensor) -> Tensor:
-        """The map of `x`."""
+        """Return the map of `x`."""
         return self.activation.value(self.stage.value(x))
 
     def linearised(self, x: Tensor) -> tuple[Tensor, Tangent]:
-        """The map of `x`, and its derivative there."""
+        """Return the map of `x`, and its derivative there."""
         inner, tangent = self.stage.linearised(x)
         value, slope = self.activation.value_and_slope(inner)
         return value, lambda dx: slope * tangent(dx)
 
 
 class LayeredField(VectorField):
-    """A vector field that is a row of stages: a base class for networks.
+    """Vector field that is a sequence of stages: a base class for networks.
 
-    A subclass gives its `stages`. Jacobian products are then made forward, beside the values, so
-    that training needs no second backward pass.
+    A subclass defines its `stages`. Jacobian products are computed forward with the values, so that
+    training takes no second backward pass.
     """
 
     @abstractmethod
     def stages(self, t: Times, x: Rows, context: Context | None) -> Sequence[Stage]:
-        """The stages at this time and context, from x (given for its shape) to the velocity."""
+        """Return the stages at this time and context, from x (for its shape) to the velocity."""
 
     @property
     def inner_widths(self) -> Sequence[int]:
-        """Size of the last axis after each stage but the last, where these are vectors."""
+        """Size of the last axis after each stage but the last; empty for images."""
         return ()
 
     def _velocity(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
@@ -72,21 +72,21 @@ class LayeredField(VectorField):
 
     @property
     def bottleneck(self) -> int | None:
-        """The least of `inner_widths`, if it is less than `features`."""
+        """Least of `inner_widths`, if it is less than `features`."""
         narrowest = min(self.inner_widths, default=self.features)
         return narrowest if narrowest < self.features else None
 
     def _velocity_and_bottleneck_products(
         self, t: Tensor, x: Tensor, probes: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        # From behind the narrowest stage on to the velocity, and then from x to where they started.
+        # From behind the narrowest stage to the velocity, then from x to the narrowest stage.
         velocity, tangents = linearised(self.stages(t, x, context), x)
         start = 1 + self.inner_widths.index(min(self.inner_widths))
         return velocity, applied([*tangents[start:], *tangents[:start]], probes)
 
 
 def linearised(stages: Iterable[Stage], x: Tensor) -> tuple[Tensor, list[Tangent]]:
-    """The value of the stages in a row at `x`, and the derivative of each there."""
+    """Return the value of a sequence of stages at `x`, and the derivative of each there."""
     tangents = []
     for stage in stages:
         x, tangent = stage.linearised(x)
@@ -95,7 +95,7 @@ def linearised(stages: Iterable[Stage], x: Tensor) -> tuple[Tensor, list[Tangent
 
 
 def applied(tangents: Iterable[Tangent], dx: Tensor) -> Tensor:
-    """The direction `dx` through one derivative after another."""
+    """Apply one derivative after another to the direction `dx`."""
     for tangent in tangents:
         dx = tangent(dx)
     return dx

@@ -303,7 +303,7 @@ def test_a_base_of_normflows_whose_density_is_not_of_its_draws_is_refused():
     theirs = nf_bases.GaussianPCA(1, 1, sigma=1.0)
     x = torch.linspace(-20, 20, 4001).unsqueeze(1)
     assert theirs.log_prob(x).exp().sum() * 0.01 > 2  # of what is to be 1
-    with pytest.raises(TypeError, match="GaussianPCA of normflows is no base"):
+    with pytest.raises(TypeError, match="GaussianPCA of normflows cannot be a base"):
         from_normflows(normflows.NormalizingFlow(theirs, []))
 
 
@@ -355,7 +355,7 @@ def test_a_torch_distribution_on_part_of_the_line_is_a_base():
         (
             lambda: FromNflows(nflows.transforms.SqueezeTransform(3), (1, 3, 3)),
             ValueError,
-            r"inverts no odd factor; got 3. Use cnf.transforms.Squeeze",
+            r"must have an even factor; got 3.* Use cnf.transforms.Squeeze",
         ),
         (
             lambda: from_nflows(
@@ -500,7 +500,7 @@ def test_what_starts_from_data_does_so_in_initialize_only(make, mode):
     before = copy.deepcopy(transform.state_dict())
 
     for call in (flow.log_prob, flow.to_data):
-        with pytest.raises(RuntimeError, match=r"starts from data, and has not; call flow\.init"):
+        with pytest.raises(RuntimeError, match=r"must be initialised from data; call flow\.init"):
             call(x)
     with pytest.raises(ValueError, match="at least 2 rows"):
         flow.initialize(x[:1])
@@ -534,7 +534,7 @@ def test_dropout_does_nothing_and_modes_are_put_back(mode):
     x = torch.randn(4, 3)
     assert torch.equal(ours.log_prob(x), ours.log_prob(x))
     assert all(part.training == mode for part in theirs._transform.modules())
-    with pytest.raises(ValueError, match="FromNflows gives finite numbers"):
+    with pytest.raises(ValueError, match="FromNflows returns finite numbers"):
         ours.chain[0].to_base(torch.full((2, 3), torch.nan))
     assert all(part.training == mode for part in ours.modules())
 
@@ -561,7 +561,7 @@ def test_an_inverse_autoregressive_flow_by_the_name_of_a_masked_one_is_told_of()
 
 def test_a_planar_layer_without_inverse_samples_and_is_trained_by_reverse_kl():
     flow = Flow([FromNormflows(normflows.flows.Planar((2,)).double(), 2)])
-    with pytest.raises(NotImplementedError, match="Planar of normflows goes one way only"):
+    with pytest.raises(NotImplementedError, match="Planar of normflows has one direction only"):
         flow.log_prob(torch.zeros(2))
     target = Independent(Normal(torch.ones(2), torch.ones(2)), 1)
     ReverseKL(flow, target.log_prob)().backward()
@@ -570,7 +570,7 @@ def test_a_planar_layer_without_inverse_samples_and_is_trained_by_reverse_kl():
 
 def test_what_comes_out_as_inf_is_refused():
     layer = normflows.flows.Planar((2,), u=torch.full((1, 2), 500.0), w=torch.ones(1, 2)).double()
-    with pytest.raises(ValueError, match="where FromNormflows gives finite numbers"):
+    with pytest.raises(ValueError, match="where FromNormflows returns finite numbers"):
         Flow([FromNormflows(layer, 2)]).sample(3)
 
 

@@ -472,7 +472,7 @@ def test_a_header_of_numbers_is_asked_about(folder, tmp_path, capsys):
     write_table(data, random.normal(size=(20, 3)), ["1100", "1102", "1104"])
     arguments = ["fit", data, *SMALL]
     said = error_of(capsys, *arguments, "--out", tmp_path / "m")
-    assert "data.csv, line 1: must be names or a row of numbers" in said
+    assert "data.csv, line 1: must be clearly names or a row of numbers" in said
     assert run(*arguments, "--header", "--out", tmp_path / "a") == 0
     assert "20 rows of 1100, 1102, 1104\n" in capsys.readouterr().out
     assert run(*arguments, "--no-header", "--out", tmp_path / "b") == 0

@@ -12,8 +12,8 @@ from cnf.data.csv_files import to_csv
 from cnf.data.table_files import (
     Table,
     check_for_training,
-    point_out_fill_values,
     read_table,
+    warn_of_fill_values,
     write_table,
 )
 
@@ -140,7 +140,7 @@ DEFECTS = {
     "quote after a space": ('a,b\n1, "2"\n', r"line 2: must have quotes around whole cells"),
     "text after a quote": ('a,b\n1,"2"0\n', r"line 2: must have quotes around whole cells"),
     "decimal comma": ("a;b\n1,5;2\n", r"line 2, column 'a': .* got '1,5'.* by a point"),
-    "spaces": ("a b\n1 2\n", r"line 2, column 'a b': .* got '1 2'. Cells are parted by comma"),
+    "spaces": ("a b\n1 2\n", r"line 2, column 'a b': .* got '1 2'. Separate cells by comma"),
     "comment": ("a,b\n1,2\n# 3,4\n", r"line 3, column 'a': .* got '# 3'.*grep -v '\^ \*#'"),
     "underscore": ("a,b\n1_0,2\n", r"line 2, column 'a': .* got '1_0'"),
     "foreign digits": ("a,b\n1,٢\n", r"line 2, column 'b': .* got '٢'"),
@@ -181,7 +181,7 @@ DEFECTS = {
     "comment with a quote": ('a,b\n# by "A"\n1,2\n', r"line 2: .*grep -v"),
     "only missing values": (
         "?,NA\n1,2\n",
-        r"line 1: must be names or a row of numbers; \?, NA may",
+        r"line 1: must be clearly names or a row of numbers; \?, NA may",
     ),
     "digits": ("a\n9007199254740993\n", r"line 2, column 'a': .*become 9007199254740992"),
     "digits, a point": (
@@ -243,7 +243,7 @@ def test_a_header_of_numbers_is_no_row(tmp_path, scale):
     path = file_of(tmp_path, to_csv(rows, names, delimiter=","))
     with pytest.raises(
         ValueError,
-        match=r"line 1: must be names or a row .*header=True if it holds names, header=False",
+        match=r"must be clearly names or a row .*header=True if it holds names, header=False",
     ):
         read_table(path)
     assert read_table(path, header=True).columns == tuple(names)
@@ -487,7 +487,7 @@ def test_no_data_without_fill_values_are_pointed_out():
         "percent": np.append(rng.integers(0, 99, 499), 99),
         "clipped": rng.normal(size=500).clip(-1, 1),
     }
-    point_out_fill_values(Table(np.column_stack(list(columns.values())), tuple(columns)))
+    warn_of_fill_values(Table(np.column_stack(list(columns.values())), tuple(columns)))
 
 
 def test_what_cannot_be_trained_on_is_refused(tmp_path):

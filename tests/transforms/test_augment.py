@@ -283,7 +283,7 @@ def test_importance_samples_of_an_estimate_inside_a_bound_are_refused():
     [
         (lambda: Augment(2, 0), ValueError, "augment must be at least 1; got 0"),
         (lambda: Augment(2, 1.0), TypeError, "augment must be an int; got 1.0"),
-        (lambda: Augment(2, 1, hidden_features=8), TypeError, "widths or None; got 8"),
+        (lambda: Augment(2, 1, hidden_features=8), TypeError, "widths such as .*; got 8"),
         (lambda: Augment(2, 1, hidden_features=(0,)), ValueError, "hidden_features must be at le"),
         (lambda: CNF(2, augment=-1), ValueError, "augment must be at least 0; got -1"),
         (lambda: CNF(3, transforms=[Affine(2)]), ValueError, "features must be the 2 .* got 3"),

@@ -87,7 +87,7 @@ def test_the_learned_factor_of_a_channel_is_the_cube_of_an_exponential(hidden_ch
         (lambda: MLPConditioner(0, 1), ValueError, "features must be at least 1; got 0"),
         (lambda: MLPConditioner(1, 0), ValueError, "outputs must be at least 1; got 0"),
         (lambda: MLPConditioner(1, 1, -1), ValueError, "context_features must be at least 0"),
-        (lambda: MLPConditioner(1, 1, hidden_features=3), TypeError, r"such as \(64, 64\); got 3"),
+        (lambda: MLPConditioner(1, 1, hidden_features=3), TypeError, r"\(128, 128\); got 3"),
         (lambda: MLPConditioner(1, 1, hidden_features=(0,)), ValueError, "each of hidden_features"),
         (lambda: ConvConditioner((2, 2), 1), ValueError, r"\(channels, height, width\); got"),
         (lambda: ConvConditioner(4, 1), TypeError, "shape must be sizes such as"),

@@ -72,5 +72,5 @@ def test_bad_settings_are_refused():
         PotentialField(2, layer="dense")
     with pytest.raises(TypeError, match=r"hidden_features must be an int; got \(8, 8\)"):
         PotentialField(2, hidden_features=(8, 8))
-    with pytest.raises(ValueError, match="frequency is the scale of a sinusoidal first layer"):
+    with pytest.raises(ValueError, match="frequency must be None"):
         PotentialField(2, activation="tanh", frequency=1.0)

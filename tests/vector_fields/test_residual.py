@@ -84,7 +84,7 @@ BAD_ARGUMENTS = [
         VALUE,
         r"one for each of the 2 kinds of layer, input and block; got 3 names\.",
     ),
-    ({"activation": "tanh", "frequency": 1.0}, VALUE, r"leave it out with the activation 'tanh'"),
+    ({"activation": "tanh", "frequency": 1.0}, VALUE, r"must be None with the activation 'tanh'"),
     (
         {"time_features": 1, "layer": "ignore"},
         VALUE,

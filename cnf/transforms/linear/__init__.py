@@ -1,4 +1,4 @@
-"""Linear maps of channels and pixels, each with its determinant."""
+"""Invertible linear maps of channels and pixels."""
 
 from cnf.transforms.linear.conv1x1 import Conv1x1
 from cnf.transforms.linear.convolutions import EmergingConv, PeriodicConv

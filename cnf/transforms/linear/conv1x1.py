@@ -1,4 +1,4 @@
-"""Invertible linear mixing of channels, or of the features of a vector."""
+"""Invertible 1 x 1 convolution, or linear map of the features of a vector."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -12,21 +12,20 @@ from cnf.transforms.base import Transform, WithLadj
 
 
 class Conv1x1(Transform):
-    r"""The same invertible matrix W times the channels of each pixel: a 1 x 1 convolution.
+    r"""Invertible 1 x 1 convolution: the same matrix W multiplies the channels of each pixel.
 
-    Of a vector, W mixes the features. The ladj is the number of pixels times log|det W|, the same
+    For a vector, W mixes the features. The ladj is the number of pixels times log|det W|, the same
     for every row. W starts as a random rotation. Log-determinant and inverse are computed in
     float64.
 
-    In the form ``lu`` it is :math:`W = P L (U + \mathrm{diag}(s))`: P is a permutation, L lower
-    triangular with ones on its diagonal, U strictly upper triangular. P and the signs of s stay as
-    they start; L, U and log|s| are learned. So log|det W| is the sum of log|s|, and W stays
-    invertible.
+    With ``lu``, :math:`W = P L (U + \mathrm{diag}(s))`: P is a permutation, L lower triangular with
+    ones on its diagonal, U strictly upper triangular. P and the signs of s are fixed; L, U and
+    log|s| are learned. So log|det W| is the sum of log|s|, and W stays invertible.
 
     Args:
         shape: Number of features of a vector, or shape ``(channels, height, width)`` of the image
             that x is, flattened in C order.
-        lu: Whether W is learned in the form above; else its entries are.
+        lu: Whether W is learned in the form above; else its entries are learned.
 
     Raises:
         TypeError: If a size is not an int.
@@ -57,7 +56,7 @@ class Conv1x1(Transform):
         return f"shape={self.shape}"
 
     def reset_parameters(self, *, generator: Generator | None = None) -> None:
-        """Start again, from another random rotation."""
+        """Reset the matrix to another random rotation."""
         self.matrix.set_to(_random_rotation(self.channels, generator))
 
     def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
@@ -68,8 +67,7 @@ class Conv1x1(Transform):
 
     def _mixed(self, x: Tensor, matrix: Tensor) -> Tensor:
         pixels = x.unflatten(-1, (self.channels, self.pixels))
-        # Under autocast the product would be coarser than a point of the flow may be.
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):  # which lowers the precision
             return torch.einsum("ij,...jp->...ip", matrix.to(x.dtype), pixels).flatten(-2)
 
     def _ladj(self, x: Tensor) -> Tensor:
@@ -77,27 +75,27 @@ class Conv1x1(Transform):
 
 
 class InvertibleMatrix(nn.Module, ABC):
-    """A learnable square matrix, its inverse and log-determinant, all in float64."""
+    """Learnable square matrix, its inverse and log-determinant, all in float64."""
 
     @abstractmethod
     def set_to(self, matrix: Float[Tensor, "size size"]) -> None:
-        """Give the matrix a value."""
+        """Set the value of the matrix."""
 
     @abstractmethod
     def value(self) -> Float[Tensor, "size size"]:
-        """The matrix."""
+        """Return the matrix."""
 
     @abstractmethod
     def inverse(self) -> Float[Tensor, "size size"]:
-        """Its inverse."""
+        """Return the inverse."""
 
     @abstractmethod
     def log_abs_det(self) -> Float[Tensor, ""]:
-        """Logarithm of the absolute value of its determinant."""
+        """Return the logarithm of the absolute value of the determinant."""
 
 
 class DenseMatrix(InvertibleMatrix):
-    """A matrix whose entries are learned."""
+    """Square matrix whose entries are learned."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -105,26 +103,26 @@ class DenseMatrix(InvertibleMatrix):
 
     @torch.no_grad()
     def set_to(self, matrix: Float[Tensor, "size size"]) -> None:
-        """Give the matrix a value."""
+        """Set the value of the matrix."""
         self.weight.copy_(matrix)
 
     def value(self) -> Float[Tensor, "size size"]:
-        """The matrix."""
+        """Return the matrix."""
         return self.weight.double()
 
     def inverse(self) -> Float[Tensor, "size size"]:
-        """Its inverse."""
+        """Return the inverse."""
         inverse: Tensor = torch.linalg.inv(self.value())
         return inverse
 
     def log_abs_det(self) -> Float[Tensor, ""]:
-        """Logarithm of the absolute value of its determinant, at cubic cost."""
+        """Return the logarithm of the absolute value of the determinant, at cubic cost."""
         log_abs_det: Tensor = torch.linalg.slogdet(self.value()).logabsdet
         return log_abs_det
 
 
 class LUMatrix(InvertibleMatrix):
-    """A matrix P L (U + diag(s)) of which P and the signs of s are fixed."""
+    """Matrix P L (U + diag(s)), where P and the signs of s are fixed."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -137,7 +135,7 @@ class LUMatrix(InvertibleMatrix):
 
     @torch.no_grad()
     def set_to(self, matrix: Float[Tensor, "size size"]) -> None:
-        """Give the matrix a value, and so P and the signs."""
+        """Set the value of the matrix, with P and the signs of s."""
         permutation, lower, upper = torch.linalg.lu(matrix)
         diagonal = upper.diagonal()
         self.permutation.copy_(permutation)
@@ -145,12 +143,12 @@ class LUMatrix(InvertibleMatrix):
         self.packed.copy_(lower.tril(-1) + diagonal.abs().log().diag() + upper.triu(1))
 
     def value(self) -> Float[Tensor, "size size"]:
-        """The matrix."""
+        """Return the matrix."""
         lower, upper = self._triangles()
         return self.permutation.double() @ lower @ upper
 
     def inverse(self) -> Float[Tensor, "size size"]:
-        """Its inverse, by two triangular solves."""
+        """Return the inverse, by two triangular solves."""
         lower, upper = self._triangles()
         unpermuted = self.permutation.double().mT
         inner = torch.linalg.solve_triangular(lower, unpermuted, upper=False, unitriangular=True)
@@ -158,7 +156,7 @@ class LUMatrix(InvertibleMatrix):
         return inverse
 
     def log_abs_det(self) -> Float[Tensor, ""]:
-        """Logarithm of the absolute value of its determinant, at linear cost."""
+        """Return the logarithm of the absolute value of the determinant, at linear cost."""
         return self.packed.double().diagonal().sum()
 
     def _triangles(self) -> tuple[Tensor, Tensor]:
@@ -169,7 +167,7 @@ class LUMatrix(InvertibleMatrix):
 
 
 def _random_rotation(size: int, generator: Generator | None) -> Tensor:
-    """A rotation that is uniformly distributed, in float64."""
+    """Draw a uniformly distributed rotation, in float64."""
     device = "cpu" if generator is None else generator.device
     normal = torch.randn(size, size, generator=generator, dtype=torch.float64, device=device)
     q, r = torch.linalg.qr(normal)

@@ -1,8 +1,8 @@
-"""Invertible convolutions: linear maps of images that act in space, not on channels alone.
+"""Invertible convolutions that mix neighbouring pixels, not channels alone.
 
-These, and `WoodburyConv`, are the well defined alternatives to that of Truong et al. (2019),
-Generative Flow via Invertible nxn Convolution, https://arxiv.org/abs/1905.10170. It is not here,
-because no statement of its shift function was found that settles what its Jacobian is.
+The convolution of Truong et al. (2019), Generative Flow via Invertible nxn Convolution,
+https://arxiv.org/abs/1905.10170, is not here: its Jacobian depends on a shift function that the
+paper does not define.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from cnf._checks import check_count, check_shape
+from cnf._checks import check_count, check_image_shape
 from cnf.transforms.base import Transform, WithLadj
 
 _NOISE = 0.02
@@ -21,33 +21,31 @@ _NOISE = 0.02
 
 
 class InvertibleConvolution(Transform):
-    """A linear map of images, flattened in C order, so that the ladj is the same for all of them.
+    """Linear map of images, flattened in C order; all images have the same ladj.
 
     A subclass defines the map, its inverse and its ladj. All three keep the precision of x under
-    autocast, where a product of matrices would lose it, and the inverse with it.
+    autocast, which would round matrix products and break the inverse.
 
     Args:
         shape: Shape ``(channels, height, width)`` of the image that x is.
     """
 
     def __init__(self, shape: Sequence[int]) -> None:
-        sizes = check_shape(shape)
-        if len(sizes) != 3:
-            raise ValueError(f"shape must be (channels, height, width); got {sizes}.")
+        sizes = check_image_shape(shape)
         super().__init__(math.prod(sizes))
         self.shape = sizes
 
     @abstractmethod
     def _images_to_base(self, x: Tensor) -> Tensor:
-        """The map of images ``(rows, channels, height, width)``."""
+        """Hook: map images ``(rows, channels, height, width)``."""
 
     @abstractmethod
     def _images_to_data(self, z: Tensor) -> Tensor:
-        """Undo it."""
+        """Hook: the inverse map."""
 
     @abstractmethod
     def _ladj(self) -> Tensor:
-        """Log absolute determinant of the map, in nats."""
+        """Hook: return the log absolute determinant, in nats."""
 
     def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         with torch.autocast(x.device.type, enabled=False):
@@ -61,17 +59,17 @@ class InvertibleConvolution(Transform):
 
 
 class EmergingConv(InvertibleConvolution):
-    """Two masked convolutions, of which each pixel sees the ones before it, then the ones after it.
+    """Emerging convolution: one masked convolution of earlier pixels, one of later pixels.
 
     In the order of pixels, and of channels within a pixel, the first matrix is lower triangular and
-    the second is upper triangular with a diagonal of ones; together they reach to all sides. With
+    the second is upper triangular with a diagonal of ones; together they reach all neighbours. With
     kernels of one pixel this is a 1 x 1 convolution by a product of two triangular matrices.
 
-    The way to the data solves row after row, all images and the pixels of a row at once.
+    The way to the data solves one row of pixels after another, for all images at once.
 
     Args:
         shape: Shape ``(channels, height, width)`` of the image that x is, flattened in C order.
-        kernel_size: Height and width of each kernel, which is odd.
+        kernel_size: Height and width of each kernel; odd.
 
     Raises:
         TypeError: If a size is not an int.
@@ -112,27 +110,27 @@ class EmergingConv(InvertibleConvolution):
 
     def _images_to_data(self, z: Tensor) -> Tensor:
         first, second = self._kernels()
-        return _substituted(_reversed(_substituted(_reversed(z), second)), first)
+        return _deconvolved(_reversed(_deconvolved(_reversed(z), second)), first)
 
     def _ladj(self) -> Tensor:
         return self.shape[1] * self.shape[2] * self.log_scale.sum()
 
     def _kernels(self) -> tuple[Tensor, Tensor]:
-        """Both kernels; the second is for images that are reversed, and so sees what is before."""
+        """Return both kernels; the second applies to the reversed image."""
         first, second = self.weight * self._mask
         scale = self.log_scale.exp().reshape(-1, 1, 1, 1)
         return first + scale * self._identity, second + self._identity
 
 
 class PeriodicConv(InvertibleConvolution):
-    r"""A convolution whose kernel goes round: beyond one edge of the image lies the opposite one.
+    r"""Periodic convolution: the image continues at its opposite edge.
 
-    Fourier's transform turns it into a matrix of channels for each frequency, so that
+    The Fourier transform turns it into a matrix of channels for each frequency, so that
 
     .. math:: \text{ladj} = \sum_{u, v} \log \left| \det \hat K(u, v) \right|
 
-    and the inverse is a solve for each frequency. Determinants and inverses are computed in
-    float64.
+    and the inverse takes one matrix inverse for each frequency. Determinants and inverses are
+    computed in float64.
 
     Args:
         shape: Shape ``(channels, height, width)`` of the image that x is, flattened in C order.
@@ -174,7 +172,7 @@ class PeriodicConv(InvertibleConvolution):
 
     def _ladj(self) -> Tensor:
         log_det: Tensor = torch.linalg.slogdet(self._spectrum()).logabsdet
-        # A real image has the frequencies (u, v) and (-u, -v) in pairs, of which one is kept.
+        # rfft2 keeps one of each pair of frequencies (u, v) and (-u, -v) of a real image.
         width = self.shape[2]
         pairs = torch.full_like(log_det[0], 2)
         pairs[0] = 1
@@ -183,18 +181,18 @@ class PeriodicConv(InvertibleConvolution):
         return (pairs * log_det).sum().to(self.weight.dtype)
 
     def _spectrum(self) -> Tensor:
-        """The matrix of channels of each frequency, ``(height, width // 2 + 1, out, in)``."""
+        """Return the matrix of each frequency, ``(height, width // 2 + 1, out, in)``."""
         _, height, width = self.shape
         right, below = width - self.kernel_size, height - self.kernel_size
         kernel = functional.pad(self.weight.double(), (0, right, 0, below))
         centre = self.kernel_size // 2
-        # The conjugate, for a "convolution" of neural networks does not flip its kernel.
+        # The conjugate, because a "convolution" of neural networks does not flip its kernel.
         spectrum: Tensor = torch.fft.rfft2(kernel.roll((-centre, -centre), (-2, -1))).conj()
         return spectrum.movedim((-2, -1), (0, 1))
 
     def _filtered(self, image: Tensor, spectrum: Tensor) -> Tensor:
         if image.numel() == 0:
-            return image  # which MKL refuses
+            return image  # MKL refuses empty ones
         waves = torch.fft.rfft2(image)
         waves = torch.einsum("uvoc,bcuv->bouv", spectrum.to(waves.dtype), waves)
         filtered: Tensor = torch.fft.irfft2(waves, s=self.shape[1:])
@@ -202,14 +200,14 @@ class PeriodicConv(InvertibleConvolution):
 
 
 def _identity_kernel(channels: int, height: int, width: int) -> Tensor:
-    """The kernel that changes nothing: ones from each channel to itself at the centre."""
+    """Return the kernel of the identity: ones from each channel to itself at the centre."""
     kernel = torch.zeros(channels, channels, height, width)
     kernel[:, :, height // 2, width // 2] = torch.eye(channels)
     return kernel
 
 
 def _taps_before_the_centre(outputs: int, inputs: int, height: int, width: int) -> Tensor:
-    """Ones where a kernel looks at an earlier pixel, or an earlier channel of the same pixel."""
+    """Return the mask of a kernel's earlier pixels, and earlier channels of the same pixel."""
     pixels = torch.arange(height * width).reshape(height, width)
     centre = pixels[height // 2, width // 2]
     mask = (pixels < centre) * torch.ones(outputs, inputs, height, width)
@@ -222,18 +220,15 @@ def _reversed(image: Tensor) -> Tensor:
 
 
 def _convolved(image: Tensor, kernel: Tensor, above: int, beside: int) -> Tensor:
-    """The convolution with `above` rows and `beside` columns of zeros at both ends of the image.
-
-    A product of matrices, since float32 convolutions of cuDNN keep no more than ten bits (TF32)
-    unless told otherwise.
-    """
+    """Convolve with zero padding of `above` rows and `beside` columns at both ends of the image."""
+    # A matrix product, because float32 convolutions of cuDNN keep ten bits by default (TF32).
     patches = functional.unfold(image, kernel.shape[2:], padding=(above, beside))
     rows: Tensor = (kernel.flatten(1) @ patches).unflatten(-1, (-1, image.shape[-1]))
     return rows
 
 
-def _substituted(image: Tensor, kernel: Tensor) -> Tensor:
-    """What `_convolved` by a masked kernel gives `image`: substitution, row after row."""
+def _deconvolved(image: Tensor, kernel: Tensor) -> Tensor:
+    """Return the inverse of `_convolved` with a masked kernel: substitution, row after row."""
     rows, channels, _, width = image.shape
     margin = kernel.shape[-1] // 2
     size = width * channels

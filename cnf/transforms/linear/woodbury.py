@@ -1,4 +1,4 @@
-"""A map of low rank of the channels of an image, and one of its pixels."""
+"""Woodbury transformation: low-rank maps of the channels and of the pixels of an image."""
 
 from collections.abc import Sequence
 
@@ -10,22 +10,22 @@ from cnf.transforms.linear.convolutions import InvertibleConvolution
 
 
 class WoodburyConv(InvertibleConvolution):
-    r"""The identity plus a matrix of low rank, on the channels and then on the pixels.
+    r"""Woodbury transformation: the identity plus a low-rank map, of the channels, then the pixels.
 
     .. math:: Z = (I + U_c V_c) \, X \, (I + U_s V_s)^\top
 
-    for the image as a matrix X of C channels by N pixels. Every pixel is seen by every other, at
+    for the image as a matrix X of C channels by N pixels. Every pixel depends on every other, at
     the cost of a few products in both directions: by Sylvester's identity
 
     .. math:: \text{ladj} = N \log | \det (I + V_c U_c) | + C \log | \det (I + V_s U_s) |
 
-    and inverses are those of the same small matrices, by Woodbury's; both are computed in float64.
-    A new one is the identity.
+    and by Woodbury's identity the inverse takes inverses of the same small matrices; both are
+    computed in float64. A new one is the identity.
 
     Args:
         shape: Shape ``(channels, height, width)`` of the image that x is, flattened in C order.
-        rank_channels: Rank of what is added to the identity on the channels.
-        rank_space: Rank of what is added to the identity on the pixels.
+        rank_channels: Rank of the map of the channels, beside the identity.
+        rank_space: Rank of the map of the pixels, beside the identity.
 
     Raises:
         TypeError: If a size is not an int.
@@ -60,33 +60,29 @@ class WoodburyConv(InvertibleConvolution):
         return _applied(self.space_out, self.space_in, x.mT).mT.reshape(-1, *self.shape)
 
     def _images_to_data(self, z: Tensor) -> Tensor:
-        z = _undone(self.space_out, self.space_in, z.flatten(-2).mT).mT
-        return _undone(self.channels_out, self.channels_in, z).reshape(-1, *self.shape)
+        z = _solved(self.space_out, self.space_in, z.flatten(-2).mT).mT
+        return _solved(self.channels_out, self.channels_in, z).reshape(-1, *self.shape)
 
     def _ladj(self) -> Tensor:
         channels, pixels = self.channels_in.shape[1], self.space_in.shape[1]
-        of_channels = _log_det(_core(self.channels_out, self.channels_in))
-        of_space = _log_det(_core(self.space_out, self.space_in))
-        return (pixels * of_channels + channels * of_space).to(self.space_in.dtype)
+        channels_ladj = torch.linalg.slogdet(_core(self.channels_out, self.channels_in)).logabsdet
+        space_ladj = torch.linalg.slogdet(_core(self.space_out, self.space_in)).logabsdet
+        ladj: Tensor = pixels * channels_ladj + channels * space_ladj
+        return ladj.to(self.space_in.dtype)
 
 
 def _core(left: Tensor, right: Tensor) -> Tensor:
-    """``I + right left``, small and in float64."""
+    """Return ``I + right left``, which is small, in float64."""
     product = right.double() @ left.double()
     return product + torch.eye(len(product), dtype=product.dtype, device=product.device)
 
 
-def _log_det(core: Tensor) -> Tensor:
-    log_det: Tensor = torch.linalg.slogdet(core).logabsdet
-    return log_det
-
-
 def _applied(left: Tensor, right: Tensor, x: Tensor) -> Tensor:
-    """``(I + left right) x``."""
+    """Return ``(I + left right) x``."""
     return x + left @ (right @ x)
 
 
-def _undone(left: Tensor, right: Tensor, x: Tensor) -> Tensor:
-    """``(I + left right)**-1 x``."""
+def _solved(left: Tensor, right: Tensor, x: Tensor) -> Tensor:
+    """Return ``(I + left right)**-1 x``."""
     core: Tensor = torch.linalg.inv(_core(left, right)).to(x.dtype)
     return x - left @ (core @ (right @ x))

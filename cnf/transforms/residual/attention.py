@@ -1,4 +1,4 @@
-"""Self-attention that is a contraction."""
+"""Lipschitz self-attention, a contraction."""
 
 import math
 
@@ -13,16 +13,17 @@ from cnf.transforms.residual.spectral_layers import Map, rescale_to_norm, spectr
 
 
 class LipschitzAttention(ContractiveNetwork):
-    r"""Self-attention over tokens by the distance of their queries, bounded for all inputs.
+    r"""Self-attention by the L2 distance of queries, with a bounded Lipschitz constant.
 
     x is the tokens one after the other. Head h turns token i into a query :math:`q_i = W_h^\top
-    x_i` of size m, averages the queries by weights that fall with the distance, and maps the mean:
+    x_i` of size m, averages the queries with weights that fall with the distance, and maps the
+    mean:
 
     .. math:: p_{ij} \propto \exp(-\|q_i - q_j\|^2 / \sqrt m), \qquad
         f_{h,i} = V_h^\top W_h \, {\textstyle\sum_j} p_{ij} q_j / \sqrt m
 
-    and an output matrix U mixes the heads. (Attention by dot products has no bound: its slopes grow
-    with its inputs.) As all tokens are treated alike, a permutation of them permutes the result.
+    and an output matrix U mixes the heads. (Dot-product attention has no Lipschitz constant: its
+    slopes grow with its inputs.) The map is equivariant to permutations of the tokens.
 
     *The bound.* The mean of the queries has the derivative
 
@@ -38,9 +39,9 @@ class LipschitzAttention(ContractiveNetwork):
     .. math:: \frac{\sqrt n + 2 \varphi (1 + \sqrt n)}{\sqrt m} \,
         \sqrt{{\textstyle\sum_h} \|W_h\|^2 \, \|W_h^\top V_h\|^2} \; \|U\|
 
-    in spectral norms, taken anew at each evaluation; where that is more than the `coefficient`, the
-    result is scaled down. (It is shaped after that of Kim et al., with each part of the derivative
-    bounded by itself.)
+    in spectral norms, computed at each evaluation; where the bound exceeds the `coefficient`, the
+    result is scaled down. (The proof follows Kim et al., with a separate bound for each part of
+    the derivative.)
 
     The output matrix starts at zero, so that a new residual flow is the identity.
 
@@ -52,7 +53,7 @@ class LipschitzAttention(ContractiveNetwork):
 
     Raises:
         TypeError: If a size is not an int.
-        ValueError: If a size or the coefficient is out of range, or `heads` do not divide `width`.
+        ValueError: If an argument is out of range, or `heads` does not divide `width`.
 
     References:
         Kim, Papamakarios & Mnih (2021), The Lipschitz Constant of Self-Attention.
@@ -84,14 +85,14 @@ class LipschitzAttention(ContractiveNetwork):
         self.output = nn.Parameter(torch.zeros(self.width, self.width))
 
     def given(self, context: Context | None) -> Map:
-        """The map of x; there is no context."""
+        """Return the map of x; there is no context."""
         mixed = self.query.mT @ self.value
         output = rescale_to_norm(self.output, self._bound(mixed), self.coefficient)
         scale = math.sqrt(self.query.shape[-1])
 
         def attended(x: Tensor) -> Tensor:
             queries = x.unflatten(-1, (self.tokens, self.width)).unsqueeze(-3) @ self.query
-            # Of differences: products of queries far from 0 are rounded by more than they differ.
+            # From differences: rounding of products of queries far from 0 exceeds the distances.
             apart = queries.unsqueeze(-3) - queries.unsqueeze(-2)
             weights = (-apart.square().sum(-1) / scale).softmax(-1)
             means = queries + (weights.unsqueeze(-1) * apart).sum(-2)
@@ -102,22 +103,20 @@ class LipschitzAttention(ContractiveNetwork):
         return attended
 
     def _bound(self, mixed: Tensor) -> Float[Tensor, ""]:
-        """Bound of the Lipschitz constant by the weights as they are."""
+        """Return the bound of the Lipschitz constant before the output is scaled down."""
         spread, root = largest_spread(self.tokens), math.sqrt(self.tokens)
-        of_means = (root + 2 * spread * (1 + root)) / math.sqrt(self.query.shape[-1])
+        averaging = (root + 2 * spread * (1 + root)) / math.sqrt(self.query.shape[-1])
         heads = torch.linalg.vector_norm(spectral_norm(self.query) * spectral_norm(mixed))
-        bound: Tensor = of_means * heads * spectral_norm(self.output)
+        bound: Tensor = averaging * heads * spectral_norm(self.output)
         return bound
 
 
 def largest_spread(tokens: int) -> float:
-    r"""The largest mean of squared distances :math:`s_j` under weights :math:`\propto e^{-s_j}`.
+    r"""Return the largest weighted mean of squared distances :math:`s_j`, weights :math:`e^{-s_j}`.
 
-    One of the distances, of a token to itself, is 0. The mean is largest where the others are equal
-    and is the solution c of :math:`c \, e^{c + 1} = n - 1`, by Newton's method from above.
-
-    Args:
-        tokens: Number n of distances.
+    One of the distances, of a token to itself, is 0. The mean is largest where the others are
+    equal: it is then the solution c of :math:`c \, e^{c + 1} = n - 1` for n `tokens`, by Newton's
+    method from above.
 
     Example:
         >>> round(largest_spread(2), 4)

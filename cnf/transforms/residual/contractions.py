@@ -1,4 +1,4 @@
-"""Networks that are contractions: what a residual flow adds to its input."""
+"""Contractive networks, the residual blocks of a residual flow."""
 
 import itertools
 from abc import ABC, abstractmethod
@@ -7,7 +7,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from cnf._checks import check_choice, check_count, check_number, check_shape, check_widths
+from cnf._checks import check_choice, check_count, check_fraction, check_image_shape, check_widths
 from cnf._shapes import Context, Rows
 from cnf.transforms.residual.spectral_layers import (
     BoundedConvolution,
@@ -20,17 +20,16 @@ from cnf.vector_fields.conditioning import ContextScaling, scaled_context
 
 
 class ContractiveNetwork(nn.Module, ABC):
-    r"""A map g(x | context) of vectors that brings any two closer together.
+    r"""Contraction g(x | context): a map with a Lipschitz constant in x of at most c < 1.
 
-    .. math:: \| g(x) - g(y) \| \le c \, \| x - y \| \quad\text{with}\quad c < 1
+    .. math:: \| g(x) - g(y) \| \le c \, \| x - y \|
 
-    A subclass defines `given`, which sees the context as it comes, and answers for the
-    `coefficient` c.
+    A subclass defines `given`, which gets the context unscaled, and ensures the bound.
 
     Args:
         features: Size of x.
         context_features: Size of the context; 0 for none.
-        coefficient: The bound c of the Lipschitz constant in x, whatever the context.
+        coefficient: The bound c of the Lipschitz constant in x, for every context.
 
     Raises:
         TypeError: If a size is not an int.
@@ -38,10 +37,10 @@ class ContractiveNetwork(nn.Module, ABC):
 
     Example:
         >>> import torch
-        >>> class Shrunken(ContractiveNetwork):
+        >>> class Sine(ContractiveNetwork):
         ...     def given(self, context):
         ...         return lambda x: self.coefficient * x.sin()
-        >>> Shrunken(2, coefficient=0.5)(torch.zeros(2))
+        >>> Sine(2, coefficient=0.5)(torch.zeros(2))
         tensor([0., 0.])
     """
 
@@ -51,28 +50,26 @@ class ContractiveNetwork(nn.Module, ABC):
         super().__init__()
         self.features = check_count("features", features)
         self.context_features = check_count("context_features", context_features, least=0)
-        self.coefficient = check_number(
-            "coefficient", coefficient, "between 0 and 1", lambda number: 0 < number < 1
-        )
+        self.coefficient = check_fraction("coefficient", coefficient)
 
     @abstractmethod
     def given(self, context: Context | None) -> Map:
-        """The map of x given the context, to be called many times with the weights of now.
+        """Return the map of x given the context, to be called many times with the present weights.
 
-        What depends on the weights alone, such as their norms, is computed here.
+        Everything that depends on the weights alone, such as norms, is computed here.
         """
 
     def forward(self, x: Rows, context: Context | None = None) -> Rows:
-        """The map of `x`."""
+        """Return the map of `x`."""
         return self.given(context)(x)
 
 
 class LipschitzMLP(ContractiveNetwork):
-    """Perceptron whose layers share a bound of the whole network's Lipschitz constant.
+    """Spectrally normalised perceptron.
 
     The weight of each of n layers is scaled down, where needed, to a spectral norm of
-    ``coefficient ** (1 / n)``. The norm is the largest singular value itself, taken anew at each
-    evaluation, and gradients know of it. The context shifts what each layer gives.
+    ``coefficient ** (1 / n)``. The norm is the exact largest singular value, computed at each
+    evaluation and differentiated. The context shifts the output of each layer.
 
     The last layer starts at zero, so that a new residual flow is the identity.
 
@@ -86,7 +83,7 @@ class LipschitzMLP(ContractiveNetwork):
 
     Raises:
         TypeError: If a size is not an int.
-        ValueError: If a size, the name or the coefficient is out of range.
+        ValueError: If an argument is out of range.
 
     References:
         Behrmann et al. (2019), Invertible Residual Networks. https://arxiv.org/abs/1811.00995
@@ -95,8 +92,7 @@ class LipschitzMLP(ContractiveNetwork):
 
     Example:
         >>> import torch
-        >>> network = LipschitzMLP(2, hidden_features=(16, 16))
-        >>> network(torch.randn(5, 2)).shape
+        >>> LipschitzMLP(2, hidden_features=(16, 16))(torch.randn(5, 2)).shape
         torch.Size([5, 2])
     """
 
@@ -124,18 +120,18 @@ class LipschitzMLP(ContractiveNetwork):
             self.context_scaling = ContextScaling(self.context_features)
 
     def given(self, context: Context | None) -> Map:
-        """The map of x given the context."""
-        shifted_by = scaled_context(self, context)
-        return _composed(self.layers, self.activations, self.coefficient, shifted_by)
+        """Return the map of x given the context."""
+        context = scaled_context(self, context)
+        return _composed(self.layers, self.activations, self.coefficient, context)
 
 
 class LipschitzConv(ContractiveNetwork):
-    """Convolutional network on images, bounded as `LipschitzMLP` is.
+    """Spectrally normalised convolutional network, bounded as `LipschitzMLP` is.
 
     x is the flattened image: channels, then rows, then columns. Convolutions keep the resolution
-    and go round at the borders. So each is diagonal in frequency, and its spectral norm, that of
-    the map of whole images, is the largest one among the matrices of its frequencies, exactly.
-    The context shifts each channel.
+    and are periodic. So each is diagonal in frequency, and the spectral norm of its map of whole
+    images is the largest spectral norm among the matrices of its frequencies, exactly. The context
+    shifts each channel.
 
     The last layer starts at zero, so that a new residual flow is the identity.
 
@@ -143,13 +139,13 @@ class LipschitzConv(ContractiveNetwork):
         shape: Channels, height and width of the images; `features` is their product.
         context_features: Size of the context; 0 for none.
         hidden_channels: Channels of the hidden layers.
-        kernel_size: Side of the kernels, odd, and no larger than the image.
+        kernel_size: Side of the kernels; odd, and no larger than the image.
         coefficient: Bound of the Lipschitz constant in x.
         activation: "lipswish" or "elu", as for `LipschitzMLP`.
 
     Raises:
         TypeError: If a size is not an int.
-        ValueError: If a size, the name or the coefficient is out of range.
+        ValueError: If an argument is out of range.
 
     References:
         Sedghi, Gupta & Long (2019), The Singular Values of Convolutional Layers.
@@ -157,8 +153,7 @@ class LipschitzConv(ContractiveNetwork):
 
     Example:
         >>> import torch
-        >>> network = LipschitzConv((1, 8, 8), hidden_channels=(16,))
-        >>> network(torch.randn(5, 64)).shape
+        >>> LipschitzConv((1, 8, 8), hidden_channels=(16,))(torch.randn(5, 64)).shape
         torch.Size([5, 64])
     """
 
@@ -172,13 +167,10 @@ class LipschitzConv(ContractiveNetwork):
         coefficient: float = 0.97,
         activation: str = "lipswish",
     ) -> None:
-        sizes = check_shape(shape)
-        if len(sizes) != 3:
-            raise ValueError(f"shape must be (channels, height, width); got {shape!r}.")
-        channels, height, width = sizes
+        channels, height, width = check_image_shape(shape)
         features = channels * height * width
         super().__init__(features, context_features, coefficient=coefficient)
-        self.shape = sizes
+        self.shape = (channels, height, width)
         self.hidden_channels = check_widths("hidden_channels", hidden_channels)
         self.kernel_size = check_count("kernel_size", kernel_size)
         if self.kernel_size % 2 == 0 or self.kernel_size > min(height, width):
@@ -188,8 +180,9 @@ class LipschitzConv(ContractiveNetwork):
             )
         self.activation = check_choice("activation", activation, _ACTIVATIONS)
         widths = (channels, *self.hidden_channels, channels)
+        size, image = self.kernel_size, self.shape[1:]
         layers = [
-            BoundedConvolution(inputs, outputs, self.context_features, self.kernel_size, sizes[1:])
+            BoundedConvolution(inputs, outputs, self.context_features, size, image)
             for inputs, outputs in itertools.pairwise(widths)
         ]
         layers[-1].reset_to_zero()
@@ -199,9 +192,9 @@ class LipschitzConv(ContractiveNetwork):
             self.context_scaling = ContextScaling(self.context_features)
 
     def given(self, context: Context | None) -> Map:
-        """The map of x given the context."""
-        shifted_by = scaled_context(self, context)
-        inner = _composed(self.layers, self.activations, self.coefficient, shifted_by)
+        """Return the map of x given the context."""
+        context = scaled_context(self, context)
+        inner = _composed(self.layers, self.activations, self.coefficient, context)
         return lambda x: inner(x.unflatten(-1, self.shape)).flatten(-3)
 
 
@@ -211,10 +204,10 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {"lipswish": LipSwish, "elu": nn.ELU}
 def _composed(
     layers: nn.ModuleList, activations: nn.ModuleList, coefficient: float, context: Tensor | None
 ) -> Map:
-    """The layers in a row, each within its share of the coefficient, with activations between."""
+    """Return the network: layers with activations between them, scaled to the coefficient."""
     parts = cast("list[BoundedLayer]", list(layers))
-    share = coefficient ** (1 / len(parts))
-    *hidden, output = [layer.with_spectral_norm(share, context) for layer in parts]
+    norm = coefficient ** (1 / len(parts))
+    *hidden, output = [layer.with_spectral_norm(norm, context) for layer in parts]
 
     def composed(x: Tensor) -> Tensor:
         for layer, activation in zip(hidden, activations, strict=True):

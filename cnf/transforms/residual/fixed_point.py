@@ -1,4 +1,4 @@
-"""Fixed points of contractions, by iteration."""
+"""Fixed-point iteration of contractions."""
 
 import torch
 from torch import Tensor
@@ -9,14 +9,14 @@ from cnf.transforms.residual.spectral_layers import Map
 
 
 def fixed_point(update: Map, start: Rows, *, coefficient: float, tolerance: float) -> Rows:
-    r"""The x with ``x = update(x)``, for a contraction `update` of rows.
+    r"""Return the fixed point ``x = update(x)`` of a contraction of rows.
 
-    The iteration ends when the error of each row is known to be at most `tolerance` times the norms
-    of x and `start` together, or as small as rounding allows.
+    The iteration ends when the error of each row is proven to be at most `tolerance` times the sum
+    of the norms of x and `start`, or as small as rounding allows.
 
     Args:
         update: The contraction.
-        start: Where the iteration starts; its norm is part of the scale of errors.
+        start: First iterate; its norm is part of the scale of errors.
         coefficient: Bound L of the Lipschitz constant of `update`, less than 1. The k-th step is
             then at most :math:`L^k` times the first, and the error after it at most
             L / (1 - L) times the step.
@@ -33,7 +33,7 @@ def fixed_point(update: Map, start: Rows, *, coefficient: float, tolerance: floa
         arrived = step <= allowed
         if arrived.all():
             return x
-        # A contraction would have brought the row here; half of what is allowed is for rounding.
+        # A contraction would have converged by now; the other half of `allowed` is for rounding.
         late = ~arrived & ~(longest > allowed / 2)
         if late.any():
             raise RuntimeError(

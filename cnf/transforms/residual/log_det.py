@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -20,37 +21,35 @@ from cnf.vector_fields.jacobian.autograd import (
 )
 
 _MOST_TERMS = 10_000
-"""Largest number of terms: each is a pass through the network, and the last of so many counts less
-than 1e-8 nats for a contraction with Lipschitz constant 0.999."""
+"""Largest number of terms. Each is a pass through the network, and a later one adds less than 1e-8
+nats for a contraction with Lipschitz constant 0.999."""
 _FEWER = "Take fewer, or for few features ExactLogDet()."
 
 
 class LogDet(ABC):
-    r"""How log det(I + J) is computed, for the Jacobian J of a contraction g.
+    r"""Computation of log det(I + J), for the Jacobian J of a contraction g.
 
-    With L, less than 1, the Lipschitz constant of g, and d features, it is real, and
+    For d features and a Lipschitz constant L < 1 of g,
 
     .. math:: d \log(1 - L) \le \log\det(I + J) = \sum_{k \ge 1} \frac{(-1)^{k+1}}{k}
         \mathrm{tr}(J^k) \le d \log(1 + L)
     """
 
-    @property
-    @abstractmethod
-    def likelihood(self) -> Likelihood:
-        """What the number is."""
+    likelihood: ClassVar[Likelihood]
+    """Kind of likelihood: exact, an estimate or a biased estimate."""
 
     @abstractmethod
     def __call__(
         self, contraction: Map, x: Rows, *, generator: Generator | None = None
     ) -> tuple[Rows, Values]:
-        """g(x) and log det(I + J) at `x`, in nats, for each row."""
+        """Return g(x) and log det(I + J) at `x`, in nats, for each row."""
 
 
 @dataclass(frozen=True)
 class ExactLogDet(LogDet):
-    """The log-determinant of the whole Jacobian.
+    """Exact log-determinant of the whole Jacobian, for few features.
 
-    It costs a vector-Jacobian product for each feature, and so is for few features.
+    It costs a vector-Jacobian product for each feature.
 
     Example:
         >>> change, ladj = ExactLogDet()(lambda x: 0.5 * x, torch.zeros(3, 2))
@@ -58,32 +57,28 @@ class ExactLogDet(LogDet):
         tensor([0.8109, 0.8109, 0.8109])
     """
 
-    @property
-    def likelihood(self) -> Likelihood:
-        """Exact."""
-        return "exact"
+    likelihood: ClassVar[Likelihood] = "exact"
 
     def __call__(
         self, contraction: Map, x: Rows, *, generator: Generator | None = None
     ) -> tuple[Rows, Values]:
-        """g(x) and log det(I + J) at `x`, in nats, for each row."""
+        """Return g(x) and log det(I + J) at `x`, in nats, for each row."""
         basis = standard_basis(x)
         point, changes = _at_copies(contraction, x, len(basis))
         rows = vector_jacobian_product(changes, point, basis, torch.is_grad_enabled())
         identity = torch.eye(len(basis), dtype=x.dtype, device=x.device)
         ladj = torch.linalg.slogdet(identity + rows.movedim(0, -2)).logabsdet
-        return _as_wanted(changes), ladj
+        return _first_copy(changes), ladj
 
 
 @dataclass(frozen=True, kw_only=True)
 class TruncatedSeries(LogDet):
-    r"""The first terms of the power series, with random probes for the traces.
+    r"""Truncated power series, with random probes for the traces: a biased estimate.
 
-    What is left out is a bias, of unknown sign: for d features and a Lipschitz constant of at most
-    L it is up to :math:`-d \, (\log(1 - L) + \sum_{k \le n} L^k / k)`, with n the `terms`.
+    The bias has an unknown sign: for d features and a Lipschitz constant of at most L it is up to
+    :math:`-d \, (\log(1 - L) + \sum_{k \le n} L^k / k)`, with n the `terms`.
 
-    Costs a vector-Jacobian product for each term and probe, and gradients one more, whatever the
-    number of terms.
+    Costs a vector-Jacobian product for each term and probe; gradients cost one more, for all terms.
 
     Raises:
         TypeError: If a number is not an int.
@@ -107,26 +102,23 @@ class TruncatedSeries(LogDet):
         object.__setattr__(self, "terms", _checked_terms("terms", self.terms, least=1))
         object.__setattr__(self, "probes", check_count("probes", self.probes))
 
-    @property
-    def likelihood(self) -> Likelihood:
-        """A biased estimate."""
-        return "biased_estimate"
+    likelihood: ClassVar[Likelihood] = "biased_estimate"
 
     def __call__(
         self, contraction: Map, x: Rows, *, generator: Generator | None = None
     ) -> tuple[Rows, Values]:
-        """g(x) and the estimate of log det(I + J) at `x`, in nats, for each row."""
+        """Return g(x) and the estimate of log det(I + J) at `x`, in nats, for each row."""
         probes = Hutchinson(probes=self.probes).draw_probes(x, generator=generator)
         return power_series(contraction, x, probes, [1.0] * self.terms)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RussianRoulette(LogDet):
-    r"""An unbiased estimate from a power series that is cut off at random.
+    r"""Russian-roulette estimate: an unbiased, randomly truncated power series.
 
-    After the exact terms come N more, with :math:`P(N \ge m) = (1 - p)^{m - 1}`; each counts by
-    the inverse of the probability that it is there. N is drawn once for each call, and probes for
-    the traces once for each row. Costs as `TruncatedSeries` with 1 / p further terms on average.
+    After the exact terms come N more, with :math:`P(N \ge m) = (1 - p)^{m - 1}`; the weight of each
+    is the inverse of its probability. N is drawn once for each call, and probes for the traces once
+    for each row. Costs as `TruncatedSeries` with 1 / p further terms on average.
 
     Where powers of the Jacobian fall as slowly as :math:`\lambda^k`, the variance is finite if
     :math:`\lambda^2 < 1 - p`; many exact terms make it small. With the defaults it is finite up to
@@ -134,8 +126,8 @@ class RussianRoulette(LogDet):
 
     Raises:
         TypeError: If a number is not an int.
-        ValueError: If a number is too small or `exact_terms` more than 10 000, or if `probability`
-            is not at least 1e-4, which is for 10 000 further terms on average, and less than 1.
+        ValueError: If a number is too small, `exact_terms` more than 10 000, or `probability` less
+            than 1e-4 (10 000 further terms on average) or not less than 1.
 
     References:
         Chen et al. (2019), Residual Flows for Invertible Generative Modeling.
@@ -148,7 +140,7 @@ class RussianRoulette(LogDet):
     """
 
     exact_terms: int = 8
-    """Number of terms that are always there."""
+    """Number of terms that are always computed."""
     probability: float = 0.05
     """Probability p that a further term is the last, less than 1."""
     probes: int = 1
@@ -167,15 +159,12 @@ class RussianRoulette(LogDet):
         )
         object.__setattr__(self, "probability", probability)
 
-    @property
-    def likelihood(self) -> Likelihood:
-        """An unbiased estimate."""
-        return "estimate"
+    likelihood: ClassVar[Likelihood] = "estimate"
 
     def __call__(
         self, contraction: Map, x: Rows, *, generator: Generator | None = None
     ) -> tuple[Rows, Values]:
-        """g(x) and the estimate of log det(I + J) at `x`, in nats, for each row."""
+        """Return g(x) and the estimate of log det(I + J) at `x`, in nats, for each row."""
         further = self.draw_terms(generator=generator)
         weights = [(1 - self.probability) ** -m for m in range(further)]
         probes = Hutchinson(probes=self.probes).draw_probes(x, generator=generator)
@@ -191,7 +180,7 @@ class RussianRoulette(LogDet):
         return coefficient**2 < 1 - self.probability
 
     def draw_terms(self, *, generator: Generator | None = None) -> int:
-        """The random number N of further terms, at least 1."""
+        """Draw the number N of further terms, at least 1."""
         device = "cpu" if generator is None else generator.device
         draw = torch.rand((), generator=generator, dtype=torch.float64, device=device)
         if is_hidden(draw):
@@ -203,8 +192,8 @@ def _checked_terms(name: str, value: int, *, least: int) -> int:
     terms = check_count(name, value, least=least)
     if terms > _MOST_TERMS:
         raise ValueError(
-            f"{name} must be at most {_MOST_TERMS}, for each costs a pass through the network; got "
-            f"{terms}. {_FEWER}"
+            f"{name} must be at most {_MOST_TERMS}, because each costs a pass through the network; "
+            f"got {terms}. {_FEWER}"
         )
     return terms
 
@@ -212,20 +201,19 @@ def _checked_terms(name: str, value: int, *, least: int) -> int:
 def power_series(
     contraction: Map, x: Rows, probes: Probes, weights: Sequence[float]
 ) -> tuple[Rows, Values]:
-    r"""g(x), and the first terms of the power series of log det(I + J) at `x`, each weighted.
+    r"""Return g(x), and a weighted power series of log det(I + J) at `x`.
 
     .. math:: \sum_{k \ge 1} w_k \frac{(-1)^{k+1}}{k} \, p^\top J^k p \quad\text{has in the mean
         over probes p the gradient of}\quad \sum_{k \ge 1} w_k (-1)^{k+1} \, \bar p^\top
         \bar J^{k-1} J p
 
-    where bars mark what is held fixed: one differentiable product, in place of one for each term.
-    The result is the left sum, and has the gradient of the right one.
+    where barred factors are held fixed: one differentiable product, in place of one for each term.
+    The result is the left sum, with the gradient of the right one.
 
     Args:
         contraction: The map g.
         x: Points.
-        probes: Random vectors with :math:`\mathbb{E}\, p p^\top = I`; the result is the mean over
-            them.
+        probes: Random vectors with :math:`\mathbb{E}\, p p^\top = I`; the result is their mean.
         weights: The weight of each term, from the first.
 
     References:
@@ -243,11 +231,11 @@ def power_series(
         slope = vector_jacobian_product(changes, point, fixed, differentiable=True)
         surrogate = (slope * probes).sum(-1)
         ladj = ladj + (surrogate - surrogate.detach())
-    return _as_wanted(changes), ladj.mean(0)
+    return _first_copy(changes), ladj.mean(0)
 
 
 def _at_copies(contraction: Map, x: Tensor, copies: int) -> tuple[Tensor, Tensor]:
-    """Copies of `x` for as many products at once, and g of them, with a graph in any case."""
+    """Return copies of `x`, one for each product, and g of the copies, always with a graph."""
     with torch.enable_grad():
         point = x.expand(copies, *x.shape)
         if not point.requires_grad:
@@ -256,6 +244,6 @@ def _at_copies(contraction: Map, x: Tensor, copies: int) -> tuple[Tensor, Tensor
         return point, contraction(point)
 
 
-def _as_wanted(changes: Tensor) -> Tensor:
-    """g(x) out of its copies, without a graph where none is wanted."""
+def _first_copy(changes: Tensor) -> Tensor:
+    """Return g(x) from its copies, without a graph where gradients are off."""
     return changes[0] if torch.is_grad_enabled() else changes[0].detach()

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Generator, Tensor
 
-from cnf._checks import check_number, check_type
+from cnf._checks import check_fraction, check_type
 from cnf._warnings import warn
 from cnf.bases import Likelihood
 from cnf.transforms.base import Transform, WithLadj
@@ -25,22 +25,21 @@ _FEW_FEATURES = 8
 
 
 class ResidualFlow(Transform):
-    r"""Adds a contraction of x to x: ``z = x + g(x | context)``.
+    r"""Residual flow: the identity plus a contraction, ``z = x + g(x | context)``.
 
-    That is a bijection, for :math:`x = z - g(x)` has one solution, which iteration finds. What the
-    ladj is, exact or an estimate, is a choice: an i-ResNet truncates a power series, a residual
-    flow cuts it off at random. The value of an estimate is that of the log-determinant, in training
-    too, and its gradient that of the value, in the mean.
+    It is a bijection: :math:`x = z - g(x)` has one solution, a fixed point. The ladj is exact or an
+    estimate, as `log_det` computes it: an i-ResNet truncates a power series, a residual flow
+    truncates it at random. The mean of the gradients of an estimate is the gradient of its mean.
 
-    The way to the data iterates until the error of x is at most `tolerance` times the norms of x
-    and z together, or as small as rounding allows. Its gradient is that of the solution, found by
-    another such iteration; it can be taken once, not twice. Everything is computed in the precision
-    of x, also under autocast.
+    The way to the data iterates until the error of x is at most `tolerance` times the sum of the
+    norms of x and z, or as small as rounding allows. Its gradient, by implicit differentiation, is
+    another fixed-point iteration; there is no second derivative. Everything is computed in the
+    precision of x, also under autocast.
 
     Args:
         network: The contraction g, such as `LipschitzMLP`, `LipschitzConv` or `LipschitzAttention`.
-        log_det: How the ladj is computed: `ExactLogDet`, `TruncatedSeries` or `RussianRoulette`;
-            None for the first with at most 8 features, else the last.
+        log_det: `ExactLogDet`, `TruncatedSeries` or `RussianRoulette`; None for the first with at
+            most 8 features, else the last.
         tolerance: Largest relative error of x on the way to the data, less than 1.
 
     Raises:
@@ -50,8 +49,8 @@ class ResidualFlow(Transform):
             finite.
 
     Warns:
-        UserWarning: If `log_det` is a roulette that stops too soon for the coefficient of the
-            network, so that its variance may be infinite.
+        UserWarning: If `log_det` is a `RussianRoulette` whose variance may be infinite for the
+            coefficient of the network.
 
     References:
         Behrmann et al. (2019), Invertible Residual Networks. https://arxiv.org/abs/1811.00995
@@ -79,13 +78,11 @@ class ResidualFlow(Transform):
         few = self.features <= _FEW_FEATURES
         self.log_det = log_det or (ExactLogDet() if few else RussianRoulette())
         _warn_of_infinite_variance(self.log_det, network.coefficient)
-        self.tolerance = check_number(
-            "tolerance", tolerance, "between 0 and 1", lambda number: 0 < number < 1
-        )
+        self.tolerance = check_fraction("tolerance", tolerance)
 
     @property
     def likelihood(self) -> Likelihood:
-        """What `log_det` gives."""
+        """The kind of likelihood of `log_det`."""
         return self.log_det.likelihood
 
     def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
@@ -124,17 +121,17 @@ class ResidualFlow(Transform):
         return fixed_point(update, start, coefficient=coefficient, tolerance=self.tolerance)
 
     def _with_gradient(self, x: Tensor, z: Tensor, contraction: Map) -> Tensor:
-        r"""The solution `x`, with its gradient in z, the parameters and the context.
+        r"""Return the solution `x` with its gradient in z, the parameters and the context.
 
-        One more step of the iteration has the gradient of z - g at a fixed x. That of the solution
-        is :math:`(I + J)^{-\top}` times as much, which is a fixed point, too.
+        One more step of the iteration has the gradient of z - g at a fixed x. The gradient of the
+        solution is :math:`(I + J)^{-\top}` times this one, which is a fixed point, too.
         """
         point = x.requires_grad_()
         change = contraction(point)
         solution = z - change
 
         def solved(gradient: Tensor | None) -> Tensor | None:
-            if gradient is None:  # as autograd has it where nothing depends on the solution
+            if gradient is None:  # nothing depends on the solution
                 return None
             if torch.is_grad_enabled():
                 raise RuntimeError("the way of a ResidualFlow to the data has no second derivative")
@@ -159,6 +156,6 @@ def _warn_of_infinite_variance(log_det: LogDet, coefficient: float) -> None:
 
 @contextmanager
 def _in_full_precision(x: Tensor) -> Iterator[None]:
-    """Without autocast, whose rounding is no contraction; and with autograd in inference mode."""
+    """Turn autocast off, whose rounding breaks a contraction, and autograd on in inference mode."""
     with outside_inference_mode(), torch.autocast(x.device.type, enabled=False):
         yield

@@ -1,4 +1,4 @@
-"""Layers of contractive networks, each with a Lipschitz constant that is known."""
+"""Spectrally normalised layers, and an activation with a known Lipschitz constant."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -17,9 +17,9 @@ Map = Callable[[Tensor], Tensor]
 
 
 class LipSwish(nn.Module):
-    """The activation ``x sigmoid(b x) / 1.1`` with a learnable b > 0.
+    """LipSwish activation: ``x sigmoid(b x) / 1.1`` with a learnable b > 0.
 
-    Its slope is within [-0.1, 1] whatever b, for that of ``x sigmoid(x)`` is at most 1.0999.
+    Its slope is within [-0.1, 1] for all b: the slope of ``x sigmoid(x)`` is at most 1.0999.
 
     References:
         Chen et al. (2019), Residual Flows. https://arxiv.org/abs/1906.02735
@@ -30,15 +30,15 @@ class LipSwish(nn.Module):
         self.steepness = nn.Parameter(torch.tensor(0.5))
 
     def forward(self, x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-        """The activation of each entry."""
+        """Return the activation of each entry."""
         return x * torch.sigmoid(functional.softplus(self.steepness) * x) / 1.1
 
 
 class BoundedLayer(nn.Module, ABC):
-    """An affine map that can be brought within a spectral norm; a context shifts it.
+    """Affine map that can be spectrally normalised; a context shifts it.
 
     Args:
-        initial: Where the initial weight and bias are taken from.
+        initial: Layer of the initial weight and bias.
         outputs: Size of the bias.
         context_features: Size of the context; 0 for none.
     """
@@ -51,27 +51,27 @@ class BoundedLayer(nn.Module, ABC):
 
     @abstractmethod
     def norm(self) -> Float[Tensor, ""]:
-        """Spectral norm of the map by the weight as it is."""
+        """Return the spectral norm of the map before scaling."""
 
     @abstractmethod
     def mapped(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """The map of `x` by this weight and bias."""
+        """Return the map of `x` with this weight and bias."""
 
     def with_spectral_norm(self, norm: float, context: Tensor | None) -> Map:
-        """The map with a weight scaled down, where needed, to this norm."""
+        """Return the map with its weight scaled down to a spectral norm of at most `norm`."""
         weight = rescale_to_norm(self.weight, self.norm(), norm)
         bias = self.bias if self.shift is None else self.bias + self.shift(context)
         return partial(self.mapped, weight=weight, bias=bias)
 
     @torch.no_grad()
     def reset_to_zero(self) -> None:
-        """Make the map zero, whatever x and the context."""
+        """Make the map zero for all x and contexts."""
         for parameter in self.parameters():
             parameter.zero_()
 
 
 class BoundedLinear(BoundedLayer):
-    """A bounded affine map of vectors.
+    """Spectrally normalised linear layer.
 
     Args:
         inputs: Size of x.
@@ -83,16 +83,16 @@ class BoundedLinear(BoundedLayer):
         super().__init__(nn.Linear(inputs, outputs), outputs, context_features)
 
     def norm(self) -> Float[Tensor, ""]:
-        """The largest singular value."""
+        """Return the largest singular value."""
         return spectral_norm(self.weight)
 
     def mapped(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """The affine map of `x`, ``(*batch, inputs)``."""
+        """Return the affine map of `x`, ``(*batch, inputs)``."""
         return functional.linear(x, weight) + bias
 
 
 class BoundedConvolution(BoundedLayer):
-    """A bounded convolution of images that goes round at the borders.
+    """Spectrally normalised periodic convolution of images.
 
     Args:
         inputs: Number of channels of x.
@@ -114,13 +114,13 @@ class BoundedConvolution(BoundedLayer):
         self.image = image
 
     def norm(self) -> Float[Tensor, ""]:
-        """The largest singular value of the map of whole images."""
-        # In frequency the map is one matrix for each; a real kernel repeats itself in half of them.
+        """Return the largest singular value of the map of whole images."""
+        # A matrix for each frequency; for a real kernel, half of the frequencies are enough.
         by_frequency = torch.fft.rfft2(self.weight, s=self.image).flatten(-2)
         return spectral_norm(by_frequency.movedim(-1, 0)).amax()
 
     def mapped(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """The convolution of `x`, ``(*batch, inputs, height, width)``."""
+        """Return the convolution of `x`, ``(*batch, inputs, height, width)``."""
         border = (weight.shape[-1] // 2,) * 4
         rows = functional.pad(x.reshape(-1, *x.shape[-3:]), border, mode="circular")
         images = functional.conv2d(rows, weight)
@@ -128,12 +128,12 @@ class BoundedConvolution(BoundedLayer):
 
 
 def spectral_norm(matrix: Inexact[Tensor, "*batch rows columns"]) -> Values:
-    """The largest singular value: exact and differentiable, unlike that of a power iteration."""
+    """Return the largest singular value: exact and differentiable, without power iteration."""
     norm: Tensor = torch.linalg.matrix_norm(matrix, 2)
     return norm
 
 
 def rescale_to_norm(weight: Tensor, norm: Tensor, largest: float) -> Tensor:
-    """The weight of this norm, scaled down to the largest norm if it is beyond."""
+    """Return a weight with this norm, scaled down to a norm of at most `largest`."""
     # Not by min(1, largest / norm), whose gradient is NaN where the weight is zero.
     return weight * (largest / norm.clamp(min=largest))

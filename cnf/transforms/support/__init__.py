@@ -1,4 +1,4 @@
-"""Data that are not all of the real numbers: bounds, whole numbers, and the maps off them."""
+"""Transforms of bounded, periodic and discrete data to the real numbers."""
 
 from cnf.transforms.support.dequantize import Dequantize, Logit
 from cnf.transforms.support.unconstrain import Unconstrain, transforms_for

@@ -1,4 +1,4 @@
-"""The columns of a table, each with its own way to the real line and back."""
+"""Maps of the columns of a table to the real line and back."""
 
 import math
 from abc import ABC, abstractmethod
@@ -10,32 +10,32 @@ from torch.distributions import constraints
 
 from cnf.transforms.support.constraints import Integers, OpenInterval
 from cnf.transforms.support.dequantize import (
+    clamp_to_logits,
     log_slope_of_sigmoid,
     logit,
     with_noise,
-    within_reach_of_logit,
 )
 
 Support = str | list[str | int | float] | tuple[str | int | float, ...]
-"""What the numbers of a column may be: "real", "positive", ("interval", low, high),
-("periodic", low, high) or "integer"."""
+"""Support of a column: "real", "positive", ("interval", low, high), ("periodic", low, high) or
+"integer"."""
 
 
 class ColumnMap(ABC):
-    """How one column is spread over the real line and brought back."""
+    """Map of one column to the real line and back."""
 
     constraint: constraints.Constraint
-    """Which numbers the column may hold."""
+    """Support of the column."""
     is_ordered: bool = True
-    """Whether the bounds, if any, leave room between them."""
+    """Whether the bounds, if any, are finite and in order."""
 
     @abstractmethod
     def to_reals(self, x: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:
-        """The real number z and the log of dx/dz."""
+        """Return the real number z and the log of dx/dz."""
 
     @abstractmethod
     def from_reals(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The number x and the log of dx/dz."""
+        """Return the number x and the log of dx/dz."""
 
 
 class _Real(ColumnMap):
@@ -56,8 +56,7 @@ class _Positive(ColumnMap):
         return z, z
 
     def from_reals(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        # Farther out, x would be 0 or infinite.
-        farthest = -math.log(torch.finfo(z.dtype).tiny)
+        farthest = -math.log(torch.finfo(z.dtype).tiny)  # beyond, x would be 0 or infinite
         z = z.clamp(-farthest, farthest)
         return z.exp(), z
 
@@ -83,7 +82,7 @@ class _Interval(ColumnMap):
         return z, self._log_slope(z)
 
     def from_reals(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        z = within_reach_of_logit(z)
+        z = clamp_to_logits(z)
         low, high = torch.tensor([self.low, self.high], dtype=z.dtype, device=z.device)
         x = low + (high - low) * z.sigmoid()
         x = x.clamp(torch.nextafter(low, high), torch.nextafter(high, low))
@@ -98,23 +97,19 @@ class _Periodic(ColumnMap):
         self.low, self.high, self.cut = low, high, cut
         self.constraint = constraints.interval(low, high)
         self.is_ordered = -math.inf < low < high < math.inf and low <= cut <= high
-        self._opened = _Interval(0.0, high - low)
+        self._interval = _Interval(0.0, high - low)
 
     def to_reals(self, x: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:
-        return self._opened.to_reals((x - self.cut).remainder(self._opened.high), generator)
+        return self._interval.to_reals((x - self.cut).remainder(self._interval.high), generator)
 
     def from_reals(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        turned, log_slope = self._opened.from_reals(z)
-        x = self.low + (turned + (self.cut - self.low)).remainder(self._opened.high)
+        distance, log_slope = self._interval.from_reals(z)
+        x = self.low + (distance + (self.cut - self.low)).remainder(self._interval.high)
         return x.clamp(self.low, self.high), log_slope
 
 
 def column_map(index: int, column: Support) -> ColumnMap:
-    """The map that an entry of `columns` asks for.
-
-    Raises:
-        ValueError: If it asks for none.
-    """
+    """Return the map for an entry of `columns`; raise a ValueError for an invalid one."""
     found: ColumnMap | None = None
     entries = column if isinstance(column, list | tuple) else [column]
     if not all(isinstance(entry, str | Real) for entry in entries):

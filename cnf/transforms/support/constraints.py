@@ -1,4 +1,4 @@
-"""What numbers may be, where torch has no constraint for it, and rows picked by it."""
+"""Constraints that torch lacks, comparison of constraints, and selection of rows."""
 
 import itertools
 import math
@@ -10,12 +10,7 @@ from torch.distributions import constraints
 
 
 class OpenInterval(constraints.Constraint):
-    """Numbers between two bounds, the bounds excluded.
-
-    Args:
-        lower_bound: What they are greater than.
-        upper_bound: What they are less than.
-    """
+    """Numbers between two bounds, the bounds excluded."""
 
     is_open = True
 
@@ -25,7 +20,7 @@ class OpenInterval(constraints.Constraint):
         super().__init__()
 
     def check(self, value: Tensor) -> Tensor:
-        """Which numbers are between the bounds."""
+        """Return the mask of the numbers between the bounds."""
         return (value > self.lower_bound) & (value < self.upper_bound)
 
     def __repr__(self) -> str:
@@ -33,12 +28,12 @@ class OpenInterval(constraints.Constraint):
 
 
 class Integers(constraints.Constraint):
-    """Whole numbers, of either sign."""
+    """Integers of either sign."""
 
     is_discrete = True
 
     def check(self, value: Tensor) -> Tensor:
-        """Which numbers are whole."""
+        """Return the mask of the integers."""
         return value == torch.round(value)
 
     def __repr__(self) -> str:
@@ -46,24 +41,24 @@ class Integers(constraints.Constraint):
 
 
 def covers(larger: constraints.Constraint, smaller: constraints.Constraint) -> bool:
-    """Whether all numbers, or vectors, that fulfil `smaller` fulfil `larger`, ends aside.
+    """Return whether `larger` contains `smaller`, the ends of intervals aside.
 
-    Known of numbers between bounds, one or several for the entries of a vector; of others, such as
-    those on a simplex, where both constraints are the same.
+    This compares bounds of numbers, or of each entry of a vector. Other constraints, such as a
+    simplex, contain an equal constraint alone.
     """
-    wide, narrow = _of_entries(larger), _of_entries(smaller)
+    wide, narrow = _entries(larger), _entries(smaller)
     if len(wide) != len(narrow):
         wide, narrow = wide * len(narrow), narrow * len(wide)
     return all(itertools.starmap(_covers, zip(wide, narrow, strict=True)))
 
 
-def _of_entries(constraint: constraints.Constraint) -> list[constraints.Constraint]:
-    """The constraint of each entry of a vector, or a single one for all."""
+def _entries(constraint: constraints.Constraint) -> list[constraints.Constraint]:
+    """Return the constraint of each entry of a vector, or a single one for all."""
     while isinstance(constraint, constraints.independent):
         constraint = constraint.base_constraint
     if isinstance(constraint, constraints.cat):
         pairs = zip(constraint.cseq, constraint.lengths, strict=True)
-        return [kind for part, length in pairs for kind in _of_entries(part) * length]
+        return [kind for part, length in pairs for kind in _entries(part) * length]
     return [constraint]
 
 
@@ -77,7 +72,7 @@ def _covers(larger: constraints.Constraint, smaller: constraints.Constraint) -> 
 
 
 def _bounds(constraint: constraints.Constraint) -> tuple[Tensor, Tensor] | None:
-    """The least and the largest number; None where bounds are not what matters."""
+    """Return the least and the largest number; None for constraints of another kind."""
     bounded = hasattr(constraint, "lower_bound") or hasattr(constraint, "upper_bound")
     if not bounded and not isinstance(constraint, type(constraints.real) | Integers):
         return None
@@ -87,21 +82,17 @@ def _bounds(constraint: constraints.Constraint) -> tuple[Tensor, Tensor] | None:
 
 
 def select(mask: Tensor, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The rows of `x` for which the mask ``(*batch,)`` is true, and their contexts."""
+    """Return the rows of `x` where the mask ``(*batch,)`` is true, and their contexts."""
     if context is not None:
         context = context.expand(*mask.shape, context.shape[-1])[mask]
     return x[mask], context
 
 
 def row_before(mask: Tensor) -> Callable[[tuple[int, ...]], tuple[int, ...]]:
-    """Where a row that `select` has picked, as the last axis counts them, was before."""
-
-    def before(row: tuple[int, ...]) -> tuple[int, ...]:
-        return (*row[:-1], *mask.nonzero()[row[-1]].tolist())
-
-    return before
+    """Return the map from the index of a row that `select` returned to its index before."""
+    return lambda row: (*row[:-1], *mask.nonzero()[row[-1]].tolist())
 
 
 def spread(mask: Tensor, values: Tensor, *, elsewhere: float) -> Tensor:
-    """The values, one after another, where the mask is true, and `elsewhere` where it is not."""
+    """Return the values, in order, where the mask is true, and `elsewhere` where it is false."""
     return values.new_full(mask.shape, elsewhere).masked_scatter(mask, values)

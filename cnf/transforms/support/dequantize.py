@@ -1,4 +1,4 @@
-"""Discrete data and bounded data as real numbers."""
+"""Dequantisation of discrete data, and logits of bounded data."""
 
 import math
 
@@ -12,27 +12,27 @@ from cnf.transforms.base import Transform, WithLadj
 from cnf.transforms.support.constraints import OpenInterval
 
 COARSEST_NOISE = 0.01
-"""Largest resolution of a dtype, in steps between levels, that noise may have."""
+"""Largest spacing of the numbers of a dtype, in steps between levels, for dequantisation noise."""
 
 
 class Dequantize(Transform):
-    r"""Integers 0, …, K - 1 made continuous by uniform noise u: ``z = (x + u) / K``.
+    r"""Uniform dequantisation of the integers 0, …, K - 1, with noise u: ``z = (x + u) / K``.
 
     With it, `Flow.log_prob` is a lower bound of the log-probability of the integers, in nats:
 
     .. math:: \log P(x) \ge \mathbb{E}_u \log p_z((x + u) / K) - D \log K
 
-    Back towards the data numbers are rounded down, those outside [0, 1) to the nearest level. This
-    carries no gradient.
+    Towards the data, numbers are rounded down, and numbers outside [0, 1) to the nearest level;
+    without gradient.
 
     Args:
         features: Size of x, the D of the formula.
-        levels: Number K of the integers; they come as floating numbers.
+        levels: Number K of the integers, given as floating numbers.
 
     Raises:
         TypeError: If an argument is not an int.
-        ValueError: If `features` is less than 1 or `levels` less than 2, or, when called, x holds
-            anything but these integers, or is of a dtype too coarse for the noise between them.
+        ValueError: If `features` is less than 1 or `levels` less than 2; when called, if x holds
+            anything but these integers, or its dtype is too coarse for the noise between them.
 
     References:
         Theis, van den Oord & Bethge (2016), A Note on the Evaluation of Generative Models.
@@ -44,6 +44,8 @@ class Dequantize(Transform):
         >>> dequantize.to_data(z)
         tensor([  0., 255.])
     """
+
+    stochastic_to_base = True
 
     def __init__(self, features: int, levels: int) -> None:
         super().__init__(features)
@@ -63,11 +65,6 @@ class Dequantize(Transform):
         """The unit interval."""
         return constraints.independent(constraints.half_open_interval(0.0, 1.0), 1)
 
-    @property
-    def stochastic_to_base(self) -> bool:
-        """True: noise is added."""
-        return True
-
     def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         check_support("x", x, self.support)
         if self.levels * torch.finfo(x.dtype).eps > COARSEST_NOISE:
@@ -86,19 +83,19 @@ class Dequantize(Transform):
 
 
 class Logit(Transform):
-    r"""Numbers in [0, 1] spread over the real line: the logit of ``alpha + (1 - 2 alpha) x``.
+    r"""Logit of numbers in [0, 1]: ``z = logit(alpha + (1 - 2 alpha) x)``.
 
-    `alpha` keeps 0 and 1 from going to infinity. It also lets x reach beyond them, by
-    ``alpha / (1 - 2 alpha)`` on each side: so far draws of a flow may go, and have a density.
+    `alpha` keeps 0 and 1 from going to infinity. It extends the support of x by
+    ``alpha / (1 - 2 alpha)`` on each side; draws of a flow may lie there.
 
     Args:
         features: Size of x.
-        alpha: Share of the unit interval kept free on each side; 0 if x never is 0 or 1.
+        alpha: Margin on each side of the unit interval; 0 if x never is 0 or 1.
 
     Raises:
         TypeError: If `features` is not an int.
-        ValueError: If `features` is less than 1 or `alpha` not in [0, 0.5), or, when called, x
-            reaches as far as said above.
+        ValueError: If `features` is less than 1 or `alpha` not in [0, 0.5); when called, if x is
+            outside of the support.
 
     References:
         Dinh et al. (2017), Density Estimation Using Real NVP. https://arxiv.org/abs/1605.08803
@@ -115,12 +112,12 @@ class Logit(Transform):
         )
 
     def extra_repr(self) -> str:
-        """Share of the unit interval kept free."""
+        """Margin on each side of the unit interval."""
         return f"alpha={self.alpha}"
 
     @property
     def support(self) -> constraints.Constraint:
-        """The unit interval, its ends excluded, and what `alpha` adds to it."""
+        """The unit interval, its ends excluded, extended by `alpha`."""
         margin = self.alpha / (1 - 2 * self.alpha)
         return constraints.independent(OpenInterval(0 - margin, 1 + margin), 1)
 
@@ -134,36 +131,36 @@ class Logit(Transform):
         return -self._log_slopes(logit(self.alpha + (1 - 2 * self.alpha) * x))
 
     def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
-        z = within_reach_of_logit(z)
+        z = clamp_to_logits(z)
         x = (z.sigmoid() - self.alpha) / (1 - 2 * self.alpha)
         return x, self._log_slopes(z).sum(-1)
 
     def _log_slopes(self, z: Tensor) -> Tensor:
-        """Log of dx/dz of each feature."""
+        """Return the log of dx/dz of each feature."""
         return log_slope_of_sigmoid(z) - math.log(1 - 2 * self.alpha)
 
 
 def with_noise(x: Tensor, generator: Generator | None) -> Tensor:
-    """Integers plus noise in [0, 1), which rounding does not carry to the next integer."""
+    """Return integers plus noise in [0, 1), never rounded up to the next integer."""
     noise = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-    # An ulp and more below: neither the sum nor a quotient of it may be rounded up.
+    # More than an ulp below: neither the sum nor a quotient may be rounded up.
     below_next = (x + 1) - 2 * torch.finfo(x.dtype).eps * (x + 1).abs()
     return torch.minimum(x + noise, below_next)
 
 
 def logit(share: Tensor) -> Tensor:
-    """The logit of numbers between 0 and 1, finite where rounding has made them 0 or 1."""
+    """Return the logit of numbers between 0 and 1, finite where rounding made them 0 or 1."""
     info = torch.finfo(share.dtype)
     share = share.clamp(info.tiny, 1 - info.eps / 2)
     return share.log() - (-share).log1p()
 
 
-def within_reach_of_logit(z: Tensor) -> Tensor:
-    """The nearest number whose sigmoid is not rounded to 1, which has no logit."""
+def clamp_to_logits(z: Tensor) -> Tensor:
+    """Clamp numbers so far that their sigmoid is not rounded to 1, which has no logit."""
     farthest = -math.log(4 * torch.finfo(z.dtype).eps)
     return z.clamp(-farthest, farthest)
 
 
 def log_slope_of_sigmoid(z: Tensor) -> Tensor:
-    """Log of the derivative of the sigmoid."""
+    """Return the log of the derivative of the sigmoid."""
     return logsigmoid(z) + logsigmoid(-z)

@@ -1,4 +1,4 @@
-"""Columns of a table that are bounded, periodic or whole numbers, as real numbers."""
+"""Bounded, periodic and integer columns of a table as real numbers."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -15,30 +15,31 @@ from cnf.transforms.support.columns import Support, column_map
 from cnf.transforms.support.dequantize import COARSEST_NOISE
 
 _SEARCHED = 1 / 16
-"""Share of a circle to each side of a cut in which the data are counted."""
+"""Part of the circle, to each side of a cut, in which the data are counted."""
 
 
 class Unconstrain(Transform):
-    r"""Each column spread over the real line, by what its numbers may be.
+    r"""Maps each column to the real line, by its support.
 
-    - ``"real"``: any number, left as it is.
-    - ``"positive"``: greater than 0; its logarithm, so that a heavy tail becomes a light one.
-    - ``("interval", low, high)``: between the two, the ends excluded; the logit of its place there.
+    - ``"real"``: any number; the identity.
+    - ``"positive"``: greater than 0; the logarithm, so that a heavy tail becomes a light one.
+    - ``("interval", low, high)``: between the two, the ends excluded; the logit of the position.
       If rounding puts data on an end, widen the interval by half a step of the rounding.
-    - ``("periodic", low, high, cut)``: on a circle, such as an angle or a time of day, where low
-      and high are the same place. The circle is cut open at `cut` (low, if left out), and treated
-      as an interval. The density is exact; it goes to 0 at the cut or is otherwise free to differ
-      on its two sides, so the cut belongs where data are rare, as `transforms_for` chooses it.
-    - ``"integer"``: whole numbers of either sign, of which there is a probability. Uniform noise in
-      [0, 1) is added, so that a likelihood is a lower bound; numbers are rounded down on the way
-      back, without gradient.
+    - ``("periodic", low, high, cut)``: a circle, such as an angle or a time of day, where low and
+      high are the same point. The circle is cut open at `cut` (default: low), and treated as an
+      interval. The density is exact. It is 0 at the cut, or may differ on its two sides, so the cut
+      belongs where data are rare, as `transforms_for` chooses it.
+    - ``"integer"``: integers of either sign, with a probability. Uniform noise in [0, 1) is added,
+      so that the likelihood is a lower bound; towards the data, numbers are rounded down, without
+      gradient.
 
     Args:
-        columns: What each column may be.
+        columns: Support of each column.
 
     Raises:
         TypeError: If `columns` is not a list.
-        ValueError: If one of `columns` is none of these or, when called, x is outside of them.
+        ValueError: If an entry of `columns` is none of these; when called, if x is outside of the
+            support.
 
     References:
         Theis, van den Oord & Bethge (2016), A Note on the Evaluation of Generative Models, for the
@@ -64,68 +65,64 @@ class Unconstrain(Transform):
         )
 
     def extra_repr(self) -> str:
-        """What each column may be."""
+        """Support of each column."""
         return f"columns={list(self.columns)}"
 
     @property
     def support(self) -> constraints.Constraint:
-        """What each column may be, as one constraint of whole rows."""
+        """Support of the columns, as one constraint of whole rows."""
         return constraints.independent(
             constraints.cat([column.constraint for column in self._maps], dim=-1), 1
         )
 
     @property
     def stochastic_to_base(self) -> bool:
-        """Whether a column holds whole numbers, to which noise is added."""
+        """Whether a column holds integers, to which noise is added."""
         return any(column.constraint.is_discrete for column in self._maps)
 
     def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
-        z, log_slopes = self._spread(x, generator)
+        z, log_slopes = self._to_reals(x, generator)
         return z, -log_slopes.sum(-1)
 
     def _contributions(self, x: Tensor, context: Tensor | None) -> Tensor:
         if self.stochastic_to_base:
             return super()._contributions(x, context)
-        return -self._spread(x, None)[1]
+        return -self._to_reals(x, None)[1]
 
-    def _spread(self, x: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:
-        """The real numbers and the log of dx/dz, of each column."""
+    def _to_reals(self, x: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:
+        """Return the real numbers, and the log of dx/dz of each column."""
         check_support("x", x, self.support)
-        spread = [
-            column.to_reals(values, generator)
-            for column, values in zip(self._maps, x.unbind(-1), strict=True)
-        ]
-        z, log_slopes = (torch.stack(parts, -1) for parts in zip(*spread, strict=True))
+        columns = zip(self._maps, x.unbind(-1), strict=True)
+        pairs = [column.to_reals(values, generator) for column, values in columns]
+        z, log_slopes = (torch.stack(parts, -1) for parts in zip(*pairs, strict=True))
         return z, log_slopes
 
     def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
-        brought = [
-            column.from_reals(values)
-            for column, values in zip(self._maps, z.unbind(-1), strict=True)
-        ]
-        x, log_slopes = (torch.stack(parts, -1) for parts in zip(*brought, strict=True))
+        columns = zip(self._maps, z.unbind(-1), strict=True)
+        pairs = [column.from_reals(values) for column, values in columns]
+        x, log_slopes = (torch.stack(parts, -1) for parts in zip(*pairs, strict=True))
         return x, log_slopes.sum(-1)
 
 
 def _plain(entry: Any) -> str | int | float:
-    """An entry of a column as Python has it, so that it can be saved."""
+    """Return an entry of a column as a plain Python object, which can be saved."""
     return entry if isinstance(entry, str | int) else float(entry)
 
 
 def transforms_for(
     x: Float[Tensor, "rows features"], support: Iterable[Support]
 ) -> list[Transform]:
-    """The transforms that a table needs before an ODE: its columns unconstrained, standardised.
+    """Return the transforms for a table, to come before an ODE: `Unconstrain`, `Standardize`.
 
     Args:
-        x: Rows to train on.
-        support: What each column may be, as for `Unconstrain`. A circle without a cut is cut where
+        x: Training rows.
+        support: Support of each column, as for `Unconstrain`. A circle without a cut is cut where
             `x` is rare.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If there is not one entry for each column, `x` is outside of them, constant in
-            one, or of a dtype too coarse for noise between its integers.
+        ValueError: If there is not one entry for each column, `x` is outside of the support or
+            constant in a column, or its dtype too coarse for noise between its integers.
 
     Example:
         >>> hours = torch.tensor([[23.0, 1.5], [1.0, 20.0], [3.0, 0.1]])
@@ -135,8 +132,8 @@ def transforms_for(
     check_vectors("x", x, x.shape[-1] if isinstance(x, Tensor) and x.ndim else 0, like=x)
     try:
         unconstrain = Unconstrain(support)
-    except (TypeError, ValueError) as error:  # whose argument has another name
-        raise type(error)(f"support cannot be taken: {error}") from error
+    except (TypeError, ValueError) as error:  # which names the argument `columns`
+        raise type(error)(f"support is invalid: {error}") from error
     if x.ndim != 2 or x.shape[-1] != unconstrain.features:
         raise ValueError(
             "support must have one entry for each column of x, which has shape (rows, columns); "
@@ -149,9 +146,9 @@ def transforms_for(
         largest = float(x[:, i].abs().max())
         if column == "integer" and largest * torch.finfo(x.dtype).eps > COARSEST_NOISE:
             raise ValueError(
-                f"x must have a finer dtype than {x.dtype} for the integers of column {i}, of up "
-                f"to {largest:.6g}, between which noise is rounded away; use float64, or call "
-                "them real."
+                f"x must have a finer dtype than {x.dtype} for the integers of column {i}, up to "
+                f"{largest:.6g}: noise between them is rounded away. Use float64, or the support "
+                "'real'."
             )
     unconstrain = Unconstrain(
         (*column, rarest_place(x[:, i], *map(float, column[1:])))
@@ -164,10 +161,10 @@ def transforms_for(
 
 
 def rarest_place(values: Float[Tensor, " rows"], low: float, high: float) -> float:
-    """Where on the circle from `low` to `high` to cut it open, far from the values.
+    """Return the place on the circle from `low` to `high` to cut it open, far from the values.
 
-    Of all places halfway between neighbours, the one with fewest values within a sixteenth of the
-    circle to each side; near it, the middle of the widest gap.
+    Among the midpoints between neighbours, take the one with fewest values within a sixteenth of
+    the circle to each side; near it, the middle of the widest gap.
     """
     circle = high - low
     near = _SEARCHED * circle

@@ -1,4 +1,4 @@
-"""Derivatives by autograd: products with a Jacobian, in either mode, and what they need."""
+"""Jacobian products by autograd, in reverse and forward mode."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,23 +12,19 @@ from cnf._shapes import Rows
 
 
 def standard_basis(x: Rows) -> Float[Tensor, "features *batch features"]:
-    """The unit vectors as probes: one for each feature, the same for each row."""
+    """Return the unit vectors as probes: one for each feature, the same for each row."""
     features = x.shape[-1]
     basis = torch.eye(features, dtype=x.dtype, device=x.device)
     return basis.view(features, *(1,) * (x.ndim - 1), features).expand(features, *x.shape)
 
 
 def functions_are_transformed() -> bool:
-    """Whether `torch.func` or forward-mode differentiation is at work."""
+    """Return whether `torch.func` or forward-mode differentiation is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def refuse_transformed_functions(what: str) -> None:
-    """Refuse to go on within `torch.func` or forward-mode differentiation.
-
-    Raises:
-        RuntimeError: If either is at work.
-    """
+    """Raise a RuntimeError within `torch.func` or forward-mode differentiation."""
     if functions_are_transformed():
         raise RuntimeError(
             f"{what} cannot be computed within torch.func (vmap, jvp, ...) or forward-mode "
@@ -39,10 +35,9 @@ def refuse_transformed_functions(what: str) -> None:
 def derivative_along(
     function: Callable[..., Tensor], inputs: tuple[Tensor, ...], direction: tuple[Tensor, ...]
 ) -> Tensor:
-    """Derivative of `function` in a direction of its inputs.
+    """Return the derivative of `function` in a direction of its inputs, by forward mode.
 
-    Forward mode: reverse mode twice would go through the whole graph of the path behind `inputs`
-    at each evaluation.
+    Reverse mode twice would go through the whole graph behind `inputs` at each evaluation.
     """
     derivative: Tensor = torch.func.jvp(function, inputs, direction)[1]
     return derivative
@@ -51,7 +46,7 @@ def derivative_along(
 def vector_jacobian_product(
     value: Tensor, x: Tensor, probe: Tensor, differentiable: bool
 ) -> Tensor:
-    """Product of `probe` with the Jacobian of `value` in x; zero where `value` ignores x."""
+    """Return the product of `probe` with the Jacobian of `value` in x; zero if independent."""
     if not value.requires_grad:
         return torch.zeros_like(x)
     (product,) = torch.autograd.grad(
@@ -62,12 +57,12 @@ def vector_jacobian_product(
 
 @contextmanager
 def outside_inference_mode() -> Iterator[None]:
-    """Let autograd work in inference mode too, where gradients then are off."""
+    """Leave inference mode, with gradients still off, so that autograd works."""
     grad_enabled = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.set_grad_enabled(grad_enabled):
         yield
 
 
 def usable_by_autograd(x: Tensor) -> Tensor:
-    """A copy of a tensor that was made in inference mode: autograd cannot save those."""
+    """Return a copy of a tensor made in inference mode, which autograd cannot save."""
     return x.clone() if x.is_inference() else x

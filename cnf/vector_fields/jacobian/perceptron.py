@@ -1,4 +1,4 @@
-r"""A multi-layer perceptron at one time and context, and the trace of its Jacobian.
+r"""Multi-layer perceptron at one time and context, and the trace of its Jacobian.
 
 With weights :math:`W_i` that all rows share and n activations :math:`s_i`, each row has
 
@@ -10,8 +10,8 @@ layer, which scales :math:`W_i` for each row, is a factor of :math:`d_i`.
 
 **One hidden layer.** :math:`\mathrm{tr} J = k^\top d_1` with :math:`k_j = (W_1 W_2)_{jj}`.
 
-**Two.** :math:`\mathrm{tr} J = d_1^\top K d_2` with :math:`K = W_2^\top \odot W_1 W_3`. Like k, it
-is made once for all rows.
+**Two.** :math:`\mathrm{tr} J = d_1^\top K d_2` with :math:`K = W_2^\top \odot W_1 W_3`. K, like k,
+is computed once for all rows.
 
 **More.** For each feature p, the tangent :math:`c_p = W_2 D_1 W_1 e_p` of the second layer and the
 cotangent :math:`r_p = W_n^\top D_n W_{n+1}^\top e_p` of the last but one are linear in :math:`d_1`
@@ -41,9 +41,9 @@ class Perceptron(NamedTuple):
     """Affine maps with activations between them."""
 
     maps: Sequence[AffineMap]
-    """Of the hidden layers, and of the output layer."""
+    """Maps of the hidden layers, and of the output layer."""
     activations: Sequence[Activation]
-    """Of the hidden layers."""
+    """Activations of the hidden layers."""
 
     @property
     def stages(self) -> list[Stage]:
@@ -52,10 +52,10 @@ class Perceptron(NamedTuple):
         return [*map(Activated, hidden, self.activations), output]
 
     def velocity_and_divergence(self, x: Rows) -> tuple[Rows, Values]:
-        """The value, and the trace of the Jacobian.
+        """Return the value, and the trace of the Jacobian.
 
-        Where rows differ in a weight, or in the gate of the output layer, this is the sum over the
-        standard basis.
+        Where each row has its own weights, or gate of the output layer, the trace is the sum over
+        the standard basis.
         """
         *hidden, output = self.maps
         if output.gate is not None or any(affine.weight.ndim > 2 for affine in self.maps):
@@ -70,11 +70,11 @@ class Perceptron(NamedTuple):
 
 
 def jacobian_trace(weights: Sequence[Tensor], slopes: Sequence[Tensor]) -> Values:
-    """The trace of the Jacobian of a perceptron at each row.
+    """Return the trace of the Jacobian of a perceptron at each row.
 
     Args:
-        weights: Of the hidden layers and of the output layer, each ``(out, in)``.
-        slopes: Of the hidden layers, each ``(*batch, out)``.
+        weights: Weights of the hidden layers and of the output layer, each ``(out, in)``.
+        slopes: Slopes of the activations, each ``(*batch, out)``.
     """
     if len(slopes) == 1:
         first, last = weights
@@ -86,9 +86,9 @@ def jacobian_trace(weights: Sequence[Tensor], slopes: Sequence[Tensor]) -> Value
 
 
 def _trace_of_many_layers(weights: Sequence[Tensor], slopes: Sequence[Tensor]) -> Tensor:
-    """The trace with three hidden layers or more, as a sum over groups of features.
+    """Return the trace for three hidden layers or more, as a sum over groups of features.
 
-    Without gradients, memory is needed for the tangents and cotangents of one group alone.
+    Without gradients, it holds the tangents and cotangents of one group at a time.
     """
     first, second, *between, before, last = weights
     shares = []
@@ -104,7 +104,7 @@ def _trace_of_many_layers(weights: Sequence[Tensor], slopes: Sequence[Tensor]) -
 
 
 def _between_layers(slopes: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """``left.T @ diag(slopes) @ right`` of each row, ``(*batch, features, width)``."""
+    """Return ``left.T @ diag(slopes) @ right`` of each row, ``(*batch, features, width)``."""
     outer_products = (left.unsqueeze(-1) * right.unsqueeze(-2)).flatten(-2)
     product: Tensor = (slopes @ outer_products).unflatten(-1, (left.shape[-1], -1))
     return product
