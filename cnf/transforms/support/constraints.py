@@ -78,7 +78,7 @@ def _bounds(constraint: constraints.Constraint) -> tuple[Tensor, Tensor] | None:
         return None
     low = getattr(constraint, "lower_bound", -math.inf)
     high = getattr(constraint, "upper_bound", math.inf)
-    return torch.as_tensor(low), torch.as_tensor(high)
+    return torch.as_tensor(low).cpu(), torch.as_tensor(high).cpu()
 
 
 def select(mask: Tensor, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
