@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_damage import without_digest
+from old_files import without_digest
 from training_runs import CHEAP, affine_flow, config
 from zoo import UserNetwork, cnf, lipschitz_mlp
 

@@ -162,8 +162,8 @@ DEFECTS = {
     ),
     "inf": ("a,b\n1,2\n-inf,4\n", r"line 3, column 'a': must be a finite number; got -inf"),
     "beyond double": ("a\n1\n1e400\n", r"line 3, column 'a': .* finite number; got 1e400"),
-    "beyond single": ("a\n1\n-4e38\n", r"line 3, column 'a': .* single precision holds; got -4e38"),
-    "same name": ("a,b,a\n1,2,3\n", r"line 1, column 3: .* 'a' is that of column 1 too"),
+    "beyond single": ("a\n1\n-4e38\n", r"line 3, column 'a': .* fit single precision; got -4e38"),
+    "same name": ("a,b,a\n1,2,3\n", r"line 1, column 3: .* column 1 is called 'a' too"),
     "no name": (",a\n0,1\n", r"line 1, column 1: must have a name; .*index=False"),
     "UTF-16": ("a,b\n1,2\n".encode("utf-16"), r"line 1, column 1: must be UTF-8 .*iconv"),
     "UTF-16 without mark": ("a,b\n1,2\n".encode("utf-16-le"), r"line 1, column 1: .*UTF-16"),
@@ -272,7 +272,7 @@ def test_only_text_has_a_header(tmp_path):
 def test_columns_left_out_need_no_name_of_their_own(tmp_path):
     path = file_of(tmp_path, ",a,b,b,\n0,1,2,3,\n1,4,5,6,\n")
     assert read_table(path, ["a"]).values.tolist() == [[1], [4]]
-    with pytest.raises(ValueError, match=r"column 4: .* 'b' is that of column 3 too"):
+    with pytest.raises(ValueError, match=r"column 4: .* column 3 is called 'b' too"):
         read_table(path, ["a", "b"])
     with pytest.raises(ValueError, match=r"column 1: must have a name; .*choose other columns"):
         read_table(path)
@@ -387,7 +387,7 @@ def test_an_npz_has_one_table_or_names_it(tmp_path):
             r"row 1 \(from 1\), column 'x2': .* finite number; got nan, a missing value",
         ),
         (np.array([[1.0], [np.inf]]), r"row 2 \(from 1\), column 'x1': .* finite number; got inf"),
-        (np.array([[1.0], [1e39]]), r"row 2 .* single precision holds; got 1e\+39"),
+        (np.array([[1.0], [1e39]]), r"row 2 .* fit single precision; got 1e\+39"),
         (np.array([["a", "b"]]), "must hold real numbers; the array holds <U1"),
         (np.array([[1j]]), "must hold real numbers; the array holds complex128"),
         (np.zeros((2, 2, 2)), r"must have shape \(rows, columns\); the array has \(2, 2, 2\)"),

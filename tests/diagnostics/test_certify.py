@@ -105,7 +105,7 @@ def test_evaluations_are_judged_where_the_field_decides_them():
     solver = ODESolver(method="euler", steps=300)
     found = certify(linear_flow(solver=solver), torch.randn(10, 2))["nfe"]
     assert found.verdict == "skip"
-    assert "same steps whatever the field" in found.meaning
+    assert "same steps for every field" in found.meaning
 
 
 def test_units_of_the_data_do_not_matter():

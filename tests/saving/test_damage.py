@@ -10,7 +10,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
+from old_files import without_digest
 from safetensors.torch import save_file
 from torch.utils.data import StackDataset, TensorDataset
 from zoo import EVERY_FLOW, UserNetwork, cnf
@@ -40,17 +40,6 @@ def flips(content, count):
         damaged = bytearray(content)
         damaged[place // 8] ^= 1 << place % 8
         yield bytes(damaged)
-
-
-def without_digest(path, change=lambda tensors: tensors, flow=None):
-    """The file as a version wrote it that knew no digest."""
-    with safe_open(path, framework="pt") as file:
-        description = json.loads(file.metadata()["cnf"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    del description["sha256"]
-    if flow is not None:
-        description["flow"] = flow
-    save_file(change(tensors), path, metadata={"cnf": json.dumps(description)})
 
 
 def hostile(path, flow):
