@@ -264,7 +264,7 @@ def test_a_bad_setting_is_refused(arguments, error, message, shapes_unchecked):
 
 
 def test_an_estimate_without_probes_is_refused():
-    with pytest.raises(ValueError, match=r"probes must be what draw_probes returned; got None\."):
+    with pytest.raises(ValueError, match=r"probes must be the result of draw_probes; got None\."):
         Hutchinson()(mlp(), T, torch.zeros(3, 2), None)
 
 

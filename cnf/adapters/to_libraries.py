@@ -126,13 +126,6 @@ class _NflowsTransform(nn.Module):
         return self.flow.to_data_and_ladj(inputs, context)
 
 
-class _NormflowsFlow(nn.Module):
-    def __init__(self, flow: Flow) -> None:
-        super().__init__()
-        self.flow = flow
-
-    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.flow.to_data_and_ladj(z, context)
-
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.flow.to_base_and_ladj(z, context)
+class _NormflowsFlow(_NflowsTransform):
+    forward = _NflowsTransform.inverse
+    inverse = _NflowsTransform.forward

@@ -25,7 +25,7 @@ References:
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -50,12 +50,11 @@ class Start:
     """Rates that the method carried over from the step before; else empty."""
 
 
+@dataclass(eq=False, kw_only=True)
 class RecordingMonitor(SteppingMonitor):
     """`SteppingMonitor` that records the start of each step of the forward solve."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.starts: list[Start] = []
+    starts: list[Start] = field(default_factory=list)
 
     def callback_step(self, t: Tensor, state: Any, dt: Tensor) -> None:
         """Record the start of the step, unless it repeats a rejected one."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -18,44 +19,32 @@ class ODEError(RuntimeError):
     """A solve failed: the message says when, after how many evaluations, for which rows and why."""
 
 
+@dataclass(eq=False)
 class SolveMonitor:
-    """Monitored right-hand side of an ODE.
+    """Monitored right-hand side of an ODE."""
 
-    Args:
-        rhs: Takes a 0-dim time and the state, returns the derivative of each of its tensors.
-        dependencies: Returns every other tensor that `rhs` depends on.
-        method: Name of the method, for messages.
-        kind: "adaptive", "fixed" or "external".
-        gradient: "adjoint", "backprop" or "checkpoint".
-        budget: Largest number of evaluations, forward and again in each backward pass.
-        controlled: Number of leading tensors of the state that control the steps; None for all.
-    """
-
-    def __init__(
-        self,
-        rhs: RightHandSide,
-        dependencies: Callable[[], Sequence[Tensor]],
-        *,
-        method: str,
-        kind: str,
-        gradient: str,
-        budget: int,
-        controlled: int | None = None,
-    ) -> None:
-        self.rhs = rhs
-        self.dependencies = dependencies
-        self.method = method
-        self.kind = kind
-        self.gradient = gradient
-        self.budget = budget
-        self.controlled = controlled
-        self.evaluations = 0
-        self.in_backward = False
-        self.first: State | None = None
-        self.last: State | None = None
-        self.bad_gradient: Tensor | None = None
-        self.errors: Tensor | None = None
-        self.has_rejected = False
+    rhs: RightHandSide
+    """Takes a 0-dim time and the state, returns the derivative of each of its tensors."""
+    dependencies: Callable[[], Sequence[Tensor]]
+    """Returns every other tensor that `rhs` depends on."""
+    _: KW_ONLY
+    method: str
+    """Name of the method, for messages."""
+    kind: str
+    """Kind of the method: "adaptive", "fixed" or "external"."""
+    gradient: str
+    """Gradient method: "adjoint", "backprop" or "checkpoint"."""
+    budget: int
+    """Largest number of evaluations, forward and again in each backward pass."""
+    controlled: int | None = None
+    """Number of leading tensors of the state that control the steps; None for all."""
+    evaluations: int = 0
+    in_backward: bool = False
+    first: State | None = None
+    last: State | None = None
+    bad_gradient: Tensor | None = None
+    errors: Tensor | None = None
+    has_rejected: bool = False
 
     def __call__(self, t: Tensor, state: State) -> State:
         """Return the rates at a time; raise an `ODEError` beyond the budget."""
@@ -64,7 +53,8 @@ class SolveMonitor:
         self.evaluations += 1
         if self.in_backward:
             state = _MonitoredGradient.apply(self, t, *state)  # type: ignore[no-untyped-call]
-        rates = tuple(  # in the dtypes of the state, which autocast lowers
+        # Autocast lowers the dtype of the rates.
+        rates = tuple(
             rate.to(part.dtype) for rate, part in zip(self.rhs(t, state), state, strict=True)
         )
         self.last = tuple(part.detach() for part in (*state, *rates))

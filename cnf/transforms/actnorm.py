@@ -7,11 +7,10 @@ import torch
 from torch import Generator, Tensor, nn
 
 from cnf._checks import check_count, check_shape
-from cnf.transforms.base import Transform, WithLadj
-from cnf.transforms.elementwise import restored, standardized
+from cnf.transforms.elementwise import ElementwiseAffine
 
 
-class ActNorm(Transform):
+class ActNorm(ElementwiseAffine):
     """Learnable scaling and shift that start from the data: ``z = (x - loc) * exp(-log_scale)``.
 
     `initialize` gives each feature, or each channel of an image, mean 0 and standard deviation 1
@@ -64,15 +63,8 @@ class ActNorm(Transform):
         self.log_scale.copy_(std.where(std > 0, 1).log())
         self.is_initialized.fill_(True)
 
-    def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
-        return standardized(x, *self._loc_and_log_scale())
-
-    def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
-        return restored(z, *self._loc_and_log_scale())
-
-    def _contributions(self, x: Tensor, context: Tensor | None) -> Tensor:
-        return -self._loc_and_log_scale()[1].expand_as(x)
-
-    def _loc_and_log_scale(self) -> tuple[Tensor, Tensor]:
+    def _loc_and_log_scale(
+        self, context: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         pixels = self.pixels
         return self.loc.repeat_interleave(pixels), self.log_scale.repeat_interleave(pixels)

@@ -1,6 +1,7 @@
 """Elementwise affine transforms: learned, conditional, and standardisation."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,28 @@ from cnf.transforms.base import Transform, WithLadj
 from cnf.vector_fields.conditioning import ContextScaling, scaled_context
 
 
-class Affine(Transform):
+class ElementwiseAffine(Transform):
+    """Elementwise affine map ``x = loc + exp(log_scale) * z``; a subclass defines both numbers."""
+
+    @abstractmethod
+    def _loc_and_log_scale(
+        self, context: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Hook: return loc and log_scale, each ``(features,)`` or ``(*batch, features)``."""
+
+    def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
+        loc, log_scale = self._loc_and_log_scale(context, x.dtype)
+        return (x - loc) * (-log_scale).exp(), (-log_scale.sum(-1)).expand(x.shape[:-1])
+
+    def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
+        loc, log_scale = self._loc_and_log_scale(context, z.dtype)
+        return loc + log_scale.exp() * z, log_scale.sum(-1).expand(z.shape[:-1])
+
+    def _contributions(self, x: Tensor, context: Tensor | None) -> Tensor:
+        return -self._loc_and_log_scale(context, x.dtype)[1].expand_as(x)
+
+
+class Affine(ElementwiseAffine):
     """Learnable scaling and shift of each feature: ``x = loc + exp(log_scale) * z``.
 
     Args:
@@ -40,17 +62,13 @@ class Affine(Transform):
         self.loc = nn.Parameter(torch.zeros(features))
         self.log_scale = nn.Parameter(torch.zeros(features))
 
-    def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
-        return standardized(x, self.loc, self.log_scale)
-
-    def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
-        return restored(z, self.loc, self.log_scale)
-
-    def _contributions(self, x: Tensor, context: Tensor | None) -> Tensor:
-        return -self.log_scale.expand_as(x)
+    def _loc_and_log_scale(
+        self, context: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        return self.loc, self.log_scale
 
 
-class ConditionalAffine(Transform):
+class ConditionalAffine(ElementwiseAffine):
     """Conditional scaling and shift: ``x = loc(context) + exp(log_scale(context)) * z``.
 
     `loc` and `log_scale` are affine in the context and start as the identity. At the end of a flow
@@ -90,15 +108,6 @@ class ConditionalAffine(Transform):
         """Shape of x."""
         return f"shape={self.shape}"
 
-    def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
-        return standardized(x, *self._loc_and_log_scale(context, x.dtype))
-
-    def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
-        return restored(z, *self._loc_and_log_scale(context, z.dtype))
-
-    def _contributions(self, x: Tensor, context: Tensor | None) -> Tensor:
-        return -self._loc_and_log_scale(context, x.dtype)[1].expand_as(x)
-
     def _loc_and_log_scale(
         self, context: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
@@ -107,7 +116,7 @@ class ConditionalAffine(Transform):
         return loc, log_scale
 
 
-class Standardize(Transform):
+class Standardize(ElementwiseAffine):
     """Standardisation to mean 0 and standard deviation 1: ``x = mean + std * z``, not learned.
 
     `initialize` sets mean and standard deviation once, from the given rows; `fit` calls it with its
@@ -201,21 +210,7 @@ class Standardize(Transform):
             state_dict.setdefault(f"{prefix}is_initialized", torch.ones((), dtype=torch.bool))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
-        return standardized(x, self.mean, self.log_std)
-
-    def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
-        return restored(z, self.mean, self.log_std)
-
-    def _contributions(self, x: Tensor, context: Tensor | None) -> Tensor:
-        return -self.log_std.expand_as(x)
-
-
-def standardized(x: Tensor, loc: Tensor, log_scale: Tensor) -> WithLadj:
-    """``(x - loc) * exp(-log_scale)`` and its ladj."""
-    return (x - loc) * (-log_scale).exp(), (-log_scale.sum(-1)).expand(x.shape[:-1])
-
-
-def restored(z: Tensor, loc: Tensor, log_scale: Tensor) -> WithLadj:
-    """``loc + exp(log_scale) * z`` and its ladj."""
-    return loc + log_scale.exp() * z, log_scale.sum(-1).expand(z.shape[:-1])
+    def _loc_and_log_scale(
+        self, context: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        return self.mean, self.log_std

@@ -74,7 +74,7 @@ class Planar(Transform):
         return z - bend.unsqueeze(-1) * step, -torch.log1p(across * (1 - bend.square()))
 
     def _height(self, x: Tensor) -> Tensor:
-        # Not a matrix product, which autocast would round; nor is one below.
+        # Sums, here and below, because autocast would round a matrix product.
         size = _size(x)  # products of large numbers might be inf, and their sum NaN
         return size.squeeze(-1) * (x / size * self.normal).sum(-1) + self.offset
 

@@ -22,7 +22,7 @@ from cnf.vector_fields.conditioning import beside
 class TimeLinear(nn.Module, ABC):
     """Linear layer conditioned on time and context.
 
-    A subclass makes its parts in `build` and returns the map in `forward`.
+    A subclass makes its parts in the hook `_build` and returns the map in `forward`.
 
     Args:
         in_features: Size of the input.
@@ -44,11 +44,11 @@ class TimeLinear(nn.Module, ABC):
         self.linear = nn.Linear(in_features, out_features)
         self.context_features = context_features
         self.gate_context = gate_context
-        self.build()
+        self._build()
 
     @abstractmethod
-    def build(self) -> None:
-        """Make the parts beside `linear`."""
+    def _build(self) -> None:
+        """Hook: make the parts beside `linear`."""
 
     @abstractmethod
     def forward(self, t: Times, context: Context | None) -> AffineMap:
@@ -93,8 +93,7 @@ class TimeLinear(nn.Module, ABC):
 class IgnoreLinear(TimeLinear):
     """``W x + b + U c``: time is ignored."""
 
-    def build(self) -> None:
-        """Make U."""
+    def _build(self) -> None:
         if self.context_features:
             self.shift = self._linear(self.context_features, bias=False)
 
@@ -107,8 +106,7 @@ class IgnoreLinear(TimeLinear):
 class ConcatLinear(TimeLinear):
     """``W [x, t, c] + b``: time and context are further inputs."""
 
-    def build(self) -> None:
-        """Make the columns of W for t and c."""
+    def _build(self) -> None:
         self.shift = self._linear(1 + self.context_features, bias=False)
 
     def forward(self, t: Times, context: Context | None) -> AffineMap:
@@ -120,8 +118,7 @@ class ConcatLinear(TimeLinear):
 class SquashLinear(TimeLinear):
     """``(W x + b) * sigmoid(g(t, c))`` with affine g."""
 
-    def build(self) -> None:
-        """Make g."""
+    def _build(self) -> None:
         self.gate = self._linear(self._gate_inputs, bias=True)
         if self.context_features and not self.gate_context:
             self.shift = self._linear(self.context_features, bias=False)
@@ -139,8 +136,7 @@ class ConcatSquashLinear(TimeLinear):
     The default layer of FFJORD's published code.
     """
 
-    def build(self) -> None:
-        """Make g and s."""
+    def _build(self) -> None:
         self.gate = self._linear(self._gate_inputs, bias=True)
         self.shift = self._linear(1 + self.context_features, bias=False)
 
@@ -152,8 +148,7 @@ class ConcatSquashLinear(TimeLinear):
 class BlendLinear(TimeLinear):
     """``(1 - t) (W0 x + b0) + t (W1 x + b1) + U c``: from one layer to another."""
 
-    def build(self) -> None:
-        """Make the layer at t = 1, and U."""
+    def _build(self) -> None:
         self.end = self._linear(self.linear.in_features, bias=True)
         if self.context_features:
             self.shift = self._linear(self.context_features, bias=False)
@@ -183,8 +178,7 @@ class HyperLinear(TimeLinear):
 
     _WIDTH = 8
 
-    def build(self) -> None:
-        """Make the hidden layer, its change of W and b, and U."""
+    def _build(self) -> None:
         size = (self.linear.in_features + 1) * self.linear.out_features
         self.hidden = nn.Linear(1, self._WIDTH)
         self.change = nn.Linear(self._WIDTH, size, bias=False)
@@ -232,8 +226,7 @@ class FiLMLinear(TimeLinear):
 
     _WIDTH = 32
 
-    def build(self) -> None:
-        """Make the network of g and s."""
+    def _build(self) -> None:
         outputs = self.linear.out_features * (2 if self.gate_context else 1)
         self.network = nn.Sequential(
             nn.Linear(1 + self.context_features, self._WIDTH),

@@ -136,7 +136,7 @@ def test_columns_of_whole_numbers_that_recur_are_pointed_out(folder, tmp_path, c
     write_table(tmp_path / "data.csv", rows, ["a", "b", "c"])
     run("fit", tmp_path / "data.csv", "--out", tmp_path / "m", *SMALL)
     said = capsys.readouterr().out
-    assert "note: column 'b' holds 3 whole numbers alone" in said
+    assert "note: column 'b' holds 3 different integers" in said
     assert "--support b=integer" in said
     assert "column 'a'" not in said
     assert "column 'c'" not in said
@@ -345,7 +345,7 @@ MALFORMED = {
     "empty cell": ("size,mass\n1,2\n3,\n", "data.csv, line 3, column 'mass': must be a number"),
     "same name": (
         "size,size,mass\n1,2,3\n4,5,6\n",
-        "data.csv, line 1, column 2: must have a name of its",
+        "data.csv, line 1, column 2: must have a unique name",
     ),
 }
 UNFIT = {
@@ -407,7 +407,7 @@ def test_rows_outside_the_stated_support_are_named(folder, tmp_path, capsys):
         "size=integer": "line 2, column 'size': must be integer",
         "count=interval:-1:3": "column 'count': must be from -1 to 3, the ends excluded",
         "count=periodic:0:3": "column 'count': must be from 0 to 3, the ends included",
-        "depth=positive": "support must be of a column of the density; got 'depth'",
+        "depth=positive": "support must name columns of the density; got 'depth'",
     }.items():
         arguments = ["fit", folder / "data.csv", "--out", tmp_path / "m", "--support", support]
         assert message in error_of(capsys, *arguments)

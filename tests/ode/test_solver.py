@@ -602,7 +602,7 @@ def test_exchanged_parameters_are_an_error_not_a_wrong_gradient(gradient):
         z = call(_ToBase(transform), {"transform.vector_field.weight": weight}, (x,))
         return torch.autograd.grad(z.sum(), weight)[0]
 
-    with pytest.raises(RuntimeError, match=r"were exchanged .* use gradient='backprop'"):
+    with pytest.raises(RuntimeError, match=r"were replaced .* use gradient='backprop'"):
         gradient_by(ODESolver(gradient=gradient))
 
     expected = torch.autograd.grad((x @ torch.linalg.matrix_exp(-weight).T).sum(), weight)[0]
@@ -648,7 +648,7 @@ def test_a_buffer_changed_before_the_backward_pass_is_an_error(gradient):
     solver = ODESolver(gradient=gradient)
     z = ContinuousTransform(ModuleField(network, 2), solver=solver).to_base(torch.randn(3, 2))
     network.scale.mul_(3)
-    with pytest.raises(RuntimeError, match="exchanged or changed between a solve and its backward"):
+    with pytest.raises(RuntimeError, match="replaced or changed between a solve and its backward"):
         z.sum().backward()
 
 

@@ -504,7 +504,7 @@ def test_an_archive_that_unpacks_to_far_more_than_its_size_is_refused_at_once(tm
         for _ in range(400):
             member.write(bytes(10**6))
     assert file.stat().st_size < 2e6
-    with pytest.raises(ValueError, match=r"bomb\.npz says that its .* bytes unpack to 400,0"):
+    with pytest.raises(ValueError, match=r"bomb\.npz states that its .* bytes unpack to 400,0"):
         read_table(file)
     np.savez_compressed(file, **{f"x{i}": np.zeros((100, 1)) for i in range(5)}, y=np.ones((9, 2)))
     assert read_table(file, array="y").values.shape == (9, 2)
@@ -514,7 +514,7 @@ def test_a_table_of_parquet_that_unpacks_to_far_more_than_its_size_is_refused(tm
     pyarrow, parquet = map(pytest.importorskip, ("pyarrow", "pyarrow.parquet"))
     file = tmp_path / "bomb.parquet"
     parquet.write_table(pyarrow.table({"x": pyarrow.nulls(40_000_000, pyarrow.int8())}), file)
-    with pytest.raises(ValueError, match=r"bomb\.parquet says that its .* bytes unpack to"):
+    with pytest.raises(ValueError, match=r"bomb\.parquet states that its .* bytes unpack to"):
         read_table(file)
 
 

@@ -613,7 +613,7 @@ def refused(path, *words):
     with pytest.raises(ValueError, match=re.escape(repr(str(path)))) as caught:
         load(path)
     message = str(caught.value)
-    for word in (*words, r"Restore it|Upgrade|Build the flow|give it"):
+    for word in (*words, r"Restore it|Upgrade|Build the flow|pass it"):
         assert re.search(word, message), message
     assert global_randomness() == before
 
