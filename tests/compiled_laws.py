@@ -39,8 +39,10 @@ pytestmark = [
 ]
 
 STEPPING = ("euler", "midpoint", "heun2", "heun3", "rk4")
-BACKPROP = ODESolver(method="rk4", steps=2, gradient="backprop")
-ADJOINT = ODESolver(method="rk4", steps=2)
+BACKPROP = ODESolver(method="midpoint", steps=2, gradient="backprop")
+ADJOINT = ODESolver(method="midpoint", steps=2)
+ONE_STEP = ODESolver(method="euler", steps=1, gradient="backprop")
+"""The smallest program."""
 
 FIELDS = {
     "mlp with context": lambda: mlp(2, 3, layer="film", time_features=1),
@@ -92,13 +94,14 @@ def assert_same(ones, others):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("make", FIELDS.values(), ids=FIELDS)
-def test_a_compiled_field_gives_the_same_numbers_and_gradients(make):
-    field = make()
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_compiled_field_gives_the_same_numbers_and_gradients(name):
+    field = FIELDS[name]()
     x, context = rows_for(field, 5)
     t, probes = torch.rand(()), torch.randn(2, *x.shape)
     once = copy.deepcopy(field)
-    once.compile(backend="aot_eager")
+    # The gradient is a program too where it takes its time for one field alone.
+    once.compile(backend="aot_eager" if name == "linear with context" else "eager")
 
     def everything(field):
         point = x.clone().requires_grad_()
@@ -165,7 +168,7 @@ def test_batches_of_every_size_and_all_times_share_one_program():
     flow, programs = compiled(flow_along(mlp()))
     with torch.no_grad():
         for rows, steps in [(5, 2), (7, 3), (64, 1)]:
-            solver = ODESolver(method="rk4", steps=steps)
+            solver = ODESolver(method="midpoint", steps=steps)
             flow.using(solver=solver).log_prob(torch.randn(rows, 2))
     assert programs.number == 1
     flow.sample(5)
@@ -195,8 +198,8 @@ def test_blocks_and_copies_that_follow_share_their_programs():
 
 def test_flows_do_not_use_up_the_programs_of_one_another():
     x = torch.randn(4, 2)
-    for width in range(3, 13):  # more than torch keeps of one function
-        flow, programs = compiled(flow_along(mlp(hidden_features=(width,))), backend="eager")
+    for width in range(3, 12):  # more than torch keeps of one function
+        flow, programs = compiled(flow_along(mlp(hidden_features=(width,)), ONE_STEP))
         with torch.no_grad():
             flow.log_prob(x)
         assert programs.number == 1
@@ -429,7 +432,7 @@ def test_a_step_with_wrong_inputs_is_not_blamed_on_the_compiler(by_steps_alone):
 
 
 def test_gradients_of_gradients_of_a_compiled_flow_are_refused():
-    flow, _ = compiled(flow_along(mlp()), backend="aot_eager")
+    flow, _ = compiled(flow_along(mlp(), ONE_STEP), backend="aot_eager")
     x = torch.randn(3, 2, requires_grad=True)
     (score,) = torch.autograd.grad(flow.log_prob(x).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"double backward"):
@@ -452,7 +455,7 @@ def test_a_flow_that_cannot_be_compiled_says_so_once_and_goes_on():
         log_prob = once.log_prob(x)
     assert "No working C++ compiler found" in str(warned[0].message)
     assert len(warned) == 1
-    assert nfe.value == 8
+    assert nfe.value == 4
     assert_same([log_prob, once.sample(3).mean() * 0], [flow.log_prob(x), torch.zeros(())])
 
 
@@ -498,8 +501,8 @@ def test_an_unknown_backend_is_refused_at_once():
 @pytest.mark.parametrize("gradient", ["backprop", "adjoint"])  # whole steps, evaluations
 def test_inductor_gives_the_same_density_and_gradient(gradient):
     # A fixed grid: an adaptive one itself varies with rounding.
-    solver = ODESolver(method="midpoint", steps=2, gradient=gradient)
-    flow = perturbed(flow_along(mlp(2, 1, hidden_features=(8, 8)), solver))
+    solver = ODESolver(method="euler", steps=2, gradient=gradient)
+    flow = flow_along(mlp(2, 1, hidden_features=(4,)), solver)
     once = copy.deepcopy(flow)
     once.compile()
     objective = MaximumLikelihood
@@ -513,7 +516,7 @@ def test_inductor_gives_the_same_density_and_gradient(gradient):
 def test_without_a_cpp_compiler_inductor_is_done_without():
     import torch._inductor.config as inductor  # noqa: PLC0415 - takes seconds
 
-    flow = flow_along(mlp())
+    flow = flow_along(mlp(), ONE_STEP)
     once = copy.deepcopy(flow)
     once.compile()
     x = torch.randn(3, 2)

@@ -1,9 +1,11 @@
 """Settings of every test."""
 
 import os
-from collections.abc import Iterator
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
-import jaxtyping
 import pytest
 import torch
 
@@ -20,21 +22,22 @@ def _reproducible() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def shapes_unchecked() -> Iterator[None]:
-    """Switch off jaxtyping, which would refuse bad input before our own messages can.
-
-    It also takes more than half the time of whole solves, whose parts have tests of their own.
-    """
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
 @pytest.fixture(autouse=True)
 def _slow_without_shapes(request: pytest.FixtureRequest) -> None:
     if request.node.get_closest_marker("slow"):
         request.getfixturevalue("shapes_unchecked")
+
+
+@pytest.fixture
+def run_program(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Run a module as ``python -m`` does, in this process, which has imported torch already."""
+
+    def run(module: str, *arguments: object) -> None:
+        path = Path(__file__).parents[1] / f"{module.replace('.', '/')}.py"
+        monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
+        runpy.run_path(str(path), run_name="__main__")
+
+    return run
 
 
 @pytest.fixture(scope="module")

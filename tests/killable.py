@@ -1,9 +1,9 @@
 """A run with everything that a checkpoint must keep; as a script, it kills it and resumes it.
 
-``python tests/killable.py FOLDER KILL ...`` trains in a child process that dies by SIGKILL, as each
-KILL says: ``step:N`` after step N of the run, ``forward:N`` in the N-th evaluation of the loss,
+``python tests/killable.py FOLDER=KILL,... ...`` trains for each FOLDER in child processes that die
+by SIGKILL, as each KILL says: ``step:N`` after step N of the run, ``forward:N`` in the N-th evaluation of the loss,
 ``write:N`` in the middle of the N-th file that it writes, ``after:S`` S seconds after it started.
-Then it lets a last child go through, and prints how the children ended.
+Then it lets a last child go through, and prints for each folder how the children ended.
 """
 
 import importlib
@@ -125,8 +125,6 @@ def child(folder: Path, kill: str | None) -> None:
 
 def main(folder: Path, kills: list[str]) -> None:
     """Kill and resume."""
-    importlib.import_module("lightning_fabric")  # slow: once, and not in each child
-
     for kill in (*kills, None):
         pid = os.fork()
         if pid == 0:
@@ -136,10 +134,14 @@ def main(folder: Path, kills: list[str]) -> None:
                 os._exit(sys.exc_info()[0] is not None)
         _, status = os.waitpid(pid, 0)
         ended = "killed" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}"
-        sys.stdout.write(f"{kill}: {ended}\n")
+        sys.stdout.write(f"{folder} {kill}: {ended}\n")
+        sys.stdout.flush()  # or a child writes it once more
 
 
 if __name__ == "__main__":
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), sys.argv[2:])
+    importlib.import_module("lightning_fabric")  # slow: once, and not in each child
+    for argument in sys.argv[1:]:
+        to, _, kills = argument.partition("=")
+        main(Path(to), kills.split(","))

@@ -88,7 +88,7 @@ def told(flow: Flow, history: History) -> dict[str, object]:
 
 
 def main(what: str, folder: Path) -> None:
-    """Train, or begin to and be killed, or resume; and tell what came of it in a file per rank."""
+    """Begin to train and be killed, or resume; and tell what came of it in a file per rank."""
     writes = 0
     fsync = os.fsync
 
@@ -100,15 +100,13 @@ def main(what: str, folder: Path) -> None:
     os.fsync = counted
     if what == "killed":
         train(folder / "run", callbacks=[killed])
-    result = told(*train(folder / "run"))
-    result["writes"] = writes
-    if what == "resumed":
-        result["whole"] = told(*train(folder / "whole"))
-    else:
-        result["refusal"] = refusal(folder / "run")
-        result["failure"] = failure()
-        stopped = train(None, callbacks=[lambda report: report.step == 3])[1]
-        result["steps until stopped"] = len(stopped.step)
+    resumed = told(*train(folder / "run"))
+    result = told(*train(folder / "whole"))
+    result |= {"resumed": resumed, "writes": writes}
+    result["refusal"] = refusal(folder / "run")
+    result["failure"] = failure()
+    stopped = train(None, callbacks=[lambda report: report.step == 3])[1]
+    result["steps until stopped"] = len(stopped.step)
     torch.save(result, folder / f"{what}{RANK}")
 
 

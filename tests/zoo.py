@@ -1,7 +1,7 @@
 """One small specimen of everything that the laws hold for, with weights away from their start."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import nflows.transforms
@@ -58,7 +58,17 @@ from cnf.vector_fields.layers import LAYERS
 PRECISE = ODESolver(rtol=1e-9, atol=1e-9, gradient="backprop")
 """For laws that hold up to solver tolerance."""
 
+COARSE = ODESolver(method="rk4", steps=2, gradient="backprop")
+"""For laws that hold on any grid."""
+
 Module = TypeVar("Module", bound=nn.Module)
+
+
+def in_turn(*factors: Iterable[object]) -> list[tuple[object, ...]]:
+    """Each value of each factor, beside the others' in turn: their sum, and not their product."""
+    factors = tuple(list(values) for values in factors)
+    longest = max(map(len, factors))
+    return list(zip(*(itertools.islice(itertools.cycle(f), longest) for f in factors), strict=True))
 
 
 def perturbed(module: Module, scale: float = 0.3) -> Module:
@@ -107,13 +117,16 @@ def conv(
     return perturbed(ConvField(shape, context_features, **{"hidden_channels": (4, 3), **settings}))
 
 
+LAYERED: dict[str, Callable[[], MLPField]] = {
+    f"{layer}-{activation}": lambda layer=layer, activation=activation: mlp(
+        layer=layer, activation=activation
+    )
+    for layer, activation in in_turn(LAYERS, ACTIVATIONS)
+}
+"""Every layer and every activation. The laws about both at once make each pair."""
+
 MLP_FIELDS: dict[str, Callable[[], MLPField]] = {
-    **{
-        f"{layer}-{activation}": lambda layer=layer, activation=activation: mlp(
-            layer=layer, activation=activation
-        )
-        for layer, activation in itertools.product(LAYERS, ACTIVATIONS)
-    },
+    **LAYERED,
     "sin then silu": lambda: mlp(activation=("sin", "silu")),
     "one hidden layer": lambda: mlp(hidden_features=(8,), activation="tanh"),
     "three hidden layers": lambda: mlp(hidden_features=(8, 7, 6), activation="silu"),
@@ -405,7 +418,7 @@ FLOWS: dict[str, Callable[[], Flow]] = {
     "maf": lambda: perturbed(build("maf", 2, size=6), 0.1),
     "realnvp with context": lambda: perturbed(build("realnvp", 2, 3, size=6), 0.1),
     "default layers": lambda: perturbed(
-        CNF(2, hidden_features=(8, 8), frequency=1.0, solver=PRECISE), 0.05
+        CNF(2, hidden_features=(8, 8), frequency=1.0, solver=PRECISE), 0.02
     ),
     "time features": lambda: Flow([ContinuousTransform(mlp(time_features=2), solver=PRECISE)]),
     "residual": lambda: Flow([ContinuousTransform(residual(), solver=PRECISE)]),

@@ -131,7 +131,7 @@ def test_fit_lowers_the_negative_log_likelihood(context_features):
     flow.initialize(images, context)
     before = -flow.log_prob(images, context).mean().item()
     data = images if context is None else (images, context)
-    fit(flow, data, config(200, learning_rate=3e-3))
+    fit(flow, data, config(60, learning_rate=1e-2))
     assert -flow.log_prob(images, context).mean().item() < before - 2
 
 

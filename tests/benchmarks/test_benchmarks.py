@@ -2,16 +2,14 @@
 
 import json
 import math
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from zoo import mlp
 
 from benchmarks import divergence, quality, timing, trace
+from benchmarks.peers import OURS
 from cnf import Hutchinson
 from cnf.data.toy import toy_density
 from cnf.vector_fields.layers import LAYERS
@@ -175,14 +173,12 @@ def test_a_bottleneck_takes_two_features():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["divergence", "trace"])
-def test_from_the_command_line(name, tmp_path):
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--out", str(tmp_path)]
-    settings = {"cwd": Path(__file__).parents[2], "capture_output": True, "text": True}
-    run = subprocess.run(command, check=True, timeout=120, **settings)
-    assert (tmp_path / "table.md").read_text() in run.stdout
-    refused = subprocess.run([*command, "--rounds", "0"], check=False, timeout=120, **settings)
-    assert refused.returncode != 0
-    assert "rounds must be at least 1" in refused.stderr
+def test_from_the_command_line(name, run_program, tmp_path, capsys):
+    run_program(f"benchmarks.{name}", "--quick", "--out", tmp_path)
+    assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run_program(f"benchmarks.{name}", "--quick", "--rounds", 0)
+    assert "rounds must be at least 1" in capsys.readouterr().err
 
 
 def test_a_stopwatch_stands_still_while_it_looks(monkeypatch):
@@ -221,12 +217,18 @@ def test_a_time_is_that_of_the_first_look_which_reached_it():
 
 
 @pytest.mark.slow
-def test_quality_from_the_command_line(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.quality", "--quick", "--out", str(tmp_path)]
-    settings = {"cwd": Path(__file__).parents[2], "capture_output": True, "text": True}
-    run = subprocess.run([*command, "--jobs", "2"], check=True, timeout=300, **settings)
-    assert (tmp_path / "table.md").read_text() in run.stdout
-    assert "| ours |" in run.stdout
-    refused = subprocess.run([*command, "--data", "cats"], check=False, timeout=120, **settings)
-    assert refused.returncode != 0
-    assert "data must be among" in refused.stderr
+def test_quality_from_the_command_line(run_program, tmp_path, capsys):
+    run_program("benchmarks.quality", "--quick", "--out", tmp_path)
+    said = capsys.readouterr().out
+    assert (tmp_path / "table.md").read_text() in said
+    assert all(f"| {way} |" in said for way in quality.ways())
+    with pytest.raises(SystemExit):
+        run_program("benchmarks.quality", "--quick", "--data", "cats")
+    assert "data must be among" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_qualities_are_measured_in_processes_of_their_own(tmp_path):
+    content = quality.main(quality.Settings(quick=True, ways=(OURS,), jobs=2, out=tmp_path))
+    assert [(each["way"], each["seed"]) for each in content["runs"]] == [(OURS, 0)]
+    assert content["runs"][0]["record"][-1]["seconds"] > 0

@@ -269,7 +269,7 @@ def test_samples_of_a_conditional_density_stand_beside_their_context(folder, tmp
 
 
 def test_certify_prints_the_report(folder, capsys):
-    for model in ("plain", "given"):
+    for model in ("one", "given"):
         assert run("certify", folder / model, folder / "data.csv", "--rows", 20) == 0
         said = capsys.readouterr().out
         assert said.startswith("likelihood: exact, on 20 rows")
@@ -289,8 +289,7 @@ def test_certify_fails_for_a_model_that_is_not_to_be_trusted(folder, tmp_path, c
         "16",
         "16",
     ]
-    columns = ["--columns", "size", "mass"]
-    run("fit", folder / "data.csv", "--out", tmp_path / "m", *columns, *wild)
+    run("fit", folder / "data.csv", "--out", tmp_path / "m", "--columns", "mass", *wild)
     assert run("certify", tmp_path / "m", folder / "data.csv") == 1
     assert "\nfail " in capsys.readouterr().out
 
@@ -618,15 +617,17 @@ def test_a_reader_that_leaves_early_gets_no_traceback(folder):
     assert b"Traceback" not in said
 
 
-def test_an_error_is_one_line_and_debug_says_where(folder, tmp_path):
-    command = [sys.executable, "-m", "cnf.cli", "score", folder / "plain", tmp_path / "no.csv"]
-    settings = {"capture_output": True, "text": True, "cwd": Path(__file__).parents[2]}
-    short = subprocess.run(command, check=False, **settings)
-    assert (short.returncode, short.stdout) == (1, "")
-    assert short.stderr.startswith("cnf: error: there is no file")
-    assert short.stderr.count("\n") == 1
-    long = subprocess.run([*command, "--debug"], check=False, **settings)
-    assert long.returncode == 1
+def test_an_error_is_one_line_and_debug_says_where(folder, tmp_path, capsys):
+    arguments = ["score", folder / "plain", tmp_path / "no.csv"]
+    assert error_of(capsys, *arguments).startswith("cnf: error: there is no file")
+    long = subprocess.run(
+        [sys.executable, "-m", "cnf.cli", *arguments, "--debug"],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert (long.returncode, long.stdout) == (1, "")
     assert "Traceback" in long.stderr
     assert "FileNotFoundError: there is no file" in long.stderr
 

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -63,21 +61,16 @@ def test_tabular(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_tabular_of_a_benchmark_from_the_command_line(tmp_path):
+def test_tabular_of_a_benchmark_from_the_command_line(run_program, tmp_path, capsys):
     (tmp_path / "power").mkdir()
     np.save(tmp_path / "power" / "data.npy", rows(400, columns=8))
-    command = [sys.executable, "-m", "experiments.tabular", "--quick", "--no-progress"]
-    settings = {"cwd": Path(__file__).parents[2], "capture_output": True, "text": True}
-    arguments = ["--out", str(tmp_path / "out"), "--data", str(tmp_path)]
-    run = subprocess.run(
-        [*command, *arguments, "--name", "power"], check=True, timeout=120, **settings
-    )
-    assert "6 columns; 324 rows to train on, 36 for validation, 40 for test" in run.stdout
-    assert "FFJORD              0.46" in run.stdout
-    refused = subprocess.run([*command, *arguments], check=False, timeout=120, **settings)
-    assert refused.returncode != 0
-    assert refused.stderr.startswith("tabular: name must say which table")
-    assert refused.stderr.count("\n") == 1
+    arguments = ["--quick", "--no-progress", "--out", tmp_path / "out", "--data", tmp_path]
+    run_program("experiments.tabular", *arguments, "--name", "power")
+    said = capsys.readouterr().out
+    assert "6 columns; 324 rows to train on, 36 for validation, 40 for test" in said
+    assert "FFJORD              0.46" in said
+    with pytest.raises(SystemExit, match=r"^tabular: name must say which table[^\n]*$"):
+        run_program("experiments.tabular", *arguments)
 
 
 def test_tables_are_read_in_every_form(tmp_path):

@@ -10,6 +10,7 @@ from zoo import (
     ESTIMATES,
     EVERY_FLOW,
     FIELDS,
+    LAYERED,
     MLP_FIELDS,
     NEURAL_ODES,
     POTENTIAL_FIELDS,
@@ -57,7 +58,7 @@ KINDS = {
     name: make
     for name, make in FIELDS.items()
     if name not in {**MLP_FIELDS, **POTENTIAL_FIELDS}
-    or name.endswith("-tanh")
+    or name in LAYERED
     or name in ("time features with context", "potential blend", "potential concatsquash")
 }
 """One specimen of each way to make a divergence."""

@@ -26,6 +26,8 @@ from cnf.training import TrainingError
 from cnf.transforms import Affine, ContinuousTransform, Logit
 from cnf.vector_fields import LinearField
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # whole solves
+
 MEAN = torch.tensor([0.5, -1.0], dtype=torch.float64)
 SCALE = torch.tensor([[1.2, 0.0], [0.4, 0.7]], dtype=torch.float64)
 TARGET = MultivariateNormal(MEAN, scale_tril=SCALE)

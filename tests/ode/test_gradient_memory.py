@@ -11,7 +11,7 @@ from cnf._memory import LiveBytes
 from cnf.transforms import ContinuousTransform
 
 EVERY = pytest.mark.parametrize("name", ["closed form", "forward mode", "reverse mode"])
-ROWS, FEW, MANY = 200, 5, 50
+ROWS, FEW, MANY = 200, 2, 20
 FLOWS = {
     "closed form": lambda: perturbed(CNF(2, hidden_features=(16, 16))),
     "forward mode": lambda: perturbed(CNF(2, hidden_features=(16, 16, 16), activation="tanh")),
@@ -28,7 +28,7 @@ def peak_of_a_training_step(flow, x):
 
 @functools.cache
 def peaks(name, gradient):
-    """The peaks at 20 and at 200 evaluations, and as many back."""
+    """The peaks at 8 and at 80 evaluations, and as many back."""
     found = []
     for steps in (FEW, MANY):
         solver = ODESolver(method="rk4", steps=steps, gradient=gradient)

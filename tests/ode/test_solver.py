@@ -16,6 +16,8 @@ from cnf.ode import methods
 from cnf.transforms import ContinuousTransform
 from cnf.vector_fields import LinearField
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # whole solves
+
 KINDS = methods()
 ADAPTIVE = [name for name, kind in KINDS.items() if kind == "adaptive"]
 LOW_ORDER = ["fehlberg2", "adaptive_heun"]
@@ -279,7 +281,7 @@ def test_gradients_are_those_of_the_closed_form(method, times, gradient):
 def test_gradients_of_the_times_are_those_of_the_closed_form(method, times, gradient):
     system, x = swinging()
     times = torch.tensor(times, requires_grad=True)
-    solver = solver_for(method, steps=200, tolerance=1e-10, gradient=gradient)
+    solver = solver_for(method, steps=100, tolerance=1e-10, gradient=gradient)
     (states,) = solver.solve(system, (x,), times)
     expected = torch.stack([system.solution(x, times[0], time) for time in times])
     weights = torch.randn_like(states)

@@ -87,11 +87,13 @@ KILLS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kills", KILLS.values(), ids=KILLS)
-def test_a_run_that_is_killed_again_and_again_ends_as_one_that_never_was(kills, whole, tmp_path):
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """The folders of runs that were killed, and how the processes ended, by the name of KILLS."""
+    folders = {name: tmp_path_factory.mktemp("killed") for name in KILLS}
+    runs = [f"{folders[name]}={','.join(kills)}" for name, kills in KILLS.items()]
     done = subprocess.run(
-        [sys.executable, TESTS / "killable.py", tmp_path, *kills],
+        [sys.executable, TESTS / "killable.py", *runs],
         cwd=TESTS.parent,
         env={**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},  # with its kernels of torch
         capture_output=True,
@@ -99,20 +101,29 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_never_was(kills, 
         timeout=100,
         check=False,
     )
-
     assert done.returncode == 0, done.stderr
-    *ends, last = done.stdout.splitlines()
-    sure = [kill for kill in kills if not kill.startswith("after")]
+    ends = [line.split(" ", 1) for line in done.stdout.splitlines()]
+    return {
+        name: (folder, [end for of, end in ends if of == str(folder)])
+        for name, folder in folders.items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KILLS)
+def test_a_run_that_is_killed_again_and_again_ends_as_one_that_never_was(name, killed, whole):
+    resumed, (*ends, last) = killed[name]
+    sure = [kill for kill in KILLS[name] if not kill.startswith("after")]
     assert {f"{kill}: killed" for kill in sure} <= set(ends)
     assert last == "None: exit 0"
     folder, final, history = whole
-    told = torch.load(tmp_path / "result")
+    told = torch.load(resumed / "result")
     assert_same(told["flow"], final)
     assert {name: str(column) for name, column in told["history"].items()} == without_seconds(
         history
     )
-    assert_same_run(tmp_path, folder)
-    assert not list(tmp_path.glob(".*"))
+    assert_same_run(resumed, folder)
+    assert not list(resumed.glob(".*"))
 
 
 @pytest.mark.slow

@@ -42,9 +42,16 @@ def assert_repeats(told, other):
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-    """What two processes tell that trained together: what each told, and the folder."""
+    """What two processes tell that trained together: what each told, and the folder.
+
+    Two before them were killed in the midst of the run that they resume.
+    """
     folder = tmp_path_factory.mktemp("together")
-    done, told = torchrun("trained", folder)
+    done, told = torchrun("killed", folder)
+    assert done.returncode != 0
+    assert told == []
+    assert (folder / "run" / "checkpoint_000000016.pt").exists()
+    done, told = torchrun("resumed", folder)
     assert done.returncode == 0, done.stderr
     return *told, folder
 
@@ -69,7 +76,8 @@ def test_the_first_process_alone_writes(together):
     first, second, folder = together
     assert first["writes"] > 0
     assert second["writes"] == 0
-    assert len(list((folder / "run").glob("checkpoint_*.pt"))) == 2
+    for run in ("run", "whole"):
+        assert len(list((folder / run).glob("checkpoint_*.pt"))) == 2
 
 
 def test_what_fails_in_one_process_fails_in_all(together):
@@ -89,14 +97,6 @@ def test_what_the_first_process_refuses_or_stops_all_do(together):
         assert told["steps until stopped"] == 3
 
 
-def test_a_run_of_two_processes_that_was_killed_resumes_to_the_same_end(tmp_path):
-    done, told = torchrun("killed", tmp_path)
-    assert done.returncode != 0
-    assert told == []
-    assert (tmp_path / "run" / "checkpoint_000000016.pt").exists()
-
-    done, told = torchrun("resumed", tmp_path)
-
-    assert done.returncode == 0, done.stderr
-    for each in told:
-        assert_repeats(each, each["whole"])
+def test_a_run_of_two_processes_that_was_killed_resumes_to_the_same_end(together):
+    for each in together[:2]:
+        assert_repeats(each["resumed"], each)

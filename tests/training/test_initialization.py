@@ -123,18 +123,18 @@ def nll_of_training(way, a=1.0, b=0.0, k=1.0, m=0.0):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("k", [1e-3, 1.0, 1e3])
-@pytest.mark.parametrize("a", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize(("a", "k"), [(1e-3, 1e3), (1.0, 1e-3), (1e3, 1.0)])
 @pytest.mark.usefixtures("shapes_unchecked")
 def test_the_units_of_data_and_context_change_the_density_by_their_factor_alone(way, a, k):
     found = nll_of_training(way, a, 7 * a + 0.1, k, 3 * k - 2)
     assert found == pytest.approx(nll_of_training(way) + np.log(a), abs=0.02)
 
 
+@pytest.mark.usefixtures("shapes_unchecked")
 def test_a_context_far_from_zero_is_learnt_as_well_as_one_near_it():
     x, context = pairs(1000)
     flow = small(1, 1)
-    fit(flow, (x, 2000 + 10 * context), phases(matching_steps=1000, likelihood_steps=0))
+    fit(flow, (x, 2000 + 10 * context), phases(matching_steps=600, likelihood_steps=0))
     truth = -Normal(context, 0.1).log_prob(x).mean().item()
     flow = flow.using(solver=ODESolver(method="rk4", steps=20))
     assert -flow.log_prob(x, 2000 + 10 * context).mean().item() < truth + 0.1

@@ -15,6 +15,7 @@ def test_compiled_flows_obey_their_laws(tmp_path):
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "COV_"))}
     # Programs that torch keeps on the disk fail under another ATEN_CPU_CAPABILITY.
     environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path)
+    environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # processes would take longer to start
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--override-ini=addopts=", str(laws)],
         capture_output=True,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.integrate import solve_ivp
 from torch import nn
-from zoo import FIELDS, UserNetwork, cnf, mlp, perturbed, rows_for
+from zoo import FIELDS, UserNetwork, cnf, in_turn, mlp, perturbed, rows_for
 
 from cnf import (
     CNF,
@@ -78,22 +78,27 @@ def assert_divergence_is_the_trace(field, t, x, context=None):
     )
 
 
-@pytest.mark.parametrize("context_features", [0, 3])
-@pytest.mark.parametrize("hidden", [(8,), (8, 7)], ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(
+    ("layer_and_activation", "hidden", "context_features"),
+    in_turn(itertools.product(LAYERS, ACTIVATIONS), [(8,), (8,), (8, 7), (8, 7)], [0, 3, 3, 0]),
+    ids=str,
+)
 def test_divergence_and_its_gradients_are_those_of_the_trace(
-    layer, activation, hidden, context_features
+    layer_and_activation, hidden, context_features
 ):
+    layer, activation = layer_and_activation
     field = mlp(3, context_features, layer=layer, activation=activation, hidden_features=hidden)
     x, context = rows_for(field, 4)
     assert_divergence_is_the_trace(field, torch.rand(()), x, context)
 
 
-@pytest.mark.parametrize("features", [1, 2, 5, 64])
-@pytest.mark.parametrize("hidden", [(8,), (8, 7), (6, 5, 4)], ids=str)
-@pytest.mark.parametrize("layer", LAYERS)
-def test_divergence_is_the_trace_in_any_dimension(layer, hidden, features):
+@pytest.mark.parametrize(
+    ("layer_and_features", "hidden"),
+    in_turn(itertools.product(LAYERS, [1, 2, 5, 64]), [(8,), (8, 7), (6, 5, 4)]),
+    ids=str,
+)
+def test_divergence_is_the_trace_in_any_dimension(layer_and_features, hidden):
+    layer, features = layer_and_features
     field = mlp(features, layer=layer, activation="silu", hidden_features=hidden)
     x, _ = rows_for(field, 2)
     assert_divergence_is_the_trace(field, torch.rand(()), x)
@@ -125,11 +130,16 @@ def test_rows_may_share_times(make):
     torch.testing.assert_close(shared, alone, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("contexts", ["none", "one for all", "one for each row"])
-@pytest.mark.parametrize("times", ["one for all", "one for each row"])
+SHARED = [
+    (times, contexts)
+    for times in ("one for all", "one for each row")
+    for contexts in ("none", "one for all", "one for each row")
+]
+
+
+@pytest.mark.parametrize(("times", "contexts"), SHARED)
 @pytest.mark.parametrize("batch", BATCHES, ids=str)
-@pytest.mark.parametrize("hidden", [(8,), (8, 7)], ids=str)
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(("layer", "hidden"), in_turn(LAYERS, [(8,), (8, 7)]), ids=str)
 def test_divergence_is_the_trace_for_any_batch_of_times_and_contexts(
     layer, hidden, batch, times, contexts
 ):
@@ -539,29 +549,27 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-@pytest.mark.parametrize("times", [(), (3,)], ids=str)
 @pytest.mark.parametrize("make", FIELDS.values(), ids=FIELDS)
-def test_each_call_counts_as_one_evaluation(make, times, call):
+def test_each_call_counts_as_one_evaluation(make):
     field = make()
     x, context = rows_for(field, 3)
     with count_evaluations(field) as nfe:
-        for expected in (1, 2, 3):
+        for expected, (call, times) in enumerate(itertools.product(CALLS.values(), [(), (3,)]), 1):
             call(field, torch.rand(times), x, context)
             assert nfe.value == expected
 
 
-@pytest.mark.parametrize("make", FIELDS.values(), ids=FIELDS)
-@pytest.mark.parametrize(
-    ("method", "stages"), [("euler", 1), ("midpoint", 2), ("heun3", 3), ("rk4", 4)]
-)
-def test_a_solve_counts_stages_times_steps(make, method, stages):
-    field = make()
+STAGES = {"euler": 1, "midpoint": 2, "heun3": 3, "rk4": 4}
+
+
+@pytest.mark.parametrize(("name", "method"), in_turn(FIELDS, STAGES))
+def test_a_solve_counts_stages_times_steps(name, method):
+    field = FIELDS[name]()
     transform = ContinuousTransform(field, solver=ODESolver(method=method, steps=5))
     x, context = rows_for(field, 3)
     with count_evaluations(transform) as nfe:
         transform.to_base_and_ladj(x, context)
-    assert nfe.value == stages * 5
+    assert nfe.value == STAGES[method] * 5
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
