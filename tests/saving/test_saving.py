@@ -355,9 +355,6 @@ class UserNetwork(nn.Module):
         return self.layers(x)
 
 
-COARSE = ODESolver(method="rk4", steps=4)
-
-
 def users_flow():
     field = UserField(2, scale=0.5, names=["a", "b"], part=UserNetwork(3))
     module = ModuleField(UserNetwork(4), 2)
