@@ -2,7 +2,8 @@
 
 ``python tests/killable.py FOLDER=KILL,... ...`` trains for each FOLDER in child processes that die
 by SIGKILL, as each KILL says: ``step:N`` after step N of the run, ``forward:N`` in the N-th
-evaluation of the loss, ``write:N`` in the middle of the N-th file that it writes, ``after:S`` S seconds after it started.
+evaluation of the loss, ``write:N`` in the middle of the N-th file that it writes, ``after:S`` S
+seconds after it started.
 Then it lets a last child go through, and prints for each folder how the children ended.
 """
 
