@@ -230,7 +230,7 @@ def test_standard_errors_are_the_spread_of_repeated_estimates():
 
 
 def test_the_entropy_of_a_lower_bound_is_refused():
-    with pytest.raises(NotImplementedError, match="is 'lower_bound', whose mean over draws is not"):
+    with pytest.raises(NotImplementedError, match="-log_prob averaged over draws is not"):
         cnf(2, augment=1)().estimate_entropy(10)
 
 
