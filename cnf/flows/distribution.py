@@ -72,11 +72,10 @@ class FlowDistribution(Distribution):
                 f"batch_shape must be one that {tuple(self.batch_shape)} expands to; "
                 f"got {tuple(shape)}."
             )
-        if self.context is None:
-            expanded = FlowDistribution(self.flow, batch_shape=shape)
-        else:
-            context = self.context.expand(*shape, self.context.shape[-1])
-            expanded = FlowDistribution(self.flow, context)
+        context = self.context
+        if context is not None:
+            context = context.expand(*shape, context.shape[-1])
+        expanded = FlowDistribution(self.flow, context, shape)
         expanded._bound = self._bound
         return expanded
 
@@ -256,16 +255,11 @@ def _lacking(name: str, remedy: str) -> NotImplementedError:
 
 def _refuse_divergence(p: Distribution, q: Distribution) -> NoReturn:
     del q
+    draws = "x = p.sample((1000,)); (p.log_prob(x)"
     if isinstance(p, FlowDistribution):
-        raise _lacking(
-            "kl_divergence",
-            "the mean over draws: x, log_p = p.rsample_and_log_prob((1000,)); "
-            "(log_p - q.log_prob(x)).mean(0)",
-        )
-    raise _lacking(
-        "kl_divergence",
-        "the mean over draws: x = p.sample((1000,)); (p.log_prob(x) - q.log_prob(x)).mean(0)",
-    )
+        draws = "x, log_p = p.rsample_and_log_prob((1000,)); (log_p"
+    remedy = f"the mean over draws: {draws} - q.log_prob(x)).mean(0)"
+    raise _lacking("kl_divergence", remedy)
 
 
 # Torch's registry of divergences; pairs of other distributions are not affected.

@@ -249,7 +249,7 @@ LACKING = {
         lambda d: kl_divergence(Independent(d.expand((3,)), 1), Independent(d.expand((3,)), 1)),
         r"x, log_p = p.rsample_and_log_prob",
     ),
-    "cdf": (lambda d: d.cdf(torch.zeros(2)), "the share of draws"),
+    "cdf": (lambda d: d.cdf(torch.zeros(2)), "the fraction of draws"),
     "icdf": (lambda d: d.icdf(torch.zeros(2)), "quantiles of draws"),
     "enumerate_support": (lambda d: d.enumerate_support(), "sample"),
 }
