@@ -324,7 +324,7 @@ def test_bad_random_end_times_are_refused(width):
 
 @pytest.mark.parametrize("time", [1.0, 2.0, math.nan, -math.inf])
 def test_bad_start_times_are_refused(time):
-    with pytest.raises(ValueError, match=r"start_time must be .* a share of the end time"):
+    with pytest.raises(ValueError, match=r"start_time must be .* a fraction of the end time"):
         ContinuousTransform(LinearField(2), start_time=time)
 
 

@@ -1,4 +1,4 @@
-"""A flow with the tensors that a running `torch.func.functional_call` has put into it."""
+"""A flow with the tensors of a running `torch.func.functional_call`."""
 
 import inspect
 from typing import Any, TypeAlias
@@ -12,40 +12,32 @@ Flow: TypeAlias = Any
 
 
 class BoundFlow(nn.Module):
-    """A flow, and the tensors that `torch.func.functional_call` has put into it for now.
+    """A flow that keeps the tensors of the `torch.func.functional_call` in which it was made.
 
-    They would be gone when a distribution that was made within the call is asked. All other
-    parameters and buffers are those of the flow, whatever becomes of them: by training, `to` or
-    `load_state_dict`.
-
-    Args:
-        flow: The flow.
+    A distribution made within the call keeps them after it. All other parameters and buffers
+    follow the flow, through training, `to` and `load_state_dict`.
     """
 
     def __init__(self, flow: Flow) -> None:
         super().__init__()
         self.flow = flow
-        self.kept = _exchanged(flow)
+        self.kept = _functional_tensors(flow)
 
-    def ask(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """What the method of the flow returns, with the tensors kept.
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a method of the flow, with the tensors kept."""
+        replacements = self.replacements()
+        if not replacements:
+            return self(method, *args, **kwargs)
+        return torch.func.functional_call(self, replacements, (method, *args), kwargs)
 
-        Raises:
-            RuntimeError: If these no longer fit the flow.
-        """
-        exchanged = self.exchanged()
-        if not exchanged:
-            return getattr(self.flow, method)(*args, **kwargs)
-        return torch.func.functional_call(self, exchanged, (method, *args), kwargs)
-
-    def exchanged(self) -> dict[str, Tensor]:
-        """The tensors kept, by their names here, that are not in the flow now.
+    def replacements(self) -> dict[str, Tensor]:
+        """Return the tensors kept that are not in the flow now, by their names here.
 
         Raises:
             RuntimeError: If they no longer fit the flow.
         """
         now = _tensors_of(self.flow) if self.kept else {}
-        exchanged = {}
+        replacements = {}
         for name, kept in self.kept.items():
             there = now.get(name)
             if there is None or (kept.dtype, kept.device) != (there.dtype, there.device):
@@ -56,11 +48,11 @@ class BoundFlow(nn.Module):
                     "distribution anew, with parameters of the new kind."
                 )
             if kept is not there:
-                exchanged[f"flow.{name}"] = kept
-        return exchanged
+                replacements[f"flow.{name}"] = kept
+        return replacements
 
     def forward(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """The call with tensors exchanged."""
+        """Call a method of the flow, with the tensors that it has now."""
         return getattr(self.flow, method)(*args, **kwargs)
 
 
@@ -68,12 +60,9 @@ def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _exchanged(module: nn.Module) -> dict[str, Tensor]:
-    """The tensors that a `functional_call` under way has put into a module, by name.
-
-    The module does not show it: the stack of calls does. Under `torch.compile` it cannot be read.
-    """
-    if torch.compiler.is_compiling():
+def _functional_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors that running functional calls have put into a module, by name."""
+    if torch.compiler.is_compiling():  # cannot read the stack of calls, which alone shows them
         return {}
     given: set[int] = set()
     frame = inspect.currentframe()

@@ -1,4 +1,4 @@
-"""Log-densities and samples of more rows than fit in memory: some rows at a time."""
+"""Log-densities and samples of more rows than fit in memory, chunk by chunk."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from cnf.flows.flow import Flow
 from cnf.ode import ODEError
 
 CHUNK = "32 MiB"
-"""What a chunk takes where nothing is said; on a CPU, larger ones leave the caches."""
+"""Default memory of a chunk; on a CPU, larger ones leave the caches."""
 
 _MOST_GROWTH = 16
 _REAL = "biuf"
@@ -34,33 +34,33 @@ def log_prob_in_chunks(
     out: Float[Tensor, " rows"] | Float[np.ndarray, " rows"] | None = None,
     progress: bool = False,
 ) -> Float[Tensor, " rows"]:
-    """`Flow.log_prob` of many rows, without gradient, a chunk of them at a time.
+    """Evaluate `Flow.log_prob` of many rows, without gradient, chunk by chunk.
 
-    With `x`, and perhaps `out`, on the disk, memory does not grow with the number of rows.
+    If `x` and `out` are files, memory does not grow with the number of rows.
 
-    A memory limit is kept by trial: the first chunk has one row, and each one after it up to 16
-    times as many, in powers of 2, as what the one before took allows. What operations allocate is
-    counted, rather than what the process holds, and so chunks are the same each time. Not counted
-    are the parameters, the rows and the result; nor that later rows may take more than the first,
-    as where those are outside of the support.
+    A memory limit is kept by trial: the first chunk has one row, and each later chunk up to 16
+    times as many, by a power of 2, as the memory of the chunk before allows. The memory that
+    operations allocate is counted, so chunks are the same in each call. The parameters, the rows
+    and the result are not counted; later rows may take more memory than the first ones, for
+    instance where the first are outside of the support.
 
-    Where `log_prob` draws nothing, a row's number depends on its chunk by rounding alone, if the
-    flow has no ODE or solves it in fixed steps. An adaptive method takes the steps that the worst
-    row of a chunk needs, so that the number depends on the rows beside it, by about the tolerance;
-    ``flow.using(solver=ODESolver(method="rk4", steps=100))`` avoids that. What is drawn is the
-    same for the same state of the generator and the same chunks.
+    If `log_prob` draws nothing, and the flow has no ODE or solves it in fixed steps, a row's
+    log-density depends on its chunk by rounding alone. An adaptive method takes the steps that the
+    worst row of a chunk needs, so the log-density depends on the other rows by about the tolerance;
+    ``flow.using(solver=ODESolver(method="rk4", steps=100))`` avoids this. The same generator and
+    the same chunks give the same random numbers.
 
     Args:
         flow: The flow.
-        x: Rows. Of an array, such as ``np.load(path, mmap_mode="r")``, each chunk is read when its
-            turn comes, and put into the dtype of the flow; both kinds are moved to its device.
-        context: What the density is conditioned on: one for each row, or a single one for all.
+        x: Rows: a tensor, or an array such as ``np.load(path, mmap_mode="r")``, read chunk by chunk
+            and converted to the dtype of the flow. Chunks are moved to its device.
+        context: One context for each row, or a single one for all rows.
         chunk_size: Number of rows of a chunk, or the memory that its evaluation may take, such as
             ``"1 GiB"`` or ``"500 MB"``.
-        importance_samples: Number of weights of a lower bound.
-        generator: Source of what is drawn.
-        out: Where to write, such as ``np.lib.format.open_memmap(path, "w+", shape=(rows,))``;
-            None for a new tensor where `x` is.
+        importance_samples: Number of importance weights of a lower bound.
+        generator: Source of random numbers.
+        out: Output, such as ``np.lib.format.open_memmap(path, "w+", shape=(rows,))``; None for a
+            new tensor on the device of `x`.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -69,8 +69,8 @@ def log_prob_in_chunks(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If an argument has a wrong shape, dtype or value, or a single row takes more
-            than `chunk_size`. NaN and the like are found, and the row is named, when its turn
-            comes; what was written to `out` by then is right.
+            than `chunk_size`. A wrong row is named when its chunk is evaluated; earlier entries of
+            `out` are valid.
         ODEError: If a solve fails.
 
     Example:
@@ -86,15 +86,15 @@ def log_prob_in_chunks(
     where = x.device if isinstance(x, Tensor) else torch.device("cpu")
     result = _result(out, (len(x),), torch.empty(0, dtype=like.dtype, device=where))
 
-    def of_chunk(rows: slice) -> Tensor:
+    def evaluate(rows: slice) -> Tensor:
         return flow.log_prob(
             _chunk(x, rows, like),
-            None if context is None else _contexts(context, rows, like),
+            _contexts(context, rows, like),
             importance_samples=importance_samples,
             generator=generator,
         )
 
-    return in_chunks(of_chunk, result, chunk_size=chunk_size, progress=progress)
+    return in_chunks(evaluate, result, chunk_size=chunk_size, progress=progress)
 
 
 def sample_in_chunks(
@@ -109,27 +109,22 @@ def sample_in_chunks(
     out: Float[Tensor, "count *event"] | Float[np.ndarray, "count *event"] | None = None,
     progress: bool = False,
 ) -> Float[Tensor, "count *event"]:
-    """`Flow.sample` of many rows, a chunk of them at a time; see `log_prob_in_chunks`.
+    """Draw many rows by `Flow.sample`, chunk by chunk; see `log_prob_in_chunks`.
 
-    The same generator and the same chunks give the same draws, and other chunks other draws.
+    Draws depend on the generator and on the chunks. Errors are as in `log_prob_in_chunks`.
 
     Args:
         flow: The flow.
         count: Number of draws.
-        context: What the density is conditioned on: one for each draw, or a single one for all.
+        context: One context for each draw, or a single one for all draws.
         chunk_size: Number of draws of a chunk, or the memory that it may take.
         generator: Source of the draws.
-        out: Where to write, of shape ``(count, *event_shape)``; None for a new tensor on the
-            device of the flow.
+        out: Output of shape ``(count, *event_shape)``; None for a new tensor on the device of the
+            flow.
         progress: Whether to show a progress bar.
 
     Returns:
         The draws; if `out` is given, a tensor that shares its memory.
-
-    Raises:
-        TypeError: As for `log_prob_in_chunks`.
-        ValueError: As for `log_prob_in_chunks`.
-        ODEError: If a solve fails.
 
     Example:
         >>> from cnf import CNF
@@ -145,42 +140,42 @@ def sample_in_chunks(
         check_fits("count", count, numbers, like=like, remedy=remedy)
     result = _result(out, (count, *flow.event_shape), like)
 
-    def of_chunk(rows: slice) -> Tensor:
-        given = None if context is None else _contexts(context, rows, like)
-        one_each = given is not None and given.ndim == 2
+    def draw(rows: slice) -> Tensor:
+        contexts = _contexts(context, rows, like)
+        one_each = contexts is not None and contexts.ndim == 2
         shape = () if one_each else rows.stop - rows.start
-        return flow.sample(shape, given, generator=generator)
+        return flow.sample(shape, contexts, generator=generator)
 
-    return in_chunks(of_chunk, result, chunk_size=chunk_size, progress=progress)
+    return in_chunks(draw, result, chunk_size=chunk_size, progress=progress)
 
 
 def in_chunks(
-    of_chunk: Callable[[slice], Tensor], out: Tensor, *, chunk_size: int | str, progress: bool
+    evaluate: Callable[[slice], Tensor], out: Tensor, *, chunk_size: int | str, progress: bool
 ) -> Tensor:
-    """Fill `out`, which is returned, with what `of_chunk` makes of one slice of rows at a time.
+    """Fill and return `out`, chunk by chunk, with the results of `evaluate` for slices of rows.
 
-    Without rows it is called once nevertheless, so that it may refuse what does not fit.
+    Without rows, `evaluate` is still called once, to check its arguments.
 
     Raises:
         TypeError: If `chunk_size` is neither an int nor a text.
-        ValueError: If it is too small, or no size; or what `of_chunk` raises, with its place.
-        ODEError: Likewise.
+        ValueError: If `chunk_size` is too small or no size, or, with the rows, from `evaluate`.
+        ODEError: From `evaluate`, with the rows.
 
     Example:
         >>> x = torch.arange(5.0)
         >>> in_chunks(lambda rows: x[rows] ** 2, x.new_empty(5), chunk_size=2, progress=False)
         tensor([ 0.,  1.,  4.,  9., 16.])
     """
-    size, memory = _checked(chunk_size)
+    size, memory = _first_size(chunk_size)
     start = 0
     with tqdm(total=len(out), disable=not progress, unit="row", unit_scale=True) as bar:
         while True:
             rows = slice(start, min(start + size, len(out)))
             if memory is None:
-                out[rows] = _placed(of_chunk, rows)
+                out[rows] = _evaluate_naming_rows(evaluate, rows)
             else:
                 with LiveBytes() as live:
-                    out[rows] = _placed(of_chunk, rows)
+                    out[rows] = _evaluate_naming_rows(evaluate, rows)
                 size, memory = _next_size(size, live.peak, memory)
             bar.update(rows.stop - rows.start)
             start = rows.stop
@@ -189,11 +184,11 @@ def in_chunks(
 
 
 def _next_size(size: int, peak: int, memory: int) -> tuple[int, int | None]:
-    """Rows of the next chunk, and the limit that it has to be measured for; None if it has not."""
+    """Return the rows of the next chunk, and the memory limit; None if it need not be measured."""
     if peak > memory:
         if size == 1:
             raise ValueError(
-                f"chunk_size must be at least what a single row takes, {in_words(peak)}; got "
+                f"chunk_size must be at least the memory of a single row, {in_words(peak)}; got "
                 f"{in_words(memory)}."
             )
         return size // 2, memory
@@ -202,11 +197,11 @@ def _next_size(size: int, peak: int, memory: int) -> tuple[int, int | None]:
     return size << power, memory if power else None
 
 
-def _placed(of_chunk: Callable[[slice], Tensor], rows: slice) -> Tensor:
-    """What `of_chunk` makes of the rows; where it fails, the message says which they were."""
+def _evaluate_naming_rows(evaluate: Callable[[slice], Tensor], rows: slice) -> Tensor:
+    """Call `evaluate`, whose errors then name the rows."""
     try:
         with rows_of_caller(counted_from(rows.start)):
-            return of_chunk(rows)
+            return evaluate(rows)
     except (ValueError, ODEError) as error:
         if rows.start == 0:
             raise
@@ -214,8 +209,8 @@ def _placed(of_chunk: Callable[[slice], Tensor], rows: slice) -> Tensor:
         raise kind(f"in rows {rows.start} to {rows.stop - 1}: {error}") from error
 
 
-def _checked(chunk_size: int | str) -> tuple[int, int | None]:
-    """Rows of the first chunk, and the limit of memory if there is one."""
+def _first_size(chunk_size: int | str) -> tuple[int, int | None]:
+    """Return the rows of the first chunk, and the memory limit if there is one."""
     if not isinstance(chunk_size, str):
         return check_count("chunk_size", chunk_size), None
     memory = bytes_in(chunk_size)
@@ -252,11 +247,11 @@ def _check_x(flow: Flow, x: Tensor | np.ndarray) -> None:
 
 
 def _check_context(flow: Flow, context: Tensor | np.ndarray | None, rows: int) -> None:
-    """Refuse what is neither one context nor one for each row; of one too many the flow tells."""
     if context is None:
         return
     _check_array("context", context)
     size = flow.context_features
+    # The flow itself refuses a context that it does not take.
     if size and tuple(context.shape) not in ((size,), (rows, size)):
         raise ValueError(
             f"context must have shape ({rows}, {size}), or ({size},) for one that all rows share; "
@@ -267,7 +262,7 @@ def _check_context(flow: Flow, context: Tensor | np.ndarray | None, rows: int) -
 def _result(
     out: Tensor | np.ndarray | None, shape: Sequence[int], like: Tensor
 ) -> Float[Tensor, "rows *event"]:
-    """Where to write: `out` as a tensor, or a new one."""
+    """Return `out` as a tensor, or a new tensor."""
     if out is None:
         return like.new_empty(shape)
     if not isinstance(out, Tensor | np.ndarray):
@@ -289,12 +284,14 @@ def _result(
 
 
 def _chunk(values: Tensor | np.ndarray, rows: slice, like: Tensor) -> Tensor:
-    """Some of the rows, where the flow is; of an array, in its dtype."""
+    """Return some of the rows on the device of the flow; of an array, in its dtype."""
     if isinstance(values, Tensor):
         return values[rows].to(like.device)
     return torch.from_numpy(np.array(values[rows], dtype=np.float64)).to(like)
 
 
-def _contexts(context: Tensor | np.ndarray, rows: slice, like: Tensor) -> Tensor:
-    """The contexts of some of the rows, or the one of all."""
+def _contexts(context: Tensor | np.ndarray | None, rows: slice, like: Tensor) -> Tensor | None:
+    """Return the contexts of some of the rows, or the single context of all."""
+    if context is None:
+        return None
     return _chunk(context, rows if context.ndim == 2 else slice(None), like)

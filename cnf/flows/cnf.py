@@ -1,4 +1,4 @@
-"""The flow that follows an ordinary differential equation."""
+"""Continuous normalizing flow."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,14 +14,14 @@ from cnf.vector_fields.conditioning import context_scalings
 
 
 class CNF(Flow):
-    """Continuous normalizing flow: a `Flow` whose transforms follow an ODE.
+    """Continuous normalizing flow: a `Flow` whose transforms solve an ODE.
 
-    Names a composition and adds nothing to `Flow`: `transforms`, a `Standardize`, then an `Augment`
-    if asked for, then `blocks` times a `ContinuousTransform` along an `MLPField`, then `base`.
+    A composition that adds nothing to `Flow`: `transforms`, a `Standardize`, an `Augment` if
+    `augment` is positive, `blocks` times a `ContinuousTransform` with an `MLPField`, and `base`.
 
-    Data and contexts come as they are. The `Standardize`, and the scaling of the context in each
-    field, are set from the training rows by `fit`, once, and saved with the flow; in a training
-    loop of your own call `initialize` first. Until then they are the identity.
+    Data and contexts come raw. `fit` sets the `Standardize`, and the scaling of the context in each
+    field, once from the training rows, and they are saved with the flow; in a training loop of your
+    own call `initialize` first. Until then they are the identity.
 
     Args:
         features: Number of entries of x.
@@ -32,16 +32,16 @@ class CNF(Flow):
         activation: Activation, or one for each hidden layer; None for a sinusoidal first layer,
             then silu; see `MLPField`.
         frequency: Initial scale of a sinusoidal first layer; see `MLPField`.
-        time_features: Number of waves of time that the layers see; see `MLPField`.
+        time_features: Number of sinusoidal features of time; see `MLPField`.
         divergence: How the divergence is computed; None for `Exact`.
         solver: How the ODE is solved; None for `ODESolver()`.
         blocks: Number of vector fields in a row.
         base: Distribution at t = 0; None for a standard normal.
-        transforms: Applied before the ODE on the way from data to base, such as ``[Logit(2)]``.
-        standardize: Whether data and context are scaled as above. The `Standardize` is left out
-            where `transforms` end with one.
-        augment: Number of standard normal features that the ODE has beside x; `Augment` says what
-            they are for. The likelihood is a lower bound if there are any.
+        transforms: Transforms between data and ODE, such as ``[Logit(2)]``.
+        standardize: Whether data and context are scaled as above. `Standardize` is left out if
+            `transforms` end with one.
+        augment: Number of standard normal features that `Augment` adds to x. With any, the
+            likelihood is a lower bound.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -109,11 +109,10 @@ class CNF(Flow):
                 scaling.keep_identity()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # What was saved before a CNF held a Standardize has one transform less.
+        # A file saved before a CNF held a Standardize has one transform less.
         parts = list(enumerate(self.transforms))
-        place, held = next(
-            ((i, part) for i, part in parts if isinstance(part, Standardize)), (0, None)
-        )
+        scalings = ((i, part) for i, part in parts if isinstance(part, Standardize))
+        place, held = next(scalings, (0, None))
         names = [f"{prefix}transforms.{i}." for i, _ in parts]
         absent = not any(key.startswith(names[-1]) for key in state_dict)
         if held is not None and absent and f"{names[place]}mean" not in state_dict:

@@ -1,4 +1,4 @@
-"""A flow given a context, as a torch distribution."""
+"""Torch distribution of a flow given a context."""
 
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -20,21 +20,21 @@ from cnf.flows.torch_transform import FlowTransform
 
 
 class FlowDistribution(Distribution):
-    """A flow given a context: draws of shape ``sample_shape + batch_shape + event_shape``.
+    """Torch distribution of a flow given a context; made by ``flow(context)``, as in zuko.
 
-    Made by calling a flow, ``flow(context)``, as with zuko's flows. The batch shape is that of
-    the context, ``()`` without one; `expand` gives another. A distribution follows the flow, in
-    training as through `to` and `load_state_dict`. Made by `torch.func.functional_call`, it keeps
-    to the parameters and buffers of that call.
+    Draws have shape ``sample_shape + batch_shape + event_shape``. The batch shape is the context's,
+    or ``()`` without a context; `expand` enlarges it. A distribution follows the flow through
+    training, `to` and `load_state_dict`. Made within `torch.func.functional_call`, it keeps the
+    parameters and buffers of that call.
 
-    It has no moments, entropy or quantiles in closed form; `estimate_mean`, `estimate_variance` and
-    `estimate_entropy` draw. Nor has it a `kl_divergence` to a distribution q, which is the mean of
+    Moments, entropy and quantiles have no closed form; `estimate_mean`, `estimate_variance` and
+    `estimate_entropy` draw. Estimate a KL divergence to a distribution q by the mean of
     ``log_p - q.log_prob(x)`` over draws ``x, log_p = p.rsample_and_log_prob((1000,))``.
 
     Args:
         flow: The flow.
-        context: What it is conditioned on, ``(*batch, context_features)``.
-        batch_shape: Batch shape when there is no context.
+        context: The context, ``(*batch, context_features)``.
+        batch_shape: Batch shape where there is no context.
 
     Example:
         >>> from cnf import CNF
@@ -51,7 +51,7 @@ class FlowDistribution(Distribution):
         self.flow = flow
         self.context = context
         self._bound = BoundFlow(flow)
-        # Draws from some bases have no gradient, and rounded ones none that could be followed.
+        # Draws from some bases have no gradient; the gradient of rounded draws is zero.
         self.has_rsample = flow.base.has_rsample and not flow.support.is_discrete
         super().__init__(
             torch.Size(batch_shape) if context is None else context.shape[:-1],
@@ -64,7 +64,7 @@ class FlowDistribution(Distribution):
         return f"{type(self).__name__}({type(self.flow).__name__}, {shapes})"
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "FlowDistribution":
-        """The same distribution for a larger batch; the draws are independent."""
+        """Return the distribution for a larger batch, whose draws are independent."""
         del _instance
         shape = check_sample_shape(batch_shape, "batch_shape")
         if not _broadcasts(self.batch_shape, shape):
@@ -72,17 +72,16 @@ class FlowDistribution(Distribution):
                 f"batch_shape must be one that {tuple(self.batch_shape)} expands to; "
                 f"got {tuple(shape)}."
             )
-        if self.context is None:
-            expanded = FlowDistribution(self.flow, batch_shape=shape)
-        else:
-            context = self.context.expand(*shape, self.context.shape[-1])
-            expanded = FlowDistribution(self.flow, context)
+        context = self.context
+        if context is not None:
+            context = context.expand(*shape, context.shape[-1])
+        expanded = FlowDistribution(self.flow, context, shape)
         expanded._bound = self._bound
         return expanded
 
     @property
     def support(self) -> constraints.Constraint:
-        """Which values have a density."""
+        """Constraint on the values that have a density."""
         support: constraints.Constraint = self.flow.support
         return support
 
@@ -93,7 +92,7 @@ class FlowDistribution(Distribution):
         return base
 
     @property
-    def transform(self) -> "FlowTransform":
+    def transform(self) -> FlowTransform:
         """The map from data to base."""
         transform = FlowTransform(self.flow, self.context)
         transform._bound = self._bound
@@ -106,11 +105,11 @@ class FlowDistribution(Distribution):
         importance_samples: int = 1,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Log-density of `value` as `Flow.log_prob`, in nats; batch shapes broadcast."""
-        self._bound.exchanged()  # for a flow that was converted is the cause of what comes below
+        """Return the log-density of `value` in nats, as `Flow.log_prob`; batch shapes broadcast."""
+        self._bound.replacements()  # a flow that was converted would cause the errors below
         check_events("value", value, self.event_shape, like=reference_tensor(self.flow))
         shape = joint_batch_shape(value, torch.empty(*self.batch_shape, 0), len(self.event_shape))
-        log_prob: Tensor = self._bound.ask(
+        log_prob: Tensor = self._bound.call(
             "log_prob",
             value,
             self.context,
@@ -131,7 +130,7 @@ class FlowDistribution(Distribution):
     ) -> Tensor:
         """Draw differentiably."""
         shape = self._shape(sample_shape)
-        drawn: Tensor = self._bound.ask("rsample", shape, self.context, generator=generator)
+        drawn: Tensor = self._bound.call("rsample", shape, self.context, generator=generator)
         return drawn
 
     def rsample_and_log_prob(
@@ -139,7 +138,7 @@ class FlowDistribution(Distribution):
     ) -> tuple[Tensor, Tensor]:
         """Draw differentiably, with the log-density in nats; see `Flow.rsample_and_log_prob`."""
         shape = self._shape(sample_shape)
-        drawn: tuple[Tensor, Tensor] = self._bound.ask(
+        drawn: tuple[Tensor, Tensor] = self._bound.call(
             "rsample_and_log_prob", shape, self.context, generator=generator
         )
         return drawn
@@ -147,7 +146,7 @@ class FlowDistribution(Distribution):
     def estimate_mean(
         self, draws: int, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Mean of each entry by Monte Carlo, and the standard error of this estimate.
+        """Estimate the mean of each entry by Monte Carlo, with the standard error.
 
         Args:
             draws: Number of draws, at least 2.
@@ -158,7 +157,7 @@ class FlowDistribution(Distribution):
 
         Raises:
             TypeError: If `draws` is not an int.
-            ValueError: If it is less than 2, or takes more memory than there is.
+            ValueError: If `draws` is less than 2, or takes more memory than there is.
             ODEError: If the solve fails.
         """
         return _mean_and_error(self._draw(draws, generator))
@@ -166,7 +165,7 @@ class FlowDistribution(Distribution):
     def estimate_variance(
         self, draws: int, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Variance of each entry by Monte Carlo, and the standard error; see `estimate_mean`."""
+        """Estimate the variance of each entry, with the standard error, as `estimate_mean`."""
         x = self._draw(draws, generator)
         squares = (x - x.mean(0)).square() * (draws / (draws - 1))
         return _mean_and_error(squares)
@@ -174,29 +173,18 @@ class FlowDistribution(Distribution):
     def estimate_entropy(
         self, draws: int, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Differential entropy in nats by Monte Carlo, and the standard error of this estimate.
+        """Estimate the differential entropy in nats, with the standard error, without bias.
 
-        It is the mean of -log p over draws, without bias where the likelihood is exact or an
-        estimate without bias.
-
-        Args:
-            draws: Number of draws, at least 2.
-            generator: Source of the draws, and of probes.
-
-        Returns:
-            Two tensors of shape ``batch_shape``.
+        The estimate is the mean of -log p over draws. Arguments and errors are as for
+        `estimate_mean`, and both results have shape ``batch_shape``.
 
         Raises:
-            TypeError: If `draws` is not an int.
-            ValueError: If it is less than 2, or takes more memory than there is.
-            NotImplementedError: If the likelihood is a lower bound or a biased estimate.
-            ODEError: If the solve fails.
+            NotImplementedError: If the likelihood is neither exact nor an unbiased estimate.
         """
         if self.flow.likelihood not in ("exact", "estimate"):
             raise NotImplementedError(
-                f"the likelihood of this flow is {self.flow.likelihood!r}, whose mean over draws "
-                "is not the entropy; -log_prob of draws gives an upper bound of it on average "
-                "where it is a lower bound."
+                f"the likelihood of this flow is {self.flow.likelihood!r}, so that -log_prob "
+                "averaged over draws is not the entropy; for a lower bound it is an upper bound."
             )
         check_count("draws", draws, least=2)
         with torch.no_grad():
@@ -208,44 +196,44 @@ class FlowDistribution(Distribution):
 
     @property
     def mean(self) -> NoReturn:
-        """There is no closed form: use `estimate_mean`."""
+        """Not available in closed form: use `estimate_mean`."""
         raise _lacking("mean", "estimate_mean(draws)")
 
     @property
     def variance(self) -> NoReturn:
-        """There is no closed form: use `estimate_variance`."""
+        """Not available in closed form: use `estimate_variance`."""
         raise _lacking("variance", "estimate_variance(draws)")
 
     @property
     def stddev(self) -> NoReturn:
-        """There is no closed form: use `estimate_variance`."""
+        """Not available in closed form: use `estimate_variance`."""
         raise _lacking("stddev", "estimate_variance(draws), and the square root of it")
 
     @property
     def mode(self) -> NoReturn:
-        """There is no closed form: climb `log_prob`."""
+        """Not available in closed form: maximise `log_prob`."""
         raise _lacking("mode", "an optimizer of torch on -log_prob(x), from the best of many draws")
 
     def entropy(self) -> NoReturn:
-        """There is no closed form: use `estimate_entropy`."""
+        """Not available in closed form: use `estimate_entropy`."""
         raise _lacking("entropy", "estimate_entropy(draws)")
 
     def perplexity(self) -> NoReturn:
-        """There is no closed form: use `estimate_entropy`."""
+        """Not available in closed form: use `estimate_entropy`."""
         raise _lacking("perplexity", "estimate_entropy(draws), and exp of it")
 
     def cdf(self, value: Tensor) -> NoReturn:
-        """There is none of vectors in closed form: count draws."""
+        """Not available in closed form: count draws."""
         del value
-        raise _lacking("cdf", "the share of draws below, (sample(n) <= value).all(-1).mean()")
+        raise _lacking("cdf", "the fraction of draws below, (sample(n) <= value).all(-1).mean()")
 
     def icdf(self, value: Tensor) -> NoReturn:
-        """There is none of vectors: take quantiles of draws."""
+        """Not available in closed form: take quantiles of draws."""
         del value
         raise _lacking("icdf", "quantiles of draws, sample((n,)).quantile(q, 0)")
 
     def enumerate_support(self, expand: bool = True) -> NoReturn:
-        """The support cannot be enumerated: draw from it."""
+        """Not available, because there are too many values: draw."""
         del expand
         raise _lacking("enumerate_support", "sample(n): there are too many values")
 
@@ -267,24 +255,19 @@ def _lacking(name: str, remedy: str) -> NotImplementedError:
 
 def _refuse_divergence(p: Distribution, q: Distribution) -> NoReturn:
     del q
+    draws = "x = p.sample((1000,)); (p.log_prob(x)"
     if isinstance(p, FlowDistribution):
-        raise _lacking(
-            "kl_divergence",
-            "the mean over draws: x, log_p = p.rsample_and_log_prob((1000,)); "
-            "(log_p - q.log_prob(x)).mean(0)",
-        )
-    raise _lacking(
-        "kl_divergence",
-        "the mean over draws: x = p.sample((1000,)); (p.log_prob(x) - q.log_prob(x)).mean(0)",
-    )
+        draws = "x, log_p = p.rsample_and_log_prob((1000,)); (log_p"
+    remedy = f"the mean over draws: {draws} - q.log_prob(x)).mean(0)"
+    raise _lacking("kl_divergence", remedy)
 
 
-# Where torch asks to be told of kinds of distributions; no pair of other kinds is touched.
+# Torch's registry of divergences; pairs of other distributions are not affected.
 register_kl(FlowDistribution, FlowDistribution)(_refuse_divergence)
 register_kl(FlowDistribution, Distribution)(_refuse_divergence)
 register_kl(Distribution, FlowDistribution)(_refuse_divergence)
 
 
 def _mean_and_error(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean of independent values along the first axis, and its standard error."""
+    """Return the mean of independent values along the first axis, and its standard error."""
     return values.mean(0), values.std(0) / len(values) ** 0.5

@@ -1,4 +1,4 @@
-"""A flow: a density model made of a base distribution and a chain of transforms."""
+"""Flow: a density model made of a base distribution and a chain of transforms."""
 
 import math
 from collections.abc import Sequence
@@ -29,22 +29,22 @@ from cnf.transforms.support.constraints import row_before, select, spread
 
 
 class Flow(FlowMap):
-    """A density model: `base`, reached from the data through `transforms`.
+    """Density model made of a base distribution and a chain of transforms.
 
-    ``log p(x) = log base(z) + ladj`` in nats, where z and ladj are what the transforms make of x.
-    Points have shape ``(*batch, *event_shape)``: vectors, unless the first transform takes images.
-    A context ``(*batch, context_features)`` broadcasts; a conditional flow needs one. Everything
-    random takes a `generator`. Each method raises what `log_prob` raises.
+    ``log p(x) = log base(z) + ladj`` in nats, where the transforms map x to z with ladj. Points
+    have shape ``(*batch, *event_shape)``: vectors, unless the first transform takes images. A
+    context ``(*batch, context_features)`` broadcasts; a conditional flow needs one. Methods that
+    draw random numbers take a `generator`. Errors of all methods are as in `log_prob`.
 
     Args:
-        transforms: From data to base.
-        base: Distribution at the base; None for a standard normal. Of a flow, the transforms follow
-            these, and its base is the base.
+        transforms: Transforms from data to base.
+        base: Base distribution; None for a standard normal. If it is a flow, its transforms are
+            appended to `transforms`, and its base is used.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If the parts do not fit together, or the base has its density where the
-            transforms do not lead.
+        ValueError: If the parts do not fit together, or the transforms do not reach the whole
+            support of the base.
 
     References:
         Papamakarios et al. (2021), https://arxiv.org/abs/1912.02762; for the mean of importance
@@ -53,11 +53,11 @@ class Flow(FlowMap):
 
     @property
     def likelihood(self) -> Likelihood:
-        """What `log_prob` is: the weakest kind among the parts, in the order of `Likelihood`."""
+        """Kind of `log_prob`: the weakest among the parts, in the order of `Likelihood`."""
         return weakest([self.transforms.likelihood, self.base.likelihood])
 
     def forward(self, context: Context | None = None) -> FlowDistribution:
-        """The flow given a context, as a `torch.distributions.Distribution`."""
+        """Return the flow given a context, as a `torch.distributions.Distribution`."""
         check_context(context, self.context_features, like=reference_tensor(self))
         return FlowDistribution(self, context)
 
@@ -69,15 +69,15 @@ class Flow(FlowMap):
         importance_samples: int = 1,
         generator: Generator | None = None,
     ) -> Float[Tensor, "*joint_batch"]:
-        """Log-density of `x`, in nats, or what `likelihood` says in its place.
+        """Return the log-density of `x` in nats, of the kind that `likelihood` names.
 
-        Outside of `support` it is -inf; the other methods refuse such rows. A lower bound is the
-        log of the mean of `importance_samples` random weights, computed at once; the more, the
-        tighter on average.
+        It is -inf outside of `support`, where the other methods raise an error. A lower bound is
+        the log of the mean of `importance_samples` importance weights, computed at once; more
+        weights give a tighter bound on average.
 
         Args:
             x: Points, ``(*batch, *event_shape)``.
-            context: What the density is conditioned on.
+            context: Context of a conditional flow.
             importance_samples: Number of weights; 1 unless the likelihood is a lower bound.
             generator: Source of the probes of an estimate, and of the draws of a bound.
 
@@ -107,18 +107,18 @@ class Flow(FlowMap):
         refuse_overflow("x", log_prob.detach().isnan(), "its log-density", x.dtype)
         if not is_hidden(inside):
             return log_prob
-        # NaN is outside of every support, and could not be refused.
+        # NaN is outside of every support; torch.vmap and torch.export allow no check of it.
         nan = x.detach().isnan().flatten(x.ndim - len(self.event_shape)).any(-1)
         return torch.where(inside, log_prob, torch.where(nan, math.nan, -math.inf))
 
     def log_prob_and_error(
         self, x: Events, context: Context | None = None, *, generator: Generator | None = None
     ) -> tuple[Float[Tensor, "*joint_batch"], Float[Tensor, "*joint_batch"]]:
-        """Log-density in nats and its standard error across the probes of an estimate, else 0.
+        """Return the log-density in nats, and its standard error; 0 if it is exact.
 
         Raises:
-            ValueError: If the likelihood is a lower bound or biased, or an estimate by less than
-                two probes, or not by the divergence alone.
+            ValueError: If the likelihood is a lower bound or biased, or not estimated by
+                `Hutchinson` with at least 2 probes.
         """
         x = self._validate("x", x, context, generator, "anywhere")
         inside = rows_inside(x, self.support)
@@ -151,11 +151,11 @@ class Flow(FlowMap):
         *,
         generator: Generator | None = None,
     ) -> Float[Tensor, "*shape_and_event"]:
-        """Draw from the flow, differentiably: ``(*sample_shape, *batch, *event_shape)``.
+        """Draw from the flow, with gradients: ``(*sample_shape, *batch, *event_shape)``.
 
         Args:
             sample_shape: Number or shape of the draws for each context.
-            context: What the density is conditioned on.
+            context: Context of a conditional flow.
             generator: Source of the draws.
         """
         shape = self._shape(sample_shape, context, generator)
@@ -169,7 +169,7 @@ class Flow(FlowMap):
         *,
         generator: Generator | None = None,
     ) -> tuple[Float[Tensor, "*shape_and_event"], Float[Tensor, "*shape"]]:
-        """Draws and their log-densities, without gradient; see `rsample_and_log_prob`."""
+        """Draw, with log-densities, without gradient; see `rsample_and_log_prob`."""
         with torch.no_grad():
             return self.rsample_and_log_prob(sample_shape, context, generator=generator)
 
@@ -180,10 +180,10 @@ class Flow(FlowMap):
         *,
         generator: Generator | None = None,
     ) -> tuple[Float[Tensor, "*shape_and_event"], Float[Tensor, "*shape"]]:
-        """Draws and their log-densities in nats from one solve, differentiably.
+        """Draw, with log-densities in nats from the same solve, with gradients.
 
-        A part that makes a lower bound takes a second solve, by `log_prob`: the weight at the very
-        numbers that the draw came from is too large on average to be a bound.
+        A lower bound takes a second solve, by `log_prob`: the importance weight of the random
+        numbers that made the draw is too large on average to be a bound.
         """
         if "lower_bound" in self.transforms.likelihoods:
             x = self.rsample(sample_shape, context, generator=generator)
@@ -196,7 +196,7 @@ class Flow(FlowMap):
     def _shape(
         self, sample_shape: int | Sequence[int], context: Tensor | None, generator: Generator | None
     ) -> torch.Size:
-        """Shape of the draws for a context, without that of an event."""
+        """Return the shape of the draws for a context, without the event shape."""
         like = reference_tensor(self)
         check_context(context, self.context_features, like=like)
         check_generator(generator, like=like)
@@ -210,7 +210,7 @@ class Flow(FlowMap):
     def _log_mean_weight(
         self, x: Tensor, context: Tensor | None, samples: int, generator: Generator | None
     ) -> Tensor:
-        """The lower bound by `samples` weights of each row, all of which are in the support."""
+        """Return the lower bound from `samples` weights of each row, for rows in the support."""
         remedy = "Take fewer, or fewer rows at once."
         check_fits("importance_samples", samples, samples * x.numel(), like=x, remedy=remedy)
         x = x.expand(samples, *x.shape)

@@ -1,4 +1,4 @@
-"""The checked map of a flow between data and base."""
+"""Map of a flow between data and base, with checks of its arguments."""
 
 from collections.abc import Callable, Iterable, Sequence
 from operator import methodcaller
@@ -35,20 +35,7 @@ AnyMap = TypeVar("AnyMap", bound="FlowMap")
 
 
 class FlowMap(nn.Module):
-    """The chain of transforms of a flow and the base it leads to, behind checks of what comes in.
-
-    `Flow` is this map with a density. Each method raises what `Flow.log_prob` raises.
-
-    Args:
-        transforms: From data to base.
-        base: Distribution at the base; None for a standard normal. Of a flow, the transforms follow
-            these, and its base is the base.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If the parts do not fit together, or the base has its density where the
-            transforms do not lead.
-    """
+    """Map of a flow between data and base; `Flow` adds the density, and documents arguments."""
 
     def __init__(
         self, transforms: Iterable[Transform], base: "Base | FlowMap | None" = None
@@ -65,19 +52,19 @@ class FlowMap(nn.Module):
 
     @classmethod
     def _with_parts(cls: type[AnyMap], transforms: Iterable[Transform], base: Base) -> AnyMap:
-        """A flow of this class from its parts; a subclass may only add a constructor."""
+        """Build a flow of this class from its parts; a subclass may only add a constructor."""
         flow = cls.__new__(cls)
         FlowMap.__init__(flow, transforms, base)
         return flow
 
     @property
     def chain(self) -> Chain:
-        """The transforms, from data to base: the same as `transforms`."""
+        """Chain of the transforms from data to base: the same as `transforms`."""
         return self.transforms
 
     @property
     def support(self) -> constraints.Constraint:
-        """Which x may be asked about: real numbers, or those that the first transforms take."""
+        """Constraint on x: real numbers, or the support of the first transforms."""
         support = self.transforms.support
         if support is None:
             support = self.base.support
@@ -86,10 +73,9 @@ class FlowMap(nn.Module):
 
     @property
     def only_ode(self) -> ContinuousTransform | None:
-        """The one `ContinuousTransform`, if it is among `transforms` and no other part holds one.
+        """The `ContinuousTransform` of a flow with exactly one, or None.
 
-        None for a flow with several, with none, or with one inside of another transform or the
-        base.
+        None also if it is inside of another transform or of the base.
         """
         own = [part for part in self.transforms if isinstance(part, ContinuousTransform)]
         every = [part for part in self.modules() if isinstance(part, ContinuousTransform)]
@@ -99,14 +85,12 @@ class FlowMap(nn.Module):
     def initialize(
         self, x: Events, context: Context | None = None, *, generator: Generator | None = None
     ) -> None:
-        """Set what starts from data from these rows, as `fit` does by itself.
+        """Initialise `Standardize`, `ActNorm`, scalings of contexts and the like from rows.
 
-        This is `Standardize`, `ActNorm`, the scaling of contexts and the like. What has been set,
-        or was loaded, is left as it is.
+        `fit` calls it. Parts that have been initialised or loaded do not change.
 
         Raises:
-            ValueError: If the rows do not fit, are constant in a column, or vary in one by less
-                than their dtype can tell.
+            ValueError: If the rows do not fit, or a column is constant up to rounding.
         """
         check_trainable("flow", self)
         x = self._validate("x", x, context, generator)
@@ -118,35 +102,35 @@ class FlowMap(nn.Module):
     def using(
         self: AnyMap, *, solver: ODESolver | None = None, divergence: Divergence | None = None
     ) -> AnyMap:
-        """The same flow, sharing every parameter, with another solver or divergence."""
+        """Return the flow with another solver or divergence; it shares every parameter."""
         change = methodcaller("using", solver=solver, divergence=divergence)
         return self.map_continuous(change)
 
     def map_continuous(
         self: AnyMap, change: Callable[[ContinuousTransform], ContinuousTransform]
     ) -> AnyMap:
-        """The same flow, sharing every parameter, with `change` made to each continuous transform.
+        """Return the flow with `change` applied to each continuous transform, nested ones too.
 
-        It reaches those inside of other transforms too. `change` returns a transform of the same
-        size, such as ``part.using(start_time=0.1)``.
+        It shares every parameter. `change` returns a transform of the same size, such as
+        ``part.using(start_time=0.1)``.
         """
         return map_continuous(self, change)
 
     def compile(
         self, *, backend: str | Callable[..., Any] = "inductor", mode: str | None = None
     ) -> None:
-        """Compile the evaluations of the vector fields, in place: the same numbers, faster.
+        """Compile the evaluations of the vector fields, in place, for speed.
 
-        Each program is made when it is first needed, in seconds to a minute: for the velocity, for
-        the divergence, for Jacobian products and for whole steps of fixed size, with and without
-        gradients. Batches of every size and all times share one; so do `using` and the objectives.
-        What is saved, copied or pickled is not compiled. Where torch.compile cannot work, a warning
-        says what to install, and the flow goes on without it. Within `torch.func` it runs
-        uncompiled; gradients of gradients, which torch.compile has none of, are an error.
+        Each program is compiled at first use, in seconds to a minute: for the velocity, the
+        divergence, Jacobian products and whole steps of fixed size, with and without gradients.
+        All batch sizes and times share it, as do `using` and the objectives. Saved, copied and
+        pickled flows are not compiled. Where torch.compile cannot work, a warning says what to
+        install, and the flow runs uncompiled, as it does within `torch.func`. Gradients of
+        gradients, which torch.compile does not support, raise an error.
 
         Args:
-            backend: As `torch.compile` takes it.
-            mode: Likewise.
+            backend: Backend of `torch.compile`.
+            mode: Mode of `torch.compile`.
 
         Raises:
             ValueError: If the flow has no vector field.
@@ -155,7 +139,7 @@ class FlowMap(nn.Module):
         fields = [part for part in self.modules() if isinstance(part, VectorField)]
         if not fields:
             raise ValueError(
-                "flow must have a vector field to compile; got one of discrete transforms alone. "
+                "flow must have a vector field to compile; got only discrete transforms. "
                 "Try torch.compile(flow.log_prob)."
             )
         compilation = Compilation(backend=backend, mode=mode)
@@ -165,21 +149,21 @@ class FlowMap(nn.Module):
     def to_base(
         self, x: Events, context: Context | None = None, *, generator: Generator | None = None
     ) -> Float[Tensor, "*joint_batch base_features"]:
-        """From data to base."""
+        """Map data to base."""
         x = self._validate("x", x, context, generator)
         return self.transforms.to_base(x, context, generator=generator)
 
     def to_data(
         self, z: BaseRows, context: Context | None = None, *, generator: Generator | None = None
     ) -> Float[Tensor, "*joint_batch_and_event"]:
-        """From base to data."""
+        """Map base to data."""
         z = self._validate("z", z, context, generator, "base")
         return self.transforms.to_data(z, context, generator=generator)
 
     def to_base_and_ladj(
         self, x: Events, context: Context | None = None, *, generator: Generator | None = None
     ) -> tuple[Float[Tensor, "*joint_batch base_features"], Float[Tensor, "*joint_batch"]]:
-        """From data to base: z and log|det dz/dx|, in nats."""
+        """Map data to base: z and log|det dz/dx|, in nats."""
         x = self._validate("x", x, context, generator)
         return self.transforms.to_base_and_ladj(x, context, generator=generator)
 
@@ -195,7 +179,7 @@ class FlowMap(nn.Module):
         Float[Tensor, "*joint_batch"],
         Float[Tensor, "costs *joint_batch"],
     ]:
-        """From data to base: z, ladj in nats, and the cost of the path by each regularizer."""
+        """Map data to base: z, ladj in nats, and the cost of the path by each regularizer."""
         x = self._validate("x", x, context, generator)
         return self.transforms.to_base_with_costs(
             x, context, regularizers=regularizers, generator=generator
@@ -204,7 +188,7 @@ class FlowMap(nn.Module):
     def to_data_and_ladj(
         self, z: BaseRows, context: Context | None = None, *, generator: Generator | None = None
     ) -> tuple[Float[Tensor, "*joint_batch_and_event"], Float[Tensor, "*joint_batch"]]:
-        """From base to data: x and log|det dx/dz|, in nats."""
+        """Map base to data: x and log|det dx/dz|, in nats."""
         z = self._validate("z", z, context, generator, "base")
         return self.transforms.to_data_and_ladj(z, context, generator=generator)
 
@@ -216,18 +200,20 @@ class FlowMap(nn.Module):
         *,
         generator: Generator | None = None,
     ) -> Float[Tensor, "times *joint_batch_and_event"]:
-        """States along the path, in the units of the data; the base side must be an ODE.
+        """Return the states along the trajectory, in the units of the data.
+
+        The last transforms, on the base side, must be an ODE.
 
         Args:
-            x_or_z: Where the path starts: data if ``times[0]`` is 1, base points if it is 0.
+            x_or_z: Start of the trajectory: data if ``times[0]`` is 1, base points if it is 0.
             times: Strictly increasing or decreasing, within [0, 1]. Several blocks in a row
-                share the time between them evenly.
-            context: What the density is conditioned on.
-            generator: Source of what a transform draws on the way to the ODE.
+                take equal parts of the time.
+            context: Context of a conditional flow.
+            generator: Source of random numbers of the transforms between data and ODE.
 
         Returns:
-            The state at each time. What lies between the ODE and the data, such as a
-            `Standardize`, is applied to every state, those at t = 0 included.
+            The state at each time. Transforms between the ODE and the data, such as a
+            `Standardize`, are applied to every state, also at t = 0.
         """
         times = check_times(times, like=reference_tensor(self))
         where = "base" if times[0] == 0 else ""
@@ -242,9 +228,9 @@ class FlowMap(nn.Module):
         generator: Generator | None,
         where: str = "",
     ) -> Tensor:
-        """The public door: check what comes in, and give `x` the joint batch shape.
+        """Check the arguments, and return `x` in the joint batch shape.
 
-        Rows must be in the support, unless they are at the "base" or may be "anywhere".
+        Rows must be in the support, unless `where` is "base" or "anywhere".
         """
         shape = torch.Size([self.base.features]) if where == "base" else self.event_shape
         check_events(name, x, shape, like=reference_tensor(self))

@@ -1,4 +1,4 @@
-"""A neural ODE: the map x(0) -> x(1) along a vector field, without density."""
+"""Neural ODE: the map x(0) -> x(1) along a vector field, without density."""
 
 from typing import NoReturn
 
@@ -9,24 +9,23 @@ from torch import Tensor, nn
 from cnf._checks import (
     check_context,
     check_count,
-    check_dense,
     check_type,
     check_vectors,
     joint_batch_shape,
     reference_tensor,
 )
 from cnf._shapes import Context, Rows
+from cnf.flows.trajectory import check_times
 from cnf.ode import ODESolver, State
 from cnf.vector_fields import VectorField
 
 
 class NeuralODE(nn.Module):
-    """Follows dx/dt = v(t, x | context) from t = 0 to t = 1; a layer for regression and the like.
+    """Layer that solves dx/dt = v(t, x | context) from t = 0 to t = 1, for regression and the like.
 
     Trajectories of an ODE cannot cross, so in one dimension the map is increasing, and in the
-    plane what a closed curve surrounds stays surrounded. With `augment`, that many zeros are
-    appended to x, and paths have room to pass each other. Nothing scales x or the context, for a
-    layer does not know where its inputs come from.
+    plane points inside a closed curve stay inside. With `augment`, that many zeros are appended to
+    x, and trajectories have room to pass each other. Nothing scales x or the context.
 
     Args:
         vector_field: The field v, of size ``features + augment``.
@@ -63,7 +62,7 @@ class NeuralODE(nn.Module):
         if self.features < 1:
             raise ValueError(
                 f"augment must be less than the {vector_field.features} features of vector_field, "
-                f"which are those of x and the zeros together; got {augment}. "
+                f"which count x and the zeros together; got {augment}. "
                 f"Make the field with {augment} features more than x has."
             )
         self.context_features = vector_field.context_features
@@ -73,11 +72,11 @@ class NeuralODE(nn.Module):
     def forward(
         self, x: Rows, context: Context | None = None
     ) -> Float[Tensor, "*joint_batch augmented"]:
-        """The whole state at t = 1 of the path that starts at `x`.
+        """Solve from `x` at t = 0, and return the whole state at t = 1.
 
         Args:
             x: Points, ``(*batch, features)``.
-            context: What the field is conditioned on, if it is conditional.
+            context: Context of a conditional field.
 
         Returns:
             The final state, ``(*batch, features + augment)``.
@@ -93,33 +92,20 @@ class NeuralODE(nn.Module):
     def trajectory(
         self, x: Rows, times: Float[Tensor, " times"], context: Context | None = None
     ) -> Float[Tensor, "times *joint_batch augmented"]:
-        """The states at `times` of the path that starts at `x`.
+        """Return the states at `times`, ``(times, *batch, features + augment)``.
 
-        Args:
-            x: Points, ``(*batch, features)``.
-            times: Strictly increasing, from 0 and within [0, 1].
-            context: What the field is conditioned on, if it is conditional.
-
-        Returns:
-            The state at each time, ``(times, *batch, features + augment)``.
-
-        Raises:
-            TypeError: If an argument is not a tensor.
-            ValueError: If an argument does not fit.
-            ODEError: If the solve fails.
+        `times` are strictly increasing from 0, where the state is `x`, and at most 1. See `forward`
+        for the other arguments and errors.
         """
         start = self._validate(x, context)
-        check_type("times", times, Tensor, "use torch.linspace(0, 1, 10)")
-        check_dense("times", times)
-        times = times.to(start)
-        _check_times(times)
+        times = check_times(times, like=start, starts={0.0: "x"})
         return self._follow(start, times, context)
 
     def log_prob(self, x: Rows, context: Context | None = None) -> NoReturn:
-        """There is none: a `CNF` is the density model.
+        """Not available: a `CNF` is the density model.
 
         Raises:
-            NotImplementedError: Always; the message names the remedy.
+            NotImplementedError: Always.
         """
         if self.augment == 0:
             raise NotImplementedError(
@@ -127,14 +113,14 @@ class NeuralODE(nn.Module):
                 "Flow([ContinuousTransform(vector_field)]), or a CNF."
             )
         raise NotImplementedError(
-            "an augmented NeuralODE has no log_prob: constant zeros put the augmented points on a "
-            "set of measure zero, so a density of the whole state is none of x. Use "
+            "an augmented NeuralODE has no log_prob: with constant zeros, the augmented points are "
+            "a set of measure zero, and have no density. Use "
             f"CNF(features, augment={self.augment}) for a lower bound of log p(x), or a CNF "
             "without augmentation."
         )
 
     def _validate(self, x: Tensor, context: Tensor | None) -> Tensor:
-        """The public door: check both tensors; `x` with zeros, in the joint batch shape."""
+        """Check both tensors; return `x` with zeros, in the joint batch shape."""
         like = reference_tensor(self)
         if self.augment and isinstance(x, Tensor) and x.shape[-1:] == (self.vector_field.features,):
             raise ValueError(
@@ -155,15 +141,3 @@ class NeuralODE(nn.Module):
             rhs, (start,), times, dependencies=lambda: self.vector_field.dependencies(context)
         )
         return states
-
-
-def _check_times(times: Tensor) -> None:
-    if times.ndim != 1 or len(times) < 2:
-        raise ValueError(f"times must be 1-D with at least 2 times; got {tuple(times.shape)}.")
-    if not (times.diff() > 0).all():
-        raise ValueError(f"times must be strictly increasing in {times.dtype}; got {times}.")
-    if times[0] != 0 or times[-1] > 1:
-        raise ValueError(
-            "times must start at 0, where x is, and stay within [0, 1]; "
-            f"they go from {float(times[0])} to {float(times[-1])}."
-        )

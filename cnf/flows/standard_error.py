@@ -1,4 +1,4 @@
-"""The standard error of a likelihood that is an estimate, from the spread of its probes."""
+"""Standard error of an estimated likelihood, from its probes."""
 
 from functools import partial
 from operator import methodcaller
@@ -22,18 +22,15 @@ def to_base_with_error(
     kind: Likelihood,
     generator: Generator | None,
 ) -> tuple[BaseRows, Values, Values]:
-    """From data to base: z, ladj and its standard error, in nats.
+    """Map data to base: z, ladj and the standard error of ladj, in nats.
 
-    Each probe integrates to an estimate of its own; these differ independently.
-
-    Raises:
-        ValueError: If the likelihood is a lower bound or biased, or an estimate by less than two
-            probes, or not by the divergence alone.
+    Each probe gives an independent estimate of the integral. `Flow.log_prob_and_error` lists the
+    errors.
     """
     if kind not in ("exact", "estimate"):
         raise ValueError(
-            f"the likelihood must be exact or an unbiased estimate; it is {kind!r}. Leave out what "
-            "makes it so, such as Augment, Dequantize or a truncated series."
+            f"the likelihood must be exact or an unbiased estimate; it is {kind!r}. Leave out "
+            "transforms such as Augment, Dequantize or a truncated series."
         )
     if kind == "exact":
         z, ladj = chain.to_base_and_ladj(x, context, generator=generator)
@@ -64,7 +61,7 @@ def _number_of_probes(chain: Chain) -> int:
     others |= {type(part).__name__ for part in estimates if not isinstance(part, Hutchinson)}
     if others:
         raise ValueError(
-            f"a standard error is known of estimates by Hutchinson only; got {sorted(others)}."
+            f"a standard error needs estimates by Hutchinson only; got {sorted(others)}."
         )
     if len(numbers) != 1 or numbers == {1}:
         raise ValueError(
@@ -75,7 +72,7 @@ def _number_of_probes(chain: Chain) -> int:
 
 
 def _estimate(evaluation: FieldEvaluation, i: int) -> Tensor:
-    """The divergence by probe i alone; what is exact has none, and errs by nothing."""
+    """Return the divergence by probe i alone; 0, without error, where it is exact."""
     if evaluation.estimates is None:
         return torch.zeros_like(evaluation.divergence)
     return evaluation.estimates[i]

@@ -14,12 +14,12 @@ from cnf.flows.bound import BoundFlow, Flow
 class FlowTransform(Transform):
     """The map of a flow from data to base, as a torch transform.
 
-    It says whether it is bijective, which one that draws on the way to the base is not.
+    It is not `bijective` if a transform of the flow draws.
 
     Args:
         flow: The flow.
-        context: What it is conditioned on.
-        cache_size: As torch's; with 1 the ladj of the last call is kept too, at its cost.
+        context: The context of the flow.
+        cache_size: As torch's; with 1 the ladj of the last call is computed and kept too.
     """
 
     codomain = constraints.real_vector
@@ -34,7 +34,7 @@ class FlowTransform(Transform):
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but what is cached, whose graph cannot be copied."""
+        # The graph of what is cached cannot be copied.
         return {**vars(self), "_inv": None, "_last": None, "_cached_x_y": (None, None)}
 
     @property
@@ -45,18 +45,18 @@ class FlowTransform(Transform):
         return self._inv
 
     def with_cache(self, cache_size: int = 1) -> "FlowTransform":
-        """The same map, which keeps its last call or none."""
+        """Return the same map with another cache."""
         other = FlowTransform(self.flow, self.context, cache_size=cache_size)
         other._bound = self._bound
         return other
 
     def forward_shape(self, shape: Sequence[int]) -> torch.Size:
-        """Shape of base points, given that of data."""
+        """Return the shape of base points for a shape of data."""
         batch = tuple(shape)[: len(shape) - len(self.flow.event_shape)]
         return torch.Size([*batch, self.flow.base.features])
 
     def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
-        """Shape of data, given that of base points."""
+        """Return the shape of data for a shape of base points."""
         return torch.Size([*shape[:-1], *self.flow.event_shape])
 
     def _call(self, x: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class FlowTransform(Transform):
             y, ladj = self.call_and_ladj(x)
             self._last = x, y, ladj
             return y
-        z: Tensor = self._bound.ask("to_base", x, self.context)
+        z: Tensor = self._bound.call("to_base", x, self.context)
         return z
 
     def _inverse(self, y: Tensor) -> Tensor:
@@ -72,14 +72,14 @@ class FlowTransform(Transform):
             moved, ladj = self.inv.call_and_ladj(y)
             self._last = moved, y, -ladj
             return moved
-        x: Tensor = self._bound.ask("to_data", y, self.context)
+        x: Tensor = self._bound.call("to_data", y, self.context)
         return x
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """log|det dz/dx| at `x`, in nats.
+        """Return log|det dz/dx| at `x`, in nats.
 
         Raises:
-            NotImplementedError: If the map is not a bijection, and so has no such number.
+            NotImplementedError: If the map is not a bijection.
         """
         if not self.bijective:
             raise NotImplementedError("the flow is not a bijection; use flow.to_base_and_ladj.")
@@ -88,24 +88,19 @@ class FlowTransform(Transform):
         return self.call_and_ladj(x)[1]
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The map of `x` and its ladj, in one solve."""
-        moved: tuple[Tensor, Tensor] = self._bound.ask("to_base_and_ladj", x, self.context)
+        """Return the base points of `x` and the ladj, from one solve."""
+        moved: tuple[Tensor, Tensor] = self._bound.call("to_base_and_ladj", x, self.context)
         return moved
 
 
 class InverseFlowTransform(_InverseTransform):
-    """The map of a flow from base to data, as a torch transform.
-
-    Args:
-        transform: The map from data to base.
-    """
+    """The map of a flow from base to data, as a torch transform; made from its inverse."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """All: torch's own inverses leave out what they are the inverse of."""
-        return dict(vars(self))
+        return dict(vars(self))  # torch's own inverses leave out the transform that they invert
 
     def call_and_ladj(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The map of `z` and its ladj, in one solve."""
-        way: Any = self._inv
-        moved: tuple[Tensor, Tensor] = way._bound.ask("to_data_and_ladj", z, way.context)
+        """Return the data of `z` and the ladj, from one solve."""
+        to_base: Any = self._inv
+        moved: tuple[Tensor, Tensor] = to_base._bound.call("to_data_and_ladj", z, to_base.context)
         return moved

@@ -1,26 +1,24 @@
-"""The path of a flow through time, from base to data or back."""
+"""Trajectories of a flow between base and data."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cnf._checks import check_dense
+from cnf._checks import check_dense, check_type
 from cnf._shapes import Context
 from cnf.transforms import Chain, ContinuousTransform
 from cnf.transforms.chain import context_for
 
+_STARTS = {0.0: "base", 1.0: "data"}
 
-def check_times(times: Float[Tensor, " times"], *, like: Tensor) -> Float[Tensor, " times"]:
-    """Times of a path, with the dtype and device of `like`.
 
-    Raises:
-        TypeError: If `times` is not a tensor.
-        ValueError: If it is not 1-D and monotone, does not start at 0 or 1, or leaves [0, 1].
-    """
-    if not isinstance(times, Tensor):
-        raise TypeError(f"times must be a torch.Tensor; got {type(times).__name__}.")
+def check_times(
+    times: Float[Tensor, " times"], *, like: Tensor, starts: Mapping[float, str] = _STARTS
+) -> Float[Tensor, " times"]:
+    """Return checked times, from one of the named `starts`, in the dtype and device of `like`."""
+    check_type("times", times, Tensor, "use torch.linspace(0, 1, 10)")
     check_dense("times", times)
     times = times.to(like)
     if times.ndim != 1 or len(times) < 2:
@@ -31,10 +29,11 @@ def check_times(times: Float[Tensor, " times"], *, like: Tensor) -> Float[Tensor
             f"times must be strictly increasing or strictly decreasing in {times.dtype}."
         )
     first, last = float(times[0]), float(times[-1])
-    if first not in (0.0, 1.0) or not 0 <= last <= 1:
+    if first not in starts or not 0 <= last <= 1:
+        allowed = " or ".join(f"{start:g} ({name})" for start, name in starts.items())
         raise ValueError(
-            f"times must start at 0 (base) or 1 (data), and stay within [0, 1]; "
-            f"they go from {first} to {last}."
+            f"times must start at {allowed}, and stay within [0, 1]; they go from {first} to "
+            f"{last}."
         )
     return times
 
@@ -47,14 +46,7 @@ def follow(
     *,
     generator: torch.Generator | None,
 ) -> Float[Tensor, "times *batch_and_event"]:
-    """States at `times` along the chain, in the units of the data.
-
-    `Flow.trajectory` documents the arguments.
-
-    Raises:
-        ValueError: If the chain has no path.
-        ODEError: If a solve fails.
-    """
+    """Return the states at `times` along the chain, as `Flow.trajectory` documents."""
     blocks = [part for part in chain if isinstance(part, ContinuousTransform)]
     discrete = chain[: len(chain) - len(blocks)]
     if not blocks or any(isinstance(part, ContinuousTransform) for part in discrete.modules()):
@@ -73,7 +65,7 @@ def follow(
 def _follow_blocks(
     blocks: Sequence[ContinuousTransform], state: Tensor, times: Tensor, context: Tensor | None
 ) -> Tensor:
-    """Go through `blocks` in this order; each takes an equal share of the time."""
+    """Solve `blocks` in this order, each for an equal part of the time."""
     passed = [state.unsqueeze(0)]
     progress = (times[1:] - times[0]).abs() * len(blocks)
     for i, block in enumerate(blocks):

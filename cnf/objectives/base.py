@@ -1,4 +1,4 @@
-"""An objective: the loss that training minimises."""
+"""Training objective: the base class of losses."""
 
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, final
@@ -23,17 +23,16 @@ from cnf._shapes import Context
 from cnf.flows.flow import Flow
 
 HOOKS = {"forward": "_loss(x, context, weight, draws, generator), which returns the loss"}
-"""What a subclass writes in place of the final method."""
+"""Hook of a subclass for the final method."""
 
 
 class Objective(nn.Module, ABC):
-    """A module that returns the loss of a `flow`, as `cnf.training.fit` minimises it.
+    """Training objective: a module whose `forward` returns the loss of a `flow`.
 
-    `forward` is final: it checks what comes in. A subclass writes the hook `_loss`, which is given
-    the rows, the context of each row, their weights, the number of draws and the generator (None
-    for each that there is none of), and returns the loss, a scalar. The hook returns the loss and
-    not one number for each row, because not every loss is a mean over the rows; `weighted_mean`
-    takes it where it is. Parameters of the objective itself are trained too.
+    `forward` is final: it checks the arguments. A subclass writes the hook `_loss`, which gets the
+    rows, the context of each row, their weights, the number of draws and the generator (each may be
+    None), and returns the scalar loss; `weighted_mean` averages losses of rows. Parameters of the
+    objective itself are trained too.
 
     Args:
         flow: The flow to train.
@@ -52,13 +51,13 @@ class Objective(nn.Module, ABC):
     """
 
     takes_data: ClassVar[bool] = True
-    """Whether the loss is that of rows of data; if not, `fit` gives contexts alone, or nothing."""
+    """Whether the loss needs rows of data; if not, `fit` gives contexts alone, or nothing."""
     draws: int | None = None
-    """Number of draws in a step, for an objective that makes its own points. `fit` shares it out
-    among the parts of a step."""
+    """Number of draws in a step, for an objective that draws its points. `fit` divides it among the
+    parts of a step."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Refuse a class that overrides the final method, whose hook it would have to write."""
+        """Refuse a class that overrides the final method."""
         super().__init_subclass__(**kwargs)
         refuse_overrides(cls, Objective, HOOKS)
 
@@ -78,20 +77,20 @@ class Objective(nn.Module, ABC):
         draws: int | None = None,
         generator: Generator | None = None,
     ) -> Float[Tensor, ""]:
-        """The loss of a minibatch.
+        """Return the loss of a minibatch.
 
         Args:
-            x: Rows of data; None for an objective that takes none.
-            context: What the flow is conditioned on.
-            weight: How much each row counts, relative to a mean of 1; None for 1 each.
-            draws: Number of draws in a part of a step, for an objective that makes its own points;
-                None for `draws` of the objective.
-            generator: Source of everything random.
+            x: Rows of data; None for an objective that takes no data.
+            context: Context of a conditional flow.
+            weight: Weight of each row, relative to a mean of 1; None for 1 each.
+            draws: Number of draws in a part of a step, for an objective that draws its points; None
+                for `draws` of the objective.
+            generator: Source of random numbers.
 
         Raises:
             TypeError: If an argument has the wrong type.
-            ValueError: If the minibatch is empty or does not fit the flow, or the objective takes
-                no such argument.
+            ValueError: If the minibatch is empty or does not fit the flow, or an argument is not
+                for this objective.
             ODEError: If a solve fails.
         """
         check_generator(generator, like=reference_tensor(self.flow))
@@ -142,7 +141,7 @@ class Objective(nn.Module, ABC):
                 f"x must have one batch axis and at least one row; got batch shape {tuple(shape)}."
             )
         if weight is not None:
-            _check_weight(weight, shape[0], like=like)
+            check_weight("weight", weight, shape[0], like=like)
         if context is not None:
             context = context.expand(*shape, -1)
         return x.expand(*shape, *flow.event_shape), context
@@ -151,27 +150,22 @@ class Objective(nn.Module, ABC):
 def weighted_mean(
     losses: Float[Tensor, " batch"], weight: Float[Tensor, " batch"] | None
 ) -> Float[Tensor, ""]:
-    """The mean of ``weight * losses``; None stands for ones.
+    """Return the mean of ``weight * losses``; None stands for weights of 1.
 
-    Weights are relative to a mean of 1 over the data, not over the minibatch: so the mean over
-    minibatches is that over the data, and a row of weight 2 counts like two rows.
+    Weights have a mean of 1 over the data, not over the minibatch, so a row of weight 2 counts as
+    two rows, and the mean over minibatches is the mean over the data.
     """
     if weight is None:
         return losses.mean()
-    # A row that does not count may have no density.
+    # The loss of a row of weight 0 may be infinite.
     return (weight * losses.where(weight > 0, 0.0)).mean()
 
 
-def _check_weight(weight: Tensor, rows: int, *, like: Tensor) -> None:
-    """Refuse what is not one finite number, at least 0, for each row.
-
-    Raises:
-        TypeError: If `weight` is not a tensor.
-        ValueError: If it is not so, or of another dtype or device than `like`.
-    """
-    check_events("weight", weight, (), like=like)
+def check_weight(name: str, weight: Tensor, rows: int, *, like: Tensor) -> None:
+    """Refuse weights that are not one finite number, at least 0, for each row."""
+    check_events(name, weight, (), like=like)
     if weight.shape != (rows,):
         raise ValueError(
-            f"weight must have one entry for each row, shape ({rows},); got {tuple(weight.shape)}."
+            f"{name} must have one entry for each row, shape ({rows},); got {tuple(weight.shape)}."
         )
-    refuse_rows("weight", weight < 0, "at least 0")
+    refuse_rows(name, weight < 0, "at least 0")

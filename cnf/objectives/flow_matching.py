@@ -1,4 +1,4 @@
-"""Flow matching: training by regression, without solving the ODE."""
+"""Flow matching: regression of the vector field, without solving the ODE."""
 
 import math
 from collections.abc import Callable
@@ -21,42 +21,41 @@ _TIMES: dict[str, Callable[[Tensor], Tensor]] = {
     "logit_normal": lambda u: torch.special.ndtri(u).sigmoid(),
     "late": lambda u: 1 - (1 - u).square(),
 }
-"""Times by name, as functions of uniform numbers."""
+"""Quantile functions of the distributions of t."""
 _ROWS_PER_TIME = 16
-"""What the layers of a field make of the time alone is then made once for so many rows."""
+"""Rows that share a time, for which layers compute their functions of t once."""
 
 
 class FlowMatching(Objective):
-    r"""Regression of the vector field on the velocities of paths from base to data.
+    r"""Flow matching: regression of the vector field on the velocities of paths.
 
-    For each row, a path that ends in it and a time t are drawn; the loss of the row is the mean
-    over the features of
+    For each row, a path from the base to this row and a time t are drawn; the loss of the row is
+    the mean over the features of
 
     .. math:: (v(t, x_t) - \dot x_t)^2
 
-    Whatever the distribution of t, the best field is the mean velocity of the paths through a point
-    at a time, whose flow has at each time the density of the states :math:`x_t`, and so at t = 1
-    that of the data. The least loss is not zero, but how much the velocities of paths through one
-    point differ, so that the loss says nothing about the fit: judge by `Flow.log_prob`.
+    For any distribution of t, the loss is least for the mean velocity of the paths through each
+    point at each time; the flow of this field has the density of the states :math:`x_t` at each
+    time, so the density of the data at t = 1. The minimum is not zero but the variance of the
+    velocities of paths through a point, so judge the fit by `Flow.log_prob`, not by the loss.
 
-    A step takes one evaluation of the field for each row. It trains the field of a flow with one
-    `ContinuousTransform`, and this alone: what the other transforms (and a learnt end time) are is
-    taken as given, without gradient. `MaximumLikelihood` trains all.
+    A step takes one evaluation of the field for each row. It trains only the field of a flow with
+    one `ContinuousTransform`; the other transforms, and a learnt end time, get no gradient.
+    `MaximumLikelihood` trains all parts.
 
     Args:
-        flow: The flow to train. The transforms before its ODE take the data to where paths end,
-            and those behind it with the base say where paths start.
-        path: How a point moves; None for `LinearPath`.
-        pairing: Which point of the base goes with which row of the data; None for
-            `IndependentPairing`.
+        flow: The flow to train. Its transforms between data and ODE map the data to the ends of
+            paths; the base, and the transforms between it and the ODE, draw the starts.
+        path: Path between two points; None for `LinearPath`.
+        pairing: Pairing of base points with rows of data; None for `IndependentPairing`.
         times: Distribution of t: "uniform"; "late" for the density ``1 / (2 sqrt(1 - t))``, which
-            favours the end, where sharp features of the data form and likelihood is won; or
-            "logit_normal" for the sigmoid of a standard normal number, which favours the middle.
-            A minibatch is spread evenly over the distribution.
+            favours the end, where sharp features of the data form and the likelihood improves most;
+            or "logit_normal" for the sigmoid of a standard normal number, which favours the middle.
+            Times of a minibatch are stratified.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If the flow has not exactly one `ContinuousTransform`, and that among its own
+        ValueError: If the flow does not have exactly one `ContinuousTransform`, among its own
             transforms, or `times` is unknown.
 
     References:
@@ -80,7 +79,7 @@ class FlowMatching(Objective):
         times: Literal["uniform", "late", "logit_normal"] = "uniform",
     ) -> None:
         super().__init__(flow)
-        # In a tuple, so that they are no parts of this module beside the flow, which has them.
+        # In a tuple, so that they are not registered as modules beside the flow.
         self._parts = _around_the_ode(flow)
         self.path = LinearPath() if path is None else path
         check_type("path", self.path, ProbabilityPath, "use LinearPath()")
@@ -122,7 +121,7 @@ class FlowMatching(Objective):
     def _draw_times(
         self, number: int, *, generator: torch.Generator | None, like: Tensor
     ) -> Float[Tensor, " times"]:
-        """Equal steps from a random start, in random order: so each is drawn as `times` says."""
+        """Draw stratified times in random order: quantiles at equal steps from a random start."""
         start = torch.rand((), generator=generator, dtype=like.dtype, device=like.device)
         steps = torch.randperm(number, generator=generator, device=like.device)
         return _TIMES[self.times]((start + steps) / number)
@@ -131,10 +130,7 @@ class FlowMatching(Objective):
 def _resampled(
     x: Tensor, context: Tensor | None, weight: Tensor, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Rows drawn as often as they count, which then all count alike.
-
-    A pairing of rows that count differently would not start from the base.
-    """
+    """Resample rows by weight, because paths of paired weighted rows do not start from the base."""
     chances = weight.clamp(min=torch.finfo(weight.dtype).tiny)
     drawn = torch.multinomial(chances, len(x), replacement=True, generator=generator)
     context = None if context is None else context[drawn]
@@ -142,19 +138,15 @@ def _resampled(
 
 
 def _around_the_ode(flow: Flow) -> tuple[Chain, ContinuousTransform, Chain]:
-    """The transforms between data and ODE, the ODE, and the transforms between it and the base.
-
-    Raises:
-        ValueError: If the flow has not exactly one ODE, or has it as a part of something else.
-    """
+    """Split a chain into the transforms before its only ODE, the ODE, and those behind it."""
     ode = flow.only_ode
     if ode is None:
         number = sum(isinstance(part, ContinuousTransform) for part in flow.chain)
         nested = number < sum(isinstance(part, ContinuousTransform) for part in flow.modules())
         inside = ", and there is one inside of another part" if nested else ""
         raise ValueError(
-            "flow must have exactly one ContinuousTransform among its transforms, to know between "
-            f"which ends paths run; got {number}{inside}. Use MaximumLikelihood."
+            "flow must have exactly one ContinuousTransform among its transforms, for paths from "
+            f"its start to its end; got {number}{inside}. Use MaximumLikelihood."
         )
     place = flow.chain.transforms.index(ode)
     return flow.chain[:place], ode, flow.chain[place + 1 :]

@@ -18,26 +18,21 @@ from cnf.transforms import ContinuousTransform
 
 
 class MaximumLikelihood(Objective):
-    """The mean negative log-likelihood of a minibatch, in nats, plus weighted costs of the paths.
+    """Mean negative log-likelihood of a minibatch, in nats, plus weighted costs of the paths.
 
-    A gradient step needs less precision than a reported likelihood, so training has its own
-    solver; the flow, and what its `log_prob` returns, stay as they are.
-
-    Penalties belong to the objective: the flow, and what its `log_prob` returns, know none.
+    A gradient step needs less precision than a reported likelihood, so training has its own solver.
+    Solver and regularizers do not change `log_prob` of the flow.
 
     Args:
         flow: The flow to train.
         regularizers: Weight of each regularizer, such as
             ``{kinetic_energy: 0.01, jacobian_frobenius: 0.01}`` of `cnf.regularizers`.
-        solver: How the ODE is solved in training; None for dopri5 at tolerance 1e-3,
-            differentiated by backprop.
-        divergence: How the divergence is computed in training; None for the flow's own if it names
-            one, else `Exact` where the field has at most 8 features, or a closed form and no
-            regularizer that needs Jacobian products; `Hutchinson` with one Rademacher probe
-            otherwise.
+        solver: Solver in training; None for dopri5 at tolerance 1e-3, differentiated by backprop.
+        divergence: Divergence in training; None for the flow's own if it has one, else `Exact` for
+            a field with at most 8 features, or with a closed form and no regularizer that needs
+            Jacobian products, else `Hutchinson` with one Rademacher probe.
         random_end_time: STEER's half-width b, in [0, 1): each solve from data to base stops at a
-            time drawn uniformly from [-b, b], in units of the end time, in place of 0. (Here time
-            runs from base to data, so that a solve ends at the start of `ContinuousTransform`.)
+            time drawn uniformly from [-b, b], in units of the end time, instead of 0.
 
     Raises:
         TypeError: If `flow` is not a `Flow`, or a regularizer is not callable.

@@ -1,4 +1,4 @@
-"""Pairings: which point of the base meets which point of the data; the only module with scipy."""
+"""Pairings of base points with data points; the only module that imports scipy."""
 
 import math
 from abc import ABC, abstractmethod
@@ -13,7 +13,7 @@ from cnf._checks import check_number, is_positive
 
 
 class Pairing(ABC):
-    """Which rows of the base go with which rows of the data in a minibatch."""
+    """Pairing of base points with the rows of data in a minibatch."""
 
     @abstractmethod
     def __call__(
@@ -22,19 +22,18 @@ class Pairing(ABC):
         x1: Float[Tensor, "rows features"],
         context: Float[Tensor, "rows context_features"] | None = None,
     ) -> Float[Tensor, "rows features"]:
-        """The rows of `x0`, in the order in which they go with those of `x1`.
+        """Return the rows of `x0` in the order of their partners in `x1`.
 
         Args:
-            x0: Points of the base. They are independent, so that row i may be taken to belong to
-                the context of row i before they are paired.
+            x0: Independent base points; row i may be taken as drawn for the context of row i.
             x1: Points of the data.
-            context: What each row of `x1` is conditioned on.
+            context: Context of each row of `x1`.
         """
 
 
 @dataclass(frozen=True)
 class IndependentPairing(Pairing):
-    """Each point of the data with a point of the base that does not depend on it."""
+    """Pairing of each data point with an independent base point."""
 
     def __call__(
         self,
@@ -42,29 +41,29 @@ class IndependentPairing(Pairing):
         x1: Float[Tensor, "rows features"],
         context: Float[Tensor, "rows context_features"] | None = None,
     ) -> Float[Tensor, "rows features"]:
-        """The rows of `x0` as they are."""
+        """Return `x0`."""
         del x1, context
         return x0
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimalTransport(Pairing):
-    r"""The pairing of the least sum of squared distances, exactly, within each minibatch.
+    r"""Pairing with the least sum of squared distances, exactly, within each minibatch.
 
-    Paths of pairs then hardly cross, so that the velocity at a point varies less between the
-    pairs that pass it, and the paths of the flow become straighter. It costs time and memory that
-    grow about cubically and quadratically with the rows.
+    Paths then hardly cross, so the velocities of paths through a point vary less, and the
+    trajectories of the flow become straighter. Time grows about cubically with the rows, and memory
+    quadratically.
 
-    With contexts, a pairing that looks at points alone is biased: which x0 a row meets would
-    depend on its context, and the flow, which starts from all of the base whatever the context,
-    would come where its field was not trained. So x0 of row i first belongs to the context of row
-    i, and to pair it with row j of the data costs
+    With contexts, a pairing by points alone is biased: the x0 of a row would depend on its context,
+    but the flow starts from the whole base for every context, and would reach points where its
+    field was not trained. Therefore x0 of row i is taken as drawn for the context of row i, and
+    pairing it with row j of the data costs
 
     .. math:: \|x_{0,i} - x_{1,j}\|^2 + w \, \|c_i - c_j\|^2
 
-    with each feature of the contexts divided by its standard deviation in the minibatch. Where
-    contexts are few and repeat, a large w makes pairs share their context, and nothing is biased;
-    where they do not, a smaller w gives straighter paths and a larger bias, and a very large w the
+    with each feature of the contexts divided by its standard deviation in the minibatch. If
+    contexts are few and repeat, a large w pairs rows of the same context, without bias. If they do
+    not repeat, a smaller w gives straighter paths and a larger bias, and a very large w gives the
     `IndependentPairing`.
 
     Raises:
@@ -88,7 +87,7 @@ class OptimalTransport(Pairing):
     """
 
     context_weight: float = 100.0
-    """The weight w of the distance between contexts, where there are any."""
+    """Weight w of the distance between contexts."""
 
     def __post_init__(self) -> None:
         remedy = "Without it, the pairing of a conditional flow would be biased."
@@ -103,15 +102,15 @@ class OptimalTransport(Pairing):
         x1: Float[Tensor, "rows features"],
         context: Float[Tensor, "rows context_features"] | None = None,
     ) -> Float[Tensor, "rows features"]:
-        """The rows of `x0` in their optimal order."""
+        """Return the rows of `x0` in their optimal order."""
         from scipy.optimize import linear_sum_assignment
 
         ends, starts = _numbers(x1), _numbers(x0)
         if context is not None:
             scaled = math.sqrt(self.context_weight) * _standardized(_numbers(context))
             ends, starts = np.hstack([ends, scaled]), np.hstack([starts, scaled])
-        # Half the squared distance, but for what is the same for each order: the square of the
-        # start, and the least of each column and row, without which the search starts farther off.
+        # Half the squared distance, up to terms that are the same for each order: the square of the
+        # start, and the minimum of each column and row, which would slow the search down.
         cost = 0.5 * (ends**2).sum(1, keepdims=True) - ends @ starts.T
         cost -= cost.min(0)
         cost -= cost.min(1, keepdims=True)

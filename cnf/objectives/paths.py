@@ -1,4 +1,4 @@
-"""Probability paths: how a point moves from the base to the data while a field is matched."""
+"""Probability paths of flow matching, from base to data."""
 
 import math
 from abc import ABC, abstractmethod
@@ -11,32 +11,32 @@ from cnf._shapes import Rows, Times
 
 
 class ProbabilityPath(ABC):
-    """A random path from x0, a point of the base, at t = 0 to x1, one of the data, at t = 1.
+    """Random path from x0, a base point, at t = 0 to x1, a data point, at t = 1.
 
-    The flow that is matched has at each time the density of the states at that time.
+    The matched flow has the density of the states at each time.
     """
 
     @abstractmethod
     def state_and_velocity(
         self, t: Times, x0: Rows, x1: Rows, *, generator: torch.Generator | None = None
     ) -> tuple[Rows, Rows]:
-        """The state at time `t` and its derivative in time, with what is random held fixed.
+        """Return the state at time `t` and its derivative in time, for fixed random numbers.
 
         Args:
             t: Times from 0 to 1, of a shape that broadcasts with the rows'.
-            x0: Where the paths start.
-            x1: Where they end.
-            generator: Source of the noise of a path that has some.
+            x0: Starts of the paths.
+            x1: Ends of the paths.
+            generator: Source of the noise of a path with noise.
         """
 
 
 @dataclass(frozen=True)
 class LinearPath(ProbabilityPath):
-    r"""Straight, at constant speed: :math:`x_t = (1 - (1 - \sigma) t) \, x_0 + t \, x_1`.
+    r"""Straight path at constant speed: :math:`x_t = (1 - (1 - \sigma) t) \, x_0 + t \, x_1`.
 
-    Lipman et al. call it the path of optimal transport, which it is between x0 and one x1; with
-    :math:`\sigma = 0` it is the path of rectified flows. What is learnt is the density of the
-    data with normal noise of standard deviation :math:`\sigma` added.
+    This is the optimal transport path of Lipman et al., and with :math:`\sigma = 0` the path of
+    rectified flows. The flow learns the density of the data with added normal noise of standard
+    deviation :math:`\sigma`.
 
     Raises:
         ValueError: If `sigma_min` is not in [0, 1).
@@ -52,7 +52,7 @@ class LinearPath(ProbabilityPath):
     """
 
     sigma_min: float = 0.0
-    """What is left of x0 at t = 1, a share."""
+    """Fraction of x0 at t = 1."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.sigma_min < 1:
@@ -61,7 +61,7 @@ class LinearPath(ProbabilityPath):
     def state_and_velocity(
         self, t: Times, x0: Rows, x1: Rows, *, generator: torch.Generator | None = None
     ) -> tuple[Rows, Rows]:
-        """The state at time `t` and its derivative in time."""
+        """Return the state at time `t` and its derivative in time."""
         del generator
         velocity = x1 - (1 - self.sigma_min) * x0
         return x0 + t.unsqueeze(-1) * velocity, velocity
@@ -69,9 +69,9 @@ class LinearPath(ProbabilityPath):
 
 @dataclass(frozen=True)
 class VariancePreservingPath(ProbabilityPath):
-    r"""Along a circle: :math:`x_t = \cos(\pi t / 2) \, x_0 + \sin(\pi t / 2) \, x_1`.
+    r"""Circular path: :math:`x_t = \cos(\pi t / 2) \, x_0 + \sin(\pi t / 2) \, x_1`.
 
-    Where x0 and x1 are independent and have the same covariance, so has every :math:`x_t`.
+    If x0 and x1 are independent with the same covariance, every :math:`x_t` has this covariance.
 
     References:
         Albergo & Vanden-Eijnden (2023), Building Normalizing Flows with Stochastic Interpolants.
@@ -86,7 +86,7 @@ class VariancePreservingPath(ProbabilityPath):
     def state_and_velocity(
         self, t: Times, x0: Rows, x1: Rows, *, generator: torch.Generator | None = None
     ) -> tuple[Rows, Rows]:
-        """The state at time `t` and its derivative in time."""
+        """Return the state at time `t` and its derivative in time."""
         del generator
         angle = 0.5 * math.pi * t.unsqueeze(-1)
         cos, sin = angle.cos(), angle.sin()
@@ -95,12 +95,12 @@ class VariancePreservingPath(ProbabilityPath):
 
 @dataclass(frozen=True)
 class SmoothedPath(ProbabilityPath):
-    r"""Straight, with normal noise about it: :math:`x_t = (1 - t) x_0 + t x_1 + \sigma \epsilon`.
+    r"""Straight path with normal noise: :math:`x_t = (1 - t) x_0 + t x_1 + \sigma \epsilon`.
 
-    The noise :math:`\epsilon` of a path is the same at every time. It smooths both ends: where the
-    field is learnt well, it takes the base with the noise to the data with the noise. As the flow
-    starts from the base without it, its density is that of the smoothed data only nearly, the
-    more so the smaller :math:`\sigma`; `LinearPath` with a `sigma_min` has no such error.
+    The noise :math:`\epsilon` of a path is the same at every time, and smooths both ends: the best
+    field maps the base with noise to the data with noise. The flow starts from the base without
+    noise, so it learns the density of the smoothed data with an error, which vanishes with
+    :math:`\sigma`; `LinearPath` with a `sigma_min` has no such error.
 
     Raises:
         ValueError: If `sigma` is not positive and finite.
@@ -126,7 +126,7 @@ class SmoothedPath(ProbabilityPath):
     def state_and_velocity(
         self, t: Times, x0: Rows, x1: Rows, *, generator: torch.Generator | None = None
     ) -> tuple[Rows, Rows]:
-        """The state at time `t` and its derivative in time, which the noise does not change."""
+        """Return the state at time `t` and its derivative in time, which is free of the noise."""
         noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=x0.device)
         velocity = x1 - x0
         return x0 + t.unsqueeze(-1) * velocity + self.sigma * noise, velocity

@@ -1,4 +1,4 @@
-"""Variational inference: training without data, for a target known up to a constant."""
+"""Reverse KL divergence: variational inference of an unnormalised target, without data."""
 
 from collections.abc import Callable
 
@@ -20,37 +20,35 @@ _DRAWS = 512
 
 
 class TargetError(ValueError):
-    """The log-density of a target is not finite where the flow draws."""
+    """The log-density of a target is not finite at draws of the flow."""
 
 
 class ReverseKL(Objective):
-    r"""How far the flow q is from a target p, given by an unnormalised log-density.
+    r"""Reverse KL divergence of the flow q to a target p with an unnormalised log-density.
 
     .. math:: \mathbb{E}_{x \sim q} [\log q(x) - \log \tilde p(x)] = \mathrm{KL}(q \| p) - \log Z
         \quad\text{for}\quad p = \tilde p / Z
 
-    in nats, estimated from draws of the flow, and minimised through them. It needs no data: a
-    posterior of which likelihood and prior are known is a target. Beware that it is content to miss
-    parts of p: where q has no mass, it does not look. `log_weights` tell how well the parts that q
-    has fit.
+    in nats, estimated from draws of the flow with reparametrised gradients. It needs no data: a
+    target may be a posterior with known likelihood and prior. The loss is mode-seeking: it does not
+    see parts of p without mass of q. `log_weights` show the fit where q has mass.
 
     Args:
         flow: The flow to train.
-        log_density: The log of the target's density, in nats and up to a constant:
-            ``log_density(x)``, or ``log_density(x, context)`` for a conditional flow, with x of
-            shape ``(draws, *batch, *event_shape)`` and the context ``(draws, *batch,
-            context_features)``, returns shape ``(draws, *batch)``. It must be differentiable in
-            x, and finite wherever the flow draws, else the loss is a `TargetError`: a target with
-            bounded support needs a flow whose first transforms map into it, as `Logit` does.
+        log_density: Unnormalised log-density of the target, in nats: ``log_density(x)``, or
+            ``log_density(x, context)`` for a conditional flow, with x of shape ``(draws, *batch,
+            *event_shape)`` and the context ``(draws, *batch, context_features)``, returns shape
+            ``(draws, *batch)``. It must be differentiable in x, and finite at all draws of the
+            flow, else a `TargetError` is raised: for a target with bounded support, the first
+            transforms of the flow must map into it, as `Logit` does.
         draws: Number of draws in a step, for each context if there are contexts; None for 512, or
             for 1 of a conditional flow.
-        solver: How the ODE is solved in training; None for dopri5 at tolerance 1e-3,
-            differentiated by backprop.
-        divergence: How the divergence is computed in training; None as for `MaximumLikelihood`.
+        solver: Solver in training; None for dopri5 at tolerance 1e-3, differentiated by backprop.
+        divergence: Divergence in training; None as for `MaximumLikelihood`.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If `draws` is less than 1, or the likelihood of the flow neither exact nor an
+        ValueError: If `draws` is less than 1, or the likelihood of the flow is neither exact nor an
             unbiased estimate.
 
     References:
@@ -113,12 +111,11 @@ class ReverseKL(Objective):
         *,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "draws *batch"]:
-        r"""Logs of the importance weights :math:`\tilde p(x) / q(x)` of fresh draws x, in nats.
+        r"""Return log importance weights :math:`\log \tilde p(x) / q(x)` of new draws x, in nats.
 
-        Solved as the flow solves; they are as good as its likelihood, and only an exact one gives
-        weights without bias. `cnf.metrics.effective_sample_size` says how many draws from p they
-        are worth, and `cnf.metrics.log_mean_exp` of them estimates log Z. Here the target may be
-        zero where the flow draws; the log of the weight is -inf there.
+        They use the solver of the flow, and are unbiased only if its likelihood is exact. See
+        `cnf.metrics.effective_sample_size`; `cnf.metrics.log_mean_exp` of them estimates log Z.
+        Here the target may be zero at draws; the log-weight is then -inf.
 
         Raises:
             TypeError: If `draws` is not an int.
@@ -136,7 +133,7 @@ class ReverseKL(Objective):
         return for_training(transform, solver=self.solver, divergence=self.divergence)
 
     def _target(self, x: Tensor, log_prob: Tensor, context: Tensor | None) -> Tensor:
-        """The target's log-density at draws, of the shape of theirs under the flow."""
+        """Return the log-density of the target at draws, in the shape of `log_prob`."""
         given = () if context is None else (context.expand(*log_prob.shape, context.shape[-1]),)
         # A network may be coarse in training; the target may not.
         with torch.autocast(x.device.type, enabled=False):
@@ -155,6 +152,6 @@ def _refuse(bad: Tensor, expected: str) -> None:
     if bad.any():
         raise TargetError(
             f"log_density must be {expected} wherever the flow draws; got other values in draws, "
-            f"{name_rows(bad)}. Where the target has bounded support, put a transform such as "
-            "Logit first in the flow, whose draws then lie within."
+            f"{name_rows(bad)}. If the target has bounded support, put a transform such as Logit "
+            "first in the flow, so that its draws lie inside."
         )

@@ -1,20 +1,15 @@
-"""How the ODE of a flow is solved in training: less precisely than for a reported likelihood."""
+"""Solver and divergence in training."""
 
 from cnf._checks import check_type
 from cnf.divergence import Divergence, Exact, Hutchinson
 from cnf.ode import ODESolver
 from cnf.transforms import ContinuousTransform
-from cnf.vector_fields import VectorField
 
 _FEW_FEATURES = 8
 
 
 def training_solver(solver: ODESolver | None) -> ODESolver:
-    """The solver of an objective; None is for dopri5, loose, differentiated by backprop.
-
-    Raises:
-        TypeError: If `solver` is of another type.
-    """
+    """Return the checked solver of an objective; for None, dopri5 at tolerance 1e-3 by backprop."""
     if solver is None:
         return ODESolver(rtol=1e-3, atol=1e-3, gradient="backprop")
     check_type("solver", solver, ODESolver, "use ODESolver(method=...)")
@@ -22,11 +17,7 @@ def training_solver(solver: ODESolver | None) -> ODESolver:
 
 
 def training_divergence(divergence: Divergence | None) -> Divergence | None:
-    """The divergence of an objective, if it names one.
-
-    Raises:
-        TypeError: If it is of another type.
-    """
+    """Return the checked divergence of an objective, or None."""
     if divergence is not None:
         check_type("divergence", divergence, Divergence, "use Exact() or Hutchinson()")
     return divergence
@@ -39,25 +30,12 @@ def for_training(
     divergence: Divergence | None,
     products: bool = False,
 ) -> ContinuousTransform:
-    """The same transform as it is solved in training.
+    """Return the transform with the solver and divergence of training; it shares every parameter.
 
-    Args:
-        transform: The transform, whose parameters are shared.
-        solver: Solver of the objective.
-        divergence: Divergence of the objective; None for the transform's own if it names one, else
-            what is `affordable`.
-        products: Whether Jacobian products are needed too.
+    For None, the divergence is the transform's own if it has one, else `Exact` where it is cheap,
+    else `Hutchinson`. A closed form saves nothing if Jacobian `products` are needed too.
     """
-    chosen = (
-        divergence or transform.divergence or affordable(transform.vector_field, products=products)
-    )
+    field = transform.vector_field
+    cheap = field.features <= _FEW_FEATURES or (field.has_closed_form_divergence and not products)
+    chosen = divergence or transform.divergence or (Exact() if cheap else Hutchinson())
     return transform.using(solver=solver, divergence=chosen)
-
-
-def affordable(vector_field: VectorField, *, products: bool) -> Divergence:
-    """The exact divergence where it is cheap, else an estimate from one Rademacher probe.
-
-    Where Jacobian products are needed too, a closed form of the divergence alone saves nothing.
-    """
-    closed_form = vector_field.has_closed_form_divergence and not products
-    return Exact() if closed_form or vector_field.features <= _FEW_FEATURES else Hutchinson()

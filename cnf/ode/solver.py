@@ -1,4 +1,4 @@
-"""How an ordinary differential equation is solved, by the methods of torchdiffeq."""
+"""Solver of ordinary differential equations, with the methods of torchdiffeq."""
 
 import itertools
 import math
@@ -32,7 +32,7 @@ _MONITORS: dict[str, type[SolveMonitor]] = {
     "external": SolveMonitor,
     "checkpoint": RecordingMonitor,
 }
-"""The monitor for a kind of method, or else of gradient, where it is another than usual."""
+"""Special monitors, by the kind of method, else by the gradient."""
 
 Gradient = Literal["adjoint", "backprop", "checkpoint"]
 ErrorNorm = Literal["points_and_ladj", "points"]
@@ -40,7 +40,7 @@ ErrorNorm = Literal["points_and_ladj", "points"]
 
 @dataclass(frozen=True, kw_only=True)
 class ODESolver:
-    """How the ODE is solved: settings that can be shared, compared and saved.
+    """Settings of the ODE solver.
 
     Raises:
         TypeError: If `steps` or `max_evaluations` is not an int.
@@ -58,28 +58,28 @@ class ODESolver:
     """
 
     method: str = "dopri5"
-    """Any method name of the installed torchdiffeq; `methods()` lists them. Its Adams methods are
-    of high order and stable for small steps only: check them against another."""
+    """Any method of torchdiffeq; `methods()` lists them. Its Adams methods are of high order, and
+    stable for small steps only: check them against another method."""
     rtol: float = 1e-5
     """Relative tolerance of every part of the state, ladj included; for adaptive methods."""
     atol: float = 1e-5
-    """Absolute tolerance, likewise."""
+    """Absolute tolerance of every part of the state; for adaptive methods."""
     error_norm: ErrorNorm = "points_and_ladj"
-    """What an adaptive method chooses its steps by: the error of the points and of the ladj, or of
-    the points alone, where the ladj is needed less precisely than they are."""
+    """Error that sets the steps of an adaptive method: of the points and the ladj, or of the points
+    alone, if the ladj may be less precise."""
     first_step: float | None = None
-    """Size of the first step of each solve by an adaptive method, in units of time; None to choose
-    it by one more evaluation, and tiny where the field is at rest. One too large is cut."""
+    """First step of an adaptive method, in units of time, reduced if too large; None to choose it
+    by one more evaluation, which gives a tiny step for a zero field."""
     steps: int | None = None
-    """Number of equal steps; for fixed-step methods, which need it, only."""
+    """Number of equal steps of a fixed-step method."""
     gradient: Gradient = "adjoint"
-    """How gradients are made. The "adjoint" solves a second ODE backwards, so that memory does not
-    grow with the evaluations and the gradient has an error of the order of the tolerance;
-    "backprop" differentiates the steps taken, exactly and faster, with memory for each of them;
-    "checkpoint" does the same but redoes one step at a time, with memory for the graph of one."""
+    """Method of gradients. The "adjoint" solves a second ODE backwards, with constant memory and an
+    error of the order of the tolerance; "backprop" differentiates the steps, exactly and faster,
+    with memory for every step; "checkpoint" does the same but recomputes one step at a time, with
+    memory for the graph of one step."""
     max_evaluations: int = 10_000
-    """Budget of a solve, and again of each backward pass that evaluates; spending it raises an
-    `ODEError`, at once where it is known beforehand that more are needed."""
+    """Largest number of evaluations of a solve, and of a backward pass; more raise an `ODEError`,
+    before the solve if they are known to be needed."""
 
     def __post_init__(self) -> None:
         kinds = methods()
@@ -131,31 +131,31 @@ class ODESolver:
         controlled: int | None = None,
         programs: FieldSteps | None = None,
     ) -> State:
-        """Follow dstate/dt = rhs(t, state) through the given times.
+        """Solve dstate/dt = rhs(t, state) through the given times.
 
         Args:
-            rhs: Takes a 0-dim time and the state, returns the derivative of each of its tensors.
-            state: The state at ``times[0]``: tensors; the first holds rows, ``(*batch, features)``.
+            rhs: Function of a 0-dim time and the state that returns the derivative of each tensor.
+            state: State at ``times[0]``: tensors, the first with rows ``(*batch, features)``.
             times: At least two times, strictly increasing or decreasing.
-            dependencies: Returns every other tensor that `rhs` depends on. The adjoint and
-                checkpoint give no gradient to a tensor not named here.
-            controlled: How many tensors of the state, from the first, the error control of an
-                adaptive method looks at; None for all. With ``error_norm="points"`` it is one.
-            programs: What makes steps of the same right-hand side into programs where it serves.
+            dependencies: Function that returns every other tensor that `rhs` depends on. The
+                adjoint and checkpoint give no gradient to other tensors.
+            controlled: Number of tensors of the state, from the first, in the error norm of an
+                adaptive method; None for all. With ``error_norm="points"`` it is one.
+            programs: Compiled steps of the same right-hand side.
 
         Returns:
-            The state at each time, in tensors with a first axis of ``len(times)`` more. For a
-            state without rows, `rhs` is not called.
+            The state at each time, in tensors with ``len(times)`` as a new first axis. For a state
+            without rows, `rhs` is not called.
 
         Raises:
-            ValueError: If the tolerances are finer than the dtype of the state can tell, or there
-                is no memory for the state at so many times.
+            ValueError: If the tolerances are below the rounding of the dtype of the state, or the
+                states at all times do not fit in memory.
             ODEError: If the solve fails.
         """
         kind = methods()[self.method]
         self._check_precision(kind, state[0].dtype)
         if state[0].numel() == 0:
-            return _nowhere(state, times, dependencies())
+            return _without_rows(state, times, dependencies())
         if kind == "fixed" or len(times) > 2:
             self._check_size(kind, state, times)
         unique = {id(tensor): tensor for tensor in dependencies() if tensor.requires_grad}
@@ -185,8 +185,8 @@ class ODESolver:
         elif gradient == "checkpoint":
             solution = self._by_steps(monitor, state, times, parameters, arguments)
         else:
-            # Where nothing needs a gradient, a field in reverse mode would leave a graph all the
-            # same, because it differentiates with respect to x.
+            # Even if nothing needs a gradient, a field in reverse mode would leave a graph, because
+            # it differentiates with respect to x.
             with torch.set_grad_enabled(needs_gradient):
                 if hidden:
                     solution = self._solve_hidden(monitor, state, times)
@@ -225,7 +225,7 @@ class ODESolver:
         parameters: Sequence[Tensor],
         arguments: dict[str, Any],
     ) -> State:
-        assert isinstance(monitor, RecordingMonitor)  # noqa: S101 - by `_monitor_for`, for mypy
+        assert isinstance(monitor, RecordingMonitor)  # noqa: S101 - by `_MONITORS`, for mypy
 
         solve = partial(solvers()[0], monitor, state, times, **arguments)
         step = one_step(self.method, monitor, like=state[0])
@@ -245,7 +245,7 @@ class ODESolver:
         return programs.solve(self.method, state, grid, times, budget=budget, fallback=solve)
 
     def _solve_hidden(self, monitor: SolveMonitor, state: State, times: Tensor) -> State:
-        """On a fixed grid, without the branches on numbers and writes in place of torchdiffeq."""
+        """Solve on a fixed grid, without torchdiffeq's branches on numbers and in-place writes."""
         step = one_step(self.method, monitor, like=state[0])
         span = (times[-1] - times[0]).abs().detach()
         seen = [state]
@@ -258,17 +258,17 @@ class ODESolver:
     def _check_transformed(
         self, kind: str, gradient: Gradient, times: Tensor, *, hidden: bool
     ) -> None:
-        """Refuse what functions of torch that transform functions cannot go through."""
+        """Refuse settings that torch.func and torch.export do not support."""
         remedy = "use ODESolver(method='rk4', steps=..., gradient='backprop')."
         if gradient != "backprop" and (hidden or functions_are_transformed()):
             raise ODEError(
-                f"gradient={gradient!r} works by backward passes of its own, which torch.func "
-                f"(grad, jacrev, jvp, vmap, ...) and torch.export do not go through; {remedy}"
+                f"gradient={gradient!r} uses backward passes of its own, which torch.func "
+                f"(grad, jacrev, jvp, vmap, ...) and torch.export do not support; {remedy}"
             )
         if hidden and (kind != "fixed" or is_multistep(self.method)):
             raise ODEError(
-                f"method {self.method!r} chooses what it does by numbers, which torch.vmap and "
-                f"torch.export hide; {remedy}"
+                f"method {self.method!r} branches on numbers, which torch.vmap and torch.export "
+                f"hide; {remedy}"
             )
         if len(times) > 2 and is_hidden(times):
             raise ODEError(
@@ -279,18 +279,18 @@ class ODESolver:
         resolution = torch.finfo(dtype).eps
         if kind == "adaptive" and max(self.rtol, self.atol) < resolution:
             raise ValueError(
-                f"rtol and atol must not both be finer than {dtype} can tell, {resolution:.1e}; "
+                f"rtol and atol must not both be below the rounding of {dtype}, {resolution:.1e}; "
                 f"got {self.rtol} and {self.atol}. Loosen them, or use float64."
             )
 
     def _check_size(self, kind: str, state: State, times: Tensor) -> None:
-        """Refuse what is known to need more evaluations or memory than there is."""
+        """Refuse a solve known to need more evaluations or memory than there is."""
         numbers = len(times) * sum(part.numel() for part in state)
         remedy = "Ask for fewer times, or fewer rows at once."
         check_fits("times", f"{len(times)} of them", numbers, like=state[0], remedy=remedy)
         spans = len(times) - 1
         if kind == "external" or (kind == "adaptive" and self.method == "dopri5"):
-            return  # which need no step for a time
+            return  # they need no step for each time
         steps = spans if self.steps is None else max(self.steps, spans)
         needed = steps * evaluations_per_step(self.method)
         if needed > self.max_evaluations:
@@ -301,9 +301,9 @@ class ODESolver:
             )
 
     def _arguments(self, monitor: SolveMonitor, times: Tensor) -> dict[str, Any]:
-        """What torchdiffeq takes beside the right-hand side, state and times."""
-        # Dense output is as accurate as the steps with dopri5 only; checkpoint redoes steps, and
-        # no more.
+        """Return the other arguments of torchdiffeq."""
+        # Dense output is as accurate as the steps with dopri5 only, and checkpoint recomputes only
+        # steps.
         everywhere = self.method != "dopri5" or self.gradient == "checkpoint"
         options = self._options(monitor, times, everywhere=everywhere)
         options["norm"] = partial(_largest_rms, monitor.controlled)
@@ -322,11 +322,11 @@ class ODESolver:
         return {}
 
     def _grid(self, times: Tensor, span: Tensor) -> Tensor:
-        """Equal steps through `times`, as many as `steps` makes of `span`, that meet each time."""
+        """Return a grid through all `times`, with about `steps` equal steps in `span`."""
         assert self.steps is not None  # noqa: S101 - for mypy: checked when self was made
         pieces = [times[:1]]
         for start, end in itertools.pairwise(times):
-            # Times that are hidden are two, which share nothing.
+            # Hidden times are only two.
             share = 1.0 if is_hidden(times) else float((end - start).abs().detach() / span)
             count = max(1, math.ceil(self.steps * share - 1e-4))
             fraction = torch.linspace(0, 1, count + 1, dtype=times.dtype, device=times.device)[1:]
@@ -334,16 +334,16 @@ class ODESolver:
         return torch.cat(pieces)
 
 
-def _nowhere(state: State, times: Tensor, dependencies: Sequence[Tensor]) -> State:
-    """A state without rows at each time; its graph reaches what it does for other states."""
+def _without_rows(state: State, times: Tensor, dependencies: Sequence[Tensor]) -> State:
+    """Return a state without rows at each time, with the graph of a state with rows."""
     nothing = sum(tensor.sum() for tensor in (times, *dependencies)) * 0
     return tuple(part.expand(len(times), *part.shape) + nothing for part in state)
 
 
 @torch.no_grad()
 def _largest_rms(count: int | None, parts: State) -> Tensor:
-    """Norm of a state as torchdiffeq takes it: the largest root mean square of its tensors.
+    """Norm of a state for torchdiffeq: the largest root mean square of its tensors.
 
-    It has no graph, so that the sizes of the steps, which it decides, are constants to backprop.
+    It has no graph, so step sizes are constants in backprop.
     """
     return torch.stack([part.square().mean().sqrt() for part in parts[:count]]).max()

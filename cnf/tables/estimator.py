@@ -1,6 +1,6 @@
-"""A density estimator for scikit-learn; the only module that talks to it.
+"""Density estimator for scikit-learn; the only module that imports it.
 
-Importing it imports scikit-learn, which ``pip install 'cnf-flows[sklearn]'`` brings.
+Install scikit-learn with ``pip install 'cnf-flows[sklearn]'``.
 """
 
 import warnings
@@ -30,36 +30,34 @@ from cnf.transforms import Standardize
 
 _SEEDS = 2**31 - 1
 _SETTINGS = [field.name for field in fields(DensitySettings) if field.name != "seed"]
-"""The parameters that go on as they are; the seed is drawn from `random_state`."""
-_LEAST_ROWS = 2
-"""So that there is a standard deviation."""
+"""Parameters with the same names in `DensitySettings`; the seed comes from `random_state`."""
+_LEAST_ROWS = 2  # for a standard deviation
 
 
 class CNFDensity(DensityMixin, BaseEstimator):
     """Density estimation by a continuous normalizing flow, with `KernelDensity`'s interface.
 
-    Columns are standardised; what is left to a user is how long and how large. Densities are in
-    nats, computed in float64 on a fixed grid of times (`cnf.tables.fit.GRID_STEPS`), so that the
-    score of a row does not depend on the rows beside it.
+    Columns are standardised. Log-densities are in nats, computed in float64 on a fixed grid of
+    times (`cnf.tables.fit.GRID_STEPS`), so the score of a row does not depend on the other rows.
 
     Args:
-        matching_steps: Steps of flow matching of each `fit`; None for as many as the rows ask for,
-            as in `cnf.recipe`.
+        matching_steps: Steps of flow matching of each `fit`; None for a number that depends on the
+            rows, as in `cnf.recipe`.
         likelihood_steps: Steps of maximum likelihood after them, and of each `partial_fit`; None
             likewise.
         batch_size: Rows of a minibatch; all rows if there are fewer.
-        learning_rate: Peak learning rate of matching; likelihood has a quarter of it.
+        learning_rate: Peak learning rate of flow matching; maximum likelihood has a quarter of it.
         hidden_features: Widths of the hidden layers of the network.
-        validation_fraction: Share of the rows held out of training; the weights that are best on
-            them are kept. With 0, or too few rows, the last weights are.
-        random_state: Seed, `RandomState` or None (numpy's global one), of the rows held out, the
+        validation_fraction: Fraction of the rows held out for validation, to keep the best weights.
+            With 0, or too few rows, the last weights are kept.
+        random_state: Seed, `RandomState` or None (numpy's global one), of the held-out rows, the
             initial weights and the training.
         verbose: Whether to show a progress bar.
 
     Attributes:
         flow_: The fitted `Flow`, in float64.
-        history_: The record of the training, by every call since `fit`; its losses are those of
-            the standardised rows.
+        history_: History of the training by all calls since `fit`, with losses of the standardised
+            rows.
         n_features_in_: Number of columns.
         feature_names_in_: Names of the columns, if X had names that are strings.
 
@@ -104,12 +102,12 @@ class CNFDensity(DensityMixin, BaseEstimator):
         """Fit a new flow.
 
         Args:
-            X: Rows (n_samples, n_features), two at least.
+            X: Rows (n_samples, n_features), at least two.
             y: Ignored.
-            sample_weight: How often each row counts.
+            sample_weight: Weight of each row.
 
         Raises:
-            TypeError: If X is sparse, or a parameter of another type than expected.
+            TypeError: If X is sparse, or a parameter has the wrong type.
             ValueError: If X has NaN, infinity, masked values, dates, text, a constant column or
                 less than two rows, or a parameter is out of range.
             TrainingError: If training cannot go on.
@@ -129,7 +127,7 @@ class CNFDensity(DensityMixin, BaseEstimator):
                 f"validation_fraction={self.validation_fraction} leaves {len(training.x)}."
             )
         standardize = Standardize.from_data(rows.x, weight=rows.weight)
-        with warnings.catch_warnings():  # said above, of the columns as they came
+        with warnings.catch_warnings():  # check_columns warned of them above
             warnings.simplefilter("ignore", DegenerateDataWarning)
             self.flow_, self.history_ = fit_density(
                 [standardize], training, held_out, settings=settings, progress=self.verbose
@@ -139,13 +137,11 @@ class CNFDensity(DensityMixin, BaseEstimator):
     def partial_fit(
         self, X: ArrayLike, y: Any = None, sample_weight: ArrayLike | None = None
     ) -> "CNFDensity":
-        """Train the fitted flow further, on these rows alone; without one, `fit`.
+        """Train the fitted flow further, on these rows alone; without a flow, `fit`.
 
-        The standardisation stays that of the first rows. A flow trained on other rows only
-        forgets the first ones in time.
-
-        Args and errors are those of `fit`, but one row is enough, columns may be constant, and
-        `likelihood_steps` must not be 0.
+        The standardisation does not change. The flow gradually forgets rows that are not given
+        again. Arguments and errors are as in `fit`, but one row is enough, columns may be constant,
+        and `likelihood_steps` must not be 0.
         """
         if not hasattr(self, "flow_"):
             return self.fit(X, y, sample_weight)
@@ -154,11 +150,11 @@ class CNFDensity(DensityMixin, BaseEstimator):
         self.flow_, history = continue_density(
             self.flow_, *hold_out(rows, settings), settings=settings, progress=self.verbose
         )
-        self.history_ = _joined(self.history_, history)
+        self.history_ = _concatenate(self.history_, history)
         return self
 
     def score_samples(self, X: ArrayLike) -> Float[np.ndarray, " n_samples"]:
-        """Log-density of each row, in nats.
+        """Return the log-density of each row, in nats.
 
         Raises:
             NotFittedError: Before `fit`.
@@ -169,7 +165,7 @@ class CNFDensity(DensityMixin, BaseEstimator):
         return density.log_prob(self.flow_, rows, progress=self.verbose).numpy()
 
     def score(self, X: ArrayLike, y: Any = None) -> float:
-        """Total log-density of the rows, in nats; see `score_samples`."""
+        """Return the total log-density of the rows, in nats; see `score_samples`."""
         del y
         return float(self.score_samples(X).sum())
 
@@ -192,18 +188,18 @@ class CNFDensity(DensityMixin, BaseEstimator):
         return DensitySettings(**given, seed=_seed(self.random_state))
 
     def _rows(self, X: ArrayLike, sample_weight: ArrayLike | None, *, first: bool) -> TableRows:
-        """Checked rows of positive weight."""
+        """Return the checked rows of positive weight."""
         least = _LEAST_ROWS if first else 1
         refuse_unless_numbers("X", X)
         values = validate_data(self, X, dtype=np.float64, reset=first, ensure_all_finite=False)
         _refuse_not_finite(values, getattr(self, "feature_names_in_", None))
-        if len(values) < least:  # in words that scikit-learn expects
+        if len(values) < least:  # scikit-learn's tests match these words
             raise ValueError(f"X must have at least {least} rows; got 1 sample.")
         x = _as_tensor(values)
         if sample_weight is None:
             return TableRows(x)
         refuse_unless_numbers("sample_weight", sample_weight)
-        weight = _as_tensor(_checked_weights(sample_weight, values))
+        weight = _checked_weight(sample_weight, len(values))
         counted = (weight > 0).nonzero().flatten()
         if len(counted) < least:
             raise ValueError(
@@ -226,32 +222,30 @@ def _refuse_not_finite(X: Float[np.ndarray, "rows columns"], names: ArrayLike | 
 
 
 def _as_tensor(values: np.ndarray) -> Tensor:
-    """A copy in float64: the array may be read-only, and of any strides and byte order."""
+    """Copy to float64, from an array that may be read-only, with any strides and byte order."""
     return torch.from_numpy(np.array(values, dtype=np.float64, order="C"))
 
 
-def _checked_weights(
-    sample_weight: ArrayLike, X: Float[np.ndarray, "rows columns"]
-) -> Float[np.ndarray, " rows"]:
-    weight: np.ndarray = check_array(
+def _checked_weight(sample_weight: ArrayLike, rows: int) -> Float[Tensor, " rows"]:
+    weight = check_array(
         sample_weight, ensure_2d=False, dtype=np.float64, input_name="sample_weight"
     )
-    if weight.shape != X.shape[:1]:
+    if weight.shape != (rows,):
         raise ValueError(
-            f"sample_weight must have shape ({len(X)},), a weight for each row; got {weight.shape}."
+            f"sample_weight must have shape ({rows},), a weight for each row; got {weight.shape}."
         )
     if (weight < 0).any():
         raise ValueError(f"sample_weight must not be negative; got {weight.min():g}.")
-    return weight
+    return _as_tensor(weight)
 
 
 def _seed(random_state: int | RandomState | None) -> int:
-    """A seed for torch, drawn as scikit-learn draws."""
+    """Draw a seed for torch, as scikit-learn does."""
     return int(check_random_state(random_state).randint(_SEEDS))
 
 
-def _joined(first: History, then: History) -> History:
-    """The record of two runs as one: steps, phases and seconds count on."""
+def _concatenate(first: History, then: History) -> History:
+    """Concatenate two histories, with steps, phases and seconds counted on."""
     columns = {name: values + then.columns[name] for name, values in first.columns.items()}
     for name in ("step", "phase", "seconds"):
         passed = first.columns[name][-1]

@@ -1,4 +1,4 @@
-"""The density of a table: a flow fitted to its rows, and scored so that no row sees another."""
+"""Fit, score and sample the density of a table."""
 
 import itertools
 import math
@@ -18,25 +18,25 @@ from cnf.flows.chunks import in_chunks, sample_in_chunks
 from cnf.flows.cnf import CNF
 from cnf.flows.flow import Flow
 from cnf.ode import ODESolver
-from cnf.tables.integer_columns import centred, fixed_noise
+from cnf.tables.integer_columns import fixed_noise, split_off_noise
 from cnf.training import History, Recipe, TrainingConfig, fit
 from cnf.transforms import Standardize, Transform, Unconstrain
 from cnf.vector_fields import MLPField
 from cnf.vector_fields.conditioning import context_scalings
 
 GRID_STEPS = 100
-"""Equal steps of "rk4" in which a fitted density is evaluated. An adaptive method takes the steps
-that the worst row of a batch needs, and so makes a row's number depend on the rows beside it."""
+"""Equal steps of "rk4" for a fitted density. With an adaptive method, the log-density of a row
+would depend on the worst row of its batch."""
 
 NOISES = 8
-"""Draws of the noise of whole numbers, over which the probability of a row is averaged."""
+"""Number of draws of the dequantization noise of integers, to average the probability of a row."""
 
 _ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
 class DensitySettings(Recipe):
-    """How the density of a table is fitted.
+    """Settings of the fit of a density of a table.
 
     Raises:
         TypeError: If a count is not an int.
@@ -50,10 +50,10 @@ class DensitySettings(Recipe):
     hidden_features: Sequence[int] = (128, 128)
     """Widths of the hidden layers of the network; two keep the density exact and fast."""
     validation_fraction: float = 0.1
-    """Share of the rows held out of training; the weights that are best on them are kept. 0 holds
-    out none, and keeps the last weights."""
+    """Fraction of the rows held out for validation, to keep the best weights; with 0 the last
+    weights are kept."""
     seed: int = Recipe.seed
-    """Seed of the rows held out, the initial weights and the training."""
+    """Seed of the held-out rows, the initial weights and the training."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,24 +75,24 @@ class TableRows(NamedTuple):
     """Rows of a table, in float64."""
 
     x: Float[Tensor, "rows features"]
-    """What the density is of."""
+    """Columns of the density."""
     context: Float[Tensor, "rows context_features"] | None = None
-    """What each row is conditioned on, as it is: the flow scales it."""
+    """Context of each row, unscaled."""
     weight: Float[Tensor, " rows"] | None = None
-    """How often each row counts; not negative."""
+    """Weight of each row, at least 0."""
 
     def take(self, index: Tensor | slice) -> "TableRows":
-        """Some of the rows."""
+        """Return some of the rows."""
         return self.map(itemgetter(index))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "TableRows":
-        """What `change` makes of each part."""
+        """Apply `change` to each tensor."""
         context, weight = (None if part is None else change(part) for part in self[1:])
         return TableRows(change(self.x), context, weight)
 
 
 def hold_out(rows: TableRows, settings: DensitySettings) -> tuple[TableRows, TableRows | None]:
-    """Rows to train on and, unless the share is less than one row, rows to validate on."""
+    """Split off a random `validation_fraction` of the rows; None if that is less than one row."""
     count = int(settings.validation_fraction * len(rows.x))
     if count == 0:
         return rows, None
@@ -100,7 +100,7 @@ def hold_out(rows: TableRows, settings: DensitySettings) -> tuple[TableRows, Tab
     return rows.take(order[count:]), rows.take(order[:count])
 
 
-@torch.inference_mode(False)  # whose tensors could not be trained
+@torch.inference_mode(False)  # tensors made in it cannot be trained
 def fit_density(
     transforms: Iterable[Transform],
     rows: TableRows,
@@ -111,20 +111,20 @@ def fit_density(
 ) -> tuple[Flow, History]:
     """Fit a flow to the rows of a table.
 
-    The transforms see float64 and the network, while it is trained, float32: a column of large
-    numbers that differ little keeps its digits until it is standardised.
+    The transforms compute in float64, and the network in float32 during training: a column of
+    large numbers with small differences keeps its digits until it is standardised.
 
     Args:
-        transforms: From the rows to numbers of mean 0 and standard deviation 1, in float64, such
-            as ``[Standardize.from_data(x)]``.
-        rows: Rows to train on.
-        validation: Rows that choose the weights that are kept; None for the last weights.
+        transforms: Transforms that standardise the rows, in float64, such as
+            ``[Standardize.from_data(x)]``.
+        rows: Training rows.
+        validation: Validation rows, to keep the best weights; None to keep the last weights.
         settings: Settings.
         progress: Whether to show a progress bar.
 
     Returns:
-        The flow, in float64 and solved in `GRID_STEPS` steps, and the record of the training, whose
-        losses are those of the transformed rows. Torch's global random state is left alone.
+        The flow, in float64 and solved in `GRID_STEPS` steps, and the history, with losses of the
+        transformed rows. Torch's global random state does not change.
 
     Raises:
         ValueError: If the rows do not fit the transforms.
@@ -145,12 +145,12 @@ def fit_density(
             hidden_features=tuple(settings.hidden_features),
             solver=ODESolver(method="rk4", steps=GRID_STEPS),
         ).float()
-    # Drawn anew: torch's default dtype is anyone's to set, and in another one, others are drawn.
+    # Drawn again in float32: the numbers drawn above depend on torch's default dtype.
     with Building(seed=settings.seed):
         for part in network.modules():
             if isinstance(part, MLPField):
                 part.reset_parameters()
-    _, *continuous = network.double().chain  # the transforms given do its work
+    _, *continuous = network.double().chain  # the transforms standardise
     flow = Flow([*transforms, *continuous])
     for scaling in context_scalings(flow):
         scaling.initialize(rows.context, rows.weight)
@@ -166,15 +166,15 @@ def continue_density(
     *,
     progress: bool = False,
 ) -> tuple[Flow, History]:
-    """Train a copy of what `fit_density` gave further, its transforms as they are.
+    """Train a copy of a flow from `fit_density` further, with the same transforms.
 
-    It takes the likelihood steps of the settings alone, of which there must be some. Arguments,
-    results and errors are those of `fit_density`.
+    It takes only the likelihood steps of the settings, at least one. Arguments, results and errors
+    are as in `fit_density`.
     """
     if settings.likelihood_steps == 0:
         raise ValueError(
-            "likelihood_steps must be at least 1 to train a density further; got 0. Fit a new one, "
-            "or allow some."
+            "likelihood_steps must be at least 1 to train a density further; got 0. Set "
+            "likelihood_steps, or fit a new density."
         )
     flow = deepcopy(flow)
     likelihood = settings.phases(len(rows.x), progress=progress)[-1:]
@@ -184,11 +184,11 @@ def continue_density(
 def _train(
     flow: Flow, rows: TableRows, validation: TableRows | None, phases: Sequence[TrainingConfig]
 ) -> History:
-    """Train a flow in place; the only call of the training loop."""
-    given = list(itertools.takewhile(_is_given, flow.chain))
-    exact, noisy = _parted(given)
-    # A copy: single precision would round the numbers that the transforms hold.
-    learnt = Flow([*deepcopy(noisy), *flow.chain[len(given) :]]).using(solver=ODESolver())
+    """Train a flow in place; the only call of `fit`."""
+    fixed = list(itertools.takewhile(_is_fixed, flow.chain))
+    exact, noisy = _split(fixed)
+    # A copy: single precision would round the buffers of the transforms.
+    learnt = Flow([*deepcopy(noisy), *flow.chain[len(fixed) :]]).using(solver=ODESolver())
 
     scalings = context_scalings(flow)
 
@@ -203,9 +203,9 @@ def _train(
     held_out = None if validation is None else data(validation)
     training = data(rows)
     moments = [(scaling.mean.clone(), scaling.log_std.clone()) for scaling in scalings]
-    for scaling in scalings:  # done above, before contexts were rounded
+    for scaling in scalings:  # contexts were scaled above, before they were rounded
         scaling.set(torch.zeros_like(scaling.mean), torch.ones_like(scaling.mean))
-    learnt.float()  # and with it the network of `flow`, whose parameters these are
+    learnt.float()  # also the network of `flow`, which shares its parameters
     try:
         return fit(learnt, training, phases, validation=held_out)
     finally:
@@ -214,27 +214,27 @@ def _train(
             scaling.set(mean, log_std.exp())
 
 
-def _is_given(transform: Transform) -> bool:
-    """Whether the transform stays as it is in training."""
+def _is_fixed(transform: Transform) -> bool:
+    """Return whether training does not change the transform."""
     return not any(parameter.requires_grad for parameter in transform.parameters())
 
 
-def _parted(given: Sequence[Transform]) -> tuple[list[Transform], list[Transform]]:
-    """The transforms to apply once, in double precision, and those to apply anew at each step."""
-    match given:
+def _split(fixed: Sequence[Transform]) -> tuple[list[Transform], list[Transform]]:
+    """Split into transforms to apply once, in double precision, and to apply at each step."""
+    match fixed:
         case [Unconstrain() as first, Standardize() as second, *others] if not first.is_bijective:
-            exact, noisy = centred(first, second)
+            exact, noisy = split_off_noise(first, second)
             return exact, [*noisy, *others]
-    exact = list(itertools.takewhile(attrgetter("is_bijective"), given))
-    return exact, list(given[len(exact) :])
+    exact = list(itertools.takewhile(attrgetter("is_bijective"), fixed))
+    return exact, list(fixed[len(exact) :])
 
 
 @torch.no_grad()
 def log_prob(flow: Flow, rows: TableRows, *, progress: bool = False) -> Float[Tensor, " rows"]:
-    """Log-density of each row in nats, in chunks, so that memory does not grow with their number.
+    """Return the log-density of each row in nats, computed in chunks.
 
-    Where whole numbers make it a lower bound, it is the log of the mean over `NOISES` draws of
-    their noise, the same for every row, so that no row's number depends on the others.
+    With integer columns, it is the log of the mean over `NOISES` draws of dequantization noise, the
+    same for every row, so that no row depends on the others.
 
     Raises:
         ValueError: If the rows do not fit the flow.
@@ -242,19 +242,19 @@ def log_prob(flow: Flow, rows: TableRows, *, progress: bool = False) -> Float[Te
     """
     transforms, noises = fixed_noise(flow.chain, NOISES)
     noiseless = Flow(transforms, flow.base)
-    generator = torch.Generator().manual_seed(0)  # of other transforms that draw
+    generator = torch.Generator().manual_seed(0)  # for other transforms that draw
 
-    def of_part(index: slice) -> Tensor:
+    def evaluate(index: slice) -> Tensor:
         part = rows.take(index)
-        found = [
+        each = [
             noiseless.log_prob(part.x + noise, part.context, generator=generator)
             for noise in noises
         ]
-        log_prob = torch.stack(found).logsumexp(0) - math.log(len(found))
+        log_prob = torch.stack(each).logsumexp(0) - math.log(len(each))
         return log_prob.where(rows_inside(part.x, flow.support), -math.inf)
 
     scores = rows.x.new_empty(len(rows.x))
-    return in_chunks(of_part, scores, chunk_size=_ROWS_AT_ONCE, progress=progress)
+    return in_chunks(evaluate, scores, chunk_size=_ROWS_AT_ONCE, progress=progress)
 
 
 def sample(
@@ -265,7 +265,7 @@ def sample(
     seed: int,
     progress: bool = False,
 ) -> Float[Tensor, "count features"]:
-    """Draw rows, all given one context, in chunks.
+    """Draw rows in chunks, with one context for all.
 
     Raises:
         ValueError: If `context` does not fit the flow.

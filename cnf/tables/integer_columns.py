@@ -1,7 +1,4 @@
-"""What whole numbers need beside `Unconstrain`: their digits in training, fixed noise in scores.
-
-Both hold for a chain that begins with an `Unconstrain`, as those of `transforms_for` do.
-"""
+"""Integer columns of a chain that begins with `Unconstrain`: precision and fixed noise."""
 
 from collections.abc import Iterable
 
@@ -15,13 +12,13 @@ from cnf.transforms.elementwise import Standardize
 from cnf.transforms.support.unconstrain import Unconstrain
 
 
-def centred(
+def split_off_noise(
     unconstrain: Unconstrain, standardize: Standardize
 ) -> tuple[list[Transform], list[Transform]]:
-    """The two transforms as two pairs: one without noise, and one with it that needs few digits.
+    """Split the two transforms into a pair without noise, and a pair with noise for few digits.
 
-    Together the pairs are what the two are. Behind the first, columns are standardised, but for
-    whole numbers, which are counted from the one next to their mean.
+    The pairs compose to the same map. The first standardises columns, but only subtracts the
+    rounded mean from integers.
     """
     whole = [column == "integer" for column in unconstrain.columns]
     mask = torch.tensor(whole, device=standardize.mean.device)
@@ -38,10 +35,10 @@ def centred(
 def fixed_noise(
     transforms: Iterable[Transform], draws: int
 ) -> tuple[list[Transform], Float[Tensor, "draws features"]]:
-    """The chain without noise, and the noise to add before it: evenly spread draws for all rows.
+    """Return the chain without noise, and the noise to add before it: low-discrepancy draws.
 
-    The draws are the same at each call. Where the chain begins with no whole numbers it stays as it
-    is, and there is a single draw, of zeros.
+    The draws are the same in each call. Without integer columns, the chain is unchanged, and there
+    is a single draw, of zeros.
     """
     first, *others = transforms
     if not isinstance(first, Unconstrain) or first.is_bijective:

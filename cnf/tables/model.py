@@ -1,4 +1,4 @@
-"""The density of named columns of a table, and the folder that keeps it."""
+"""Density of named columns of a table, saved in a folder."""
 
 import json
 import os
@@ -39,16 +39,16 @@ _FLOW, _DESCRIPTION, _HISTORY = _FILES = ("model.safetensors", "model.json", "hi
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Which columns of a table a density is of, and which it is conditioned on.
+    """Names of the columns of a density and of its context.
 
     Raises:
-        ValueError: If names repeat, or numbers are missing.
+        ValueError: If names repeat, or there is no column but contexts.
     """
 
     names: tuple[str, ...]
-    """Columns that the density is of."""
+    """Columns of the density."""
     context_names: tuple[str, ...] = ()
-    """Columns that it is conditioned on."""
+    """Columns of the context."""
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -58,10 +58,10 @@ class Columns:
 
     @classmethod
     def of(cls, table: Table, context_names: Sequence[str] = ()) -> "Columns":
-        """All columns of a table, some of them as context.
+        """Return all columns of a table, some of them as context.
 
         Raises:
-            ValueError: If it lacks one of `context_names`.
+            ValueError: If the table lacks one of `context_names`.
         """
         for name in context_names:
             _refuse_missing(table, name)
@@ -70,11 +70,11 @@ class Columns:
 
     @property
     def all(self) -> tuple[str, ...]:
-        """Every column that a table must have."""
+        """Names of all columns."""
         return (*self.names, *self.context_names)
 
     def read(self, path: str | os.PathLike[str], *, header: bool | None = None) -> TableRows:
-        """The rows of a file, whose columns are found by name and may have others between them.
+        """Read the rows of a file, which may have other columns too.
 
         Args:
             path: The file.
@@ -87,7 +87,7 @@ class Columns:
         return self.rows(read_table(path, self.all, header=header))
 
     def rows(self, table: Table) -> TableRows:
-        """The rows of a table.
+        """Return the rows of a table.
 
         Raises:
             ValueError: If it lacks a column.
@@ -96,14 +96,14 @@ class Columns:
         return TableRows(_select(table, self.names), context)
 
     def context(self, values: Mapping[str, float]) -> Tensor | None:
-        """One context, made of a number for each context column; None if there are none.
+        """Return a context from a number for each context column; None without context columns.
 
         Raises:
             ValueError: If a number is missing or superfluous.
         """
         if values and not self.context_names:
             raise ValueError(
-                f"context must be left out, for the model has no context columns; got "
+                "context must be left out, because the model has no context columns; got "
                 f"{quoted(list(values))}."
             )
         if set(values) != set(self.context_names):
@@ -117,34 +117,33 @@ class Columns:
 
 @dataclass(frozen=True, kw_only=True)
 class TableModel:
-    """A flow and the columns that it is the density of.
+    """Flow with the names of its columns.
 
     Raises:
-        ValueError: If the two do not fit.
+        ValueError: If the numbers of features and columns differ.
     """
 
     flow: Flow
-    """The density."""
+    """Density."""
     columns: Columns
-    """The columns."""
+    """Names of the features and of the context features."""
     notes: Mapping[str, Any] = field(default_factory=dict)
-    """What else is kept about the fit: numbers, texts, lists and mappings."""
+    """Notes about the fit: numbers, texts, lists and mappings."""
 
     def __post_init__(self) -> None:
         expected = (len(self.columns.names), len(self.columns.context_names))
         if expected != (self.flow.features, self.flow.context_features):
             raise ValueError(
                 f"the flow must have {expected[0]} features and {expected[1]} context features, "
-                f"as there are columns; got {self.flow.features} and {self.flow.context_features}."
+                f"as the columns; got {self.flow.features} and {self.flow.context_features}."
             )
 
     def save(
         self, folder: str | os.PathLike[str], history: History, *, replace: bool = False
     ) -> None:
-        """Write a folder with the flow, its columns and the record of its training.
+        """Write a folder with the flow, its columns and the history of its training, atomically.
 
-        It appears whole or not at all. A model that is there is replaced if `replace` is True;
-        anything else never is.
+        An existing model is replaced if `replace` is True; anything else is never replaced.
 
         Raises:
             OSError: If it cannot be written.
@@ -162,7 +161,7 @@ class TableModel:
             history.save(temporary / _HISTORY)
 
     def _description(self, digest_of_flow: str) -> str:
-        """The text of ``model.json``, whose own digest is blank."""
+        """Return the text of ``model.json``, with a blank for its own digest."""
         description = {
             "sha256": BLANK_DIGEST,
             "format": FORMAT_VERSION,
@@ -175,15 +174,14 @@ class TableModel:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "TableModel":
-        """Read what `save` wrote.
+        """Read the folder that `save` wrote.
 
         Raises:
             FileNotFoundError: If there is no such folder, or it lacks a file.
-            ValueError: If a file in it is damaged, belongs to another model, or is by a newer
-                version.
+            ValueError: If a file is damaged, belongs to another model, or has a newer format.
 
         Warns:
-            UserWarning: If it is from before there was a digest.
+            UserWarning: If the model was saved without a digest, by an old version.
         """
         folder = as_path("folder", folder)
         for name in (_DESCRIPTION, _FLOW):
@@ -191,8 +189,8 @@ class TableModel:
                 left = left_over(folder)
                 if left is not None and not folder.exists():
                     raise FileNotFoundError(
-                        f"there is no model in {str(folder)!r}; the computer stopped when it was "
-                        f"being replaced. Bring it back by: mv {left} {folder}"
+                        f"there is no model in {str(folder)!r}; the computer stopped while it was "
+                        f"being replaced. Restore it with: mv {left} {folder}"
                     )
                 raise FileNotFoundError(
                     f"there is no model in {str(folder)!r}, which has no file {name}. "
@@ -228,32 +226,31 @@ class TableModel:
 
 
 def _refuse_damage(folder: Path, found: dict[str, Any]) -> None:
-    """Refuse a description with other bytes than were written, or of another flow.
+    """Refuse a damaged description, or one of another flow.
 
-    A damaged name of a key could pass for a file from before there was a digest, so that all keys
-    must be known.
+    Keys must be known: with a damaged key, a file could pass for an old one without digest.
     """
     path = folder / _DESCRIPTION
     others = found.keys() - {"format", "version", "columns", "notes"}
     if not others:
         warn(
-            f"{str(path)!r} is from a version of cnf that wrote no digest, so that damage cannot "
-            "be told. Save the model again, or fit again."
+            f"{str(path)!r} is from a version of cnf that wrote no digest, so damage cannot be "
+            "detected. Save the model again, or fit again."
         )
     elif others != {"sha256", "flow_sha256"} or not is_intact(path, found["sha256"]):
         raise ValueError(
-            f"{str(path)!r} is damaged: its bytes are not those that were written. Restore it from "
-            "a copy, or fit again."
+            f"{str(path)!r} is damaged: its bytes changed since it was written. Restore it from a "
+            "copy, or fit again."
         )
     elif digest_of(folder / _FLOW) != found["flow_sha256"]:
         raise ValueError(
-            f"{str(folder / _FLOW)!r} is damaged, or of another model than {_DESCRIPTION} beside "
-            "it. Restore both from a copy, or fit again."
+            f"{str(folder / _FLOW)!r} is damaged, or of another model than {_DESCRIPTION} in the "
+            "same folder. Restore both from a copy, or fit again."
         )
 
 
 def check_destination(folder: str | os.PathLike[str], *, replace: bool) -> None:
-    """Refuse a place where a model cannot be saved, or where that would lose anything else.
+    """Refuse a folder where a model cannot be saved, or would replace anything else.
 
     Raises:
         OSError: If the folder around it does not exist or cannot be written to.
@@ -271,14 +268,14 @@ def check_destination(folder: str | os.PathLike[str], *, replace: bool) -> None:
 
 
 def _check_replaceable(folder: Path, name: str, *, replace: bool) -> None:
-    """Refuse to lose what a folder holds, whose user knows it by a name."""
+    """Refuse to replace anything but a model; `name` is the user's name of the folder."""
     if not folder.is_dir():
         raise ValueError(f"{name!r} must be a folder; there is a file of that name.")
     others = sorted({path.name for path in folder.iterdir()} - set(_FILES))
     if others:
         raise ValueError(
-            f"{name!r} must be a new folder, or hold nothing but a model; it holds "
-            f"{quoted(others[:3])}. Choose another, or move them elsewhere."
+            f"{name!r} must be a new folder, or contain only a model; it contains "
+            f"{quoted(others[:3])}. Choose another folder, or move these files."
         )
     if any(folder.iterdir()) and not replace:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The folder of a run: checkpoints to resume from, history, and events for TensorBoard."""
+"""Run directory: checkpoints, history, TensorBoard events."""
 
 import hashlib
 import importlib.util
@@ -35,15 +35,14 @@ _END_OF_ZIP, _END_OF_ZIP_SIZE = b"PK\5\6", 22
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoints:
-    """Where and how often a run is kept, so that it can resume.
+    """Folder and frequency of the checkpoints of a run.
 
-    The folder also gets ``history.csv``, ``best.safetensors``, which is the flow as it would be
-    kept now, for `cnf.load` (a warning says why if it cannot be saved), and events for TensorBoard
-    if that is installed.
+    The folder also gets ``history.csv``; ``best.safetensors``, the best flow so far, for `cnf.load`
+    (a warning says why if it cannot be saved); and TensorBoard events if it is installed.
 
     Raises:
         TypeError: If the folder is no path, or a count not an int.
-        ValueError: If it is less than 1.
+        ValueError: If a count is less than 1.
 
     Example:
         >>> Checkpoints(folder="runs/first", every=100).keep
@@ -51,11 +50,11 @@ class Checkpoints:
     """
 
     folder: str | os.PathLike[str]
-    """Where to; made if it does not exist. One folder holds one run."""
+    """Folder of a single run; created if it does not exist."""
     every: int = 500
-    """Steps between checkpoints; the end of training is kept too."""
+    """Steps between checkpoints; the last step is saved too."""
     keep: int = 2
-    """Number of the newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
 
     def __post_init__(self) -> None:
         as_path("folder", self.folder)
@@ -64,11 +63,7 @@ class Checkpoints:
 
 
 def write_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int) -> None:
-    """Write a state with a digest after it, then remove all checkpoints but the newest.
-
-    Raises:
-        OSError: If the file cannot be written.
-    """
+    """Write a state and its digest, then remove all but the newest `keep` checkpoints."""
     content = io.BytesIO()
     torch.save({"format": FORMAT_VERSION, **state}, content)
     file = folder / f"checkpoint_{step:09d}.pt"
@@ -80,19 +75,18 @@ def write_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: in
 
 
 def read_newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest file that can be read, and its state; None where there is no checkpoint.
+    """Return the newest readable file and its state, or None if there is no checkpoint.
 
-    Warns of each damaged file that it passes over; if one can be read, the damaged ones get the
-    suffix ``.damaged``, so that they are not the newest for ever.
+    Warns of damaged files, and adds the suffix ``.damaged`` to them if another one can be read.
 
     Raises:
-        ValueError: If there are checkpoints, and all are damaged or of a newer version.
+        ValueError: If all checkpoints are damaged, or one has a newer format.
     """
     damaged: list[Path] = []
     for file in checkpoints_in(folder):
         try:
             state = _read(file)
-        except Exception as error:  # of torch.load, which a crafted file may make raise anything
+        except Exception as error:  # a crafted file makes torch.load raise anything
             warn(f"{str(file)!r} is damaged ({error}).")
             damaged.append(file)
             continue
@@ -114,16 +108,12 @@ def read_newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The files, the newest first."""
+    """Return the checkpoint files, newest first."""
     return sorted(folder.glob(CHECKPOINTS), reverse=True)
 
 
 def check_form(name: str, found: object, expected: object) -> None:
-    """Refuse a part of a state of another form: other keys, lengths, types, shapes or dtypes.
-
-    Raises:
-        ValueError: If it is one.
-    """
+    """Refuse a part of a state with other keys, lengths, types, shapes or dtypes."""
     if _form_of(found) != _form_of(expected):
         raise ValueError(f"{name} must be {_form_of(expected)}; got {_form_of(found)}")
     if isinstance(expected, dict) and isinstance(found, dict):
@@ -135,7 +125,7 @@ def check_form(name: str, found: object, expected: object) -> None:
 
 
 def _form_of(value: object) -> str:
-    """What a part of a state is, for a message."""
+    """Describe the type, shape or keys of a part of a state."""
     if isinstance(value, Tensor):
         return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
     if isinstance(value, dict):
@@ -153,22 +143,22 @@ def _read(file: Path) -> dict[str, Any]:
     if content[-_DIGEST_SIZE:].startswith(_DIGEST):
         content, digest = content[:-_DIGEST_SIZE], content[-64:]
         if _digest_of(content) != digest:
-            raise ValueError("its bytes are not those that were written")
-    elif not content[-_END_OF_ZIP_SIZE:].startswith(_END_OF_ZIP):  # as files without digest end
+            raise ValueError("its bytes changed since it was written")
+    elif not content[-_END_OF_ZIP_SIZE:].startswith(_END_OF_ZIP):  # the end of files without digest
         raise EOFError("it is cut short, or its digest is damaged")
     _check_zip(content)
     state: Any = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or type(state.get("format")) is not int:
-        raise ValueError("it holds no state of a run")
+        raise ValueError("it holds no training state")
     if state["format"] <= FORMAT_VERSION:
         told = state.get("fingerprint")
         if not isinstance(told, dict) or not all(isinstance(text, str) for text in told.values()):
-            raise ValueError("it does not say of which run it is")
+            raise ValueError("it has no fingerprint of a run")
     return state
 
 
 def _check_zip(content: bytes) -> None:
-    """Refuse wrong checksums, at which torch.load does not look, and what would be unpacked."""
+    """Refuse wrong checksums, which torch.load does not verify, and compressed entries."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise ValueError("it is compressed, which no checkpoint is")
@@ -181,12 +171,7 @@ _HISTORY, _BEST, _EVENTS = "history.csv", "best.safetensors", "events.out.tfeven
 
 
 class RunFolder:
-    """The folder of a run: checkpoints, and what others read.
-
-    Args:
-        settings: Where and how often.
-        fingerprint: What the run depends on.
-    """
+    """Run directory: checkpoints, history, best flow and TensorBoard events."""
 
     def __init__(self, settings: Checkpoints, fingerprint: dict[str, str]) -> None:
         self.folder = Path(settings.folder)
@@ -198,7 +183,7 @@ class RunFolder:
         self._has_warned = False
 
     def open(self, *, resume: bool) -> tuple[Path, dict[str, Any]] | None:
-        """The file and the state to resume from; None where the run is to begin.
+        """Return the file and the state to resume from; None for a new run.
 
         Raises:
             FileExistsError: If the folder holds a run, and `resume` is false.
@@ -208,7 +193,7 @@ class RunFolder:
         if not resume:
             self._refuse_to_overwrite()
             return None
-        self._remove_half_files()
+        self._remove_temporary_files()
         newest = read_newest_checkpoint(self.folder)
         if newest is None:
             return None
@@ -221,7 +206,7 @@ class RunFolder:
         return newest
 
     def write(self, state: dict[str, Any], history: History, kept: Flow) -> None:
-        """Write all up to now, the checkpoint last: what it says is done is not done again."""
+        """Write all files, the checkpoint last, because a resumed run starts after it."""
         history.save(self.folder / _HISTORY)
         self._save(kept)
         self._show(history)
@@ -229,13 +214,13 @@ class RunFolder:
         write_checkpoint(self.folder, len(history.step), state, keep=self.keep)
 
     def close(self, history: History) -> None:
-        """Write the record as it is in the end, however the run ended."""
+        """Write the final history and close the events."""
         history.save(self.folder / _HISTORY)
         if self._events is not None:
             self._events.close()
 
     def _save(self, kept: Flow) -> None:
-        """Write the flow to keep, or say once why it cannot be: the checkpoint has its weights."""
+        """Save the best flow, or warn once if it cannot be saved."""
         try:
             save(kept, self.folder / _BEST)
         except (TypeError, ValueError) as error:
@@ -255,26 +240,26 @@ class RunFolder:
                 "it by resume=True, choose another folder, or move these files away."
             )
 
-    def _remove_half_files(self) -> None:
-        """Remove what a process that was killed while writing has left."""
+    def _remove_temporary_files(self) -> None:
+        """Remove the temporary files of a process killed while it wrote."""
         for name in (CHECKPOINTS, _HISTORY, _BEST):
             for half in self.folder.glob(f".{name}.*"):
                 half.unlink()
 
     def _show(self, history: History) -> None:
-        """Write the events since the last call; the first of a process begins from step 1."""
+        """Write the events since the last call; the first call starts from step 1."""
         if importlib.util.find_spec("tensorboard") is None:
             return
         if self._events is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            # Hides what a process that was killed wrote, perhaps up to a later step than this one.
+            # Hides the events of a killed process, which may have reached a later step.
             self._events = SummaryWriter(str(self.folder), purge_step=0)
         columns = history.columns
         steps = columns.pop("step")
         for row in range(self._rows_shown, len(steps)):
             for name, column in columns.items():
-                if column[row] == column[row]:  # NaN stands for what was not measured
+                if column[row] == column[row]:  # NaN if it was not measured
                     self._events.add_scalar(name, column[row], steps[row])
         self._rows_shown = len(steps)
         self._events.flush()

@@ -14,7 +14,7 @@ _PRECISIONS = ("float32", "bfloat16")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How a flow is trained: in one phase, of perhaps several.
+    """Settings of a phase of training.
 
     Raises:
         TypeError: If a count is not an int, or `objective` not callable.
@@ -26,8 +26,8 @@ class TrainingConfig:
     """
 
     objective: Callable[[Flow], Objective] = MaximumLikelihood
-    """Makes what is minimised, where `fit` is given a flow: a class of `cnf.objectives`, or one
-    with settings, such as ``functools.partial(MaximumLikelihood, random_end_time=0.1)``."""
+    """Objective, if `fit` is given a flow: a class of `cnf.objectives`, perhaps with settings, such
+    as ``functools.partial(MaximumLikelihood, random_end_time=0.1)``."""
     steps: int = 2000
     """Number of minibatches."""
     batch_size: int = 512
@@ -35,26 +35,25 @@ class TrainingConfig:
     learning_rate: float = 4e-3
     """Peak learning rate of Adam."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """What the rate does after its rise over the first 2 % of the steps; with "cosine" it falls to
-    zero as a half cosine, with "constant" it stays."""
+    """Learning rate after a linear warm-up over the first 2 % of the steps: "cosine" decays to
+    zero as a half cosine, "constant" does not decay."""
     gradient_clip: float | None = 10.0
     """Largest norm of the gradient; None for no limit."""
     ema: float | None = None
-    """Decay of an exponential moving average of the weights, which then is what is validated and
-    kept; None for no average."""
+    """Decay of an exponential moving average of the weights, which is validated and kept; None for
+    no average."""
     validate_every: int = 200
     """Steps between validations, if there are validation data; the last step is validated too."""
     patience: int | None = None
-    """Validations without a new best after which the phase ends early; None to go through all
-    steps."""
+    """Validations without a new best before early stopping; None to take all steps."""
     accumulation_steps: int = 1
-    """Number of parts into which each process cuts its share of a minibatch, to add up their
-    gradients: less memory, the same step but for rounding and what is drawn at random."""
+    """Number of parts of the minibatch of each process whose gradients are accumulated: less
+    memory, and the same step up to rounding and random numbers."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Precision of a network's matrix products in training. With "bfloat16", the state of the
-    ODE and the log-density stay in the dtype of the flow, which must be float32."""
+    """Precision of the network's matrix products in training. With "bfloat16", the ODE state and
+    the log-density stay in the dtype of the flow, which must be float32."""
     seed: int = 0
-    """Seed of the order of the rows and of everything that the objective draws."""
+    """Seed of the order of the rows and of the random numbers of the objective."""
     progress: bool = True
     """Whether to show a progress bar."""
 
@@ -82,5 +81,5 @@ class TrainingConfig:
         check_flag("progress", self.progress)
 
     def _keep(self, name: str, value: int | float) -> None:
-        """A setting as Python has it, so that a run resumes whatever library it came from."""
+        """Store a setting as a Python number, as the fingerprint of a run compares it."""
         object.__setattr__(self, name, value)

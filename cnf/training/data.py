@@ -1,4 +1,4 @@
-"""The rows that a flow is trained on, in whatever form they come, and the checks of them."""
+"""Training data: tensors and Datasets of rows, contexts and weights."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
@@ -8,15 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, StackDataset, TensorDataset
 
-from cnf._checks import (
-    check_context,
-    check_events,
-    check_support,
-    check_vectors,
-    reference_tensor,
-    refuse_rows,
-)
+from cnf._checks import check_context, check_events, check_support, check_vectors, reference_tensor
 from cnf.flows.flow import Flow
+from cnf.objectives.base import check_weight
 
 Data = Tensor | tuple[Tensor, Tensor] | Mapping[str, Tensor] | Dataset[Any]
 """Rows ``(rows, *event_shape)``; a pair of rows and contexts ``(rows, context_features)``; both
@@ -29,24 +23,15 @@ _FORMS = "a tensor, a pair (x, context) or a dict with x and perhaps context and
 
 
 class Batch(NamedTuple):
-    """Some of the rows."""
+    """Rows, with contexts and weights if there are any; no rows without data."""
 
     x: Any = None
-    """Rows of data, a tensor; None for an objective that takes no data."""
     context: Tensor | None = None
-    """The context of each row, if there are contexts."""
     weight: Tensor | None = None
-    """Weight of each row, ``(rows,)``, if there are weights."""
 
 
 class TrainingData(ABC):
-    """Rows that can be asked for by index.
-
-    Args:
-        name: Name of the argument that they came as, for messages.
-        flow: The flow that they are for.
-        contexts: Whether they are contexts alone.
-    """
+    """Rows for a flow, by index; `name` is the argument, and `contexts` says that x is missing."""
 
     def __init__(self, name: str, flow: Flow, *, contexts: bool) -> None:
         self.name = name
@@ -59,10 +44,10 @@ class TrainingData(ABC):
 
     @abstractmethod
     def take(self, indices: Tensor) -> Batch:
-        """The rows at these places, checked."""
+        """Return the checked rows at these indices."""
 
     def some(self, most: int) -> Batch:
-        """As many rows as there are, but `most` at most, evenly from first to last."""
+        """Return all rows, or `most` rows evenly from first to last."""
         count = min(most, len(self))
         some = self.take(torch.arange(count) * len(self) // count)
         if some.weight is not None and not some.weight.sum() > 0:
@@ -72,40 +57,36 @@ class TrainingData(ABC):
             )
         return some
 
-    def _batch(self, columns: Mapping[str, Tensor]) -> Batch:
-        return Batch(columns.get("x"), columns.get("context"), columns.get("weight"))
-
 
 class TensorRows(TrainingData):
-    """Rows in tensors, checked once, without those of weight 0; weights have a mean of 1."""
+    """Rows in tensors, checked once; rows of weight 0 are dropped, and the mean weight is 1."""
 
     def __init__(self, name: str, data: Any, flow: Flow, *, contexts: bool = False) -> None:
         super().__init__(name, flow, contexts=contexts)
         columns = _by_name(name, data, contexts=contexts)
         self.columns = _checked(name, columns, flow, contexts=contexts)
         if "weight" in columns:
-            given = self.columns.pop("weight")
-            counted = given > 0
+            counted = self.columns["weight"] > 0
             if not counted.any():
                 raise ValueError(f"the weights of {name} must not all be 0.")
             self.columns = {key: column[counted] for key, column in self.columns.items()}
-            weight = given[counted]
-            self.columns["weight"] = _of_mean(weight, weight).to(next(iter(self.columns.values())))
+            weight = self.columns.pop("weight")
+            like = next(iter(self.columns.values()))
+            self.columns["weight"] = _over_mean(weight, weight).to(like)
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
 
     def take(self, indices: Tensor) -> Batch:
-        """The rows at these places."""
-        return self._batch(
-            {key: column[indices.to(column.device)] for key, column in self.columns.items()}
-        )
+        """Return the rows at these indices."""
+        columns = self.columns.items()
+        return Batch(**{key: column[indices.to(column.device)] for key, column in columns})
 
 
 class DatasetRows(TrainingData):
-    """Rows of a `Dataset`, read and checked when they are asked for.
+    """Rows of a `Dataset`, read, checked and moved to the device of the flow when needed.
 
-    They are moved to the device of the flow. Weights have a mean of 1 over `_MOST_LOOKED_AT` rows.
+    Weights have a mean of 1 over `_MOST_LOOKED_AT` rows.
     """
 
     def __init__(
@@ -129,15 +110,15 @@ class DatasetRows(TrainingData):
         return self.rows
 
     def take(self, indices: Tensor) -> Batch:
-        """The rows at these places, in one call if the dataset has ``__getitems__``."""
+        """Return the rows at these indices, in one call if the dataset has ``__getitems__``."""
         batch = self._read(indices)
         if batch.weight is None or self.weights is None:
             return batch
-        weight = _of_mean(batch.weight, self.weights).to(reference_tensor(self.flow))
+        weight = _over_mean(batch.weight, self.weights).to(reference_tensor(self.flow))
         if not weight.isfinite().all():
             raise ValueError(
-                f"the weights of {self.name} must be alike in size; got one that "
-                f"{weight.dtype} cannot hold in units of the mean of {len(self.weights)} others."
+                f"the weights of {self.name} must be alike in size; got one that overflows "
+                f"{weight.dtype} when divided by the mean of {len(self.weights)} others."
             )
         return batch._replace(weight=weight)
 
@@ -152,14 +133,14 @@ class DatasetRows(TrainingData):
         like = reference_tensor(self.flow)
         columns = {key: column.to(like.device) for key, column in columns.items()}
         try:
-            return self._batch(_checked(self.name, columns, self.flow, contexts=self.contexts))
+            return Batch(**_checked(self.name, columns, self.flow, contexts=self.contexts))
         except ValueError:
             for row, place in enumerate(places):
                 self._refuse(place, {key: column[row] for key, column in columns.items()})
             raise
 
     def _refuse(self, place: int, item: Mapping[str, Tensor]) -> None:
-        """Refuse a single row under its place in the dataset, if it is at fault by itself."""
+        """Refuse a single row, named by its index in the dataset, if it is wrong by itself."""
         name, like = f"{self.name}[{place}]", reference_tensor(self.flow)
         if "x" in item:
             check_events(name, item["x"], self.flow.event_shape, like=like)
@@ -170,12 +151,7 @@ class DatasetRows(TrainingData):
 
 
 class PartOfRows(TrainingData):
-    """Some of other rows.
-
-    Args:
-        rows: The rows.
-        places: Which of them.
-    """
+    """Subset of other rows, at the indices `places`."""
 
     def __init__(self, rows: TrainingData, places: Tensor) -> None:
         super().__init__(rows.name, rows.flow, contexts=rows.contexts)
@@ -186,16 +162,16 @@ class PartOfRows(TrainingData):
         return len(self.places)
 
     def take(self, indices: Tensor) -> Batch:
-        """The rows at these places of the part."""
+        """Return the rows at these indices of the subset."""
         return self.rows.take(self.places[indices])
 
 
-def held_out_of(rows: TrainingData, share: float) -> tuple[TrainingData, TrainingData | None]:
-    """Rows to train on, and others to validate on: a share at random, `_MOST_HELD_OUT` at most.
+def hold_out(rows: TrainingData, fraction: float) -> tuple[TrainingData, TrainingData | None]:
+    """Split off validation rows: a random fraction, `_MOST_HELD_OUT` at most.
 
-    None if the share is less than one row, or if those drawn weigh nothing.
+    There are none if the fraction is less than one row, or if their weights are 0.
     """
-    count = min(int(share * len(rows)), _MOST_HELD_OUT)
+    count = min(int(fraction * len(rows)), _MOST_HELD_OUT)
     if count == 0:
         return rows, None
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
@@ -207,12 +183,7 @@ def held_out_of(rows: TrainingData, share: float) -> tuple[TrainingData, Trainin
 
 
 def as_rows(name: str, data: Any, flow: Flow, *, contexts: bool = False) -> TrainingData:
-    """Data of any form as rows.
-
-    Raises:
-        TypeError: If they have no form that `Data` names.
-        ValueError: If they do not fit the flow.
-    """
+    """Convert data of any form of `Data` to rows that fit the flow."""
     if isinstance(data, DataLoader):
         raise TypeError(
             f"{name} must be the rows themselves; got a DataLoader, which cuts them into "
@@ -230,7 +201,7 @@ def as_rows(name: str, data: Any, flow: Flow, *, contexts: bool = False) -> Trai
 
 
 def _tensors_of(data: Any, device: torch.device) -> Any:
-    """The tensors of one of torch's datasets of tensors, on a device; None if it is no such."""
+    """Return the tensors of a TensorDataset or StackDataset of tensors on a device, or None."""
     if type(data) not in (TensorDataset, StackDataset):
         return None
     parts: Any = data.tensors if isinstance(data, TensorDataset) else data.datasets
@@ -241,22 +212,22 @@ def _tensors_of(data: Any, device: torch.device) -> Any:
     return dict(zip(parts, columns, strict=True)) if isinstance(parts, dict) else tuple(columns)
 
 
-def _of_mean(weight: Tensor, weights: Tensor) -> Tensor:
-    """Weights over the mean of these weights, in a precision in which no sum can overflow."""
+def _over_mean(weight: Tensor, weights: Tensor) -> Tensor:
+    """Divide `weight` by the mean of `weights`, without overflow of the sum."""
     weights = weights.to("cpu", torch.float64)
     largest = weights.max()
     return weight.to("cpu", torch.float64) / largest / (weights / largest).mean()
 
 
 def _by_name(name: str, data: Any, *, contexts: bool) -> dict[str, Any]:
-    """Data, or an item of a Dataset, as columns by name."""
+    """Return data, or an item of a Dataset, as columns by name."""
     if isinstance(data, Mapping):
         first = "context" if contexts else "x"
         known = {"context"} if contexts else {"x", "context", "weight"}
         if data.get(first) is None or not data.keys() <= known:
             raise ValueError(
-                f"{name} must have the keys {', '.join(sorted(known))}, of which {first} is "
-                f"needed; got {', '.join(map(str, data))}."
+                f"{name} must have the key {first}, and no others than {', '.join(sorted(known))}; "
+                f"got {', '.join(map(str, data))}."
             )
         return {key: value for key, value in data.items() if value is not None}
     if isinstance(data, tuple) and len(data) == 1:
@@ -274,7 +245,7 @@ def _by_name(name: str, data: Any, *, contexts: bool) -> dict[str, Any]:
 
 
 def _stacked(name: str, items: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """The columns of single rows, which must have the same."""
+    """Stack the columns of single rows."""
     columns: dict[str, list[Tensor]] = {}
     items = list(items)
     for item in items:
@@ -293,7 +264,7 @@ def _stacked(name: str, items: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]
 def _checked(
     name: str, columns: Mapping[str, Any], flow: Flow, *, contexts: bool
 ) -> dict[str, Tensor]:
-    """The columns, if they fit the flow and each other."""
+    """Return the columns, after checks that they fit the flow and each other."""
     like = reference_tensor(flow)
     context: Any = columns.get("context")
     x = context if contexts else columns["x"]
@@ -317,15 +288,8 @@ def _checked(
             f"{tuple(context.shape)} contexts."
         )
     if "weight" in columns:
-        _check_weight(name, columns["weight"], x)
+        weight = columns["weight"]
+        floating = isinstance(weight, Tensor) and weight.is_floating_point()
+        like = torch.empty(0, dtype=weight.dtype, device=x.device) if floating else x
+        check_weight(f"the weights of {name}", weight, len(x), like=like)
     return dict(columns)
-
-
-def _check_weight(name: str, weight: Tensor, x: Tensor) -> None:
-    what = f"the weights of {name}"
-    floating = isinstance(weight, Tensor) and weight.is_floating_point()
-    like = torch.empty(0, dtype=weight.dtype, device=x.device) if floating else x
-    check_events(what, weight, (), like=like)
-    if weight.shape != x.shape[:1]:
-        raise ValueError(f"{what} must have shape ({len(x)},); got {tuple(weight.shape)}.")
-    refuse_rows(what, weight < 0, "at least 0")

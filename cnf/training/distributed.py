@@ -1,4 +1,4 @@
-"""The processes that train together."""
+"""Distributed training: processes, sums and broadcasts."""
 
 import os
 import pickle
@@ -12,19 +12,15 @@ Value = TypeVar("Value")
 
 
 class OtherProcessError(RuntimeError):
-    """Another process, whose own error says more, could not do its share."""
+    """Another process failed; its own error says why."""
 
 
 class Processes:
-    """The processes that train together: those that torchrun started, or else this one alone.
+    """Processes that train together: the ones that torchrun started, or this one alone.
 
-    Each takes its share of the rows. They meet in sums, and each learns there whether all others
-    came through, so that an error in one of them is an error in all and none is left waiting.
-    For this the gradients are summed once a step, and not, as by torch's
-    `DistributedDataParallel`, during the backward pass.
-
-    Args:
-        device: Where the flow is.
+    Each takes a part of the rows. Their sums also tell every process whether another one failed, so
+    an error in one is an error in all, and none is left waiting. Therefore gradients are summed
+    once a step, and not during the backward pass as by torch's `DistributedDataParallel`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -48,18 +44,18 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes files and shows progress."""
+        """Whether this process writes files and shows progress."""
         return self.rank == 0
 
     def share(self, rows: int) -> Tensor:
-        """Indices of the rows that this process takes of so many."""
+        """Return the indices of the rows of this process, among so many."""
         return torch.arange(rows).tensor_split(self.count)[self.rank]
 
     def sums(self, compute: Callable[[], tuple[float, float]]) -> tuple[float, float]:
-        """Sums over the processes of the two numbers that `compute` returns in each.
+        """Sum the two numbers that `compute` returns over the processes.
 
         Raises:
-            OtherProcessError: If `compute` fails in another process; its own errors pass through.
+            OtherProcessError: If `compute` fails in another process; errors here pass through.
         """
         if self.count == 1:
             return compute()
@@ -77,7 +73,7 @@ class Processes:
         return first, second
 
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace each gradient by the sum over the processes; none counts as zero."""
+        """Replace each gradient by its sum over the processes; a missing one counts as zero."""
         if self.count == 1:
             return
         trained = [parameter for parameter in parameters if parameter.requires_grad]
@@ -91,7 +87,7 @@ class Processes:
             gradient.copy_(piece.view_as(gradient))
 
     def from_first(self, make: Callable[[], Value]) -> Value:
-        """What `make`, called in the first process alone, returns or raises: in every process."""
+        """Call `make` in the first process, and return its result, or raise its error, in all."""
         if self.count == 1:
             return make()
         told: tuple[Any, Exception | None] = None, None
@@ -106,7 +102,7 @@ class Processes:
         return cast(Value, value)
 
     def agree_on(self, module: nn.Module) -> None:
-        """Give every process the tensors of the first one's module."""
+        """Copy the tensors of the first process's module to every process."""
         if self.count > 1:
             state = {name: value.cpu() for name, value in module.state_dict().items()}
             module.load_state_dict(self._fabric.broadcast(state))
@@ -120,7 +116,7 @@ def _setting(name: str) -> int:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error, or its text where it cannot be sent to another process."""
+    """Return the error, or its text if it cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
     except Exception:

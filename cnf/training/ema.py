@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights."""
+"""Exponential moving average of the weights."""
 
 import copy
 from typing import Any
@@ -10,15 +10,10 @@ from cnf.vector_fields.compiled import compile_alike
 
 
 class Average:
-    """A copy of a flow whose weights follow those of the flow slowly.
+    """Copy of a flow with an exponential moving average of its weights, and its buffers.
 
-    After n steps the share of the past is ``min(decay, (1 + n) / (10 + n))``, so that the initial
-    weights are soon forgotten, whatever the decay. Buffers, such as the statistics of a normalising
-    layer, are those of the flow.
-
-    Args:
-        flow: The flow that is followed.
-        decay: Share of the past that each step keeps in the end.
+    The decay of step n is ``min(decay, (1 + n) / (10 + n))``, so the initial weights are soon
+    forgotten.
     """
 
     def __init__(self, flow: Flow, decay: float) -> None:
@@ -26,14 +21,13 @@ class Average:
         compile_alike(self.flow, flow)
         self.decay = decay
         self.steps = 0
-        # torch's AveragedModel looks the weights up anew each time, which a step of flow matching
-        # is short enough to feel.
+        # torch's AveragedModel looks the weights up at each step, noticeably in flow matching.
         self._weights = [weight.detach() for weight in self.flow.parameters()]
         self._followed = [weight.detach() for weight in flow.parameters()]
         self._buffers = list(zip(self.flow.buffers(), flow.buffers(), strict=True))
 
     def update(self) -> None:
-        """Follow the weights of the flow, and copy its buffers."""
+        """Average the weights of the flow in, and copy its buffers."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         torch._foreach_lerp_(self._weights, self._followed, 1 - decay)
@@ -41,10 +35,10 @@ class Average:
             buffer.copy_(followed)
 
     def state_dict(self) -> dict[str, Any]:
-        """The averaged weights, and the steps so far."""
+        """Return the averaged weights, and the number of steps."""
         return {"steps": self.steps, "flow": self.flow.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Restore a `state_dict`."""
         self.steps = state["steps"]
         self.flow.load_state_dict(state["flow"])

@@ -1,4 +1,4 @@
-"""What makes two runs the same: settings, data and flow, in words that can be compared."""
+"""Fingerprint of a run: descriptions of its settings, data and flow."""
 
 import dataclasses
 import hashlib
@@ -22,13 +22,13 @@ _ROWS_AT_ONCE = 2**14
 _ONCE_HASHED = 1000
 _DIFFERENCES_NAMED = 5
 _FREE = ("progress", "accumulation_steps")
-"""Settings that may change when a run resumes; the parts of a minibatch are compared instead."""
+"""Settings that may change when a run resumes; the number of parts of a minibatch may not."""
 _NEW_NAMES = {
     "accumulate times": "accumulation_steps times",
     "control=": "error_norm=",
     "kept of": "mask of",
 }
-"""What older versions, whose runs resume here, called settings, and what they are called now."""
+"""New names of settings, by the old names in the runs of older versions."""
 
 
 def fingerprint(
@@ -38,7 +38,7 @@ def fingerprint(
     validation: TrainingData | None,
     processes: Processes,
 ) -> dict[str, str]:
-    """What a run depends on: a name and a short description of each."""
+    """Describe everything that a run depends on, by name."""
     told = {"number of phases": str(len(plan))}
     parts_of_flow = set(flow.modules())
     for number, (objective, config) in enumerate(plan, start=1):
@@ -61,7 +61,7 @@ def fingerprint(
 
 
 def differences(there: Mapping[str, str], here: Mapping[str, str]) -> str:
-    """Which descriptions differ, for a message; empty if none does."""
+    """List the descriptions that differ, for a message; empty if none does."""
     there, here = _in_new_names(there), _in_new_names(here)
     names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
     listed = "; ".join(
@@ -79,7 +79,7 @@ def _in_new_names(told: Mapping[str, str]) -> Mapping[str, str]:
 
 
 def _settings(place: str, part: nn.Module) -> dict[str, str]:
-    """The class of a module, and its constructor's arguments, if they are attributes."""
+    """Describe the class of a module, and the constructor arguments that are attributes."""
     if isinstance(part, Chain):  # runs of older versions, which resume here, held a list
         return {place: nn.ModuleList.__qualname__}
     told = {place: type(part).__qualname__}
@@ -91,12 +91,12 @@ def _settings(place: str, part: nn.Module) -> dict[str, str]:
 
 
 def _stable(value: object) -> str:
-    """The representation without addresses, which differ from one process to the next."""
+    """Return the repr without addresses, which differ between processes."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def _describe(rows: TrainingData) -> str:
-    """Number of rows, and the hash of all that they hold, where that can be read in pieces."""
+    """Return the number of rows, with a hash of them if they are in arrays."""
     whole = rows.rows if isinstance(rows, PartOfRows) else rows
     content = hashlib.sha256()
     if isinstance(whole, DatasetRows):
@@ -110,7 +110,7 @@ def _describe(rows: TrainingData) -> str:
             for start in range(0, len(array), _ROWS_AT_ONCE):
                 content.update(_bytes_of(array[start : start + _ROWS_AT_ONCE]))
         return f"{len(rows)} rows of a Dataset with the hash {content.hexdigest()[:16]}"
-    for number in range(3):  # x, context and weight, as they were hashed when there was one piece
+    for number in range(3):  # x, context and weight, in the order of older versions
         for indices in torch.arange(len(rows)).split(_ROWS_AT_ONCE):
             column = rows.take(indices)[number]
             content.update(b"" if column is None else _bytes_of(column))
@@ -119,7 +119,7 @@ def _describe(rows: TrainingData) -> str:
 
 
 def _arrays_of(dataset: object) -> list[Any] | None:
-    """The arrays that a dataset reads its rows from; None if nobody can tell."""
+    """Return the arrays that a dataset reads its rows from, or None if they are unknown."""
     if isinstance(dataset, Tensor):
         return [dataset]
     if type(dataset) is NpyRows:
@@ -128,14 +128,11 @@ def _arrays_of(dataset: object) -> list[Any] | None:
         return list(dataset.tensors)
     if type(dataset) is StackDataset:
         parts = dataset.datasets
-        found = [
-            _arrays_of(part) for part in (parts.values() if isinstance(parts, dict) else parts)
-        ]
+        found = list(map(_arrays_of, parts.values() if isinstance(parts, dict) else parts))
         return None if None in found else [array for arrays in found for array in arrays or ()]
     return None
 
 
 def _bytes_of(rows: Any) -> bytes:
-    array: Any = rows.numpy(force=True) if isinstance(rows, Tensor) else rows
-    content: bytes = array.tobytes()
-    return content
+    array = rows.numpy(force=True) if isinstance(rows, Tensor) else rows
+    return bytes(array.tobytes())

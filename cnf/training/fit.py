@@ -1,4 +1,4 @@
-"""Training, from the outside."""
+"""Train a flow, with validation and resuming."""
 
 from collections.abc import Sequence
 from numbers import Real
@@ -11,7 +11,7 @@ from cnf.flows.flow import Flow
 from cnf.objectives import Objective
 from cnf.training.checkpoint import Checkpoints
 from cnf.training.config import TrainingConfig
-from cnf.training.data import Data, TrainingData, as_rows, held_out_of
+from cnf.training.data import Data, TrainingData, as_rows, hold_out
 from cnf.training.distributed import Processes
 from cnf.training.history import Callback, History
 from cnf.training.initialization import (
@@ -34,40 +34,37 @@ def fit(
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> History:
-    """Train a flow in place, from the weights that it has.
+    """Train a flow in place, from its present weights.
 
     Under ``torchrun`` the processes train one flow together, and all end with the same weights;
-    `batch_size` counts the rows of all of them.
+    `batch_size` counts the rows of all processes.
 
     Args:
         objective: A flow, trained in the phases of `config`, or an `Objective`, whose own
-            parameters are trained too. One whose `takes_data` is False is not given rows, but data,
-            if any, as contexts; if it is given none and has `draws`, each part of a step is called
-            with its share of them.
-        data: What to train on, at any scale; `Data` lists the forms. What a flow sets from data,
-            such as a `Standardize`, is set from 10 000 of these rows at most. Weights are scaled
-            to a mean of 1, in a `Dataset` over 10 000 rows at most: it is read as needed, and so
-            may be larger than memory, but for torch's `TensorDataset` and `StackDataset` of
-            tensors, which are taken as these. None for an objective that takes no data.
-        config: Settings; for a flow perhaps several, phase by phase. A phase starts from the
-            weights, averaged if they were, that the one before ended with, or from the best so far
-            if that one ran out of `patience`. None is for the phases of `recipe` for a flow that
-            `FlowMatching` can train, and for one of ``TrainingConfig()`` otherwise, each ending
-            after three validations without a new best.
-        validation: Held-out data of the same form, or the share of the rows to hold out, at random
-            and 1000 rows at most; None or 0 trains on all, and keeps the last weights. The flow
-            ends with the weights whose negative log-likelihood of these rows, as `log_prob` gives
-            it, is lowest over all phases, also when training is interrupted from the keyboard.
-        checkpoints: Where the run is kept, if at all.
-        resume: Whether to go on with the run kept there, if there is one: to the same weights and
-            record as without the interruption, bit for bit on a CPU. A finished run is
-            given back at once. It must be the same run: settings, flow and every number of the data
-            are compared, but of a `Dataset` other than `NpyRows`, torch's `TensorDataset` and a
-            `StackDataset` of these the number of rows alone.
+            parameters are trained too. If its `takes_data` is False, `data` are contexts; without
+            contexts, each part of a step gets its part of the `draws` of the objective.
+        data: Training data, at any scale; `Data` lists the forms. `Standardize` and the like are
+            initialised from at most 10 000 rows. Weights are scaled to a mean of 1, in a `Dataset`
+            over at most 10 000 rows. A `Dataset` is read as needed, and may be larger than memory;
+            torch's `TensorDataset` and `StackDataset` of tensors count as tensors. None for an
+            objective that takes no data.
+        config: Settings; for a flow perhaps several, phase by phase. A phase starts from the final
+            weights of the phase before, averaged if it has `ema`, or from the best weights so far
+            after early stopping. None for the phases of `recipe` if `FlowMatching` can train the
+            flow, else for ``TrainingConfig()``, with a `patience` of 3.
+        validation: Validation data of the same form, or the fraction of the rows to hold out, at
+            random and 1000 rows at most; None or 0 trains on all rows, and keeps the last weights.
+            The flow ends with the weights that have the lowest negative log-likelihood of these
+            rows, by `log_prob`, over all phases, also after an interruption from the keyboard.
+        checkpoints: Folder and frequency of checkpoints; None for none.
+        resume: Whether to resume the run in the folder, if there is one: with the same weights and
+            history as without the interruption, bit for bit on a CPU. A finished run returns at
+            once. Settings, flow and all data must be the same; only the number of rows is compared
+            for a `Dataset` other than `NpyRows`, `TensorDataset` and a `StackDataset` of these.
         callbacks: Called after each step; see `Callback`.
 
     Returns:
-        The record of the run.
+        The history of the run.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -96,7 +93,7 @@ def fit(
         check_trainable("objective", objective)
         plan = None if config is None and objective is flow else make_plan(objective, config)
         all_rows = as_rows("data", data, flow) if plan is None else rows_for(plan, data, flow)
-        rows, held_out = _parted(all_rows, validation, flow)
+        rows, held_out = _split(all_rows, validation, flow)
         if plan is None:
             count = 0 if rows is None else len(rows)
             plan = make_plan(flow, usual_phases(flow, count, validated=held_out is not None))
@@ -115,24 +112,19 @@ def fit(
     return run.history
 
 
-def _parted(
+def _split(
     rows: TrainingData | None, validation: Data | float | None, flow: Flow
 ) -> tuple[TrainingData | None, TrainingData | None]:
-    """Rows to train on, and rows to validate on.
-
-    Raises:
-        TypeError: If `validation` is True or False.
-        ValueError: If it is a share out of range, or does not fit the flow.
-    """
+    """Return training rows and validation rows."""
     if validation is None:
         return rows, None
     if isinstance(validation, bool | np.bool_):
         raise TypeError(
-            f"validation must be data, or a share of the rows such as 0.1; got {validation}. "
-            "Leave it out for a tenth of the rows, and say None for none."
+            f"validation must be data, or a fraction of the rows such as 0.1; got {validation}. "
+            "Leave it out for a tenth of the rows, or set None for no validation."
         )
     if not isinstance(validation, Real) and getattr(validation, "ndim", None) != 0:
         return rows, as_rows("validation", validation, flow)
-    expected = "data, or a share of the rows in [0, 1)"
-    share = check_number("validation", validation, expected, lambda share: 0 <= share < 1)
-    return (rows, None) if rows is None or rows.contexts else held_out_of(rows, share)
+    expected = "data, or a fraction of the rows in [0, 1)"
+    fraction = check_number("validation", validation, expected, lambda part: 0 <= part < 1)
+    return (rows, None) if rows is None or rows.contexts else hold_out(rows, fraction)

@@ -1,4 +1,4 @@
-"""The record of a training run, and what is reported after each step."""
+"""History of a training run, and callbacks."""
 
 import csv
 import io
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     import matplotlib.figure
 
 WHOLE = ("step", "phase", "nfe")
-"""The columns of whole numbers."""
+"""Columns of whole numbers."""
 
 
 @dataclass(repr=False)
 class History:
-    """One entry for each step, in every column.
+    """History of a training run: columns with one entry for each step.
 
     Example:
         >>> history = History()
@@ -33,19 +33,17 @@ class History:
     step: list[int] = field(default_factory=list)
     """Steps taken, from 1, over all phases."""
     phase: list[int] = field(default_factory=list)
-    """Phase of training that the step belongs to, from 1."""
+    """Phase of the step, from 1."""
     loss: list[float] = field(default_factory=list)
-    """Loss of the minibatch by the objective of the phase, before the step."""
+    """Loss of the minibatch before the step, by the objective of the phase."""
     learning_rate: list[float] = field(default_factory=list)
     """Learning rate of the step."""
     nfe: list[int] = field(default_factory=list)
-    """Vector-field evaluations of the step, forward and backward, over all parts of its
-    minibatch."""
+    """Vector-field evaluations of the step, forward and backward, over the whole minibatch."""
     seconds: list[float] = field(default_factory=list)
-    """Wall-clock time since the start of training, validation included, without that between an
-    interruption and the resumption from a checkpoint."""
+    """Wall-clock time since the start of training, with validation, without interruptions."""
     validation: list[float] = field(default_factory=list)
-    """Negative log-likelihood of the validation data after the step, in nats; NaN if not taken."""
+    """Negative log-likelihood of the validation data after the step, in nats, or NaN."""
 
     def __repr__(self) -> str:
         last = f", loss {self.loss[-1]:.4f}" if self.loss else ""
@@ -69,7 +67,7 @@ class History:
 
     @property
     def columns(self) -> dict[str, list[Any]]:
-        """The columns by name."""
+        """Columns by name."""
         return {column.name: getattr(self, column.name) for column in fields(self)}
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -86,7 +84,7 @@ class History:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "History":
-        """Read what `save` wrote.
+        """Read the file that `save` wrote.
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -102,7 +100,7 @@ class History:
                 )
             try:
                 for row in reader:
-                    if None in row:  # what DictReader calls cells beyond the columns
+                    if None in row:  # the key of DictReader for cells beyond the columns
                         raise ValueError(f"it has more than {len(history.columns)} cells")
                     for name, column in history.columns.items():
                         column.append((int if name in WHOLE else float)(row[name]))
@@ -114,30 +112,30 @@ class History:
         return history
 
     def plot(self) -> "matplotlib.figure.Figure":
-        """Loss and validation against the step."""
+        """Plot loss and validation against the step."""
         return plot_training(self.columns)
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a callback is told."""
+    """Argument of a callback: a step of training."""
 
     phase: int
     """Number of the phase, from 1."""
     step: int
     """Steps taken, from 1, over all phases."""
     row: Mapping[str, int | float]
-    """The entry of the step in the `History`: a number for each column."""
+    """Entry of the step in the `History`: a number for each column."""
     flow: Flow
-    """The flow after the step, averaged if the phase has `ema`: to look at, not to change."""
+    """Flow after the step, averaged if the phase has `ema`; not to be changed."""
 
 
 @runtime_checkable
 class Callback(Protocol):
-    """Any callable of this form.
+    """Callable that `fit` calls after each step, and may stop the training.
 
-    It is called after each step, after the validation and before the checkpoint if they are due;
-    among several processes in the first one only.
+    It is called after a validation and before a checkpoint; of several processes, in the first
+    only.
 
     Example:
         >>> def stop_when_slow(report: StepReport) -> bool:
@@ -145,10 +143,8 @@ class Callback(Protocol):
     """
 
     def __call__(self, report: StepReport, /) -> bool | None:
-        """Look at the step; True ends the training, as if this had been its last step.
+        """Return True to end the training; this step is then validated, as the last one.
 
-        The last step is validated, also where none was due.
-
-        An error passes through `fit`, with the weights kept as for an interruption from the
+        An error passes through `fit`, which keeps the weights as after an interruption from the
         keyboard.
         """

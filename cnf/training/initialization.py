@@ -1,4 +1,4 @@
-"""What of a flow starts from the data, and the scale at which they reach the vector field."""
+"""Initialisation of a flow from training rows, and checks of the rows."""
 
 import itertools
 from typing import NamedTuple
@@ -23,17 +23,15 @@ _MOST_OF_ALL = 0.95
 
 
 class Sample(NamedTuple):
-    """Some of the training rows, of which each stands as often as it counts."""
+    """Training rows, repeated by weight; `rows` holds each once. No rows without data."""
 
     x: Tensor | None = None
-    """None for a flow that is trained without data."""
     context: Tensor | None = None
     rows: Tensor | None = None
-    """The rows that are in `x`, each once."""
 
 
 def sample_of(rows: TrainingData | None) -> Sample:
-    """Training rows for statistics, evenly from first to last."""
+    """Return training rows for statistics, evenly from first to last."""
     if rows is None:
         return Sample()
     x, context, weight = rows.some(_ROWS)
@@ -52,16 +50,15 @@ def _refuse_single(name: str, weight: Tensor) -> None:
     share = weight.max() / weight.sum()
     if share > _MOST_OF_ALL:
         raise ValueError(
-            f"the weights of {name} must not leave nearly all to a single row; one has {share:.4%} "
-            "of all, and the best density of a single row is infinite at it."
+            f"the weights of {name} must not be nearly all in a single row; one has {share:.4%} of "
+            "the total, and the best density of a single row is infinite at it."
         )
 
 
 def initialize(flow: Flow, sample: Sample) -> None:
-    """Set what starts from data, such as `Standardize`, from training rows.
+    """Initialise `Standardize` and the like from training rows.
 
-    A flow that is trained without data keeps its points at the scale that they have; contexts, if
-    it is trained on these, are scaled all the same.
+    Without data, `Standardize` is set to the identity; contexts are scaled all the same.
     """
     x, context = sample.x, sample.context
     if x is None:
@@ -73,21 +70,16 @@ def initialize(flow: Flow, sample: Sample) -> None:
     elif flow.chain.needs_initialization or flow.base.needs_initialization:
         if any(parameter.grad is not None for parameter in flow.parameters()):
             warn(
-                "the flow has been trained, or at least differentiated, before it was given the "
-                "scale of its data. fit sets that now, and weights that were trained without it "
-                "lose their meaning: call flow.initialize(x, context) before a training loop of "
-                "your own."
+                "the flow has been trained, or at least differentiated, before it was initialised "
+                "from data. fit initialises it now, which changes the meaning of weights that were "
+                "trained before: call flow.initialize(x, context) before a training loop of your "
+                "own."
             )
         flow.initialize(x, context, generator=torch.Generator(x.device).manual_seed(0))
 
 
 def check_sample(name: str, flow: Flow, sample: Sample) -> None:
-    """Refuse constant columns of real vectors, and warn where a likelihood would say little.
-
-    Raises:
-        ValueError: If a column is constant, or one of data or context varies by less than its dtype
-            can tell.
-    """
+    """Refuse columns that are constant up to rounding, and warn of repeated and fill values."""
     if sample.context is not None and len(sample.context) > 1:
         column_moments("context", sample.context)
     if sample.rows is None or len(flow.event_shape) != 1 or len(sample.rows) < 2:
@@ -100,7 +92,7 @@ def check_sample(name: str, flow: Flow, sample: Sample) -> None:
 
 
 def _columns(flow: Flow) -> list[constraints.Constraint]:
-    """What each entry of a vector may be."""
+    """Return the support of each entry of a vector."""
     support = flow.support
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
@@ -109,7 +101,7 @@ def _columns(flow: Flow) -> list[constraints.Constraint]:
 
 @torch.no_grad()
 def warn_if_far_from_standard(flow: Flow, sample: Sample) -> None:
-    """Warn if the data reach the first vector field at another scale than it starts from."""
+    """Warn if the data have a root mean square far from 1 at the first vector field."""
     x, context = sample.x, sample.context
     if x is None:
         return

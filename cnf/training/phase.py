@@ -1,4 +1,4 @@
-"""One phase of training: a step, and all that the next one depends on."""
+"""Phase of training: optimiser, steps and state."""
 
 import math
 from collections.abc import Iterator
@@ -22,29 +22,16 @@ _WARM_UP = 0.02
 
 
 class Part(NamedTuple):
-    """A part of a minibatch, of those that one process takes."""
+    """Part of a minibatch: its number, weight in the loss, rows, and draws without rows."""
 
     number: int
-    """Its number among the parts of all processes."""
-    share: float
-    """Its share of the rows of the minibatch."""
+    weight: float
     batch: Batch
-    """Its rows."""
     draws: int | None = None
-    """How many of the draws of an objective without rows, where they are shared out."""
 
 
 class Phase:
-    """A phase under way: the optimiser, the average of the weights and how far it has come.
-
-    Args:
-        objective: What is minimised.
-        flow: The flow that it trains.
-        config: Settings.
-        number: Number of the phase, from 1.
-        rows: What it is trained on, if on anything.
-        processes: Who takes part.
-    """
+    """Running phase of training: the optimiser, the averaged weights and the progress."""
 
     def __init__(
         self,
@@ -64,7 +51,7 @@ class Phase:
         self.processes = processes
         self.step = 0
         self.stale_validations = 0
-        self.good = snapshot(objective)
+        self.good = copy_of_tensors(objective)
         self._parameters = list(objective.parameters())
         self._now = list(objective.state_dict().values())
         # One call for all weights: one for each would take a third of a step of flow matching.
@@ -78,18 +65,18 @@ class Phase:
 
     @property
     def result(self) -> Flow:
-        """What is validated and kept: the averaged flow if there is one."""
+        """Flow to validate and keep: the averaged flow if there is one."""
         return self.flow if self.averaged is None else self.averaged.flow
 
     @property
     def is_out_of_patience(self) -> bool:
-        """Whether too many validations in a row brought no new best."""
+        """Whether early stopping is due."""
         patience = self.config.patience
         return patience is not None and self.stale_validations >= patience
 
     @property
     def is_over(self) -> bool:
-        """Whether there is no further step to take."""
+        """Whether the phase has taken its last step."""
         return self.step >= self.config.steps or self.is_out_of_patience
 
     @property
@@ -98,7 +85,7 @@ class Phase:
         return self.step % self.config.validate_every == 0 or self.step == self.config.steps
 
     def advance(self) -> dict[str, Any]:
-        """Take one step; the weights that it starts from are good if they get through it.
+        """Take one step; its initial weights become `good` if loss and gradient are finite.
 
         Raises:
             NotFiniteError: If the loss or its gradient is not finite.
@@ -120,12 +107,12 @@ class Phase:
         return {"loss": loss, "learning_rate": rate, "nfe": int(nfe)}
 
     def fall_back(self) -> None:
-        """Leave the last good weights in the flow, alone: an average may hold some that failed."""
-        restore(self.objective, self.good)
+        """Restore the last good weights, and drop the average, which may hold bad ones."""
+        self.objective.load_state_dict(self.good)
         self.averaged = None
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next step depends on, but the objective itself."""
+        """Return the state of the phase, without the objective."""
         return {
             "step": self.step,
             "stale_validations": self.stale_validations,
@@ -135,11 +122,7 @@ class Phase:
         }
 
     def check_state(self, state: dict[str, Any]) -> None:
-        """Refuse what `state_dict` cannot have given.
-
-        Raises:
-            ValueError: If so.
-        """
+        """Refuse a state that `state_dict` cannot have returned."""
         expected = self.state_dict()
         optimizer = expected.pop("optimizer")
         check_form("its phase", {**state, "optimizer": None}, {**expected, "optimizer": None})
@@ -159,7 +142,7 @@ class Phase:
             check_form("the settings of its optimizer", {k: found[k] for k in known}, known)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Restore a `state_dict`."""
         self.step = state["step"]
         self.stale_validations = state["stale_validations"]
         for name, value in state["good"].items():
@@ -169,7 +152,7 @@ class Phase:
             self.averaged.load_state_dict(state["averaged"])
 
     def _gradients(self) -> tuple[float, float]:
-        """Add up the gradients of the parts of this process; its share of the loss, and the nfe."""
+        """Accumulate gradients over the parts of this process; return their loss and nfe."""
         device = self.processes.device
         coarse = self.config.precision == "bfloat16"
         total = 0.0
@@ -183,7 +166,7 @@ class Phase:
                     device=device,
                 )
                 with torch.autocast(device.type, torch.bfloat16, enabled=coarse):
-                    loss = part.share * self.objective(
+                    loss = part.weight * self.objective(
                         part.batch.x,
                         part.batch.context,
                         weight=part.batch.weight,
@@ -214,7 +197,7 @@ class Phase:
             yield Part(number, len(rows) / len(indices), self.rows.take(rows))
 
     def _schedule(self) -> float:
-        """Factor of the learning rate at this step."""
+        """Return the factor of the learning rate at this step."""
         steps, done = self.config.steps, self.step - 1
         warm_up = max(1, round(_WARM_UP * steps))
         if done < warm_up:
@@ -225,20 +208,11 @@ class Phase:
 
 
 def check_finite(name: str, value: float) -> None:
-    """Refuse NaN and infinity.
-
-    Raises:
-        NotFiniteError: If it is one of them.
-    """
+    """Raise a NotFiniteError for NaN and infinity."""
     if not math.isfinite(value):
         raise NotFiniteError(f"the {name} is {value}")
 
 
-def snapshot(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of the tensors of a module."""
+def copy_of_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of the state dict of a module."""
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
-
-
-def restore(module: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Put back what `snapshot` copied."""
-    module.load_state_dict(weights)

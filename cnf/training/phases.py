@@ -1,4 +1,4 @@
-"""The phases of training: their settings, objectives and checks."""
+"""Build and validate the training phases."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,15 +23,16 @@ _ROWS_OF_A_LIKELIHOOD_STEP = 60
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Flow matching with an average of the weights, then maximum likelihood at a loose tolerance.
+    """Training in two phases: flow matching with averaged weights, then maximum likelihood.
 
-    A step of matching takes one evaluation of the network for each row, and so brings a flow near
-    the data soon; likelihood then improves what is judged. Both rates decay to zero. Validation, if
-    there are data for it, takes place five times in each phase.
+    A step of flow matching takes one evaluation of the network for each row, so it fits a flow
+    roughly in little time; maximum likelihood, at a loose tolerance, then improves the reported
+    likelihood. Both learning rates decay to zero. There are five validations in each phase, if
+    there are validation data.
 
     Raises:
         TypeError: If a count is not an int.
-        ValueError: If a setting is out of range, or both phases are left out.
+        ValueError: If a setting is out of range, or both phases have 0 steps.
 
     References:
         Lipman et al. (2023), Flow Matching for Generative Modeling.
@@ -43,17 +44,16 @@ class Recipe:
     """
 
     matching_steps: int | None = None
-    """Steps of flow matching; 0 to leave it out; None for one for each row, but 50 at least and
-    12 000 at most."""
+    """Steps of flow matching; 0 for none; None for one step for each row, from 50 to 12 000."""
     likelihood_steps: int | None = None
-    """Steps of maximum likelihood after them, each of which takes as long as fifty of matching; 0
-    to leave it out; None for one for each 60 rows, but 5 at least and 200 at most."""
+    """Steps of maximum likelihood, each as long as about fifty of flow matching; 0 for none; None
+    for one step for each 60 rows, from 5 to 200."""
     batch_size: int = TrainingConfig.batch_size
     """Rows of a minibatch; all rows if there are fewer."""
     learning_rate: float = TrainingConfig.learning_rate
-    """Peak learning rate of matching; likelihood has a quarter of it."""
+    """Peak learning rate of flow matching; maximum likelihood has a quarter of it."""
     seed: int = TrainingConfig.seed
-    """Seed of the order of the rows and of everything that the objectives draw."""
+    """Seed of the order of the rows and of the random numbers of the objectives."""
 
     def __post_init__(self) -> None:
         for name in ("matching_steps", "likelihood_steps"):
@@ -68,14 +68,14 @@ class Recipe:
     def phases(
         self, rows: int | None = None, *, patience: int | None = None, progress: bool = True
     ) -> tuple[TrainingConfig, ...]:
-        """The phases of training on so many rows; `recipe` documents the arguments."""
+        """Return the phases of training on so many rows; `recipe` documents the arguments."""
         if rows is not None:
             check_count("rows", rows)
         matching, likelihood = self.matching_steps, self.likelihood_steps
         if matching is None:
-            matching = _following(rows, _MATCHING_STEPS)
+            matching = _steps_for(rows, _MATCHING_STEPS)
         if likelihood is None:
-            likelihood = _following(rows, _LIKELIHOOD_STEPS, _ROWS_OF_A_LIKELIHOOD_STEP)
+            likelihood = _steps_for(rows, _LIKELIHOOD_STEPS, _ROWS_OF_A_LIKELIHOOD_STEP)
         phases = (
             (partial(FlowMatching, times="late"), matching, self.learning_rate, 0.999),
             (MaximumLikelihood, likelihood, self.learning_rate / 4, 0.99),
@@ -108,16 +108,16 @@ def recipe(
     seed: int = Recipe.seed,
     progress: bool = True,
 ) -> tuple[TrainingConfig, ...]:
-    """The phases of a `Recipe`, which documents the settings and errors.
+    """Return the phases of a `Recipe`, which documents the other settings and errors.
 
     Args:
-        rows: Number of rows to train on, which the numbers of steps follow, because few rows are
-            soon learnt by heart; None for many.
+        rows: Number of training rows, which sets the numbers of steps, because a flow soon overfits
+            few rows; None for many.
         matching_steps: As in `Recipe`.
         likelihood_steps: As in `Recipe`.
         batch_size: As in `Recipe`.
         learning_rate: As in `Recipe`.
-        patience: Validations without a new best after which a phase ends early.
+        patience: Validations without a new best before early stopping of a phase.
         seed: As in `Recipe`.
         progress: Whether to show progress bars.
 
@@ -137,8 +137,8 @@ def recipe(
     return settings.phases(rows, patience=patience, progress=progress)
 
 
-def _following(rows: int | None, bounds: tuple[int, int], rows_of_a_step: int = 1) -> int:
-    """Steps for a number of rows, within bounds; the upper one if it is not known."""
+def _steps_for(rows: int | None, bounds: tuple[int, int], rows_of_a_step: int = 1) -> int:
+    """Return the steps for a number of rows, within bounds; the upper bound for None."""
     least, most = bounds
     return most if rows is None else min(most, max(least, rows // rows_of_a_step))
 
@@ -150,11 +150,7 @@ Plan = Sequence[tuple[Objective, TrainingConfig]]
 
 
 def flow_of(objective: Flow | Objective) -> Flow:
-    """The flow that is trained.
-
-    Raises:
-        TypeError: If there is none.
-    """
+    """Return the flow of an objective, or the flow itself."""
     if not isinstance(objective, Flow | Objective):
         raise TypeError(
             "objective must be a cnf.Flow or a cnf.objectives.Objective; got "
@@ -165,7 +161,7 @@ def flow_of(objective: Flow | Objective) -> Flow:
 
 
 def usual_phases(flow: Flow, rows: int, *, validated: bool) -> Sequence[TrainingConfig]:
-    """`recipe` where flow matching can train the flow, else maximum likelihood alone."""
+    """Return the default phases: `recipe` if flow matching can train the flow, else likelihood."""
     patience = _PATIENCE if validated else None
     if flow.only_ode is None:
         return (TrainingConfig(patience=patience),)
@@ -175,14 +171,7 @@ def usual_phases(flow: Flow, rows: int, *, validated: bool) -> Sequence[Training
 def make_plan(
     objective: Flow | Objective, config: TrainingConfig | Sequence[TrainingConfig] | None
 ) -> Plan:
-    """The phases in order; for a flow, with the objectives that the settings name.
-
-    None stands for ``TrainingConfig()``.
-
-    Raises:
-        TypeError: If something has the wrong type.
-        ValueError: If there is nothing to train, or there are several phases for one objective.
-    """
+    """Return the phases in order, with their objectives; None stands for ``TrainingConfig()``."""
     if config is None:
         config = TrainingConfig()
     if not isinstance(objective, Flow):
@@ -196,7 +185,7 @@ def make_plan(
         for each in configs:
             if not isinstance(each, TrainingConfig):
                 raise _wrong_config(each, "or several")
-        plan = [(_made(each, objective), each) for each in configs]
+        plan = [(_build(each, objective), each) for each in configs]
     for made, _ in plan:
         if not any(parameter.requires_grad for parameter in made.parameters()):
             raise ValueError("objective must have parameters to train; got none.")
@@ -204,12 +193,7 @@ def make_plan(
 
 
 def rows_for(plan: Plan, data: Any, flow: Flow) -> TrainingData | None:
-    """The data as rows, or as contexts for objectives that take no data.
-
-    Raises:
-        TypeError: If the data have no form that fits.
-        ValueError: If some objectives take data and others do not, or the data do not fit.
-    """
+    """Return the data as rows, or as contexts for objectives that take no data."""
     takers = {objective.takes_data for objective, _ in plan}
     if len(takers) > 1:
         raise ValueError("phases must all take data, or none may; train in two calls of fit.")
@@ -231,11 +215,7 @@ def check_plan(
     validation: TrainingData | None,
     processes: Processes,
 ) -> None:
-    """Refuse settings that do not fit the flow, the data or the number of processes.
-
-    Raises:
-        ValueError: If there are any.
-    """
+    """Refuse settings that do not fit the flow, the data or the number of processes."""
     dtype = reference_tensor(flow).dtype
     for objective, config in plan:
         if config.patience is not None and validation is None:
@@ -262,7 +242,7 @@ def check_plan(
             )
 
 
-def _made(config: TrainingConfig, flow: Flow) -> Objective:
+def _build(config: TrainingConfig, flow: Flow) -> Objective:
     objective = config.objective(flow)
     if not isinstance(objective, Objective) or objective.flow is not flow:
         raise TypeError(

@@ -1,4 +1,4 @@
-"""A run: its phases in order, the record, and the weights to keep."""
+"""Training run: phases, history, checkpoints and the best weights."""
 
 import contextlib
 import copy
@@ -24,7 +24,7 @@ from cnf.training.data import TrainingData
 from cnf.training.distributed import OtherProcessError, Processes
 from cnf.training.fingerprint import fingerprint
 from cnf.training.history import WHOLE, Callback, History, StepReport
-from cnf.training.phase import Phase, check_finite, restore, snapshot
+from cnf.training.phase import Phase, check_finite, copy_of_tensors
 from cnf.training.phases import Plan
 from cnf.training.validation import negative_log_likelihood
 
@@ -34,8 +34,8 @@ _FAILURES = (NotFiniteError, ODEError, OtherProcessError, TargetError)
 class TrainingError(RuntimeError):
     """Training stopped because a loss, gradient or target was not finite, or a solve failed.
 
-    The flow holds the weights of the best validation or, without one, the last good weights, those
-    that last gave a finite loss and gradient; `history` holds the steps before the one that failed.
+    The flow holds the weights of the best validation or, without validation, the last weights with
+    a finite loss and gradient; `history` holds the steps before the failed one.
     """
 
     def __init__(self, message: str, history: History) -> None:
@@ -47,16 +47,7 @@ class TrainingError(RuntimeError):
 
 
 class Run:
-    """One call of `fit`.
-
-    Args:
-        plan: Objectives and settings, phase by phase.
-        flow: The flow to train.
-        rows: What it is trained on, if on anything.
-        validation: Held-out rows.
-        processes: Who takes part.
-        callbacks: Called after each step.
-    """
+    """Training run: one call of `fit`."""
 
     def __init__(
         self,
@@ -83,7 +74,7 @@ class Run:
         self._started = 0.0
 
     def keep_in(self, checkpoints: Checkpoints, *, resume: bool) -> None:
-        """Keep the run in a folder; go on with the one that is there, if there is and is to be.
+        """Write checkpoints to a folder; with `resume`, load the run in it if there is one.
 
         Raises:
             FileExistsError: If the folder holds a run, and `resume` is false.
@@ -97,14 +88,14 @@ class Run:
         file, state = found
         try:
             self._load_state_dict(state)
-        except Exception as error:  # whatever a crafted file makes torch raise
+        except Exception as error:  # a crafted file makes torch raise anything
             raise ValueError(
                 f"{str(file)!r} holds no state of this run ({str(error) or error!r}). Restore it "
                 "from a copy, or remove it to go on from the one before."
             ) from error
 
     def go(self) -> None:
-        """Train, and leave in the flow what is to be kept, however the training ends."""
+        """Train, and leave the weights to keep in the flow, also after an error."""
         seconds_before = self.history.seconds[-1] if self.history.seconds else 0.0
         self._started = time.perf_counter() - seconds_before
         try:
@@ -113,18 +104,14 @@ class Run:
                     self._go_through(self.phase or self._begin())
                 self._write_checkpoint()
         finally:
-            restore(self.flow, self._kept())
+            self.flow.load_state_dict(self._weights_to_keep())
             for objective, _ in self.plan:
                 objective.zero_grad()
             if self.folder is not None and self.processes.is_first:
                 self.folder.close(self.history)
 
     def _load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint, of which all is checked before anything changes.
-
-        Raises:
-            ValueError: If it has another form than `_state_dict` gives.
-        """
+        """Restore a checkpoint, after checks of its whole form."""
         self._check_numbers(state)
         history = _history_of(state["history"])
         objective, _ = self.plan[min(state["finished_phases"], len(self.plan) - 1)]
@@ -150,7 +137,7 @@ class Run:
             raise ValueError("its best validation is NaN")
 
     def _state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds: all that the rest of the run depends on."""
+        """Return the state of the run for a checkpoint."""
         return {
             "history": {name: _as_tensor(column) for name, column in self.history.columns.items()},
             "finished_phases": self.finished_phases,
@@ -163,7 +150,7 @@ class Run:
 
     @property
     def _objective(self) -> Objective:
-        """That of the phase under way, or of the last one."""
+        """Objective of the running phase, or of the last one."""
         return self.plan[min(self.finished_phases, len(self.plan) - 1)][0]
 
     def _begin(self) -> Phase:
@@ -179,11 +166,14 @@ class Run:
         return self.phase
 
     def _go_through(self, phase: Phase) -> None:
-        """Take the steps of a phase, and leave in the flow what the next one starts from."""
+        """Take the steps of a phase, and leave the initial weights of the next one in the flow."""
         with self._progress_bar(phase) as bar:
             while not (phase.is_over or self.stopped):
                 self._take_step(phase, bar)
-        restore(self.flow, self._kept() if phase.is_out_of_patience else snapshot(phase.result))
+        best = phase.is_out_of_patience
+        self.flow.load_state_dict(
+            self._weights_to_keep() if best else copy_of_tensors(phase.result)
+        )
         self.finished_phases = len(self.plan) if self.stopped else phase.number
         self.phase = None
 
@@ -202,18 +192,18 @@ class Run:
         if self.stopped and not phase.is_validated:
             with self._keeping_good_weights(phase):
                 self.history.validation[-1] = self._validate(phase)
-        # Last, so that a run that resumes from here has nothing of this step left to do.
+        # Last, so that nothing of this step is left to do when the run resumes.
         if self.folder is not None and step % self.folder.every == 0:
             self._write_checkpoint()
 
     def _validate(self, phase: Phase) -> float:
-        """Negative log-likelihood of the validation data, in nats, if there are; keep the best."""
+        """Return the negative log-likelihood of validation data, or NaN; keep the best weights."""
         if self.validation is None:
             return math.nan
         nll = negative_log_likelihood(phase.result, self.validation, self.processes)
         check_finite("validation loss", nll)
         if nll < self.best_nll:
-            self.best, self.best_nll = snapshot(phase.result), nll
+            self.best, self.best_nll = copy_of_tensors(phase.result), nll
             phase.stale_validations = 0
         else:
             phase.stale_validations += 1
@@ -232,20 +222,20 @@ class Run:
             lambda: True in [bool(callback(report)) for callback in self.callbacks]
         )
 
-    def _kept(self) -> dict[str, Tensor]:
-        """The weights that the flow gets in the end, if it is now."""
-        return self.best or snapshot(self.flow if self.phase is None else self.phase.result)
+    def _weights_to_keep(self) -> dict[str, Tensor]:
+        """Return the best weights or, without validation, the present ones."""
+        return self.best or copy_of_tensors(self.flow if self.phase is None else self.phase.result)
 
     def _write_checkpoint(self) -> None:
         folder = self.folder
         if folder is not None:
             kept = copy.deepcopy(self.flow)
-            restore(kept, self._kept())
+            kept.load_state_dict(self._weights_to_keep())
             self.processes.from_first(lambda: folder.write(self._state_dict(), self.history, kept))
 
     @contextlib.contextmanager
     def _keeping_good_weights(self, phase: Phase) -> Iterator[None]:
-        """Leave the last good weights in the flow if the step fails."""
+        """Restore the last good weights in the flow if the step fails."""
         try:
             yield
         except Exception as error:
@@ -265,13 +255,13 @@ class Run:
 
 
 def _in_words(config: TrainingConfig) -> str:
-    """The settings but the objective, which may have been made without them."""
+    """Describe the settings but the objective, which may not come from them."""
     names = [field.name for field in dataclasses.fields(config) if field.name != "objective"]
     return ", ".join(f"{name}={getattr(config, name)!r}" for name in names)
 
 
 def _history_of(columns: dict[str, Tensor]) -> History:
-    """The record that `_as_tensor` made tensors of."""
+    """Return the history from the tensors of a checkpoint."""
     steps = len(columns["step"])
     whole, real = torch.empty(steps, dtype=torch.int64), torch.empty(steps, dtype=torch.float64)
     expected = {name: whole if steps == 0 or name in WHOLE else real for name in History().columns}

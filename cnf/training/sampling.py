@@ -1,7 +1,7 @@
-"""Everything random in training, as a function of the seed and the step alone.
+"""Random numbers of training, as functions of the seed and the step.
 
-No generator lives from one step to the next. So a run that resumes needs none of its state, and
-processes that share a minibatch draw what one process draws that takes its parts in turn.
+No generator lives from one step to the next. So a run resumes without its state, and several
+processes draw the same numbers for the parts of a minibatch as one process.
 """
 
 import torch
@@ -12,15 +12,9 @@ _ORDER, _DRAWS, _VALIDATION = range(3)
 
 
 class MinibatchSampler:
-    """Which rows make the minibatch of each step: all once in an epoch, then in a new order.
+    """Sampler of minibatches without replacement, in a new order in each epoch.
 
-    Rows that fill no minibatch at the end of an epoch wait for the next one.
-
-    Args:
-        rows: Number of rows.
-        batch_size: Rows of a minibatch; all rows if there are fewer.
-        seed: Seed of the phase.
-        phase: Number of the phase.
+    The last rows of an epoch, too few for a minibatch, are left out.
     """
 
     def __init__(self, rows: int, batch_size: int, *, seed: int, phase: int) -> None:
@@ -31,7 +25,7 @@ class MinibatchSampler:
         self._epoch = (-1, torch.empty(0))
 
     def minibatch(self, step: int) -> Tensor:
-        """Indices of the rows of a step, counted from 1."""
+        """Return the indices of the rows of a step, counted from 1."""
         epoch, position = divmod(step - 1, self.rows // self.batch_size)
         if self._epoch[0] != epoch:
             shuffle = _generator(self.seed, (_ORDER, self.phase, epoch))
@@ -40,12 +34,12 @@ class MinibatchSampler:
 
 
 def draws(seed: int, *, phase: int, step: int, part: int, device: torch.device) -> torch.Generator:
-    """What the objective draws from for one part of the minibatch of a step."""
+    """Return the generator of the objective for one part of the minibatch of a step."""
     return _generator(seed, (_DRAWS, phase, step, part), device)
 
 
 def validation_draws(chunk: int, device: torch.device) -> torch.Generator:
-    """What is drawn from for a chunk of the rows at a validation: the same at each."""
+    """Return the generator for a chunk of the validation rows, the same in each validation."""
     return _generator(0, (_VALIDATION, chunk), device)
 
 

@@ -1,4 +1,4 @@
-"""The negative log-likelihood of held-out rows."""
+"""Negative log-likelihood of validation rows."""
 
 import math
 
@@ -16,18 +16,14 @@ _ROWS = 8192
 
 @torch.no_grad()
 def negative_log_likelihood(flow: Flow, rows: TrainingData, processes: Processes) -> float:
-    """Weighted mean of ``-flow.log_prob(x, context)``, in nats, in chunks shared by the processes.
+    """Return the weighted mean of ``-flow.log_prob(x, context)`` in nats, over all processes.
 
-    The chunks, and what is drawn for each, are the same for any number of processes.
-
-    Raises:
-        ValueError: If all weights are 0.
-        ODEError: If a solve fails.
+    The chunks, and their random numbers, are the same for any number of processes.
     """
     device = reference_tensor(flow).device
     chunks = torch.arange(len(rows)).tensor_split(math.ceil(len(rows) / _ROWS))
 
-    def of_share() -> tuple[float, float]:
+    def sums_of_chunks() -> tuple[float, float]:
         total, weights = 0.0, 0.0
         for number in processes.share(len(chunks)).tolist():
             x, context, weight = rows.take(chunks[number])
@@ -39,7 +35,7 @@ def negative_log_likelihood(flow: Flow, rows: TrainingData, processes: Processes
             weights += weight.sum().item()
         return total, weights
 
-    total, weights = processes.sums(of_share)
+    total, weights = processes.sums(sums_of_chunks)
     if not weights > 0:
         raise ValueError(f"the weights of {rows.name} must not all be 0.")
     return total / weights

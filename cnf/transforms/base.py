@@ -1,4 +1,4 @@
-"""A transform: one step of a flow between data and base."""
+"""Base class of transforms between data and base."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from cnf.regularizers import CostRate
 from cnf.vector_fields.conditioning import context_scalings
 
 WithLadj: TypeAlias = tuple[Tensor, Tensor]
-"""What a hook returns: the moved points, and the ladj of each."""
+"""Result of a hook: the moved points, and the ladj of each."""
 
 _HOOKS = {
     "to_base_and_ladj": "_to_base(x, context, generator), which returns z and ladj",
@@ -27,25 +27,24 @@ _HOOKS = {
     ),
     "initialize": "_initialize(x, context, generator), called while needs_initialization is true",
 }
-"""What a subclass writes in place of each final method."""
+"""Hook of a subclass for each final method."""
 
 
 class Transform(nn.Module, ABC):
-    """A map between data and base that reports its contribution to the log-likelihood.
+    """Map between data and base with its contribution to the log-likelihood, the ladj.
 
-    The base side is always vectors, ``(*batch, base_features)``. The data side is vectors too,
-    ``(*batch, features)``, unless `event_shape` says otherwise, as for images.
+    The base side is always vectors, ``(*batch, base_features)``; so is the data side, ``(*batch,
+    features)``, unless it has another `event_shape`, such as images.
 
-    The public methods are final; a subclass writes hooks. `_to_base` and `_to_data` are given the
-    points, the context (or None) and the generator, and return the moved points and the ladj.
-    `_to_base_value` and `_to_data_value` return the points alone, for a transform whose ladj costs
-    more than them; `_to_base_with_costs` is for one that follows a path. A transform that starts
+    The public methods are final; a subclass writes hooks. `_to_base` and `_to_data` get the points,
+    the context (or None) and the generator, and return the moved points and the ladj.
+    `_to_base_value` and `_to_data_value` return the points alone, if that costs less;
+    `_to_base_with_costs` is for a transform that follows a path. A transform that is initialised
     from data writes `needs_initialization` and `_initialize`.
 
-    A transform that is no bijection of real vectors says so by its attributes. Where z is drawn,
-    given x, the ladj is that of a lower bound; where x is drawn, given z, a surjection has an exact
-    likelihood, whose contribution stands in place of a log-determinant (Nielsen et al., 2020, table
-    1).
+    A transform that is no bijection of real vectors declares it by its attributes. If z is drawn
+    given x, the ladj gives a lower bound; if x is drawn given z, a surjection has an exact
+    likelihood, with a contribution instead of a log-determinant (Nielsen et al., 2020, table 1).
 
     Args:
         features: Number of entries of x.
@@ -67,7 +66,7 @@ class Transform(nn.Module, ABC):
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Refuse a class that overrides a final method, whose hook it would have to write."""
+        """Refuse a class that overrides a final method."""
         super().__init_subclass__(**kwargs)
         refuse_overrides(cls, Transform, _HOOKS)
 
@@ -88,22 +87,22 @@ class Transform(nn.Module, ABC):
 
     @property
     def support(self) -> constraints.Constraint | None:
-        """Which vectors x may be; None where that is for the next transform to say."""
+        """Constraint on x; None for the support of the next transform."""
         return constraints.real_vector
 
     @property
     def codomain(self) -> constraints.Constraint | None:
-        """Which vectors z may be; None for the same numbers as those of x."""
+        """Constraint on z; None for the support of x."""
         return None if self.support is None else constraints.real_vector
 
     @property
     def stochastic_to_base(self) -> bool:
-        """Whether z is drawn, given x."""
+        """Whether z is drawn given x."""
         return False
 
     @property
     def stochastic_to_data(self) -> bool:
-        """Whether x is drawn, given z."""
+        """Whether x is drawn given z."""
         return False
 
     @property
@@ -114,11 +113,11 @@ class Transform(nn.Module, ABC):
 
     @property
     def likelihood(self) -> Likelihood:
-        """What the ladj of this transform is.
+        """Kind of likelihood, by default from the sizes and draws.
 
-        Here what the sizes and draws allow: a lower bound where z is drawn; for a map to fewer
-        numbers, from which x is not drawn, the density on the surface that `to_data` covers; for
-        one to more numbers, which are not drawn, no likelihood; exact otherwise.
+        "lower_bound" if z is drawn; "not_a_likelihood" for more entries of z than of x;
+        "on_manifold", the density on the surface that `to_data` covers, for fewer entries of z from
+        which x is not drawn; else "exact".
         """
         if self.stochastic_to_base:
             return "lower_bound"
@@ -130,7 +129,7 @@ class Transform(nn.Module, ABC):
 
     @property
     def needs_initialization(self) -> bool:
-        """Whether something is still to be set from data by `initialize`."""
+        """Whether `initialize` must still set something from data."""
         return any(scaling.needs_initialization for scaling in context_scalings(self))
 
     @final
@@ -138,10 +137,10 @@ class Transform(nn.Module, ABC):
     def initialize(
         self, x: Events, context: Context | None = None, *, generator: Generator | None = None
     ) -> None:
-        """Set what depends on the data from these rows. Once only: later calls change nothing.
+        """Initialise from rows of data, once: later calls change nothing.
 
         Raises:
-            ValueError: If these rows do not do, such as too few of them.
+            ValueError: If these rows do not suffice.
         """
         if self.needs_initialization:
             self._initialize(x, context, generator)
@@ -150,7 +149,7 @@ class Transform(nn.Module, ABC):
     def to_base_and_ladj(
         self, x: Events, context: Context | None = None, *, generator: Generator | None = None
     ) -> tuple[BaseRows, Values]:
-        """Towards the base: z and the ladj of each row, in nats.
+        """Map data to base: z and the ladj of each row, in nats.
 
         The ladj is log|det dz/dx| for a bijection, else the contribution to the log-likelihood.
         """
@@ -160,21 +159,21 @@ class Transform(nn.Module, ABC):
     def to_data_and_ladj(
         self, z: BaseRows, context: Context | None = None, *, generator: Generator | None = None
     ) -> tuple[Events, Values]:
-        """Towards the data: x and minus the ladj of the way back, in nats, for each row."""
+        """Map base to data: x and minus the ladj of x to z, in nats, for each row."""
         return self._to_data(z, context, generator)
 
     @final
     def to_base(
         self, x: Events, context: Context | None = None, *, generator: Generator | None = None
     ) -> BaseRows:
-        """Towards the base, without the ladj and its cost."""
+        """Map data to base, without the cost of the ladj."""
         return self._to_base_value(x, context, generator)
 
     @final
     def to_data(
         self, z: BaseRows, context: Context | None = None, *, generator: Generator | None = None
     ) -> Events:
-        """Towards the data, without the ladj and its cost."""
+        """Map base to data, without the cost of the ladj."""
         return self._to_data_value(z, context, generator)
 
     @final
@@ -186,17 +185,15 @@ class Transform(nn.Module, ABC):
         regularizers: Sequence[CostRate],
         generator: Generator | None = None,
     ) -> tuple[BaseRows, Values, Costs]:
-        """Towards the base: z, ladj and the cost of the path by each regularizer, 0 without one."""
+        """Map data to base: z, ladj and the cost of the path by each regularizer, or 0."""
         return self._to_base_with_costs(x, context, generator, regularizers)
 
     @final
     def contributions(self, x: Rows, context: Context | None = None) -> Rows:
-        """The contribution of each feature to the log-likelihood, in nats; their sum is the ladj.
-
-        Known of transforms that take each feature alone and draw nothing.
+        """Return the contribution of each feature to the log-likelihood, in nats; the sum is ladj.
 
         Raises:
-            NotImplementedError: If this transform is of another kind.
+            NotImplementedError: If this transform is not elementwise, or draws.
         """
         return self._contributions(x, context)
 
@@ -211,13 +208,13 @@ class Transform(nn.Module, ABC):
     def _to_base_value(
         self, x: Tensor, context: Tensor | None, generator: Generator | None
     ) -> Tensor:
-        """Hook: z alone, where that costs less."""
+        """Hook: z alone, if that costs less."""
         return self._to_base(x, context, generator)[0]
 
     def _to_data_value(
         self, z: Tensor, context: Tensor | None, generator: Generator | None
     ) -> Tensor:
-        """Hook: x alone, where that costs less."""
+        """Hook: x alone, if that costs less."""
         return self._to_data(z, context, generator)[0]
 
     def _to_base_with_costs(
@@ -227,7 +224,7 @@ class Transform(nn.Module, ABC):
         generator: Generator | None,
         regularizers: Sequence[CostRate],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Hook: z, ladj and costs, where the way to the base is a path."""
+        """Hook: z, ladj and costs of a path."""
         z, ladj = self._to_base(x, context, generator)
         return z, ladj, x.new_zeros(len(regularizers), *ladj.shape)
 
@@ -239,6 +236,6 @@ class Transform(nn.Module, ABC):
         )
 
     def _initialize(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> None:
-        """Hook: set what depends on the data; here scalings of the context."""
+        """Hook: initialise from data; here scalings of the context."""
         for scaling in context_scalings(self):
             scaling.initialize(context)

@@ -1,4 +1,4 @@
-"""A chain of transforms, from data to base: what its parts must agree on, and the way through."""
+"""Chain of transforms, from data to base, with the checks that its parts fit together."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,14 +16,14 @@ from cnf.transforms.support.constraints import covers
 
 
 class Chain(Transform):
-    """Transforms one after the other, from data to base: a transform, and the sequence of them.
+    """Composition of transforms, from data to base: a transform, and a sequence of transforms.
 
-    The transforms are its children ``0``, ``1``, …; ``chain[0]`` is the one next to the data,
-    ``chain[1:]`` is a chain of the others. Those that take a context are all given the same.
+    The transforms are its children ``0``, ``1``, …; ``chain[0]`` is next to the data, and
+    ``chain[1:]`` is a chain of the others. All conditional transforms get the same context.
 
     Args:
         transforms: From data to base; each takes as many features as the one before it gives.
-        features: Size of x, for a chain without transforms, which changes nothing.
+        features: Size of x, for a chain without transforms, the identity.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -44,9 +44,9 @@ class Chain(Transform):
     event_shape: torch.Size = torch.Size()
     """Shape of a single x."""
     support: constraints.Constraint | None = None
-    """Which vectors x may be, by the first transform that says so; None if none does."""
+    """Constraint on x, by the first transform with a support; None if there is none."""
     codomain: constraints.Constraint | None = None
-    """Which vectors z may be, by the last transform that says so; None if none does."""
+    """Constraint on z, by the last transform with a codomain; None if there is none."""
 
     def __init__(self, transforms: Iterable[Transform], features: int | None = None) -> None:
         parts = as_list(transforms)
@@ -95,41 +95,41 @@ class Chain(Transform):
 
     @property
     def transforms(self) -> list[Transform]:
-        """The transforms as a list, from data to base."""
+        """Transforms as a list, from data to base."""
         return cast("list[Transform]", list(self._modules.values()))
 
     @property
     def likelihood(self) -> Likelihood:
-        """The weakest kind among the transforms, in the order of `Likelihood`."""
+        """Weakest kind among the transforms, in the order of `Likelihood`."""
         return weakest(part.likelihood for part in self)
 
     @property
     def likelihoods(self) -> set[Likelihood]:
-        """Every kind among the transforms and their parts."""
+        """All kinds among the transforms and their parts."""
         return {part.likelihood for part in self.modules() if isinstance(part, Transform)}
 
     @property
     def stochastic_to_base(self) -> bool:
-        """Whether one of the transforms draws on the way to the base."""
+        """Whether a transform draws on the way to the base."""
         return any(part.stochastic_to_base for part in self)
 
     @property
     def stochastic_to_data(self) -> bool:
-        """Whether one of the transforms draws on the way to the data."""
+        """Whether a transform draws on the way to the data."""
         return any(part.stochastic_to_data for part in self)
 
     @property
     def is_bijective(self) -> bool:
-        """Whether all transforms are."""
+        """Whether all transforms are bijective."""
         return all(part.is_bijective for part in self)
 
     @property
     def needs_initialization(self) -> bool:
-        """Whether one of the transforms does."""
+        """Whether a transform needs initialisation."""
         return any(part.needs_initialization for part in self)
 
     def _initialize(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> None:
-        """Set what depends on data in each part from what the parts before it make of the rows."""
+        # Each transform is initialised from the rows as the transforms before it map them.
         last = max(i for i, part in enumerate(self) if part.needs_initialization)
         for i, part in enumerate(self.transforms[: last + 1]):
             given = context_for(part, context)
@@ -195,11 +195,7 @@ class Chain(Transform):
 
 
 def as_list(transforms: Iterable[Transform]) -> list[Transform]:
-    """The transforms as a list.
-
-    Raises:
-        TypeError: If they are not transforms, or a single one that is no `Chain`.
-    """
+    """Return a checked list of transforms."""
     if isinstance(transforms, Chain):
         return transforms.transforms
     if isinstance(transforms, Transform):
@@ -214,12 +210,7 @@ def as_list(transforms: Iterable[Transform]) -> list[Transform]:
 
 
 def base_for(transforms: Sequence[Transform], base: Base | None) -> Base:
-    """`base`, if it fits the end of the chain; for None a standard normal that does.
-
-    Raises:
-        TypeError: If `base` is of another type.
-        ValueError: If it does not fit, dtypes differ, or neither it nor any transform is given.
-    """
+    """Return `base`, after checks that it fits the transforms; for None a standard normal."""
     if base is None:
         if not transforms:
             raise ValueError("transforms must not be empty when base is None.")
@@ -243,42 +234,29 @@ def base_for(transforms: Sequence[Transform], base: Base | None) -> Base:
 
 
 def context_for(part: Transform, context: Tensor | None) -> Tensor | None:
-    """The context, if this part of a conditional chain takes one."""
+    """Return the context for a conditional part of a chain, else None."""
     return context if part.context_features else None
 
 
 def check_covered(parts: Sequence[Transform], name: str, support: constraints.Constraint) -> None:
-    """Refuse parts that do not reach all that comes next, whose density would have lost the rest.
+    """Refuse parts whose codomain does not cover a support, and would lose density.
 
-    Where z is drawn, so that the likelihood is a lower bound, it stays one.
-
-    Raises:
-        ValueError: If they do not.
+    If z is drawn, the likelihood is still a lower bound.
     """
     codomain = _codomain(parts)
     last = next((part for part in reversed(parts) if part.codomain is not None), parts[-1])
     if codomain is None or last.stochastic_to_base or covers(codomain, support):
         return
     raise ValueError(
-        f"{name} must have its density where {type(last).__name__} leads to, {codomain}; it has it "
-        f"on {support}, and so some of it would be lost. Choose a base with that support, or put a "
-        "transform between them that leads from there to the real numbers, such as Logit, "
+        f"{name} must have its density within the codomain of {type(last).__name__}, {codomain}; "
+        f"it is on {support}, so some would be lost. Choose a base with that support, or "
+        "put a transform between them that maps the codomain to the real numbers, such as Logit, "
         "Unconstrain, or FromTorch of a torch transform."
     )
 
 
 def check_importance_samples(kinds: set[Likelihood], importance_samples: int) -> None:
-    """Refuse more than one importance sample where the mean of weights is no better bound.
-
-    Args:
-        kinds: Every kind of likelihood among the parts of the flow.
-        importance_samples: The number of samples.
-
-    Raises:
-        TypeError: If `importance_samples` is not an int.
-        ValueError: If it is less than 1, or more although the likelihood is no lower bound or has
-            a part that is an estimate.
-    """
+    """Refuse several importance samples if the parts of these kinds give no tighter bound."""
     check_count("importance_samples", importance_samples)
     if importance_samples == 1:
         return
@@ -289,7 +267,7 @@ def check_importance_samples(kinds: set[Likelihood], importance_samples: int) ->
         )
     if kinds - {"exact", "lower_bound"}:
         raise ValueError(
-            "importance_samples must be 1 where a part of the likelihood is an estimate, for the "
+            "importance_samples must be 1 where a part of the likelihood is an estimate: the "
             f"mean of such weights is no bound; got {importance_samples}. "
             "Perhaps use flow.using(divergence=Exact()), or log_det=ExactLogDet()."
         )
@@ -314,16 +292,12 @@ def _check_neighbours(parts: Sequence[Transform]) -> None:
 
 
 def _codomain(parts: Sequence[Transform]) -> constraints.Constraint | None:
-    """Which vectors come out of the parts, as the last says that says something."""
+    """Return the codomain of the last part that has one."""
     return next((part.codomain for part in reversed(parts) if part.codomain is not None), None)
 
 
 def agreed_context_features(parts: Sequence[Transform | Base]) -> int:
-    """Size of the context that the parts take; 0 if none takes one.
-
-    Raises:
-        ValueError: If they differ.
-    """
+    """Return the size of the context that the parts take, 0 for none; refuse different sizes."""
     sizes = {part.context_features for part in parts} - {0}
     if len(sizes) > 1:
         raise ValueError(
@@ -335,14 +309,14 @@ def agreed_context_features(parts: Sequence[Transform | Base]) -> int:
 def _refuse_overflow(
     name: str, moved: Tensor, ladj: Tensor | None = None, *, event_dim: int
 ) -> None:
-    """Refuse rows that were moved out of the range of their dtype.
+    """Refuse rows that overflowed their dtype.
 
-    A ladj may be infinite: a surjection to the data has the density 0 of what it drops.
+    A ladj may be infinite, if a surjection drops features of density 0.
     """
     if all_finite((moved,) if ladj is None else (moved, ladj)):
         return
     bad = non_finite_rows(moved.detach(), event_dim)
-    refuse_overflow(name, bad, "what the flow makes of it", moved.dtype)
+    refuse_overflow(name, bad, "the result of the flow", moved.dtype)
     if ladj is not None:
         refuse_overflow(name, ladj.detach().isnan(), "the ladj", moved.dtype)
 

@@ -1,4 +1,4 @@
-"""The transform that follows an ordinary differential equation."""
+"""Continuous transform: the solution of an ordinary differential equation."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -27,20 +27,19 @@ Part = TypeVar("Part", bound=nn.Module)
 
 
 class ContinuousTransform(Transform):
-    r"""Follows dx/dt = v(t, x | context), from the base at t = 0 to the data at t = `end_time`.
+    r"""Solution of dx/dt = v(t, x | context), from the base at t = 0 to the data at t = `end_time`.
 
-    The ladj is the integral of the divergence of v along the path, from where the call starts to
-    where it ends: :math:`-\int_0^1 \nabla \cdot v \, dt` towards the base, with the default
-    times.
+    The ladj is the integral of the divergence of v along the path, from its start to its end:
+    :math:`-\int_0^1 \nabla \cdot v \, dt` towards the base, with the default times.
 
     Args:
         vector_field: The field v.
-        divergence: How its divergence is computed; None for `Exact`.
-        solver: How the ODE is solved; None for `ODESolver()`.
-        start_time: Time of the base where it is not 0, as a share of the end time, less than 1.
-        end_time: Time of the data. A field that depends on t sees times between the two.
-        learn_end_time: Whether the end time, which starts from `end_time`, is a parameter. (It was
-            meant to be in FFJORD's published code, where it gets no gradient.)
+        divergence: Divergence of v; None for `Exact`.
+        solver: Solver of the ODE; None for `ODESolver()`.
+        start_time: Time of the base, as a fraction of the end time, less than 1.
+        end_time: Time of the data. The field sees times between the two.
+        learn_end_time: Whether the end time is a parameter, with initial value `end_time`. (In
+            FFJORD's published code this parameter gets no gradient.)
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -79,7 +78,7 @@ class ContinuousTransform(Transform):
         self.start_time = check_number(
             "start_time",
             start_time,
-            "finite and less than 1, for it is a share of the end time",
+            "finite and less than 1, as a fraction of the end time",
             lambda share: -math.inf < share < 1,
         )
         self.end_time = check_number("end_time", end_time, "positive and finite", is_positive)
@@ -99,7 +98,7 @@ class ContinuousTransform(Transform):
         divergence: Divergence | None = None,
         start_time: float | None = None,
     ) -> "ContinuousTransform":
-        """The same transform, sharing every parameter, with another solver, divergence or start.
+        """Return the transform with another solver, divergence or start; it shares every parameter.
 
         Raises:
             TypeError: If an argument has the wrong type.
@@ -117,10 +116,10 @@ class ContinuousTransform(Transform):
             other.log_end_time = self.log_end_time
         return other
 
-    def field_times(self, shares: Float[Tensor, "*times"]) -> Float[Tensor, "*times"]:
-        """The times that the field sees at `shares` of the way from the base, 0, to the data, 1."""
+    def field_times(self, times: Float[Tensor, "*times"]) -> Float[Tensor, "*times"]:
+        """Return the times that the field sees, for times from 0 (base) to 1 (data)."""
         end_time = self.log_end_time.exp() if self.learn_end_time else self.end_time
-        return end_time * (self.start_time + shares * (1 - self.start_time))
+        return end_time * (self.start_time + times * (1 - self.start_time))
 
     def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         z, ladj = self._move(x, context, 1.0, 0.0, generator)
@@ -143,9 +142,9 @@ class ContinuousTransform(Transform):
     def trajectory(
         self, x: Rows, times: Float[Tensor, " times"], context: Context | None = None
     ) -> Float[Tensor, "times *batch features"]:
-        """States at `times`, strictly increasing or decreasing, that start at `x`.
+        """Return the states at `times` of the solution that starts at `x`.
 
-        Times are shares of the way from start to end: 0 is the base and 1 the data.
+        `times` are strictly increasing or decreasing, from 0 (base) to 1 (data).
         """
 
         def rhs(t: Tensor, state: State) -> State:
@@ -167,7 +166,7 @@ class ContinuousTransform(Transform):
         generator: Generator | None,
         regularizers: Sequence[CostRate],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # Costs stand in no error norm, and so leave the steps as they are.
+        # The error norm leaves costs out, so they do not change the steps.
         z, ladj, *costs = self._move(x, context, 1.0, 0.0, generator, regularizers)
         return z, ladj, torch.stack(costs) if costs else x.new_zeros(0, *x.shape[:-1])
 
@@ -180,7 +179,7 @@ class ContinuousTransform(Transform):
         generator: Generator | None,
         regularizers: Sequence[CostRate] = (),
     ) -> State:
-        """The state at the end: moved points, ladj and costs."""
+        """Return the final state: moved points, ladj and costs."""
         divergence = self.divergence
         if divergence is None:
             divergence = Exact()
@@ -226,10 +225,9 @@ class ContinuousTransform(Transform):
 def map_continuous(
     module: Part, change: Callable[[ContinuousTransform], ContinuousTransform]
 ) -> Part:
-    """The same module, sharing every parameter, with `change` made to each continuous transform.
+    """Return the module with `change` applied to each continuous transform inside.
 
-    It reaches every part, whatever holds it: a module that holds none is returned itself, one that
-    does is copied with its other parts as they are.
+    It shares every parameter. Modules without continuous transforms are not copied.
 
     Raises:
         ValueError: If `change` returns a transform of another size.
@@ -255,7 +253,7 @@ def map_continuous(
 
 
 def _velocity(field: VectorField, t: Tensor, x: Tensor, context: Tensor | None) -> State:
-    # Not through ``__call__``, whose hooks are no part of a program.
+    # Not through ``__call__``, whose hooks cannot be compiled.
     return (field._velocity(t, x, context),)
 
 

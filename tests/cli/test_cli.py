@@ -667,7 +667,7 @@ DAMAGES = {
     ),
     "other columns": (
         lambda model: edit(model, lambda kept: kept["columns"].update(names=["size"])),
-        "model.json' is damaged: its bytes are not those that were written",
+        "model.json' is damaged: its bytes changed since it was written",
     ),
     "cut short": (
         lambda model: (model / "model.safetensors").write_bytes(b"\0" * 9),
@@ -799,4 +799,4 @@ def test_a_shell_is_told_of_options_and_not_of_arguments_of_python(tmp_path, cap
 
 def test_a_context_for_a_model_without_is_refused_in_words(folder, capsys):
     said = error_of(capsys, "sample", folder / "plain", "--context", "size=1")
-    assert "context must be left out, for the model has no context columns; got 'size'" in said
+    assert "context must be left out, because the model has no context columns; got 'size'" in said

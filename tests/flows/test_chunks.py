@@ -160,7 +160,7 @@ def test_chunks_shrink_where_later_rows_take_more():
 
 
 def test_a_row_that_takes_more_than_the_limit_is_refused():
-    with pytest.raises(ValueError, match=r"at least what a single row takes, .* KiB; got 1000 B"):
+    with pytest.raises(ValueError, match=r"the memory of a single row, .* KiB; got 1000 B"):
         log_prob_in_chunks(cnf(solver=GRID), torch.randn(3, 2), chunk_size="1 kB")
 
 

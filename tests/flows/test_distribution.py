@@ -232,7 +232,7 @@ def test_standard_errors_are_the_spread_of_repeated_estimates():
 
 
 def test_the_entropy_of_a_lower_bound_is_refused():
-    with pytest.raises(NotImplementedError, match="is 'lower_bound', whose mean over draws is not"):
+    with pytest.raises(NotImplementedError, match="-log_prob averaged over draws is not"):
         cnf(2, augment=1)().estimate_entropy(10)
 
 
@@ -251,7 +251,7 @@ LACKING = {
         lambda d: kl_divergence(Independent(d.expand((3,)), 1), Independent(d.expand((3,)), 1)),
         r"x, log_p = p.rsample_and_log_prob",
     ),
-    "cdf": (lambda d: d.cdf(torch.zeros(2)), "the share of draws"),
+    "cdf": (lambda d: d.cdf(torch.zeros(2)), "the fraction of draws"),
     "icdf": (lambda d: d.icdf(torch.zeros(2)), "quantiles of draws"),
     "enumerate_support": (lambda d: d.enumerate_support(), "sample"),
 }

@@ -76,7 +76,7 @@ def test_the_path_follows_the_field():
 @pytest.mark.parametrize(
     ("times", "error", "message"),
     [
-        ([0.0, 1.0], TypeError, "times must be a torch.Tensor; got list"),
+        ([0.0, 1.0], TypeError, "times must be a Tensor; got list"),
         (torch.tensor(1.0), ValueError, r"1-D with at least 2 times; got \(\)"),
         (torch.tensor([0.0]), ValueError, "at least 2 times"),
         (torch.tensor([0.0, 0.5, 0.5]), ValueError, "strictly increasing or strictly decreasing"),

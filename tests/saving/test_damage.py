@@ -311,7 +311,7 @@ def test_a_changed_description_of_a_model_is_damaged(change, model):
 
 def test_the_flow_of_another_model_is_told_apart(model):
     save(CNF(1, 1, **SMALL), model / "model.safetensors")
-    with pytest.raises(ValueError, match=r"or of another model than .* beside it"):
+    with pytest.raises(ValueError, match=r"or of another model than .* in the same"):
         TableModel.load(model)
 
 
@@ -445,7 +445,7 @@ def test_a_checkpoint_that_does_not_say_of_which_run_it_is_counts_as_damaged(tol
     state = {k: v for k, v in torch.load(file).items() if k not in ("format", "fingerprint")}
     write_checkpoint(tmp_path, 4, state if told is None else {**state, "fingerprint": told}, keep=1)
     with (
-        pytest.warns(UserWarning, match="is damaged .it does not say of which run it is"),
+        pytest.warns(UserWarning, match="is damaged .it has no fingerprint of a run"),
         pytest.raises(ValueError, match=file.name),
     ):
         affine_run(tmp_path, resume=True)

@@ -297,7 +297,7 @@ def test_a_file_without_a_state_counts_as_damaged(tmp_path):
     newest, _ = checkpoints_in(tmp_path)
     for content in ({"a": 1}, [1]):
         torch.save(content, newest)
-        with pytest.warns(UserWarning, match="is damaged .it holds no state of a run"):
+        with pytest.warns(UserWarning, match="is damaged .it holds no training state"):
             again, _ = short(tmp_path, resume=True)
         assert_same(weights(again), weights(flow))
 

@@ -345,16 +345,8 @@ BAD_DATA = {
         ValueError,
         "got a tuple of 3. Name its parts",
     ),
-    "no x": (
-        {"y": zeros(5, 2)},
-        ValueError,
-        "keys context, weight, x, of which x is needed; got y",
-    ),
-    "unknown key": (
-        {"x": zeros(5, 2), "labels": 1},
-        ValueError,
-        "keys context, weight, x.* got x, labels",
-    ),
+    "no x": ({"y": zeros(5, 2)}, ValueError, "key x, and no others than context, weight, x; got y"),
+    "unknown key": ({"x": zeros(5, 2), "labels": 1}, ValueError, "key x, .* got x, labels"),
     "too few weights": (
         {"x": zeros(5, 2), "weight": zeros(4)},
         ValueError,
@@ -459,12 +451,14 @@ def test_a_share_to_hold_out_is_a_number_of_any_kind(share, held_out, monkeypatc
 @pytest.mark.usefixtures("shapes_unchecked")
 @pytest.mark.parametrize("share", [1, 2, -1, 1.0, math.nan, np.float32(2), torch.tensor(-0.5)])
 def test_a_share_out_of_range_is_refused(share):
-    with pytest.raises(ValueError, match=r"validation must be data, or a share .* in \[0, 1\)"):
+    with pytest.raises(ValueError, match=r"validation must be data, or a fraction .* in \[0, 1\)"):
         fit(affine_flow(), torch.randn(20, 2), config(1), validation=share)
 
 
 @pytest.mark.usefixtures("shapes_unchecked")
 @pytest.mark.parametrize("share", [True, False, np.True_])
 def test_a_flag_is_no_share_to_hold_out(share):
-    with pytest.raises(TypeError, match=r"validation must be data, or a share .* None for none"):
+    with pytest.raises(
+        TypeError, match=r"validation must be data, or a fraction .* None for no val"
+    ):
         fit(affine_flow(), torch.randn(20, 2), config(1), validation=share)

@@ -521,7 +521,7 @@ def test_weights_that_leave_all_to_one_row_are_refused(most):
     x = torch.randn(60, 2, generator=seeded())
     weight = torch.ones(60, dtype=torch.float64)
     weight[7] = most
-    with pytest.raises(ValueError, match=r"nearly all to a single row; one has (9|100)"):
+    with pytest.raises(ValueError, match=r"nearly all in a single row; one has (9|100)"):
         fit(small(), {"x": x, "weight": weight}, config(1))
     weight[7] = 100.0
     fit(small(), {"x": x, "weight": weight}, config(1))

@@ -35,7 +35,7 @@ from cnf import (
 )
 from cnf.objectives import MaximumLikelihood, Objective
 from cnf.training import TrainingError
-from cnf.training.data import as_rows, held_out_of
+from cnf.training.data import as_rows, hold_out
 from cnf.training.phases import make_plan, usual_phases
 from cnf.transforms import Augment, ContinuousTransform, Dequantize, Flatten
 
@@ -415,7 +415,7 @@ def test_data_that_an_objective_cannot_take_are_refused():
         fit(flow, None, config(objective=objective), validation=None)
     with pytest.raises(ValueError, match="context must have shape"):
         fit(flow, torch.zeros(5, 2), config(objective=objective), validation=None)
-    with pytest.raises(ValueError, match="data must have the keys context"):
+    with pytest.raises(ValueError, match="data must have the key context"):
         fit(flow, {"x": torch.zeros(5, 3)}, config(objective=objective), validation=None)
     with pytest.raises(ValueError, match="context must be None"):
         fit(affine_flow(), torch.zeros(5, 2), config(objective=objective), validation=None)
@@ -460,7 +460,7 @@ def test_a_flow_alone_is_trained_by_the_recipe_on_standardised_data(monkeypatch)
 @pytest.mark.usefixtures("shapes_unchecked")
 def test_a_share_of_the_rows_is_held_out(given, rows, held_out):
     x = as_rows("data", given(X), small_cnf())
-    training, validation = held_out_of(x, 0.1)
+    training, validation = hold_out(x, 0.1)
     assert len(x) == rows
     assert len(training) == rows - held_out
     assert (0 if validation is None else len(validation)) == held_out
