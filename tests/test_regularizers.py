@@ -29,6 +29,8 @@ from cnf.regularizers import (
 from cnf.transforms import ContinuousTransform
 from cnf.vector_fields import LinearField, PotentialField
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # whole solves
+
 BOTH = [kinetic_energy, jacobian_frobenius]
 ALL = [*BOTH, directional_derivative, total_derivative]
 
@@ -252,7 +254,6 @@ def test_an_exact_divergence_gives_products_where_asked():
     assert full.products.shape == (3, 4, 3)
 
 
-@pytest.mark.usefixtures("shapes_unchecked")
 def test_bad_regularizers_are_refused():
     flow = Flow([ContinuousTransform(LinearField(2))])
     with pytest.raises(TypeError, match="regularizers must be callable; got 'kinetic'"):
@@ -328,7 +329,6 @@ def test_bad_start_times_are_refused(time):
         ContinuousTransform(LinearField(2), start_time=time)
 
 
-@pytest.mark.usefixtures("shapes_unchecked")
 def test_regularizers_come_with_weights():
     with pytest.raises(TypeError, match="regularizers must be weights by regularizer, such as"):
         MaximumLikelihood(cnf(), [kinetic_energy])

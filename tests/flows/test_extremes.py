@@ -187,7 +187,9 @@ def test_an_exact_lipschitz_flow_at_the_end_of_the_range_is_right_or_says_why_no
     assert expected.isinf().any()
     torch.testing.assert_close(transform.float().to_base(x.float()), expected, rtol=1e-5, atol=0)
     deep = perturbed(ExactLipschitz(3)).float()
-    with pytest.raises(ValueError, match=r"x must be where what the network makes .* rows 0, 1\."):
+    with pytest.raises(
+        ValueError, match=r"x must be where the output of the network is finite .* rows 0, 1\."
+    ):
         deep.to_base(x.float())
 
 
@@ -229,5 +231,7 @@ def test_a_solve_that_starts_from_infinity_names_the_row():
     flow = CNF(2, transforms=[part], solver=GRID, standardize=False).float()
     x = torch.zeros(3, 2, dtype=torch.float32)
     x[2] = 3e30
-    with pytest.raises(ODEError, match=r"starts from NaN or inf in row 2: what stands before"):
+    with pytest.raises(
+        ODEError, match=r"starts from NaN or inf in row 2: the transforms before it"
+    ):
         flow.to_base(x)

@@ -12,6 +12,7 @@ from zoo import (
     PRECISE,
     TRANSFORMS,
     UserNetwork,
+    in_turn,
     mlp,
     perturbed,
     rows_for,
@@ -29,10 +30,9 @@ every_transform = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
 every_bijection = pytest.mark.parametrize("make", BIJECTIONS.values(), ids=BIJECTIONS)
 
 
-@pytest.mark.parametrize("make", TRANSFORMS.values(), ids=TRANSFORMS)
-@pytest.mark.parametrize("batch", [(), (4,), (3, 2)], ids=str)
-def test_to_data_undoes_to_base(make, batch):
-    transform = make()
+@pytest.mark.parametrize(("name", "batch"), in_turn(TRANSFORMS, [(), (4,), (3, 2)]), ids=str)
+def test_to_data_undoes_to_base(name, batch):
+    transform = TRANSFORMS[name]()
     to_data_undoes_to_base(transform, *rows_for(transform, *batch), atol=1e-6)
 
 
