@@ -164,11 +164,10 @@ class ODESolver:
             tensor.requires_grad for tensor in (*state, times, *parameters)
         )
         gradient = self.gradient if needs_gradient else "backprop"
+        hidden = False
         if functions_are_transformed() or is_exporting():
             hidden = any(map(is_hidden, (*state, times, *dependencies())))
             self._check_transformed(kind, gradient, times, hidden=hidden)
-        else:
-            hidden = False
         monitor = _MONITORS.get(kind, _MONITORS.get(gradient, SteppingMonitor))(
             rhs,
             dependencies,
@@ -180,10 +179,13 @@ class ODESolver:
         )
         monitor.check_start(state)
         arguments = self._arguments(monitor, times)
+        solve = partial(solvers()[0], monitor, state, times, **arguments)
         if gradient == "adjoint":
             solution = self._by_adjoint(monitor, state, times, parameters, arguments)
         elif gradient == "checkpoint":
-            solution = self._by_steps(monitor, state, times, parameters, arguments)
+            assert isinstance(monitor, RecordingMonitor)  # noqa: S101 - by `_MONITORS`, for mypy
+            step = one_step(self.method, monitor, like=state[0])
+            solution = solve_by_steps(monitor, solve, step, state, times, parameters)
         else:
             # Even if nothing needs a gradient, a field in reverse mode would leave a graph, because
             # it differentiates with respect to x.
@@ -191,9 +193,12 @@ class ODESolver:
                 if hidden:
                     solution = self._solve_hidden(monitor, state, times)
                 elif programs is not None and programs.is_active_for(self.method):
-                    solution = self._by_programs(monitor, state, times, arguments, programs)
+                    grid = self._grid(times, (times[-1] - times[0]).abs().detach())
+                    solution = programs.solve(
+                        self.method, state, grid, times, budget=self.max_evaluations, fallback=solve
+                    )
                 else:
-                    solution = solvers()[0](monitor, state, times, **arguments)
+                    solution = solve()
         monitor.check_end(solution, times)
         return tuple(solution)
 
@@ -216,33 +221,6 @@ class ODESolver:
             adjoint_params=parameters,
         )
         return monitor.backward_once(solution)
-
-    def _by_steps(
-        self,
-        monitor: SolveMonitor,
-        state: State,
-        times: Tensor,
-        parameters: Sequence[Tensor],
-        arguments: dict[str, Any],
-    ) -> State:
-        assert isinstance(monitor, RecordingMonitor)  # noqa: S101 - by `_MONITORS`, for mypy
-
-        solve = partial(solvers()[0], monitor, state, times, **arguments)
-        step = one_step(self.method, monitor, like=state[0])
-        return solve_by_steps(monitor, solve, step, state, times, parameters)
-
-    def _by_programs(
-        self,
-        monitor: SolveMonitor,
-        state: State,
-        times: Tensor,
-        arguments: dict[str, Any],
-        programs: FieldSteps,
-    ) -> State:
-        solve = partial(solvers()[0], monitor, state, times, **arguments)
-        grid = self._grid(times, (times[-1] - times[0]).abs().detach())
-        budget = self.max_evaluations
-        return programs.solve(self.method, state, grid, times, budget=budget, fallback=solve)
 
     def _solve_hidden(self, monitor: SolveMonitor, state: State, times: Tensor) -> State:
         """Solve on a fixed grid, without torchdiffeq's branches on numbers and in-place writes."""
