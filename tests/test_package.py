@@ -27,16 +27,6 @@ def test_every_public_object_is_documented():
     assert undocumented == []
 
 
-def test_a_star_import_brings_the_public_names_and_no_others():
-    done = run_python(
-        "before = set(dir()) | {'before'}\n"
-        "from cnf import *\n"
-        "import cnf\n"
-        "assert set(dir()) - before - {'cnf'} == set(cnf.__all__), set(dir()) - before"
-    )
-    assert done.returncode == 0, done.stderr
-
-
 LATE = [
     "scipy",
     "lightning_fabric",
@@ -54,12 +44,6 @@ LATE = [
 ]
 
 
-def test_importing_cnf_imports_no_library_that_few_need():
-    done = run_python(f"import sys, cnf; print(*[name for name in {LATE} if name in sys.modules])")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == []
-
-
 DOORS = (
     "cnf.cli",
     "cnf.tables.estimator",
@@ -67,19 +51,6 @@ DOORS = (
     "cnf.adapters.pyro_distribution",
 )
 """What builds on such a library from its first line, and no other module imports."""
-
-
-def test_importing_every_other_module_of_cnf_imports_no_library_that_few_need():
-    code = f"""
-import importlib, pkgutil, sys, cnf
-for module in pkgutil.walk_packages(cnf.__path__, "cnf."):
-    if not module.name.startswith({DOORS}):
-        importlib.import_module(module.name)
-print(*[name for name in {LATE} if name in sys.modules])
-"""
-    done = run_python(code)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == []
 
 
 STATE = """
@@ -110,29 +81,76 @@ def state():
 """
 
 
-@pytest.mark.parametrize(
-    ("first", "code", "expected"),
-    [
-        ("", "import cnf", []),
-        ("", "import cnf.training, cnf.objectives, cnf.saving, cnf.plots", []),
-        (
-            "import torchdiffeq, sympy",  # which bring filters of warnings of their own
-            "import cnf\ncnf.CNF(2).log_prob(torch.ones(2)).backward()",
-            ["random of torch"],  # the initial weights
-        ),
-    ],
-    ids=["import", "import training", "import and use"],
-)
-def test_importing_cnf_changes_no_global_state(first, code, expected):
+IMPORTS = """
+import importlib, pkgutil, types
+
+def late():
+    return [name for name in LATE if name in sys.modules]
+
+def changed():
+    after = state()
+    return [name for name in before if before[name] != after[name]]
+
+found, before = {}, state()
+import cnf
+found["changed by cnf"], found["late by cnf"] = changed(), late()
+names = {}
+exec("from cnf import *", names)
+found["star"] = [name for name in names if name != "__builtins__"]
+import cnf.training, cnf.objectives, cnf.saving, cnf.plots
+found["changed by training"] = changed()
+modules = [module.name for module in pkgutil.walk_packages(cnf.__path__, "cnf.")]
+modules.remove("cnf.cli.__main__")
+for name in modules:
+    if not name.startswith(DOORS):
+        importlib.import_module(name)
+found["late by others"] = late()
+found["hidden"] = [
+    [name, public]
+    for name in ["cnf", *modules]
+    for public in getattr(importlib.import_module(name), "__all__", ())
+    if isinstance(getattr(importlib.import_module(name), public), types.ModuleType)
+]
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def imported():
+    """What one process finds that imports `cnf`, then its public names, then every module."""
+    done = run_python(f"{STATE}\nLATE, DOORS = {LATE}, {DOORS}\n{IMPORTS}")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_star_import_brings_the_public_names_and_no_others(imported):
+    assert set(imported["star"]) == set(cnf.__all__)
+
+
+def test_importing_cnf_imports_no_library_that_few_need(imported):
+    assert imported["late by cnf"] == []
+
+
+def test_importing_every_other_module_of_cnf_imports_no_library_that_few_need(imported):
+    assert imported["late by others"] == []
+
+
+def test_importing_cnf_changes_no_global_state(imported):
+    assert imported["changed by cnf"] == imported["changed by training"] == []
+
+
+def test_using_cnf_changes_no_global_state_but_for_its_draws():
+    # Those that are imported before bring filters of warnings of their own.
     done = run_python(f"""{STATE}
-{first}
+import torchdiffeq, sympy
 before = state()
-{code}
+import cnf
+cnf.CNF(2).log_prob(torch.ones(2)).backward()
 after = state()
 print(json.dumps([name for name in before if before[name] != after[name]]))
 """)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == expected
+    assert json.loads(done.stdout) == ["random of torch"]  # the initial weights
 
 
 def test_importing_and_using_cnf_prints_and_warns_nothing():
@@ -155,18 +173,5 @@ def test_bad_rows_are_named_without_any_help_from_the_tests():
     assert "rows 0, 1, 2" in last
 
 
-def test_no_module_hides_a_name_that_its_package_offers():
-    code = """
-import importlib, pkgutil, types, cnf
-names = [module.name for module in pkgutil.walk_packages(cnf.__path__, "cnf.")]
-names.remove("cnf.cli.__main__")
-for name in names:
-    importlib.import_module(name)
-for name in ["cnf", *names]:
-    package = importlib.import_module(name)
-    for public in getattr(package, "__all__", ()):
-        if isinstance(getattr(package, public), types.ModuleType):
-            print(name, public)
-"""
-    done = run_python(code)
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+def test_no_module_hides_a_name_that_its_package_offers(imported):
+    assert imported["hidden"] == []
