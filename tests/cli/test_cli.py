@@ -530,7 +530,7 @@ def test_a_folder_with_other_files_is_never_replaced(folder, tmp_path, capsys):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "thesis.tex").write_text("years of work")
     arguments = ["fit", folder / "data.csv", "--out", tmp_path / "m", "--force"]
-    assert "it holds 'thesis.tex'" in error_of(capsys, *arguments)
+    assert "it contains 'thesis.tex'" in error_of(capsys, *arguments)
     (tmp_path / "f").write_text("a file")
     arguments = ["fit", folder / "data.csv", "--out", tmp_path / "f", "--force"]
     assert "there is a file of that name" in error_of(capsys, *arguments)
