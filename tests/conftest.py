@@ -44,5 +44,5 @@ def run_program(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def coarse_grid() -> Iterator[None]:
     """Densities of tables are evaluated in fewer steps, where precision does not count."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cnf.tables.fit.GRID_STEPS", 25)
+        patch.setattr("cnf.tables.fit.GRID_STEPS", 16)
         yield
