@@ -34,7 +34,7 @@ class FlowTransform(Transform):
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # The graph of what is cached cannot be copied.
+        # A cached graph cannot be copied.
         return {**vars(self), "_inv": None, "_last": None, "_cached_x_y": (None, None)}
 
     @property
