@@ -118,8 +118,14 @@ class Flow(FlowMap):
 
         Raises:
             ValueError: If the likelihood is a lower bound or biased, or not estimated by
-                `Hutchinson` with at least 2 probes.
+                `Hutchinson` with at least 2 probes, or the base is not exact.
         """
+        if self.base.likelihood == "estimate":
+            raise ValueError(
+                "base must be exact for a standard error, which comes from the probes of the "
+                f"transforms; its likelihood is {self.base.likelihood!r}. Put the transforms of the "
+                "base into the flow, as Flow(transforms, base=flow) does."
+            )
         x = self._validate("x", x, context, generator, "anywhere")
         inside = rows_inside(x, self.support)
         if holds(~inside.all()):

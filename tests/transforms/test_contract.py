@@ -148,6 +148,16 @@ def test_the_context_reaches_into_a_base(as_base):
         Flow([ContinuousTransform(mlp(context_features=2))], as_base(inner))
 
 
+def test_the_standard_error_of_an_estimate_in_a_base_is_not_left_out():
+    by_probes = Flow([ContinuousTransform(mlp(), divergence=Hutchinson(probes=4))])
+    flow = Flow(by_probes.chain, Holding(by_probes))
+    x = torch.randn(5, 2)
+    assert (Flow(by_probes.chain).log_prob_and_error(x)[1] > 0).all()
+    with pytest.raises(ValueError, match=r"base must be exact .* 'estimate'"):
+        flow.log_prob_and_error(x)
+    assert (flow.using(divergence=Exact()).log_prob_and_error(x)[1] == 0).all()
+
+
 def test_a_lower_bound_inside_of_a_base_is_one():
     flow = Flow([Affine(2)], Flow([Augment(2, 1)]))
     assert flow.likelihood == "lower_bound"
