@@ -123,8 +123,8 @@ class Flow(FlowMap):
         if self.base.likelihood == "estimate":
             raise ValueError(
                 "base must be exact for a standard error, which comes from the probes of the "
-                f"transforms; its likelihood is {self.base.likelihood!r}. Put the transforms of the "
-                "base into the flow, as Flow(transforms, base=flow) does."
+                f"transforms; its likelihood is {self.base.likelihood!r}. Put the transforms of "
+                "the base into the flow, as Flow(transforms, base=flow) does."
             )
         x = self._validate("x", x, context, generator, "anywhere")
         inside = rows_inside(x, self.support)
