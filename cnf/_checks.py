@@ -10,6 +10,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.distributions.constraints import Constraint
 
 from cnf._row_names import name_rows
@@ -22,6 +23,11 @@ _STEPS_OF_A_SPREAD = 32
 
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 """Whether `torch.export` is running; False in old versions of torch."""
+
+
+def functions_are_transformed() -> bool:
+    """Return whether `torch.func` or forward-mode differentiation is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def is_hidden(x: Tensor) -> bool:
@@ -96,11 +102,12 @@ def check_events(name: str, x: Tensor, event_shape: Sequence[int], *, like: Tens
     if x.ndim < event_dim or x.shape[x.ndim - event_dim :] != torch.Size(event_shape):
         expected = ", ".join(map(str, ("*batch", *event_shape)))
         raise ValueError(f"{name} must have shape ({expected}); got {tuple(x.shape)}.")
-    _check_like(name, x, like)
-    bad = non_finite_rows(x.detach(), event_dim)
-    if holds(bad.any()):
+    if x.device != like.device or x.dtype != like.dtype:
+        raise _unlike(name, x, like)
+    if not all_finite((x,)):
+        bad = name_rows(non_finite_rows(x.detach(), event_dim))
         raise ValueError(
-            f"{name} must be finite; got NaN or inf in {name_rows(bad)}. Drop or mend these rows."
+            f"{name} must be finite; got NaN or inf in {bad}. Drop or mend these rows."
         )
 
 
@@ -145,26 +152,24 @@ def check_dense(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must hold numbers; got a tensor on the device meta.")
 
 
-def _check_like(name: str, x: Tensor, like: Tensor) -> None:
+def _unlike(name: str, x: Tensor, like: Tensor) -> ValueError:
+    """Return an error for a tensor on another device than the model, or of another dtype."""
     if x.device != like.device:
-        raise ValueError(
+        return ValueError(
             f"{name} must be on the model's device {like.device}; got {x.device}. "
             f"Move it with {name}.to({str(like.device)!r})."
         )
-    if x.dtype != like.dtype:
-        # Not the model to half precision, in which adaptive solves and training fail.
-        or_model = f", or the model with model.to({x.dtype})" if x.element_size() > 2 else ""
-        remedy = f"Convert it with {name}.to({like.dtype}){or_model}."
-        if _loses_digits(x.detach(), like.dtype):
-            remedy = (
-                f"{like.dtype} would round most of its digits away: convert the model with "
-                f"model.to({x.dtype})."
-            )
-        elif _loses_digits(x.detach(), x.dtype):
-            remedy = f"{x.dtype} has rounded most of its digits away: make it in {like.dtype}."
-        raise ValueError(
-            f"{name} must have the model's dtype {like.dtype}; got {x.dtype}. {remedy}"
+    # Not the model to half precision, in which adaptive solves and training fail.
+    or_model = f", or the model with model.to({x.dtype})" if x.element_size() > 2 else ""
+    remedy = f"Convert it with {name}.to({like.dtype}){or_model}."
+    if _loses_digits(x.detach(), like.dtype):
+        remedy = (
+            f"{like.dtype} would round most of its digits away: convert the model with "
+            f"model.to({x.dtype})."
         )
+    elif _loses_digits(x.detach(), x.dtype):
+        remedy = f"{x.dtype} has rounded most of its digits away: make it in {like.dtype}."
+    return ValueError(f"{name} must have the model's dtype {like.dtype}; got {x.dtype}. {remedy}")
 
 
 def is_rounded_away(std: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:

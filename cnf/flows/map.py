@@ -233,9 +233,10 @@ class FlowMap(nn.Module):
         Rows must be in the support, unless `where` is "base" or "anywhere".
         """
         shape = torch.Size([self.base.features]) if where == "base" else self.event_shape
-        check_events(name, x, shape, like=reference_tensor(self))
-        check_context(context, self.context_features, like=reference_tensor(self))
-        check_generator(generator, like=reference_tensor(self))
+        like = reference_tensor(self)
+        check_events(name, x, shape, like=like)
+        check_context(context, self.context_features, like=like)
+        check_generator(generator, like=like)
         if torch.is_grad_enabled() and any(
             tensor.requires_grad for tensor in (x, *tensors_of(self))
         ):

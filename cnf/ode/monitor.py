@@ -98,14 +98,13 @@ class SolveMonitor:
             self.errors = errors
             self.has_rejected = rejected
 
-    def check_start(self, state: State) -> None:
-        """Refuse an initial state that is not finite."""
-        if not all_finite(state):
-            bad = _bad_rows(tuple(part.detach() for part in state))
-            raise ODEError(
-                f"the solve with {self.method} starts from NaN or inf in {name_rows(bad)}: the "
-                "transforms before it overflow the dtype. Standardise the data, or use float64."
-            )
+    def error_at_start(self, state: State) -> ODEError:
+        """Return an error for an initial state that is not finite."""
+        bad = _bad_rows(tuple(part.detach() for part in state))
+        return ODEError(
+            f"the solve with {self.method} starts from NaN or inf in {name_rows(bad)}: the "
+            "transforms before it overflow the dtype. Standardise the data, or use float64."
+        )
 
     def check_end(self, solution: State, times: Tensor) -> None:
         """Refuse a solution that stopped early or is not finite."""

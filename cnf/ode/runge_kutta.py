@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cnf.vector_fields.jacobian.autograd import functions_are_transformed
+from cnf._checks import functions_are_transformed
 
 
 class Tableau(NamedTuple):

@@ -12,9 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cnf._checks import (
+    all_finite,
     check_choice,
     check_count,
     check_number,
+    functions_are_transformed,
     is_exporting,
     is_hidden,
     is_positive,
@@ -24,7 +26,6 @@ from cnf.ode.checkpointing import RecordingMonitor, solve_by_steps
 from cnf.ode.compiled_steps import FieldSteps
 from cnf.ode.monitor import ODEError, RightHandSide, SolveMonitor, State, SteppingMonitor
 from cnf.ode.torchdiffeq_door import evaluations_per_step, is_multistep, methods, one_step, solvers
-from cnf.vector_fields.jacobian.autograd import functions_are_transformed
 
 __all__ = ["ErrorNorm", "Gradient", "ODEError", "ODESolver", "RightHandSide", "State", "methods"]
 
@@ -153,11 +154,9 @@ class ODESolver:
             ODEError: If the solve fails.
         """
         kind = methods()[self.method]
-        self._check_precision(kind, state[0].dtype)
+        self._check(kind, state, times)
         if state[0].numel() == 0:
             return _without_rows(state, times, dependencies())
-        if kind == "fixed" or len(times) > 2:
-            self._check_size(kind, state, times)
         unique = {id(tensor): tensor for tensor in dependencies() if tensor.requires_grad}
         parameters = tuple(unique.values())
         needs_gradient = torch.is_grad_enabled() and any(
@@ -177,7 +176,8 @@ class ODESolver:
             budget=self.max_evaluations,
             controlled=1 if self.error_norm == "points" else controlled,
         )
-        monitor.check_start(state)
+        if not all_finite(state):
+            raise monitor.error_at_start(state)
         arguments = self._arguments(monitor, times)
         solve = partial(solvers()[0], monitor, state, times, **arguments)
         if gradient == "adjoint":
@@ -211,14 +211,11 @@ class ODESolver:
         arguments: dict[str, Any],
     ) -> State:
         _, odeint_adjoint = solvers()
-        options = self._options(monitor, times, everywhere=True)
+        backwards = {**arguments["options"], "norm": "seminorm"}
+        if monitor.kind == "adaptive":
+            backwards["everywhere"] = True
         solution = odeint_adjoint(
-            monitor,
-            state,
-            times,
-            **arguments,
-            adjoint_options={**options, "norm": "seminorm"},
-            adjoint_params=parameters,
+            monitor, state, times, **arguments, adjoint_options=backwards, adjoint_params=parameters
         )
         return monitor.backward_once(solution)
 
@@ -253,22 +250,24 @@ class ODESolver:
                 "a trajectory at times that torch.vmap or torch.export hide has no grid."
             )
 
-    def _check_precision(self, kind: str, dtype: torch.dtype) -> None:
+    def _check(self, kind: str, state: State, times: Tensor) -> None:
+        """Refuse a solve known to need more precision, memory or evaluations than there is."""
+        dtype, spans = state[0].dtype, len(times) - 1
         resolution = torch.finfo(dtype).eps
         if kind == "adaptive" and max(self.rtol, self.atol) < resolution:
             raise ValueError(
                 f"rtol and atol must not both be below the rounding of {dtype}, {resolution:.1e}; "
                 f"got {self.rtol} and {self.atol}. Loosen them, or use float64."
             )
-
-    def _check_size(self, kind: str, state: State, times: Tensor) -> None:
-        """Refuse a solve known to need more evaluations or memory than there is."""
-        numbers = len(times) * sum(part.numel() for part in state)
-        remedy = "Ask for fewer times, or fewer rows at once."
-        check_fits("times", f"{len(times)} of them", numbers, like=state[0], remedy=remedy)
-        spans = len(times) - 1
-        if kind == "external" or (kind == "adaptive" and self.method == "dopri5"):
-            return  # they need no step for each time
+        if state[0].numel() == 0:
+            return
+        if spans > 1:
+            numbers = len(times) * sum(part.numel() for part in state)
+            remedy = "Ask for fewer times, or fewer rows at once."
+            check_fits("times", f"{len(times)} of them", numbers, like=state[0], remedy=remedy)
+        # Only a fixed grid, and adaptive methods without dense output, step to each of the times.
+        if kind == "external" or self.method == "dopri5" or (kind == "adaptive" and spans == 1):
+            return
         steps = spans if self.steps is None else max(self.steps, spans)
         needed = steps * evaluations_per_step(self.method)
         if needed > self.max_evaluations:
@@ -280,24 +279,17 @@ class ODESolver:
 
     def _arguments(self, monitor: SolveMonitor, times: Tensor) -> dict[str, Any]:
         """Return the other arguments of torchdiffeq."""
-        # Dense output is as accurate as the steps with dopri5 only, and checkpoint recomputes only
-        # steps.
-        everywhere = self.method != "dopri5" or self.gradient == "checkpoint"
-        options = self._options(monitor, times, everywhere=everywhere)
-        options["norm"] = partial(_largest_rms, monitor.controlled)
-        return {"method": self.method, "rtol": self.rtol, "atol": self.atol, "options": options}
-
-    def _options(self, monitor: SolveMonitor, times: Tensor, *, everywhere: bool) -> dict[str, Any]:
+        options: dict[str, Any] = {"norm": partial(_largest_rms, monitor.controlled)}
         if monitor.kind == "adaptive":
-            return {
-                "everywhere": everywhere,
-                "on_trial": monitor.keep_errors,
-                "first_step": self.first_step,
-            }
-        if monitor.kind == "fixed":
+            # Dense output is as accurate as the steps with dopri5 only, and checkpoint recomputes
+            # only steps.
+            options["everywhere"] = self.method != "dopri5" or self.gradient == "checkpoint"
+            options["on_trial"] = monitor.keep_errors
+            options["first_step"] = self.first_step
+        elif monitor.kind == "fixed":
             span = (times[-1] - times[0]).abs().detach()
-            return {"grid_constructor": lambda _f, _y, t: self._grid(t, span)}
-        return {}
+            options["grid_constructor"] = lambda _f, _y, t: self._grid(t, span)
+        return {"method": self.method, "rtol": self.rtol, "atol": self.atol, "options": options}
 
     def _grid(self, times: Tensor, span: Tensor) -> Tensor:
         """Return a grid through all `times`, with about `steps` equal steps in `span`."""

@@ -139,10 +139,8 @@ class Chain(Transform):
 
     def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         total = x.new_zeros(x.shape[: x.ndim - len(self.event_shape)])
-        for part in self:
-            x, ladj = part.to_base_and_ladj(
-                x, context if part.context_features else None, generator=generator
-            )
+        for part in self.transforms:
+            x, ladj = part._to_base(x, context if part.context_features else None, generator)
             total = total + ladj
         _refuse_overflow("x", x, total, event_dim=1)
         return x, total
@@ -150,9 +148,7 @@ class Chain(Transform):
     def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         total = z.new_zeros(z.shape[:-1])
         for part in reversed(self.transforms):
-            z, ladj = part.to_data_and_ladj(
-                z, context if part.context_features else None, generator=generator
-            )
+            z, ladj = part._to_data(z, context if part.context_features else None, generator)
             total = total + ladj
         _refuse_overflow("z", z, total, event_dim=len(self.event_shape))
         return z, total

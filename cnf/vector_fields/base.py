@@ -8,12 +8,11 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor, nn
 
-from cnf._checks import check_count, is_exporting, refuse_overrides
+from cnf._checks import check_count, functions_are_transformed, is_exporting, refuse_overrides
 from cnf._shapes import Context, NarrowProbes, Probes, Rows, Times, Values
 from cnf.vector_fields.compiled import Compilation
 from cnf.vector_fields.jacobian.autograd import (
     derivative_along,
-    functions_are_transformed,
     outside_inference_mode,
     standard_basis,
     usable_by_autograd,

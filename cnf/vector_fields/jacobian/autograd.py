@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from cnf._checks import functions_are_transformed
 from cnf._shapes import Rows
 
 
@@ -16,11 +16,6 @@ def standard_basis(x: Rows) -> Float[Tensor, "features *batch features"]:
     features = x.shape[-1]
     basis = torch.eye(features, dtype=x.dtype, device=x.device)
     return basis.view(features, *(1,) * (x.ndim - 1), features).expand(features, *x.shape)
-
-
-def functions_are_transformed() -> bool:
-    """Return whether `torch.func` or forward-mode differentiation is active."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def refuse_transformed_functions(what: str) -> None:
