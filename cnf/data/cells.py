@@ -1,10 +1,10 @@
-"""Checks of the cells of a table: valid numbers, missing values and loss of digits."""
+"""Tables, and checks of their cells: valid numbers, missing values and loss of digits."""
 
 import math
 import re
 from datetime import date, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,13 +16,20 @@ LARGEST = float(np.finfo(np.float32).max)
 EXACT = 2.0**53 - 1
 """Largest integer up to which double precision represents every integer and its successor."""
 
-_MISSING = frozenset(
-    (
-        *("", "na", "n/a", "#n/a", "<na>", "nan", "null", "none", "nil", "missing", r"\n"),
-        *("?", "-", "--", ".", ".."),
-    )
-)
+_MISSING = {
+    *("", "na", "n/a", "#n/a", "<na>", "nan", "null", "none", "nil", "missing", r"\n"),
+    *("?", "-", "--", ".", ".."),
+}
 """Spellings of a missing value, in lower case."""
+
+
+class Table(NamedTuple):
+    """Rows of numbers with column names."""
+
+    values: NDArray[np.float64]
+    """``(rows, columns)``, finite."""
+    columns: tuple[str, ...]
+    """One name for each column; ``x1, x2, …`` where the file has none."""
 
 
 def number(cell: str) -> float | None:

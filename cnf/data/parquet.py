@@ -9,14 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cnf._files import check_unpacked
-from cnf.data.cells import cell_of_row, first_inexact
+from cnf.data.cells import Table, cell_of_row, first_inexact
 from cnf.data.names import find_columns, shortened
 
 
-def read_parquet(
-    path: Path, columns: tuple[str, ...] | None
-) -> tuple[NDArray[np.float64], tuple[str, ...]]:
-    """Return values and names of columns of a Parquet file; see `read_table`."""
+def read_parquet(path: Path, columns: tuple[str, ...] | None) -> Table:
+    """Read columns of a Parquet file; see `read_table`."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -39,7 +37,7 @@ def read_parquet(
     chosen = find_columns(str(path), names, columns)
     values = [_column(path, table, index) for index in chosen]
     matrix = np.column_stack(values) if values else np.empty((0, 0))
-    return matrix, tuple(names[index] for index in chosen)
+    return Table(matrix, tuple(names[index] for index in chosen))
 
 
 def _refuse_index(path: Path, names: tuple[str, ...], index: Sequence[Any]) -> None:

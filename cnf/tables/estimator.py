@@ -19,10 +19,10 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from cnf._checks import check_count
-from cnf.data.cells import refuse_unless_numbers
+from cnf.data.cells import Table, refuse_unless_numbers
 from cnf.data.degeneracy import DegenerateDataWarning, check_columns
 from cnf.data.names import shortened
-from cnf.data.table_files import Table, check_for_training, warn_of_fill_values
+from cnf.data.table_files import check_for_training, warn_of_fill_values
 from cnf.tables import fit as density
 from cnf.tables.fit import DensitySettings, TableRows, continue_density, fit_density, hold_out
 from cnf.training import History

@@ -24,9 +24,9 @@ from cnf._files import (
     write_atomically,
 )
 from cnf._warnings import warn
-from cnf.data.cells import refuse_unless_numbers
+from cnf.data.cells import Table, refuse_unless_numbers
 from cnf.data.names import quoted
-from cnf.data.table_files import Table, read_table
+from cnf.data.table_files import read_table
 from cnf.flows.flow import Flow
 from cnf.tables.fit import TableRows
 from cnf.training import History

@@ -9,8 +9,9 @@ from torch.distributions import constraints
 
 from cnf._moments import column_moments
 from cnf._warnings import warn
+from cnf.data.cells import Table
 from cnf.data.degeneracy import check_columns
-from cnf.data.table_files import Table, warn_of_fill_values
+from cnf.data.table_files import warn_of_fill_values
 from cnf.flows.flow import Flow
 from cnf.training.data import TrainingData
 from cnf.transforms import ContinuousTransform, Standardize, Transform
