@@ -40,20 +40,16 @@ def sample_of(rows: TrainingData | None) -> Sample:
         return Sample(context=context)
     if weight is None or bool((weight == weight[0]).all()):
         return Sample(x, context, rows=x)
-    _refuse_single(rows.name, weight)
+    share = weight.max() / weight.sum()
+    if share > _MOST_OF_ALL:
+        raise ValueError(
+            f"the weights of {rows.name} must not be nearly all in a single row; one has "
+            f"{share:.4%} of the total, and the best density of a single row is infinite at it."
+        )
     passed = weight.to("cpu", torch.float64).cumsum(0)
     places = passed[-1] * (torch.arange(_ROWS, dtype=torch.float64) + 0.5) / _ROWS
     index = torch.searchsorted(passed, places).clamp(max=len(weight) - 1).to(weight.device)
     return Sample(x[index], None if context is None else context[index], rows=x[index.unique()])
-
-
-def _refuse_single(name: str, weight: Tensor) -> None:
-    share = weight.max() / weight.sum()
-    if share > _MOST_OF_ALL:
-        raise ValueError(
-            f"the weights of {name} must not be nearly all in a single row; one has {share:.4%} of "
-            "the total, and the best density of a single row is infinite at it."
-        )
 
 
 def initialize(flow: Flow, sample: Sample) -> None:

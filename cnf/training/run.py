@@ -114,17 +114,16 @@ class Run:
         """Restore a checkpoint, after checks of its whole form."""
         self._check_numbers(state)
         history = _history_of(state["history"])
-        objective, _ = self.plan[min(state["finished_phases"], len(self.plan) - 1)]
-        check_form("its objective", state["objective"], objective.state_dict())
+        self.finished_phases = state["finished_phases"]
+        check_form("its objective", state["objective"], self._objective.state_dict())
         if state["best"] is not None:
             check_form("its best weights", state["best"], self.flow.state_dict())
-        self.finished_phases = state["finished_phases"]
         if state["phase"] is not None:
             self._begin().check_state(state["phase"])
         self.history = history
         self.best, self.best_nll = state["best"], state["best_nll"]
         self.stopped = state["stopped"]
-        objective.load_state_dict(state["objective"])
+        self._objective.load_state_dict(state["objective"])
         if self.phase is not None:
             self.phase.load_state_dict(state["phase"])
 
@@ -167,13 +166,13 @@ class Run:
 
     def _go_through(self, phase: Phase) -> None:
         """Take the steps of a phase, and leave the initial weights of the next one in the flow."""
-        with self._progress_bar(phase) as bar:
+        hidden = not (phase.config.progress and self.processes.is_first)
+        with tqdm(total=phase.config.steps, initial=phase.step, disable=hidden, unit="step") as bar:
             while not (phase.is_over or self.stopped):
                 self._take_step(phase, bar)
-        best = phase.is_out_of_patience
-        self.flow.load_state_dict(
-            self._weights_to_keep() if best else copy_of_tensors(phase.result)
-        )
+        keep_best = phase.is_out_of_patience
+        weights = self._weights_to_keep() if keep_best else copy_of_tensors(phase.result)
+        self.flow.load_state_dict(weights)
         self.finished_phases = len(self.plan) if self.stopped else phase.number
         self.phase = None
 
@@ -208,10 +207,6 @@ class Run:
         else:
             phase.stale_validations += 1
         return nll
-
-    def _progress_bar(self, phase: Phase) -> tqdm:
-        hidden = not (phase.config.progress and self.processes.is_first)
-        return tqdm(total=phase.config.steps, initial=phase.step, disable=hidden, unit="step")
 
     def _is_told_to_stop(self, phase: Phase) -> bool:
         if not self.callbacks:
