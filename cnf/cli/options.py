@@ -3,7 +3,7 @@
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -129,11 +129,6 @@ def refuse_overwriting(path: Path, reads: Iterable[Path]) -> None:
                 f"out must not be a file that is read; {str(path)!r} is {str(read)!r}. Choose "
                 "another name."
             )
-
-
-def files_of(model: Path) -> Iterator[Path]:
-    """Return the files in the folder of a model."""
-    return model.glob("*")
 
 
 def write_rows(path: Path, values: Tensor, columns: Sequence[str], *, replace: bool) -> None:

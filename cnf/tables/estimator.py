@@ -112,7 +112,6 @@ class CNFDensity(DensityMixin, BaseEstimator):
                 less than two rows, or a parameter is out of range.
             TrainingError: If training cannot go on.
         """
-        del y
         rows = self._rows(X, sample_weight, first=True)
         names = getattr(self, "feature_names_in_", range(self.n_features_in_))
         table = Table(rows.x.numpy(), tuple(map(str, names)))
@@ -166,7 +165,6 @@ class CNFDensity(DensityMixin, BaseEstimator):
 
     def score(self, X: ArrayLike, y: Any = None) -> float:
         """Return the total log-density of the rows, in nats; see `score_samples`."""
-        del y
         return float(self.score_samples(X).sum())
 
     def sample(
