@@ -18,11 +18,7 @@ from cnf.cli.plot import Plot
 _FAILED, _MISUSED, _INTERRUPTED = 1, 2, 130
 
 _COMMANDS: dict[str, type[Command]] = {
-    "fit": Fit,
-    "score": Score,
-    "sample": Sample,
-    "certify": Certify,
-    "plot": Plot,
+    command.__name__.lower(): command for command in (Fit, Score, Sample, Certify, Plot)
 }
 
 _OPTIONS = {
