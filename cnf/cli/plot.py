@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -12,12 +12,10 @@ from cnf._checks import check_count
 from cnf.cli.options import Assignments, ModelFolder, TableCommand, assigned_numbers, check_new_file
 from cnf.data.names import quoted, shortened
 from cnf.plots import plot_column, plot_pairs, plot_two_columns, save_figure
+from cnf.plots.figures import Figure
 from cnf.tables import fit as density
 from cnf.tables.fit import TableRows
 from cnf.tables.model import TableModel
-
-if TYPE_CHECKING:
-    import matplotlib.figure
 
 _COLUMNS = 6
 
@@ -64,7 +62,7 @@ class Plot(TableCommand):
         save_figure(self._figure(model), self.out, replace=self.force)
         return 0
 
-    def _figure(self, model: TableModel) -> "matplotlib.figure.Figure":
+    def _figure(self, model: TableModel) -> Figure:
         data = None
         if self.data is not None:
             rows = model.columns.read(self.data, header=self.has_header)
