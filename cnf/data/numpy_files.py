@@ -84,6 +84,8 @@ def _table(
         values = values[:, None]
     if values.ndim != 2:
         raise ValueError(f"{path} must have shape (rows, columns); {what} has {values.shape}.")
+    if values.size == 0:  # before a name is made for each of its columns, which may be many
+        raise ValueError(f"{path} must have rows and columns; got the shape {values.shape}.")
     names = numbered_names(values.shape[1])
     if stated is not None and stated.dtype.kind == "U" and stated.shape == (values.shape[1],):
         names = tuple(map(str, stated))

@@ -58,7 +58,8 @@ def describe(value: Any) -> Any:
     Raises:
         TypeError: If it has a part or setting that no file can describe.
     """
-    if isinstance(value, np.generic) or _is_number_in_an_array(value):
+    is_array = isinstance(value, np.ndarray | np.generic | Tensor)
+    if is_array and value.ndim == 0 and not isinstance(value, nn.Parameter):
         value = value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -73,8 +74,11 @@ def describe(value: Any) -> Any:
                 f"{cls.__qualname__} has no attribute {name!r}, so that this setting of its "
                 f"constructor cannot be saved. Set self.{name} = {name} there. {_REMEDY}"
             )
+        setting = getattr(value, name)
+        if isinstance(value, Flow | FactorOut) and isinstance(setting, Chain):
+            setting = setting.transforms
         try:
-            settings[name] = describe(_setting(value, name))
+            settings[name] = describe(setting)
         except _NoDescriptionError as error:
             raise TypeError(
                 f"the setting {name!r} of {cls.__qualname__} cannot be saved: {error}"
@@ -132,12 +136,6 @@ def by_name(classes: Iterable[type]) -> dict[str, type]:
     return named
 
 
-def _is_number_in_an_array(value: object) -> bool:
-    if isinstance(value, nn.Parameter) or not isinstance(value, np.ndarray | Tensor):
-        return False
-    return value.ndim == 0
-
-
 class MissingClassError(ValueError):
     """A description names an unknown class."""
 
@@ -161,14 +159,6 @@ def _check_class(cls: type) -> None:
             f"your class must have a unique name; got {cls.__qualname__}, and cnf has a class "
             f"{cls.__name__}. Rename yours."
         )
-
-
-def _setting(part: Any, name: str) -> Any:
-    """Return a setting of a part; the transforms of a flow as a list."""
-    setting = getattr(part, name)
-    if isinstance(part, Flow | FactorOut) and isinstance(setting, Chain):
-        return setting.transforms
-    return setting
 
 
 def _settings(cls: type) -> list[str]:
