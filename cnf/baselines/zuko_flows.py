@@ -155,7 +155,7 @@ def _neural_autoregressive(zuko: Any, features: int, context: int, size: int) ->
     # Only these, without the soft clips between them.
     layers = [part for part in transform.transforms if hasattr(part, "univariate")]
     for layer in layers:
-        layer.univariate = MonotonicNetwork(zuko, layer.univariate)
+        layer.univariate = MonotonicNetwork(layer.univariate)
     return zuko.lazy.LazyComposedTransform(*layers)
 
 
@@ -176,7 +176,7 @@ def _coupling_spline(zuko: Any, features: int, context: int, size: int) -> Any:
 def _gaussianization(zuko: Any, features: int, context: int, size: int) -> Any:
     transform = zuko.flows.GF(features, context, transforms=6, components=size).transform
     for layer in transform.transforms[::2]:
-        layer.univariate = partial(Gaussianization, bisection=zuko.utils.bisection)
+        layer.univariate = Gaussianization
         start_near_identity(layer, size)
     return transform
 

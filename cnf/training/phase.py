@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,37 +22,31 @@ from cnf.vector_fields import count_evaluations
 _WARM_UP = 0.02
 
 
+@dataclass(eq=False)
 class Phase:
     """Running phase of training: the optimiser, the averaged weights and the progress."""
 
-    def __init__(
-        self,
-        objective: Objective,
-        flow: Flow,
-        config: TrainingConfig,
-        *,
-        number: int,
-        rows: TrainingData | None,
-        processes: Processes,
-    ) -> None:
-        self.objective = objective
-        self.flow = flow
-        self.config = config
-        self.number = number
-        self.rows = rows
-        self.processes = processes
-        self.step = 0
-        self.stale_validations = 0
-        self.good = copy_of_tensors(objective)
-        self._parameters = list(objective.parameters())
-        self._now = list(objective.state_dict().values())
+    objective: Objective
+    flow: Flow
+    config: TrainingConfig
+    number: int
+    rows: TrainingData | None
+    processes: Processes
+    step: int = 0
+    stale_validations: int = 0
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.good = copy_of_tensors(self.objective)
+        self._parameters = list(self.objective.parameters())
+        self._now = list(self.objective.state_dict().values())
         # One call for all weights: one for each would take a third of a step of flow matching.
         self.optimizer = torch.optim.Adam(self._parameters, lr=config.learning_rate, fused=True)
-        self.averaged = None if config.ema is None else Average(flow, config.ema)
+        self.averaged = None if config.ema is None else Average(self.flow, config.ema)
         self.sampler = None
-        if rows is not None:
+        if self.rows is not None:
             self.sampler = MinibatchSampler(
-                len(rows), config.batch_size, seed=config.seed, phase=number
+                len(self.rows), config.batch_size, seed=config.seed, phase=self.number
             )
 
     @property

@@ -2,10 +2,10 @@
 
 import contextlib
 import copy
-import dataclasses
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
@@ -46,32 +46,24 @@ class TrainingError(RuntimeError):
         return str(self.args[0])
 
 
+@dataclass(eq=False)
 class Run:
     """Training run: one call of `fit`."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        flow: Flow,
-        rows: TrainingData | None,
-        validation: TrainingData | None,
-        processes: Processes,
-        callbacks: Sequence[Callback],
-    ) -> None:
-        self.plan = plan
-        self.flow = flow
-        self.rows = rows
-        self.validation = validation
-        self.processes = processes
-        self.callbacks = callbacks
-        self.folder: RunFolder | None = None
-        self.history = History()
-        self.finished_phases = 0
-        self.phase: Phase | None = None
-        self.best: dict[str, Tensor] | None = None
-        self.best_nll = math.inf
-        self.stopped = False
-        self._started = 0.0
+    plan: Plan
+    flow: Flow
+    rows: TrainingData | None
+    validation: TrainingData | None
+    processes: Processes
+    callbacks: Sequence[Callback]
+    folder: RunFolder | None = None
+    history: History = field(default_factory=History)
+    finished_phases: int = 0
+    phase: Phase | None = None
+    best: dict[str, Tensor] | None = None
+    best_nll: float = math.inf
+    stopped: bool = False
+    started: float = 0.0
 
     def keep_in(self, checkpoints: Checkpoints, *, resume: bool) -> None:
         """Write checkpoints to a folder; with `resume`, load the run in it if there is one.
@@ -97,7 +89,7 @@ class Run:
     def go(self) -> None:
         """Train, and leave the weights to keep in the flow, also after an error."""
         seconds_before = self.history.seconds[-1] if self.history.seconds else 0.0
-        self._started = time.perf_counter() - seconds_before
+        self.started = time.perf_counter() - seconds_before
         try:
             if self.finished_phases < len(self.plan):
                 while self.finished_phases < len(self.plan):
@@ -154,14 +146,8 @@ class Run:
 
     def _begin(self) -> Phase:
         objective, config = self.plan[self.finished_phases]
-        self.phase = Phase(
-            objective,
-            self.flow,
-            config,
-            number=self.finished_phases + 1,
-            rows=self.rows,
-            processes=self.processes,
-        )
+        number = self.finished_phases + 1
+        self.phase = Phase(objective, self.flow, config, number, self.rows, self.processes)
         return self.phase
 
     def _go_through(self, phase: Phase) -> None:
@@ -181,7 +167,7 @@ class Run:
             entry = phase.advance()
             nll = self._validate(phase) if phase.is_validated else math.nan
         step = len(self.history.step) + 1
-        seconds = time.perf_counter() - self._started
+        seconds = time.perf_counter() - self.started
         self.history.append(step=step, phase=phase.number, **entry, seconds=seconds, validation=nll)
         bar.set_description(f"loss {entry['loss']:.4f}, nfe {entry['nfe']}", refresh=False)
         if not math.isnan(nll):
@@ -251,7 +237,7 @@ class Run:
 
 def _in_words(config: TrainingConfig) -> str:
     """Describe the settings but the objective, which may not come from them."""
-    names = [field.name for field in dataclasses.fields(config) if field.name != "objective"]
+    names = [setting.name for setting in fields(config) if setting.name != "objective"]
     return ", ".join(f"{name}={getattr(config, name)!r}" for name in names)
 
 
