@@ -107,12 +107,7 @@ def in_words(size: int) -> str:
 def check_fits(name: str, value: object, numbers: int, *, like: Tensor, remedy: str) -> None:
     """Refuse an argument that asks for a tensor larger than all memory of the device.
 
-    Args:
-        name: Name of the argument.
-        value: Its value.
-        numbers: Number of entries of the tensor.
-        like: A tensor of its dtype and device.
-        remedy: Last sentence of the message.
+    The tensor has so many `numbers`, and the dtype and device of `like`.
     """
     if is_hidden(like):
         return  # sizes may be symbolic

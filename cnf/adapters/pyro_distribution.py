@@ -20,11 +20,7 @@ class _Drawn(NamedTuple):
 
 
 class PyroDistribution(TorchDistribution):
-    """Pyro distribution of a flow given a context.
-
-    Args:
-        distribution: The flow given the context.
-    """
+    """Pyro distribution of a flow given a context."""
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 - torch's own form
 

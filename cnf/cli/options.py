@@ -99,17 +99,7 @@ def check_table_name(path: Path) -> None:
 
 
 def check_new_file(path: Path, *, force: bool, reads: Iterable[Path] = ()) -> None:
-    """Refuse to replace a file without --force or a file that is read, and missing folders.
-
-    Args:
-        path: The file to write.
-        force: Whether an existing file may be replaced.
-        reads: Files that the command reads, which are never replaced.
-
-    Raises:
-        OSError: If the file exists and `force` is False, or its folder does not exist.
-        ValueError: If it is one of `reads`, under any name.
-    """
+    """Refuse to replace a file without --force or a file that is read, and missing folders."""
     if path == STDOUT:
         return
     refuse_overwriting(path, reads)

@@ -53,11 +53,7 @@ def _with_subclasses(cls: Any) -> Iterator[type]:
 
 
 def describe(value: Any) -> Any:
-    """Describe a setting or part as JSON: a part is its class and its constructor's arguments.
-
-    Raises:
-        TypeError: If it has a part or setting that no file can describe.
-    """
+    """Describe a setting or part as JSON: a part is its class and its constructor's arguments."""
     is_array = isinstance(value, np.ndarray | np.generic | Tensor)
     if is_array and value.ndim == 0 and not isinstance(value, nn.Parameter):
         value = value.item()
@@ -89,10 +85,7 @@ def describe(value: Any) -> Any:
 def rebuild(description: Any, classes: Mapping[str, type], count_part: Callable[[], object]) -> Any:
     """Build the setting or part that `describe` described; constructors may raise any exception.
 
-    Args:
-        description: The JSON.
-        classes: The user's classes, by name.
-        count_part: Called once for each part, to stop if there are too many.
+    `count_part` is called once for each part, to stop if there are too many.
     """
     if isinstance(description, list):
         return [rebuild(item, classes, count_part) for item in description]
@@ -118,12 +111,7 @@ def rebuild(description: Any, classes: Mapping[str, type], count_part: Callable[
 
 
 def by_name(classes: Iterable[type]) -> dict[str, type]:
-    """Return the user's classes, by name.
-
-    Raises:
-        TypeError: If one is no class, or cannot be saved.
-        ValueError: If two have the same name, or one has a name of cnf's own.
-    """
+    """Return the user's classes, by name; refuse classes that cannot be saved or told apart."""
     if isinstance(classes, type) or not isinstance(classes, Iterable):
         raise TypeError(f"classes must be a list of classes, such as [Mine]; got {classes!r}.")
     named: dict[str, type] = {}

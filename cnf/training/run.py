@@ -66,12 +66,7 @@ class Run:
     started: float = 0.0
 
     def keep_in(self, checkpoints: Checkpoints, *, resume: bool) -> None:
-        """Write checkpoints to a folder; with `resume`, load the run in it if there is one.
-
-        Raises:
-            FileExistsError: If the folder holds a run, and `resume` is false.
-            ValueError: If the run in the folder is another one, or cannot be read.
-        """
+        """Write checkpoints to a folder; with `resume`, load the run in it if there is one."""
         told = fingerprint(self.plan, self.flow, self.rows, self.validation, self.processes)
         folder = self.folder = RunFolder(checkpoints, told)
         found = self.processes.from_first(lambda: folder.open(resume=resume))
