@@ -98,10 +98,8 @@ def in_words(size: int) -> str:
         >>> in_words(1536)
         '1.5 KiB'
     """
-    for power, unit in enumerate(("B", "KiB", "MiB", "GiB")):
-        if size < 1024 ** (power + 1):
-            return f"{size / 1024**power:.4g} {unit}"
-    return f"{size / 1024**4:.4g} TiB"
+    power = min(max(size, 1).bit_length() - 1, 40) // 10
+    return f"{size / 1024**power:.4g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def check_fits(name: str, value: object, numbers: int, *, like: Tensor, remedy: str) -> None:

@@ -112,7 +112,10 @@ def refuse_unless_numbers(name: str, values: Any) -> None:
     array = values if isinstance(values, np.ndarray) else np.asarray(values, dtype=object)
     _refuse_kind(name, array.dtype.kind)
     for value in array.flat if array.dtype.kind == "O" else ():
-        _refuse_kind(name, _kind(value))
+        if isinstance(value, str | bytes):
+            _refuse_kind(name, "U")
+        if isinstance(value, date | timedelta | np.datetime64 | np.timedelta64):
+            _refuse_kind(name, "M")
         defect = inexact(int(value)) if isinstance(value, int | np.integer) else None
         if defect:
             raise ValueError(f"{name} {defect}")
@@ -120,14 +123,6 @@ def refuse_unless_numbers(name: str, values: Any) -> None:
     if found:
         place, defect = found
         raise ValueError(f"{name} {defect} It is at {place}.")
-
-
-def _kind(value: object) -> str:
-    """Return the `numpy.dtype.kind` of a value in an array of objects."""
-    if isinstance(value, str | bytes):
-        return "U"
-    dates = date, timedelta, np.datetime64, np.timedelta64
-    return "M" if isinstance(value, dates) else "O"
 
 
 def _refuse_kind(name: str, kind: str) -> None:

@@ -126,16 +126,15 @@ def write_table(
     table = np.asarray(values)
     if table.ndim != 2:
         raise ValueError(f"values must have shape (rows, columns); got {table.shape}.")
-    if path.suffix.lower() == ".npy":
-        content = io.BytesIO()
+    suffix, content = path.suffix.lower(), io.BytesIO()
+    if suffix == ".npy":
         np.save(content, table, allow_pickle=False)
-        write_atomically(path, content.getvalue(), replace=replace)
-    elif path.suffix.lower() in (".csv", ".tsv"):
-        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-        text = to_csv(table, columns, delimiter=delimiter)
-        write_atomically(path, text.encode(), replace=replace)
+    elif suffix in (".csv", ".tsv"):
+        text = to_csv(table, columns, delimiter="\t" if suffix == ".tsv" else ",")
+        content.write(text.encode())
     else:
         raise ValueError(f"{path} must end in .csv, .tsv or .npy; got {path.suffix!r}.")
+    write_atomically(path, content.getvalue(), replace=replace)
 
 
 def check_for_training(table: Table, name: str = "the table") -> None:

@@ -107,10 +107,15 @@ def plot_samples(
     """
     points = _checked_points("x", x, 2)
     extent = _square_around(points) if extent is None else _checked_extent(extent)
-    if len(points) >= 1000:
-        return _show_density(_histogram(points, extent), extent, 0.0, ax, title)
-    ax = new_panel() if ax is None else ax
     across, up = points.T.numpy()
+    if len(points) >= 1000:
+        bins = min(200, math.isqrt(len(points) // 4))
+        left, right, bottom, top = extent
+        counts, _, _ = np.histogram2d(up, across, bins=bins, range=[(bottom, top), (left, right)])
+        cell = (right - left) * (top - bottom) / bins**2
+        image = torch.from_numpy(counts) / (len(points) * cell)
+        return _show_density(image, extent, 0.0, ax, title)
+    ax = new_panel() if ax is None else ax
     ax.scatter(across, up, s=5, color="#fcbf8c", alpha=0.8, linewidths=0)
     ax.set_facecolor(BLACK)
     return _finish_plane(ax, extent, title)
@@ -263,15 +268,6 @@ def _evaluate(
             f"{tuple(arguments[-1].shape)}; got {tuple(value.shape)}."
         )
     return value.detach().cpu().double()  # a divergence may have turned the gradient on
-
-
-def _histogram(points: Tensor, extent: Extent) -> Tensor:
-    """Return the density estimate in each cell, rows from below."""
-    bins = min(200, math.isqrt(len(points) // 4))
-    left, right, bottom, top = extent
-    x, y = points.T.numpy()
-    counts, _, _ = np.histogram2d(y, x, bins=bins, range=[(bottom, top), (left, right)])
-    return torch.from_numpy(counts) * bins**2 / (len(x) * (right - left) * (top - bottom))
 
 
 def _show_density(

@@ -53,7 +53,7 @@ def sample_of(rows: TrainingData | None) -> Sample:
 
 
 def initialize(flow: Flow, sample: Sample) -> None:
-    """Initialise `Standardize` and the like from training rows.
+    """Initialise `Standardize` and the like from training rows, and warn of badly scaled ones.
 
     Without data, `Standardize` is set to the identity; contexts are scaled all the same.
     """
@@ -73,6 +73,7 @@ def initialize(flow: Flow, sample: Sample) -> None:
                 "own."
             )
         flow.initialize(x, context, generator=torch.Generator(x.device).manual_seed(0))
+    warn_if_far_from_standard(flow, sample)
 
 
 def check_sample(name: str, flow: Flow, sample: Sample) -> None:
