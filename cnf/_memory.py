@@ -98,21 +98,14 @@ def in_words(size: int) -> str:
         >>> in_words(1536)
         '1.5 KiB'
     """
-    for power, unit in enumerate(("B", "KiB", "MiB", "GiB")):
-        if size < 1024 ** (power + 1):
-            return f"{size / 1024**power:.4g} {unit}"
-    return f"{size / 1024**4:.4g} TiB"
+    power = min(max(size, 1).bit_length() - 1, 40) // 10
+    return f"{size / 1024**power:.4g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def check_fits(name: str, value: object, numbers: int, *, like: Tensor, remedy: str) -> None:
     """Refuse an argument that asks for a tensor larger than all memory of the device.
 
-    Args:
-        name: Name of the argument.
-        value: Its value.
-        numbers: Number of entries of the tensor.
-        like: A tensor of its dtype and device.
-        remedy: Last sentence of the message.
+    The tensor has so many `numbers`, and the dtype and device of `like`.
     """
     if is_hidden(like):
         return  # sizes may be symbolic

@@ -41,7 +41,16 @@ def column_moments(name: str, x: Tensor, weight: Tensor | None = None) -> tuple[
     std = unit * ((share * (distance / unit).square()).sum(0) / _freedom(share)).sqrt()
     std = std.where(~constant, 0.0)
     _refuse_beyond(name, std, x.dtype)
-    _refuse_rounded(name, std, torch.maximum(low.abs(), high.abs()), x.dtype)
+    largest = torch.maximum(low.abs(), high.abs())
+    lost = is_rounded_away(std, largest, x.dtype)
+    if lost.any():
+        first = int(lost.nonzero()[0])
+        raise ValueError(
+            f"{name} loses its digits in {x.dtype}: column {first} has numbers of up to "
+            f"{float(largest[first]):.10g} with a standard deviation of {float(std[first]):.3g}. "
+            "Subtract a constant from the column before it is rounded, or use float64 for the data "
+            "and the flow (flow.double())."
+        )
     return mean, std
 
 
@@ -63,15 +72,3 @@ def _refuse_beyond(name: str, std: Tensor, dtype: torch.dtype) -> None:
                 f"{name} must have a standard deviation that {dtype} can hold; it is too {size} in "
                 f"{columns}. Rescale these features, or use float64."
             )
-
-
-def _refuse_rounded(name: str, std: Tensor, largest: Tensor, dtype: torch.dtype) -> None:
-    lost = is_rounded_away(std, largest, dtype)
-    if lost.any():
-        first = int(lost.nonzero()[0])
-        raise ValueError(
-            f"{name} loses its digits in {dtype}: column {first} has numbers of up to "
-            f"{float(largest[first]):.10g} with a standard deviation of {float(std[first]):.3g}. "
-            "Subtract a constant from the column before it is rounded, or use float64 for the data "
-            "and the flow (flow.double())."
-        )

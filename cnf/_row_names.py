@@ -17,9 +17,6 @@ _caller_row: ContextVar[Callable[[Row], Row] | None] = ContextVar("_caller_row",
 def rows_of_caller(caller_row: Callable[[Row], Row]) -> Iterator[None]:
     """Let `name_rows` use the caller's indices, where a call gets a part of the rows.
 
-    Args:
-        caller_row: Maps the index of a row in the call to its index at the caller.
-
     Example:
         >>> import torch
         >>> with rows_of_caller(counted_from(100)):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Size, Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from cnf._building import Building
@@ -71,9 +71,7 @@ class TorchBase(Base):
         """Support of the distribution."""
         return _support(self._distribution())
 
-    def _log_prob(
-        self, z: Tensor, context: Tensor | None, generator: torch.Generator | None
-    ) -> Tensor:
+    def _log_prob(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> Tensor:
         distribution = self._distribution()
         inside = rows_inside(z, _support(distribution))
         if not inside.any():  # torch cannot check an empty batch
@@ -82,9 +80,7 @@ class TorchBase(Base):
             return distribution.log_prob(z).to(z)
         return spread(inside, distribution.log_prob(z[inside]).to(z), elsewhere=-math.inf)
 
-    def _rsample(
-        self, shape: torch.Size, context: Tensor | None, generator: torch.Generator | None
-    ) -> Tensor:
+    def _rsample(self, shape: Size, context: Tensor | None, generator: Generator | None) -> Tensor:
         distribution = self._distribution()
         _check_gradient(distribution, distribution.has_rsample)
         if 0 in shape:  # some distributions, such as mixtures, refuse it
@@ -97,7 +93,7 @@ class TorchBase(Base):
         self, batch_shape: Sequence[int] = (), context: Tensor | None = None
     ) -> Distribution:
         """Return the wrapped distribution, expanded to the batch shape."""
-        expanded: Distribution = self._distribution().expand(torch.Size(batch_shape))
+        expanded: Distribution = self._distribution().expand(Size(batch_shape))
         return expanded
 
 
@@ -142,16 +138,12 @@ class NormflowsBase(Base):
         """False for a mixture: the choice of a component has no gradient."""
         return not is_a(self.wrapped, "normflows", "GaussianMixture")
 
-    def _log_prob(
-        self, z: Tensor, context: Tensor | None, generator: torch.Generator | None
-    ) -> Tensor:
+    def _log_prob(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> Tensor:
         wrapped: Any = self.wrapped
         log_prob: Tensor = wrapped.log_prob(as_rows(z, self.shape))
         return log_prob.to(z).reshape(z.shape[:-1])
 
-    def _rsample(
-        self, shape: torch.Size, context: Tensor | None, generator: torch.Generator | None
-    ) -> Tensor:
+    def _rsample(self, shape: Size, context: Tensor | None, generator: Generator | None) -> Tensor:
         _check_gradient(self.wrapped, self.has_rsample)
         if 0 in shape:  # which some, such as mixtures, refuse
             return self.loc.new_empty(*shape, self.features)

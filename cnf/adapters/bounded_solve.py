@@ -1,7 +1,9 @@
 """Evaluation budget for the solves of zuko's CNF, which have none."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,21 +18,17 @@ _BUDGET = 10_000
 _CALLS_PER_STEP = 7
 
 
+@dataclass(eq=False)
 class BoundedRate:
-    """Right-hand side of a solve by zuko, with an evaluation budget.
+    """Right-hand side of a solve by zuko, with an evaluation budget."""
 
-    Args:
-        rate: Takes a time and a state.
-        settings: Settings of the solve, for the message.
-    """
-
-    def __init__(self, rate: Callable[[Tensor, Tensor], Tensor], settings: str) -> None:
-        self.rate = rate
-        self.settings = settings
-        self.evaluations = 0
-        self.last = float("nan")
-        self.calls_there = 0
-        self.ended = False
+    rate: Callable[[Tensor, Tensor], Tensor]
+    settings: str
+    """Settings of the solve, for the message."""
+    evaluations: int = 0
+    last: float = math.nan
+    calls_there: int = 0
+    ended: bool = False
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
         """Return the rate; raise an `ODEError` beyond the budget."""

@@ -1,7 +1,7 @@
 """Flows as Pyro distributions. This imports Pyro; `cnf.adapters.to_pyro` imports it when called."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -11,27 +11,15 @@ from torch.distributions import constraints
 from cnf.flows.distribution import FlowDistribution
 
 
-class _Drawn(NamedTuple):
-    """Draw and its log-density."""
-
-    value: Tensor
-    log_prob: Tensor
-    state: list[object]
-
-
 class PyroDistribution(TorchDistribution):
-    """Pyro distribution of a flow given a context.
-
-    Args:
-        distribution: The flow given the context.
-    """
+    """Pyro distribution of a flow given a context."""
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012 - torch's own form
 
     def __init__(self, distribution: FlowDistribution) -> None:
         self.distribution = distribution
         self.has_rsample = distribution.has_rsample
-        self._drawn: _Drawn | None = None
+        self._drawn: tuple[Tensor, Tensor, list[object]] | None = None
         super().__init__(distribution.batch_shape, distribution.event_shape, validate_args=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -49,9 +37,10 @@ class PyroDistribution(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density in nats; for the last draw by `rsample`, without a solve."""
-        drawn = self._drawn
-        if drawn is not None and value is drawn.value and self._state(value) == drawn.state:
-            return drawn.log_prob
+        if self._drawn is not None:
+            drawn, log_prob, state = self._drawn
+            if value is drawn and self._state(value) == state:
+                return log_prob
         return self.distribution.log_prob(value)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
@@ -61,7 +50,7 @@ class PyroDistribution(TorchDistribution):
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draw differentiably; the log-density, which Pyro asks for next, comes from the solve."""
         value, log_prob = self.distribution.rsample_and_log_prob(sample_shape)
-        self._drawn = _Drawn(value, log_prob, self._state(value))
+        self._drawn = value, log_prob, self._state(value)
         return value
 
     def _state(self, value: Tensor) -> list[object]:

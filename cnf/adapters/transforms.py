@@ -70,17 +70,14 @@ class FromTorch(TorchTransformWrapper):
     def __init__(self, transform: TorchTransform, features: int) -> None:
         check_type("transform", transform, TorchTransform, "of torch.distributions.transforms")
         super().__init__(features)
+        size = torch.Size([self.features])
         vectors = max(transform.domain.event_dim, transform.codomain.event_dim) <= 1
-        if not transform.bijective or not vectors or not self._keeps_size(transform):
+        if not transform.bijective or not vectors or transform.forward_shape(size) != size:
             raise ValueError(
                 f"transform must be a bijection between vectors of {features} entries; "
                 f"got {transform}."
             )
         self.transform = transform
-
-    def _keeps_size(self, transform: TorchTransform) -> bool:
-        shape = torch.Size([self.features])
-        return torch.Size(transform.forward_shape(shape)) == shape
 
     @property
     def support(self) -> constraints.Constraint:
@@ -164,11 +161,8 @@ class FromNflows(WrappedTransform):
         self.transform = transform
         self.embedding = embedding
 
-    def _embedded(self, context: Tensor | None) -> Tensor | None:
-        if context is None or self.embedding is None:
-            return context
-        embedded: Tensor = self.embedding(context)
-        return embedded
+    def _embedded(self, context: Tensor | None) -> Any:
+        return context if context is None or self.embedding is None else self.embedding(context)
 
     def _rows_to_base(self, x: Tensor, context: Tensor | None) -> WithLadj:
         z, ladj = self.transform(x, self._embedded(context))

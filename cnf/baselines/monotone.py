@@ -28,7 +28,6 @@ class Increasing(TorchTransform):
     """Increasing function onto the real line, with an inverse by bisection.
 
     Args:
-        bisection: The function ``zuko.utils.bisection``.
         parameters: Tensors that gradients of the inverse are taken in.
     """
 
@@ -37,9 +36,8 @@ class Increasing(TorchTransform):
     bijective = True
     sign = +1
 
-    def __init__(self, bisection: Callable[..., Tensor], parameters: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
         super().__init__()
-        self._bisection = bisection
         self._parameters = [tensor for tensor in parameters if tensor.requires_grad]
 
     @abstractmethod
@@ -48,16 +46,18 @@ class Increasing(TorchTransform):
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the logarithm of the slope."""
-        del y
         return self.call_and_ladj(x)[1]
 
     def _inverse(self, y: Tensor) -> Tensor:
+        from zuko.utils import bisection
+
         bound = 16.0
         while bound < _LARGEST and not self._reaches(y, bound):
             bound *= 8
         low, high = torch.full_like(y, -bound), torch.full_like(y, bound)
         halvings = math.ceil(math.log2(2 * bound / _PRECISION))
-        return self._bisection(self, y, low, high, halvings, self._parameters)
+        x: Tensor = bisection(self, y, low, high, halvings, self._parameters)
+        return x
 
     @torch.no_grad()
     def _reaches(self, y: Tensor, bound: float) -> bool:
@@ -66,34 +66,22 @@ class Increasing(TorchTransform):
 
 
 class MonotonicNetwork(nn.Module):
-    """Monotonic network that returns a `Neural` for each signal.
+    """Monotonic network, an ``MNN`` of zuko, that returns a `Neural` for each signal."""
 
-    Args:
-        zuko: The library.
-        network: The ``MNN`` of zuko.
-    """
-
-    def __init__(self, zuko: Any, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        self._bisection = zuko.utils.bisection
 
     def forward(self, signal: Tensor) -> "Neural":
         """Return the increasing function for a signal."""
-        function = self.network(signal).f
-        return Neural(function, self._bisection, [signal, *self.network.parameters()])
+        return Neural(self.network(signal).f, [signal, *self.network.parameters()])
 
 
 class Neural(Increasing):
     """Increasing function of a monotonic network."""
 
-    def __init__(
-        self,
-        function: Callable[[Tensor], Tensor],
-        bisection: Callable[..., Tensor],
-        parameters: Sequence[Tensor],
-    ) -> None:
-        super().__init__(bisection, parameters)
+    def __init__(self, function: Callable[[Tensor], Tensor], parameters: Sequence[Tensor]) -> None:
+        super().__init__(parameters)
         self._function = function
 
     def _call(self, x: Tensor) -> Tensor:
@@ -117,13 +105,10 @@ class Gaussianization(Increasing):
     Args:
         shift: b, of shape ``(*batch, components)``.
         log_scale: a, of the same shape.
-        bisection: The function ``zuko.utils.bisection``.
     """
 
-    def __init__(
-        self, shift: Tensor, log_scale: Tensor, *, bisection: Callable[..., Tensor]
-    ) -> None:
-        super().__init__(bisection, [shift, log_scale])
+    def __init__(self, shift: Tensor, log_scale: Tensor) -> None:
+        super().__init__([shift, log_scale])
         self.shift = shift
         self.log_scale = log_scale
 

@@ -1,6 +1,7 @@
 """Named discrete flows built from the transforms of this package."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from cnf.baselines.glow import glow
 from cnf.transforms import (
@@ -26,18 +27,6 @@ _MOST_LEVELS = 3
 Transforms = list[Transform]
 
 
-def planar(features: int, context_features: int, size: int) -> Transforms:
-    """Return `size` planar layers, which take no context."""
-    del context_features
-    return [Planar(features) for _ in range(size)]
-
-
-def radial(features: int, context_features: int, size: int) -> Transforms:
-    """Return `size` radial layers, which take no context."""
-    del context_features
-    return [Radial(features) for _ in range(size)]
-
-
 def exact_lipschitz(features: int, context_features: int, size: int) -> Transforms:
     """Return exact-Lipschitz layers of hidden width `size`, with reversed order between them."""
     chain: Transforms = []
@@ -47,14 +36,11 @@ def exact_lipschitz(features: int, context_features: int, size: int) -> Transfor
     return chain
 
 
-def i_resnet(features: int, context_features: int, size: int) -> Transforms:
-    """Return residual blocks of perceptrons of width `size`, with truncated power series."""
-    return _residual(features, _perceptrons(features, context_features, size), TruncatedSeries())
-
-
-def residual(features: int, context_features: int, size: int) -> Transforms:
-    """Return residual blocks of perceptrons of width `size`, with unbiased power series."""
-    return _residual(features, _perceptrons(features, context_features, size), RussianRoulette())
+def residual(
+    features: int, context_features: int, size: int, log_det: type[LogDet] = RussianRoulette
+) -> Transforms:
+    """Return residual blocks of perceptrons of width `size`, with unbiased series by default."""
+    return _residual(features, _perceptrons(features, context_features, size), log_det())
 
 
 def attentive(features: int, context_features: int, size: int) -> Transforms:
@@ -82,9 +68,9 @@ def glow_of_size(shape: Sequence[int], context_features: int, size: int) -> Tran
 CHAINS: dict[str, Callable[[int, int, int], Transforms]] = {
     "acf": attentive,
     "elf": exact_lipschitz,
-    "iresnet": i_resnet,
-    "planar": planar,
-    "radial": radial,
+    "iresnet": partial(residual, log_det=TruncatedSeries),
+    "planar": lambda features, _, size: [Planar(features) for _ in range(size)],
+    "radial": lambda features, _, size: [Radial(features) for _ in range(size)],
     "residual": residual,
 }
 """Constructors by name; they take the numbers of features and context features, and the size."""

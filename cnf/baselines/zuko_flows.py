@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Size, Tensor, nn
 from torch.distributions import Distribution
 from torch.distributions import Transform as TorchTransform
 
@@ -102,7 +102,7 @@ class NamedMixture(Base):
         """Whether `initialize` has yet to centre the components on data."""
         return not self.is_initialized
 
-    def _initialize(self, z: Tensor, generator: torch.Generator | None) -> None:
+    def _initialize(self, z: Tensor, generator: Generator | None) -> None:
         # The covariance of all rows, narrower for more components: Silverman (1986), chapter 4.
         if len(z) < self.size:
             raise ValueError(
@@ -122,14 +122,10 @@ class NamedMixture(Base):
         off_diagonal.copy_(factor[below[0], below[1]].expand_as(off_diagonal))
         self.is_initialized.fill_(True)
 
-    def _log_prob(
-        self, z: Tensor, context: Tensor | None, generator: torch.Generator | None
-    ) -> Tensor:
+    def _log_prob(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> Tensor:
         return self.mixture.log_prob(z)
 
-    def _rsample(
-        self, shape: torch.Size, context: Tensor | None, generator: torch.Generator | None
-    ) -> Tensor:
+    def _rsample(self, shape: Size, context: Tensor | None, generator: Generator | None) -> Tensor:
         return self.mixture.rsample(shape, generator=generator)
 
     def distribution(
@@ -146,33 +142,24 @@ def _zuko() -> Any:
         raise ImportError("zuko is not installed; try pip install zuko.") from error
 
 
-def _autoregressive(zuko: Any, features: int, context: int, size: int) -> Any:
-    return zuko.flows.MAF(features, context, transforms=4, hidden_features=(size, size)).transform
-
-
-def _inverse_autoregressive(zuko: Any, features: int, context: int, size: int) -> Any:
-    return _autoregressive(zuko, features, context, size).inv
+def _transform(
+    zuko: Any, features: int, context: int, size: int, *, kind: str, **settings: Any
+) -> Any:
+    flow = getattr(zuko.flows, kind)(features, context, hidden_features=(size, size), **settings)
+    return flow.transform
 
 
 def _neural_autoregressive(zuko: Any, features: int, context: int, size: int) -> Any:
-    widths = (size, size)
     network = {"hidden_features": 2 * (max(size, 2),)}  # zuko splits its units in two
-    flow = zuko.flows.NAF(features, context, hidden_features=widths, network=network)
+    transform = _transform(zuko, features, context, size, kind="NAF", network=network)
     # Only these, without the soft clips between them.
-    layers = [part for part in flow.transform.transforms if hasattr(part, "univariate")]
+    layers = [part for part in transform.transforms if hasattr(part, "univariate")]
     for layer in layers:
-        layer.univariate = MonotonicNetwork(zuko, layer.univariate)
+        layer.univariate = MonotonicNetwork(layer.univariate)
     return zuko.lazy.LazyComposedTransform(*layers)
 
 
-def _spline(zuko: Any, features: int, context: int, size: int) -> Any:
-    return zuko.flows.NSF(features, context, hidden_features=(size, size)).transform
-
-
-def _coupling(zuko: Any, features: int, context: int, size: int, **univariate: Any) -> Any:
-    widths = (size, size)
-    flow = zuko.flows.NICE(features, context, transforms=6, hidden_features=widths, **univariate)
-    return flow.transform
+_coupling = partial(_transform, kind="NICE", transforms=6)
 
 
 def _additive(zuko: Any, features: int, context: int, size: int) -> Any:
@@ -189,18 +176,18 @@ def _coupling_spline(zuko: Any, features: int, context: int, size: int) -> Any:
 def _gaussianization(zuko: Any, features: int, context: int, size: int) -> Any:
     transform = zuko.flows.GF(features, context, transforms=6, components=size).transform
     for layer in transform.transforms[::2]:
-        layer.univariate = partial(Gaussianization, bisection=zuko.utils.bisection)
+        layer.univariate = Gaussianization
         start_near_identity(layer, size)
     return transform
 
 
 _MAKERS: dict[str, Callable[[Any, int, int, int], Any]] = {
     "gf": _gaussianization,
-    "iaf": _inverse_autoregressive,
-    "maf": _autoregressive,
+    "iaf": lambda *given: _transform(*given, kind="MAF", transforms=4).inv,
+    "maf": partial(_transform, kind="MAF", transforms=4),
     "naf": _neural_autoregressive,
     "nice": _additive,
-    "nsf": _spline,
+    "nsf": partial(_transform, kind="NSF"),
     "nsf_coupling": _coupling_spline,
     "realnvp": _coupling,
 }

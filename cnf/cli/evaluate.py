@@ -20,7 +20,6 @@ from cnf.cli.options import (
     assigned_numbers,
     check_new_file,
     check_table_name,
-    files_of,
     refuse_rows_outside,
     write_rows,
 )
@@ -52,7 +51,7 @@ class Score(TableCommand):
 
     def run(self) -> int:
         """Score and write."""
-        check_new_file(self.out, force=self.force, reads=[self.data, *files_of(self.model)])
+        check_new_file(self.out, force=self.force, reads=[self.data, *self.model.glob("*")])
         model = TableModel.load(self.model)
         rows = model.columns.read(self.data, header=self.has_header)
         scores = density.log_prob(model.flow, rows, progress=self.progress)
@@ -92,7 +91,7 @@ class Sample(Command):
 
     def run(self) -> int:
         """Draw and write rows; they include their contexts, so that they can be scored."""
-        check_new_file(self.out, force=self.force, reads=files_of(self.model))
+        check_new_file(self.out, force=self.force, reads=self.model.glob("*"))
         model = TableModel.load(self.model)
         given = assigned_numbers("context", self.context)
         drawn = density.sample(

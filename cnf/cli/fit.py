@@ -15,7 +15,6 @@ from cnf.cli.options import (
     MeanAndError,
     TableCommand,
     assigned,
-    files_of,
     number,
     refuse_overwriting,
     refuse_rows_outside,
@@ -67,7 +66,7 @@ class Fit(TableCommand):
     def run(self) -> int:
         """Fit, save and report."""
         check_destination(self.out, replace=self.force)
-        for replaced in files_of(self.out):
+        for replaced in self.out.glob("*"):
             refuse_overwriting(replaced, [self.data])
         wanted = [*self.columns, *self.context_columns] if self.columns else None
         table = read_table(self.data, wanted, header=self.has_header)

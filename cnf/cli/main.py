@@ -6,7 +6,6 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
 
 import tyro
 from tyro.conf import FlagCreatePairsOff
@@ -19,11 +18,7 @@ from cnf.cli.plot import Plot
 _FAILED, _MISUSED, _INTERRUPTED = 1, 2, 130
 
 _COMMANDS: dict[str, type[Command]] = {
-    "fit": Fit,
-    "score": Score,
-    "sample": Sample,
-    "certify": Certify,
-    "plot": Plot,
+    command.__name__.lower(): command for command in (Fit, Score, Sample, Certify, Plot)
 }
 
 _OPTIONS = {
@@ -84,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(f"error: {error} See: cnf {name} --help")
         return _MISUSED
     with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
+        warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
         return _run(command)
 
 
@@ -102,7 +97,10 @@ def _run(command: Command) -> int:
         if command.debug:
             traceback.print_exc()
         else:
-            _say(f"error: {_explained(error)}")
+            text = str(error) or type(error).__name__
+            if not isinstance(error, ValueError | TypeError | OSError | RuntimeError):
+                text = f"{type(error).__name__}: {text} (--debug shows where)"
+            _say(f"error: {text}")
         return _FAILED
     return code
 
@@ -114,16 +112,6 @@ def _help() -> str:
     return _HELP.format(
         commands="\n".join(f"  {name:<9}{summary}" for name, summary in summaries.items())
     )
-
-
-def _explained(error: Exception) -> str:
-    text = str(error) or type(error).__name__
-    expected = isinstance(error, ValueError | TypeError | OSError | RuntimeError)
-    return text if expected else f"{type(error).__name__}: {text} (--debug shows where)"
-
-
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    _say(f"warning: {message}")
 
 
 def _say(text: str) -> None:

@@ -3,7 +3,7 @@
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -99,17 +99,7 @@ def check_table_name(path: Path) -> None:
 
 
 def check_new_file(path: Path, *, force: bool, reads: Iterable[Path] = ()) -> None:
-    """Refuse to replace a file without --force or a file that is read, and missing folders.
-
-    Args:
-        path: The file to write.
-        force: Whether an existing file may be replaced.
-        reads: Files that the command reads, which are never replaced.
-
-    Raises:
-        OSError: If the file exists and `force` is False, or its folder does not exist.
-        ValueError: If it is one of `reads`, under any name.
-    """
+    """Refuse to replace a file without --force or a file that is read, and missing folders."""
     if path == STDOUT:
         return
     refuse_overwriting(path, reads)
@@ -129,11 +119,6 @@ def refuse_overwriting(path: Path, reads: Iterable[Path]) -> None:
                 f"out must not be a file that is read; {str(path)!r} is {str(read)!r}. Choose "
                 "another name."
             )
-
-
-def files_of(model: Path) -> Iterator[Path]:
-    """Return the files in the folder of a model."""
-    return model.glob("*")
 
 
 def write_rows(path: Path, values: Tensor, columns: Sequence[str], *, replace: bool) -> None:

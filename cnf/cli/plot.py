@@ -2,29 +2,20 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from tyro.conf import Positional, arg
 
 from cnf._checks import check_count
-from cnf.cli.options import (
-    Assignments,
-    ModelFolder,
-    TableCommand,
-    assigned_numbers,
-    check_new_file,
-    files_of,
-)
+from cnf.cli.options import Assignments, ModelFolder, TableCommand, assigned_numbers, check_new_file
 from cnf.data.names import quoted, shortened
 from cnf.plots import plot_column, plot_pairs, plot_two_columns, save_figure
+from cnf.plots.figures import Figure
 from cnf.tables import fit as density
 from cnf.tables.fit import TableRows
 from cnf.tables.model import TableModel
-
-if TYPE_CHECKING:
-    import matplotlib.figure
 
 _COLUMNS = 6
 
@@ -65,14 +56,18 @@ class Plot(TableCommand):
 
     def run(self) -> int:
         """Draw and write the plot."""
-        reads = [*files_of(self.model), *([] if self.data is None else [self.data])]
+        reads = [*self.model.glob("*"), *([] if self.data is None else [self.data])]
         check_new_file(self.out, force=self.force, reads=reads)
         model = TableModel.load(self.model)
         save_figure(self._figure(model), self.out, replace=self.force)
         return 0
 
-    def _figure(self, model: TableModel) -> "matplotlib.figure.Figure":
-        data = None if self.data is None else self._some_rows(self.data, model)
+    def _figure(self, model: TableModel) -> Figure:
+        data = None
+        if self.data is not None:
+            rows = model.columns.read(self.data, header=self.has_header)
+            order = torch.randperm(len(rows.x), generator=torch.Generator().manual_seed(self.seed))
+            data = rows.take(order[: self.rows])
         by_row = bool(model.columns.context_names) and data is not None
         if by_row and self.context:
             raise ValueError("draw either the data or one --context, not both.")
@@ -104,11 +99,6 @@ class Plot(TableCommand):
             data=None if x is None else x[:, chosen],
             title=title,
         )
-
-    def _some_rows(self, data: Path, model: TableModel) -> TableRows:
-        rows = model.columns.read(data, header=self.has_header)
-        order = torch.randperm(len(rows.x), generator=torch.Generator().manual_seed(self.seed))
-        return rows.take(order[: self.rows])
 
     def _shown(self, names: tuple[str, ...]) -> tuple[str, ...]:
         for name in self.columns:

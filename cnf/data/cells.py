@@ -1,10 +1,10 @@
-"""Checks of the cells of a table: valid numbers, missing values and loss of digits."""
+"""Tables, and checks of their cells: valid numbers, missing values and loss of digits."""
 
 import math
 import re
 from datetime import date, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,13 +16,20 @@ LARGEST = float(np.finfo(np.float32).max)
 EXACT = 2.0**53 - 1
 """Largest integer up to which double precision represents every integer and its successor."""
 
-_MISSING = frozenset(
-    (
-        *("", "na", "n/a", "#n/a", "<na>", "nan", "null", "none", "nil", "missing", r"\n"),
-        *("?", "-", "--", ".", ".."),
-    )
-)
+_MISSING = {
+    *("", "na", "n/a", "#n/a", "<na>", "nan", "null", "none", "nil", "missing", r"\n"),
+    *("?", "-", "--", ".", ".."),
+}
 """Spellings of a missing value, in lower case."""
+
+
+class Table(NamedTuple):
+    """Rows of numbers with column names."""
+
+    values: NDArray[np.float64]
+    """``(rows, columns)``, finite."""
+    columns: tuple[str, ...]
+    """One name for each column; ``x1, x2, …`` where the file has none."""
 
 
 def number(cell: str) -> float | None:
@@ -105,7 +112,10 @@ def refuse_unless_numbers(name: str, values: Any) -> None:
     array = values if isinstance(values, np.ndarray) else np.asarray(values, dtype=object)
     _refuse_kind(name, array.dtype.kind)
     for value in array.flat if array.dtype.kind == "O" else ():
-        _refuse_kind(name, _kind(value))
+        if isinstance(value, str | bytes):
+            _refuse_kind(name, "U")
+        if isinstance(value, date | timedelta | np.datetime64 | np.timedelta64):
+            _refuse_kind(name, "M")
         defect = inexact(int(value)) if isinstance(value, int | np.integer) else None
         if defect:
             raise ValueError(f"{name} {defect}")
@@ -113,14 +123,6 @@ def refuse_unless_numbers(name: str, values: Any) -> None:
     if found:
         place, defect = found
         raise ValueError(f"{name} {defect} It is at {place}.")
-
-
-def _kind(value: object) -> str:
-    """Return the `numpy.dtype.kind` of a value in an array of objects."""
-    if isinstance(value, str | bytes):
-        return "U"
-    dates = date, timedelta, np.datetime64, np.timedelta64
-    return "M" if isinstance(value, dates) else "O"
 
 
 def _refuse_kind(name: str, kind: str) -> None:

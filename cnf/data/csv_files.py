@@ -9,6 +9,7 @@ import io
 import itertools
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn, TextIO
 
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cnf._warnings import warn
-from cnf.data.cells import EXACT, cell_defect, is_missing, number
+from cnf.data.cells import EXACT, Table, cell_defect, is_missing, number
 from cnf.data.names import find_columns, listed, numbered_names, shortened
 
 _ENCODING = "utf-8-sig"
@@ -40,10 +41,8 @@ class _Layout(NamedTuple):
     """Remedy if the first line may be a comment."""
 
 
-def read_csv(
-    path: Path, columns: tuple[str, ...] | None, header: bool | None = None
-) -> tuple[NDArray[np.float64], tuple[str, ...]]:
-    """Return values and names of columns of a text file; see `cnf.data.table_files.read_table`."""
+def read_csv(path: Path, columns: tuple[str, ...] | None, header: bool | None = None) -> Table:
+    """Read columns of a text file; see `cnf.data.table_files.read_table`."""
     has_quotes = _has_quotes(path)
     try:
         layout = _layout(path, columns, header)
@@ -51,7 +50,16 @@ def read_csv(
         if has_quotes or columns is not None:  # lines may be uneven beyond the chosen columns
             _refuse_first_defect(path, layout, ())
         try:
-            values = _parse(path, layout, chosen)
+            values = np.loadtxt(
+                str(path),
+                delimiter=layout.delimiter,
+                quotechar='"',
+                comments=None,
+                skiprows=layout.header_lines,
+                usecols=None if chosen == tuple(range(len(layout.names))) else chosen,
+                ndmin=2,
+                encoding=_ENCODING,
+            )
         except ValueError as error:
             _refuse_first_defect(path, layout, chosen)
             reason = str(error).rstrip(".")
@@ -64,7 +72,7 @@ def read_csv(
         _refuse_encoding(path)
     if layout.guessed:
         _doubt_first_row(path, values)
-    return values, tuple(layout.names[index] for index in chosen)
+    return Table(values, tuple(layout.names[index] for index in chosen))
 
 
 def line_of_row(
@@ -84,19 +92,13 @@ def to_csv(values: NDArray[np.generic], columns: Sequence[str] | None, *, delimi
         if "\n" in name or "\r" in name:
             raise ValueError(f"columns must be names of one line; got {name!r}. Rename it.")
     text = io.StringIO()
-    writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
+    writer = partial(csv.writer, text, delimiter=delimiter, lineterminator="\n")
     if columns is not None:
         # Quotes keep a name that begins with # from being read as a comment.
         marked = any(name.lstrip().startswith("#") for name in columns[:1])
-        names = csv.writer(
-            text,
-            delimiter=delimiter,
-            lineterminator="\n",
-            quoting=csv.QUOTE_ALL if marked else csv.QUOTE_MINIMAL,
-        )
-        names.writerow(columns)
+        writer(quoting=csv.QUOTE_ALL if marked else csv.QUOTE_MINIMAL).writerow(columns)
     # Python writes doubles as NumPy does, and faster, but has no single precision.
-    writer.writerows((values.astype(str) if values.dtype == np.float32 else values).tolist())
+    writer().writerows((values.astype(str) if values.dtype == np.float32 else values).tolist())
     return text.getvalue()
 
 
@@ -195,20 +197,6 @@ def _without_mark(line: str, delimiter: str) -> str:
     return line if any(number(cell.strip(' "\r\n')) is not None for cell in cells) else names
 
 
-def _parse(path: Path, layout: _Layout, chosen: tuple[int, ...]) -> NDArray[np.float64]:
-    whole = chosen == tuple(range(len(layout.names)))
-    return np.loadtxt(
-        str(path),
-        delimiter=layout.delimiter,
-        quotechar='"',
-        comments=None,
-        skiprows=layout.header_lines,
-        usecols=None if whole else chosen,
-        ndmin=2,
-        encoding=_ENCODING,
-    )
-
-
 def _refuse_first_defect(path: Path, layout: _Layout, chosen: tuple[int, ...]) -> None:
     """Raise a `ValueError` for the first uneven line or invalid chosen cell, if any."""
     count = len(layout.names)
@@ -266,21 +254,15 @@ def _has_quotes(path: Path) -> bool:
 
 def _refuse_encoding(path: Path) -> NoReturn:
     """Raise a `ValueError` for the first byte that is not UTF-8."""
-    with path.open("rb") as file:
-        bad = ((number, line, _first_bad_byte(line)) for number, line in enumerate(file, 1))
-        number_of_line, line, at = next(found for found in bad if found[2] >= 0)
-    column = max(line.count(mark.encode(), 0, at) for mark in _DELIMITERS) + 1
+    content = path.read_bytes()
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        at = error.start
+    *lines, line = content[:at].split(b"\n")
+    column = max(line.count(mark.encode()) for mark in _DELIMITERS) + 1
     raise ValueError(
-        f"{path}, line {number_of_line}, column {column}: must be UTF-8 text; got the byte "
-        f"0x{line[at]:02x}. {_UTF8}, for instance by: "
+        f"{path}, line {len(lines) + 1}, column {column}: must be UTF-8 text; got the byte "
+        f"0x{content[at]:02x}. {_UTF8}, for instance by: "
         f"iconv -f LATIN1 -t UTF-8 {path.name} > new.csv"
     ) from None
-
-
-def _first_bad_byte(line: bytes) -> int:
-    """Return the position of the first byte that is not UTF-8; -1 if there is none."""
-    try:
-        line.decode()
-    except UnicodeDecodeError as error:
-        return error.start
-    return -1

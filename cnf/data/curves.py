@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cnf._checks import check_number, is_positive
 from cnf._shapes import Values
-from cnf.data.densities import RandomNumbers, ToyDensity, entropy_on_plane
+from cnf.data.densities import RandomNumbers, ToyDensity
 
 Curve = Callable[[Tensor], Tensor]
 """Map from positions between 0 and 1, (n,), to points of the plane, (n, 2)."""
@@ -23,8 +23,17 @@ class NoisyDensity(ToyDensity):
     noise: float
 
     def entropy(self) -> float:
-        """Return the entropy in nats, by quadrature; its error is below 1e-5."""
-        return entropy_on_plane(self, 0.75 * self.noise)
+        """Return the entropy in nats, by quadrature; its error is below 1e-5.
+
+        The trapezoid rule converges faster than any power of the step, because the noise is smooth.
+        """
+        step = 0.75 * self.noise
+        left, right, bottom, top = self.extent
+        grid = torch.cartesian_prod(
+            torch.arange(left, right + step, step, dtype=torch.float64),
+            torch.arange(bottom, top + step, step, dtype=torch.float64),
+        )
+        return float(torch.special.entr(self.log_prob(grid).exp()).sum()) * step**2
 
 
 class NoisyCurves(NoisyDensity):

@@ -100,12 +100,9 @@ def _linear_dependence(rows: Tensor, dtype: torch.dtype, names: Sequence[str]) -
 
 
 def _flat_directions(standard: Tensor, step: Tensor, basis: Tensor) -> Tensor:
-    """Return the directions in a subspace along which rows vary by no more than rounding.
+    """Return the directions in a subspace along which standardised rows vary only by rounding.
 
-    Args:
-        standard: The rows, each column in its own unit.
-        step: Rounding step of each number, in these units.
-        basis: Basis of the subspace, one direction in each column.
+    `step` is the rounding step of each number; `basis` has a direction in each column.
     """
     along = (standard - standard.mean(0)) @ basis
     variances, eigenvectors = torch.linalg.eigh(along.T @ along / len(along))

@@ -38,9 +38,7 @@ def find_columns(
 ) -> tuple[int, ...]:
     """Return the positions of `columns` among the `names` of a table; None for all columns.
 
-    Raises:
-        ValueError: If a requested name is repeated or missing, or a column to be read has an empty
-            or repeated name. Other columns may have any name.
+    Other columns may have any name, also none or the same.
     """
     if columns is not None and (not columns or len(set(columns)) < len(columns)):
         raise ValueError(f"columns must be one or more different names; got {quoted(columns)}.")

@@ -1,7 +1,6 @@
 """Reading of Parquet files; the only module that imports pyarrow."""
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cnf._files import check_unpacked
-from cnf.data.cells import cell_of_row, first_inexact
+from cnf.data.cells import Table, cell_of_row, first_inexact
 from cnf.data.names import find_columns, shortened
 
 
-def read_parquet(
-    path: Path, columns: tuple[str, ...] | None
-) -> tuple[NDArray[np.float64], tuple[str, ...]]:
-    """Return values and names of columns of a Parquet file; see `read_table`."""
+def read_parquet(path: Path, columns: tuple[str, ...] | None) -> Table:
+    """Read columns of a Parquet file; see `read_table`."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -34,26 +31,17 @@ def read_parquet(
         reason = (str(error) or repr(error)).splitlines()[0].rstrip(".")
         raise ValueError(f"{path} must be a Parquet file ({reason}).") from error
     names = tuple(table.column_names)
-    if columns is None:
-        _refuse_index(path, names, index)
-    chosen = find_columns(str(path), names, columns)
-    values = [_column(path, table, index) for index in chosen]
-    matrix = np.column_stack(values) if values else np.empty((0, 0))
-    return matrix, tuple(names[index] for index in chosen)
-
-
-def _refuse_index(path: Path, names: tuple[str, ...], index: Sequence[Any]) -> None:
-    """Refuse columns that hold the index of a pandas frame.
-
-    `index` is pandas' metadata: names of columns, or a mapping for each range index.
-    """
-    for name in names:
+    for name in names if columns is None else ():  # the metadata of a range index is a mapping
         if name in index or re.fullmatch(r"__index_level_\d+__", name):
             raise ValueError(
                 f"{path}, column {shortened(name)!r}: must hold data; it is the index of a pandas "
                 "frame. Write the file without it (in pandas, index=False), or choose the columns, "
                 "with or without this one."
             )
+    chosen = find_columns(str(path), names, columns)
+    values = [_column(path, table, index) for index in chosen]
+    matrix = np.column_stack(values) if values else np.empty((0, 0))
+    return Table(matrix, tuple(names[index] for index in chosen))
 
 
 def _column(path: Path, table: Any, index: int) -> NDArray[np.float64]:

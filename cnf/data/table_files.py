@@ -6,34 +6,23 @@ cell.
 
 import io
 import os
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cnf._files import TooLargeError, as_path, check_unpacked, write_atomically
+from cnf._files import as_path, write_atomically
 from cnf._warnings import warn
-from cnf.data.cells import LARGEST, cell_of_row, first_inexact, refuse_unless_numbers, unacceptable
+from cnf.data.cells import LARGEST, Table, cell_of_row, refuse_unless_numbers, unacceptable
 from cnf.data.csv_files import line_of_row, read_csv, to_csv
 from cnf.data.degeneracy import DegenerateDataWarning
-from cnf.data.memmap import DAMAGES, check_header
-from cnf.data.names import find_columns, listed, numbered_names, shortened
+from cnf.data.names import listed, shortened
+from cnf.data.numpy_files import read_npy, read_npz
 from cnf.data.parquet import read_parquet
 
 _RAW_FILL_VALUES = (-32768, 32767, 65535)
 """Limits of 16-bit integers, which raw data use for missing values."""
-
-
-class Table(NamedTuple):
-    """Rows of numbers with column names."""
-
-    values: NDArray[np.float64]
-    """``(rows, columns)``, finite."""
-    columns: tuple[str, ...]
-    """One name for each column; ``x1, x2, …`` where the file has none."""
 
 
 def read_table(
@@ -88,14 +77,16 @@ def read_table(
         )
     if path.stat().st_size == 0:
         raise ValueError(f"{path}, line 1: must hold a table; the file is empty.")
-    if array is not None and reader is not _read_npz:
+    if array is not None and reader is not read_npz:
         raise ValueError(f"array must be None unless the file is an .npz; got {array!r}.")
     wanted = None if columns is None else tuple(columns)
     if reader is read_csv:
-        return Table(*read_csv(path, wanted, header))
+        return read_csv(path, wanted, header)
     if header is not None:
         raise ValueError(f"header must be None unless the file is text; got {header} for {path}.")
-    return Table(*(reader(path, wanted) if array is None else _read_npz(path, wanted, array)))
+    table = reader(path, wanted) if array is None else read_npz(path, wanted, array)
+    _check(path, table)
+    return table
 
 
 def place_of_row(
@@ -135,16 +126,15 @@ def write_table(
     table = np.asarray(values)
     if table.ndim != 2:
         raise ValueError(f"values must have shape (rows, columns); got {table.shape}.")
-    if path.suffix.lower() == ".npy":
-        content = io.BytesIO()
+    suffix, content = path.suffix.lower(), io.BytesIO()
+    if suffix == ".npy":
         np.save(content, table, allow_pickle=False)
-        write_atomically(path, content.getvalue(), replace=replace)
-    elif path.suffix.lower() in (".csv", ".tsv"):
-        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-        text = to_csv(table, columns, delimiter=delimiter)
-        write_atomically(path, text.encode(), replace=replace)
+    elif suffix in (".csv", ".tsv"):
+        text = to_csv(table, columns, delimiter="\t" if suffix == ".tsv" else ",")
+        content.write(text.encode())
     else:
         raise ValueError(f"{path} must end in .csv, .tsv or .npy; got {path.suffix!r}.")
+    write_atomically(path, content.getvalue(), replace=replace)
 
 
 def check_for_training(table: Table, name: str = "the table") -> None:
@@ -199,124 +189,21 @@ def _fill_values(column: NDArray[np.float64]) -> list[tuple[float, int]]:
     return found
 
 
-def _read_npy(
-    path: Path, columns: tuple[str, ...] | None
-) -> tuple[NDArray[np.float64], tuple[str, ...]]:
-    values = _numbers(path, "the array", _open_numpy(path))
-    return _selected(path, values, numbered_names(values.shape[1]), columns)
-
-
-def _read_npz(
-    path: Path, columns: tuple[str, ...] | None, array: str | None = None
-) -> tuple[NDArray[np.float64], tuple[str, ...]]:
-    arrays = _open_numpy(path)
-    if array is None:
-        tables = [name for name, found in arrays.items() if found.ndim == 2]
-        if len(tables) != 1:
-            raise ValueError(
-                f"{path} must have one array of two axes; it has "
-                f"{listed([f'{name} {found.shape}' for name, found in arrays.items()])}. Save the "
-                "right one in a file of its own: numpy.save(path, array). (In Python, "
-                "read_table(path, array=NAME) reads it here.)"
-            )
-        array = tables[0]
-    if array not in arrays:
-        raise ValueError(f"{path} has no array {array!r}; it has {listed(list(arrays))}.")
-    values = _numbers(path, f"the array {array}", arrays[array])
-    names = numbered_names(values.shape[1])
-    stated = arrays.get("columns")
-    if stated is not None and stated.dtype.kind == "U" and stated.shape == (values.shape[1],):
-        names = tuple(map(str, stated))
-    return _selected(path, values, names, columns)
-
-
-def _open_numpy(path: Path) -> Any:
-    """Return the array of an .npy file, or the arrays of an .npz file by name."""
-    try:
-        with path.open("rb") as file:
-            packed = file.read(4).startswith(b"PK")
-            file.seek(0)
-            if packed:
-                _check_archive(path, file)
-            else:
-                check_header(file, path.stat().st_size)
-            content = np.load(file, allow_pickle=False)
-            return dict(content) if packed else content
-    except TooLargeError:
-        raise
-    except DAMAGES as error:
-        reason = (str(error) or repr(error)).splitlines()[0].rstrip(".")
-        raise ValueError(
-            f"{path} must be a NumPy file of plain numbers; it is damaged, or holds Python "
-            f"objects ({reason}). Save it again from NumPy."
-        ) from error
-
-
-def _check_archive(path: Path, file: io.BufferedIOBase) -> None:
-    """Refuse an .npz file whose stated sizes are too large or wrong, before unpacking it."""
-    with zipfile.ZipFile(file) as archive:
-        check_unpacked(path, sum(entry.file_size for entry in archive.infolist()))
-        for entry in archive.infolist():
-            with archive.open(entry) as member:
-                check_header(member, entry.file_size)
-    file.seek(0)
-
-
-def _read_parquet(
-    path: Path, columns: tuple[str, ...] | None
-) -> tuple[NDArray[np.float64], tuple[str, ...]]:
-    return _checked(path, *read_parquet(path, columns))
-
-
-def _numbers(path: Path, what: str, values: Any) -> NDArray[Any]:
-    """Return an array as a table; a vector is one column."""
-    if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiub":
-        kind = getattr(values, "dtype", type(values).__name__)
-        raise ValueError(f"{path} must hold real numbers; {what} holds {kind}.")
-    if values.ndim == 1:
-        values = values[:, None]
-    if values.ndim != 2:
-        raise ValueError(f"{path} must have shape (rows, columns); {what} has {values.shape}.")
-    if values.size == 0:
-        raise ValueError(f"{path} must have rows and columns; got the shape {values.shape}.")
-    table: NDArray[Any] = values
-    return table
-
-
-def _selected(
-    path: Path, values: NDArray[Any], names: tuple[str, ...], columns: tuple[str, ...] | None
-) -> tuple[NDArray[np.float64], tuple[str, ...]]:
-    chosen = find_columns(str(path), names, columns)
-    if columns is not None:
-        values = values[:, chosen]
-    names = tuple(names[index] for index in chosen)
-    inexact = first_inexact(values)
-    if inexact:
-        (row, column), defect = inexact
-        raise ValueError(f"{cell_of_row(path, row, names[column])}: {defect}")
-    return _checked(path, values.astype(np.float64), names)
-
-
-def _checked(
-    path: Path, values: NDArray[np.float64], names: tuple[str, ...]
-) -> tuple[NDArray[np.float64], tuple[str, ...]]:
-    if values.size == 0:
-        raise ValueError(f"{path} must have rows and columns; got the shape {values.shape}.")
-    bad = ~(np.abs(values) <= LARGEST)
+def _check(path: Path, table: Table) -> None:
+    """Refuse an empty table, and numbers beyond single precision."""
+    if table.values.size == 0:
+        raise ValueError(f"{path} must have rows and columns; got the shape {table.values.shape}.")
+    bad = ~(np.abs(table.values) <= LARGEST)
     if bad.any():
         row, column = map(int, np.argwhere(bad)[0])
-        value = values[row, column]
-        reason = unacceptable(str(value), value)
-        raise ValueError(f"{cell_of_row(path, row, names[column])}: {reason}")
-    return values, names
+        value = table.values[row, column]
+        place = cell_of_row(path, row, table.columns[column])
+        raise ValueError(f"{place}: {unacceptable(str(value), value)}")
 
 
-_Reader = Callable[[Path, tuple[str, ...] | None], tuple[NDArray[np.float64], tuple[str, ...]]]
-_READERS: dict[str, _Reader] = {
-    ".csv": read_csv,
-    ".tsv": read_csv,
-    ".txt": read_csv,
-    ".npy": _read_npy,
-    ".npz": _read_npz,
-    ".parquet": _read_parquet,
+_READERS: dict[str, Callable[[Path, tuple[str, ...] | None], Table]] = {
+    **dict.fromkeys((".csv", ".tsv", ".txt"), read_csv),
+    ".npy": read_npy,
+    ".npz": read_npz,
+    ".parquet": read_parquet,
 }

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from cnf._files import as_path, check_unpacked
 from cnf.data.splits import Splits, split_rows
-from cnf.data.table_files import Table, read_table
+from cnf.data.table_files import read_table
 
 _HEPMASS_FEATURES = 27
 _GAS_FILES = ("ethylene_CO.npy", "ethylene_CO.parquet", "ethylene_CO.csv")
@@ -79,10 +79,6 @@ def prepare_power(data: NDArray[np.float64]) -> Splits:
     return split_rows(data + noise, seed=None).standardized()
 
 
-def _power(folder: Path) -> Splits:
-    return prepare_power(_read(folder / "power" / "data.npy", 8).values)
-
-
 def _gas(folder: Path) -> Splits:
     files = [folder / "gas" / name for name in _GAS_FILES]
     found = next((file for file in files if file.is_file()), None)
@@ -135,8 +131,7 @@ def _hepmass_signal(path: Path) -> NDArray[np.float64]:
 
 
 def _miniboone(folder: Path) -> Splits:
-    table = _read(folder / "miniboone" / "data.npy", 43)
-    return split_rows(table.values, seed=None).standardized()
+    return split_rows(_read(folder / "miniboone" / "data.npy", 43), seed=None).standardized()
 
 
 def _bsds300(folder: Path) -> Splits:
@@ -161,12 +156,12 @@ def _bsds300(folder: Path) -> Splits:
     return splits
 
 
-def _read(path: Path, columns: int) -> Table:
+def _read(path: Path, columns: int) -> NDArray[np.float64]:
     _check_exists(path)
     table = read_table(path)
     if len(table.columns) != columns:
         raise ValueError(f"{path} must have {columns} columns; got {len(table.columns)}.")
-    return table
+    return table.values
 
 
 def _check_exists(path: Path) -> None:
@@ -178,7 +173,7 @@ def _check_exists(path: Path) -> None:
 
 
 _LOADERS: dict[str, Callable[[Path], Splits]] = {
-    "power": _power,
+    "power": lambda folder: prepare_power(_read(folder / "power" / "data.npy", 8)),
     "gas": _gas,
     "hepmass": _hepmass,
     "miniboone": _miniboone,

@@ -7,15 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cnf._checks import (
-    check_context,
-    check_events,
-    check_generator,
-    check_support,
-    check_type,
-    reference_tensor,
-)
-from cnf.diagnostics.checks import CHECKS, Case, NotMeasuredError, Outcome
+from cnf.diagnostics.case import Case, NotMeasuredError, Outcome
+from cnf.diagnostics.checks import CHECKS
 from cnf.diagnostics.report import Check, LikelihoodReport
 from cnf.flows.flow import Flow
 
@@ -74,35 +67,16 @@ def certify(
         >>> report.passed, report["round_trip"].verdict
         (True, 'pass')
     """
-    check_type("flow", flow, Flow, "wrap the transforms in Flow([...])")
-    check_type("x", x, Tensor, "use torch.as_tensor(x)")
-    if x.ndim != 1 + len(flow.event_shape) or len(x) < 2:
-        raise ValueError(
-            f"x must have at least 2 rows, and shape (rows, {', '.join(map(str, flow.event_shape))}"
-            f"); got {tuple(x.shape)}."
-        )
-    _check_rows(flow, x, context)
-    check_generator(generator, like=x)
-    seed = 0
-    if generator is not None:
-        seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
-    case = Case(flow=flow, x=x.detach(), context=context, seed=seed)
-    with torch.inference_mode(False), torch.no_grad():
-        flow.to_base_and_ladj(x[:0], None if context is None else context[:0])  # refuses bad input
-        checks = tuple(_measured(name, measure, case) for name, measure in CHECKS.items())
-    return LikelihoodReport(likelihood=flow.likelihood, rows=len(x), checks=checks)
-
-
-def _check_rows(flow: Flow, x: Tensor, context: Tensor | None) -> None:
-    """Refuse invalid rows here, because errors within a check count as failures of the flow."""
-    check_events("x", x, flow.event_shape, like=reference_tensor(flow))
-    check_context(context, flow.context_features, like=reference_tensor(flow))
+    case = Case.of(flow, x, context, generator, least=2)
     if context is not None and context.shape[:-1] != x.shape[:1]:
         raise ValueError(
             f"context must have shape ({len(x)}, {flow.context_features}), a row for each of x; "
             f"got {tuple(context.shape)}."
         )
-    check_support("x", x, flow.support)
+    with torch.inference_mode(False), torch.no_grad():
+        flow.to_base_and_ladj(x[:0], None if context is None else context[:0])  # refuses bad input
+        checks = tuple(_measured(name, measure, case) for name, measure in CHECKS.items())
+    return LikelihoodReport(likelihood=flow.likelihood, rows=len(x), checks=checks)
 
 
 def _measured(name: str, measure: Callable[[Case], Outcome], case: Case) -> Check:

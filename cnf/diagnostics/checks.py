@@ -3,89 +3,30 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from cnf.divergence import Exact, Hutchinson
-from cnf.flows.flow import Flow
-from cnf.ode import ODESolver, methods
+from cnf.diagnostics.case import Case, NotMeasuredError, Outcome, by_gradient
+from cnf.divergence import Hutchinson
+from cnf.ode import methods
 from cnf.transforms import ContinuousTransform, Transform
 from cnf.vector_fields import count_evaluations
 
-_FEW_ROWS = 16
 _PROBES = 8
 _MANY_FEATURES = 64
 _GRID = 201
 
 
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """Flow and rows of a certification."""
-
-    flow: Flow
-    x: Tensor
-    context: Tensor | None
-    seed: int
-
-    def few(self) -> "Case":
-        """Return the case with the first rows only, for costly checks."""
-        context = None if self.context is None else self.context[:_FEW_ROWS]
-        return dataclasses.replace(self, x=self.x[:_FEW_ROWS], context=context)
-
-    def by(self, flow: Flow) -> "Case":
-        """Return the case with another flow."""
-        return dataclasses.replace(self, flow=flow)
-
-    @property
-    def generator(self) -> torch.Generator:
-        """New generator with a fixed seed, so that repeated draws are equal."""
-        return torch.Generator(self.x.device).manual_seed(self.seed)
-
-    @property
-    def continuous(self) -> list[ContinuousTransform]:
-        """Continuous transforms, nested ones included."""
-        return [part for part in self.flow.modules() if isinstance(part, ContinuousTransform)]
-
-    @property
-    def scale(self) -> Tensor:
-        """Standard deviation of each entry of x; 1 where it does not vary."""
-        std = self.x.std(0)
-        return torch.where(std > 0, std, torch.ones_like(std))
-
-    @property
-    def exact(self) -> Flow:
-        """The flow with the exact divergence in all continuous transforms."""
-        return self.flow.using(divergence=Exact())
-
-    def log_prob(self) -> Tensor:
-        """Return the log-density of the rows."""
-        return self.flow.log_prob(self.x, self.context, generator=self.generator)
-
-
-class Outcome(NamedTuple):
-    """Value, limit, meaning and remedy of a check, as in `cnf.diagnostics.Check`."""
-
-    value: float
-    limit: float
-    meaning: str
-    remedy: str
-
-
-class NotMeasuredError(Exception):
-    """A check does not apply; the message says why."""
-
-
 def _hutchinson(case: Case) -> Outcome:
-    _need_continuous(case)
-    _need_density(case)
+    case.need_ode()
+    case.need_density()
     if not all(part.vector_field.has_closed_form_divergence for part in case.continuous):
         case = case.few()
-    exact = case.by(case.exact).log_prob()
+    exact = case.exact.log_prob()
     estimated = case.flow.using(divergence=Hutchinson(probes=_PROBES))
     log_prob, error = estimated.log_prob_and_error(case.x, case.context, generator=case.generator)
     # For a diagonal Jacobian the estimate is exact, and only the error of the solver is left.
@@ -101,7 +42,7 @@ def _hutchinson(case: Case) -> Outcome:
 
 
 def _finite_differences(case: Case) -> Outcome:
-    _need_continuous(case)
+    case.need_ode()
     case = case.few()
     found = [_deviation_of_products(part, case) for part in case.continuous]
     return Outcome(
@@ -116,9 +57,9 @@ def _finite_differences(case: Case) -> Outcome:
 def _deviation_of_products(part: ContinuousTransform, case: Case) -> float:
     """Return the deviation of p^T J p from finite differences at random points, halfway in time."""
     field, like = part.vector_field, case.x
-    shape, draws = (len(case.x), part.features), case.generator
-    x = torch.randn(shape, generator=draws, dtype=like.dtype, device=like.device)
-    probe = torch.randn(shape, generator=draws, dtype=like.dtype, device=like.device).sign()
+    shape, generator = (2, len(like), part.features), case.generator
+    x, probe = torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
+    probe = probe.sign()
     context = case.context if part.context_features else None
     t = part.field_times(x.new_tensor(0.5)).detach()
     velocity, products = field.velocity_and_products(t, x, probe.unsqueeze(0), context)
@@ -135,7 +76,7 @@ def _deviation_of_products(part: ContinuousTransform, case: Case) -> float:
 def _standard_error(case: Case) -> Outcome:
     if case.flow.likelihood != "estimate":
         raise NotMeasuredError(f"the likelihood is {case.flow.likelihood!r}, not 'estimate'")
-    _need_density(case)
+    case.need_density()
     divergences = [part.divergence for part in case.continuous]
     probes = [part.probes for part in divergences if isinstance(part, Hutchinson)]
     if len(probes) < sum(part is not None and not part.is_exact for part in divergences):
@@ -167,11 +108,8 @@ def _gradient_modes(case: Case) -> Outcome:
 
 
 def _tolerance(case: Case) -> Outcome:
-    _need_continuous(case)
-    resolution = torch.finfo(case.x.dtype).eps
-    finer = case.flow.map_continuous(
-        lambda part: part.using(solver=_finer(part.solver, resolution))
-    )
+    case.need_ode()
+    finer = case.flow.map_continuous(partial(_finer, resolution=torch.finfo(case.x.dtype).eps))
     change = case.by(finer).log_prob() - case.log_prob()
     return Outcome(
         float(change.abs().max()),
@@ -194,10 +132,9 @@ def _round_trip(case: Case) -> Outcome:
 
 
 def _sampled_log_prob(case: Case) -> Outcome:
-    _need_density(case)
+    case.need_density()
     if case.flow.likelihood == "estimate":
-        case = case.few()
-        case = case.by(case.exact)
+        case = case.few().exact
     draws = len(case.x) if case.context is None else ()
     x, log_prob = case.flow.sample_and_log_prob(draws, case.context, generator=case.generator)
     again = case.flow.log_prob(x, case.context)
@@ -217,7 +154,8 @@ def _ladj(case: Case) -> Outcome:
     x, found = case.x, []
     for place, part in enumerate(case.flow.chain):
         context = case.context if part.context_features else None
-        if _is_discrete_bijection(part):
+        follows_ode = any(isinstance(inner, ContinuousTransform) for inner in part.modules())
+        if part.is_bijective and part.likelihood == "exact" and not follows_ode:
             found += [
                 (deviation, f"{method} of part {place}, {type(part).__name__}")
                 for method, deviation in _deviations_of_ladj(part, x, context, case).items()
@@ -236,11 +174,6 @@ def _ladj(case: Case) -> Outcome:
     )
 
 
-def _is_discrete_bijection(part: Transform) -> bool:
-    follows_ode = any(isinstance(inner, ContinuousTransform) for inner in part.modules())
-    return part.is_bijective and part.likelihood == "exact" and not follows_ode
-
-
 def _deviations_of_ladj(
     part: Transform, x: Tensor, context: Tensor | None, case: Case
 ) -> dict[str, float]:
@@ -250,14 +183,7 @@ def _deviations_of_ladj(
         z, ladj = part.to_base_and_ladj(point, context, generator=case.generator)
         if not z.requires_grad:
             return {"to_base_and_ladj": math.inf}
-        columns = z.reshape(len(z), -1).sum(0)
-        rows = [
-            torch.autograd.grad(
-                column, point, retain_graph=True, allow_unused=True, materialize_grads=True
-            )[0]
-            for column in columns
-        ]
-    jacobian = torch.stack(rows, 1).flatten(2)
+        jacobian = _jacobian(z, point)
     expected = torch.linalg.slogdet(jacobian.double()).logabsdet
     _, back = part.to_data_and_ladj(z.detach(), context, generator=case.generator)
     # The median, because a row may lie at a kink.
@@ -268,16 +194,15 @@ def _deviations_of_ladj(
 
 
 def _integral(case: Case) -> Outcome:
-    _need_density(case)
+    case.need_density()
     if case.flow.event_shape != (2,) or case.flow.support is not constraints.real_vector:
         raise NotMeasuredError("for densities of the whole plane only")
-    flow = case.exact
+    flow = case.exact.flow
     context = None if case.context is None else case.context[0]
     samples = flow.sample(1000, context, generator=case.generator)
     low, high = samples.amin(0), samples.amax(0)
-    margin = 0.5 * (high - low)
-    steps = torch.linspace(0, 1, _GRID, dtype=torch.float64).to(samples)
-    axes = [(low - margin)[i] + steps * (high - low + 2 * margin)[i] for i in range(2)]
+    steps = torch.linspace(-0.5, 1.5, _GRID, dtype=torch.float64).to(samples)
+    axes = torch.lerp(low, high, steps.unsqueeze(-1)).T
     log_prob = flow.log_prob(torch.cartesian_prod(*axes), context).view(_GRID, _GRID)
     total = torch.trapezoid(torch.trapezoid(log_prob.exp(), axes[1]), axes[0])
     return Outcome(
@@ -294,16 +219,15 @@ def _inverse_lipschitz(case: Case) -> Outcome:
     if any(methods()[part.solver.method] == "external" for part in case.continuous):
         raise NotMeasuredError("the solver leaves torch, so that autograd has no Jacobian")
     few = case.few()
-    flow = few.flow.map_continuous(_by_backprop)
+    flow = by_gradient("backprop", few.flow)
     with torch.enable_grad():
         x = few.x.clone().requires_grad_()
         z = flow.to_base(x, few.context, generator=few.generator)
-        rows = [
-            torch.autograd.grad(z[:, i].sum(), x, retain_graph=True)[0].flatten(1)
-            for i in range(z.shape[-1])
-        ]
-    jacobians = torch.stack(rows, 1) * case.scale.flatten()
-    smallest, largest = _extreme_stretches(jacobians.double())
+        jacobians = _jacobian(z, x) * case.scale.flatten()
+    smallest, largest = 0.0, math.inf
+    if jacobians.isfinite().all():
+        stretches = torch.linalg.svdvals(jacobians.double())
+        smallest, largest = float(stretches.min()), float(stretches.max())
     # A rounding error grows by both factors on the round trip.
     allowed = 1e-3 / (torch.finfo(x.dtype).eps * largest)
     return Outcome(
@@ -316,7 +240,7 @@ def _inverse_lipschitz(case: Case) -> Outcome:
 
 
 def _nfe(case: Case) -> Outcome:
-    _need_continuous(case)
+    case.need_ode()
     if all(part.solver.steps is not None for part in case.continuous):
         raise NotMeasuredError("the solver takes the same steps for every field")
     with count_evaluations(case.flow) as nfe:
@@ -331,29 +255,12 @@ def _nfe(case: Case) -> Outcome:
 
 
 CHECKS: dict[str, Callable[[Case], Outcome]] = {
-    "hutchinson": _hutchinson,
-    "finite_differences": _finite_differences,
-    "standard_error": _standard_error,
-    "gradient_modes": _gradient_modes,
-    "tolerance": _tolerance,
-    "round_trip": _round_trip,
-    "ladj": _ladj,
-    "sampled_log_prob": _sampled_log_prob,
-    "integral": _integral,
-    "inverse_lipschitz": _inverse_lipschitz,
-    "nfe": _nfe,
+    measure.__name__.removeprefix("_"): measure
+    for measure in (
+        *(_hutchinson, _finite_differences, _standard_error, _gradient_modes, _tolerance),
+        *(_round_trip, _ladj, _sampled_log_prob, _integral, _inverse_lipschitz, _nfe),
+    )
 }
-
-
-def _need_continuous(case: Case) -> None:
-    if not case.continuous:
-        raise NotMeasuredError("the flow follows no ODE")
-
-
-def _need_density(case: Case) -> None:
-    kind = case.exact.likelihood
-    if kind != "exact":
-        raise NotMeasuredError(f"the likelihood is {kind!r}, with any divergence")
 
 
 def _with_gradients(case: Case, training: bool) -> Tensor:
@@ -369,24 +276,21 @@ def _with_gradients(case: Case, training: bool) -> Tensor:
             part.training = mode
 
 
-def _extreme_stretches(jacobians: Tensor) -> tuple[float, float]:
-    """Return the least and the largest singular value; 0 and inf if an entry is not finite."""
-    if not jacobians.isfinite().all():
-        return 0.0, math.inf
-    values = torch.linalg.svdvals(jacobians)
-    return float(values.min()), float(values.max())
+def _jacobian(z: Tensor, x: Tensor) -> Tensor:
+    """Return the Jacobian of each row of z in its row of x, ``(rows, entries of z, of x)``."""
+    rows = [
+        torch.autograd.grad(column, x, retain_graph=True, materialize_grads=True)[0]
+        for column in z.flatten(1).sum(0)
+    ]
+    return torch.stack(rows, 1).flatten(2)
 
 
-def _finer(solver: ODESolver, resolution: float) -> ODESolver:
-    budget = 10 * solver.max_evaluations
+def _finer(part: ContinuousTransform, resolution: float) -> ContinuousTransform:
+    solver = dataclasses.replace(part.solver, max_evaluations=10 * part.solver.max_evaluations)
     if solver.steps is not None:
-        return dataclasses.replace(solver, steps=2 * solver.steps, max_evaluations=budget)
+        return part.using(solver=dataclasses.replace(solver, steps=2 * solver.steps))
     rtol, atol = (max(value / 10, resolution) for value in (solver.rtol, solver.atol))
-    return dataclasses.replace(solver, rtol=rtol, atol=atol, max_evaluations=budget)
-
-
-def _by_backprop(part: ContinuousTransform) -> ContinuousTransform:
-    return part.using(solver=dataclasses.replace(part.solver, gradient="backprop"))
+    return part.using(solver=dataclasses.replace(solver, rtol=rtol, atol=atol))
 
 
 def _with_probes(part: ContinuousTransform) -> ContinuousTransform:

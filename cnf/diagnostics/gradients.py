@@ -1,8 +1,6 @@
 """Comparison of the gradients of a flow by backprop, checkpoint and adjoint."""
 
-import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
@@ -11,18 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cnf._checks import (
-    check_context,
-    check_events,
-    check_number,
-    check_trainable,
-    check_type,
-    is_positive,
-    reference_tensor,
-)
+from cnf._checks import check_number, check_trainable, is_positive
+from cnf.diagnostics.case import Case, by_gradient
 from cnf.flows.flow import Flow
 from cnf.ode import Gradient, ODEError
-from cnf.transforms import ContinuousTransform
 from cnf.vector_fields import count_evaluations
 
 _REMEDIES: dict[Gradient, str] = {
@@ -124,37 +114,34 @@ def check_gradients(
         >>> report.passed, report["checkpoint"].nfe
         (True, 64)
     """
-    _check_arguments(flow, x, context, tolerance)
-    seed = 0
-    if generator is not None:
-        seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
-    measure = partial(_gradient, x=x, context=context, seed=seed)
-    reference, nfe = measure(_by("backprop", flow))
+    case = Case.of(flow, x, context, generator, least=1)
+    with torch.inference_mode(False):
+        check_trainable("flow", flow)
+    check_number("tolerance", tolerance, "positive and finite", is_positive)
+    if not case.continuous:
+        raise ValueError("flow must follow an ODE; other flows have one gradient method only.")
+    if not _trainable(flow):
+        raise ValueError("flow must have parameters that require a gradient; got none.")
+    reference, nfe = _gradient(case.by(by_gradient("backprop", flow)))
     first = GradientCheck(
         gradient="backprop", error=0.0, tolerance=tolerance, nfe=nfe, verdict="pass"
     )
     others = (
-        _check(gradient, flow, measure, reference, tolerance)
+        _check(gradient, case, reference, tolerance)
         for gradient in get_args(Gradient)
         if gradient != "backprop"
     )
     return GradientReport(rows=len(x), parameters=len(reference), checks=(first, *others))
 
 
-def _check(
-    gradient: Gradient,
-    flow: Flow,
-    measure: Callable[[Flow], tuple[Tensor, int]],
-    reference: Tensor,
-    tolerance: float,
-) -> GradientCheck:
+def _check(gradient: Gradient, case: Case, reference: Tensor, tolerance: float) -> GradientCheck:
     found = partial(GradientCheck, gradient=gradient, tolerance=tolerance)
     try:
-        flow = _by(gradient, flow)
+        case = case.by(by_gradient(gradient, case.flow))
     except ValueError as reason:
         return found(remedy=str(reason))
     try:
-        vector, nfe = measure(flow)
+        vector, nfe = _gradient(case)
     except ODEError as failure:
         return found(error=math.inf, verdict="fail", remedy=str(failure))
     # If the reference is zero, the other gradient must be zero, too.
@@ -164,48 +151,15 @@ def _check(
     return found(error=error, nfe=nfe, verdict=verdict, remedy=_REMEDIES[gradient])
 
 
-def _gradient(flow: Flow, *, x: Tensor, context: Tensor | None, seed: int) -> tuple[Tensor, int]:
+def _gradient(case: Case) -> tuple[Tensor, int]:
     """Return the gradient of the mean log-likelihood, as one vector, and the evaluations."""
-    parameters = _trainable(flow)
-    with torch.inference_mode(False), torch.enable_grad(), count_evaluations(flow) as nfe:
-        x, context = x.detach().clone(), None if context is None else context.detach().clone()
-        generator = torch.Generator(x.device).manual_seed(seed)
-        loss = flow.log_prob(x, context, generator=generator).mean()
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    parts = [
-        torch.zeros_like(parameter) if part is None else part
-        for part, parameter in zip(found, parameters, strict=True)
-    ]
-    return torch.cat([part.flatten() for part in parts]), nfe.value
-
-
-def _by(gradient: Gradient, flow: Flow) -> Flow:
-    """Return the flow with another gradient method; raise a ValueError if a solver has none."""
-
-    def change(part: ContinuousTransform) -> ContinuousTransform:
-        return part.using(solver=dataclasses.replace(part.solver, gradient=gradient))
-
-    return flow.map_continuous(change)
+    context = case.context
+    with torch.inference_mode(False), torch.enable_grad(), count_evaluations(case.flow) as nfe:
+        x, context = case.x.clone(), None if context is None else context.detach().clone()
+        loss = case.flow.log_prob(x, context, generator=case.generator).mean()
+        found = torch.autograd.grad(loss, _trainable(case.flow), materialize_grads=True)
+    return torch.cat([part.flatten() for part in found]), nfe.value
 
 
 def _trainable(flow: Flow) -> list[Tensor]:
     return [parameter for parameter in flow.parameters() if parameter.requires_grad]
-
-
-def _check_arguments(flow: Flow, x: Tensor, context: Tensor | None, tolerance: float) -> None:
-    check_type("flow", flow, Flow, "wrap the transforms in Flow([...])")
-    check_type("x", x, Tensor, "use torch.as_tensor(x)")
-    if x.ndim != 1 + len(flow.event_shape) or len(x) < 1:
-        raise ValueError(
-            f"x must have at least 1 row, and shape (rows, {', '.join(map(str, flow.event_shape))}"
-            f"); got {tuple(x.shape)}."
-        )
-    check_events("x", x, flow.event_shape, like=reference_tensor(flow))
-    check_context(context, flow.context_features, like=reference_tensor(flow))
-    with torch.inference_mode(False):
-        check_trainable("flow", flow)
-    check_number("tolerance", tolerance, "positive and finite", is_positive)
-    if not any(isinstance(part, ContinuousTransform) for part in flow.modules()):
-        raise ValueError("flow must follow an ODE; other flows have one gradient method only.")
-    if not _trainable(flow):
-        raise ValueError("flow must have parameters that require a gradient; got none.")

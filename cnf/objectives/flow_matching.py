@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from cnf._checks import check_choice, check_type, refuse_overflow
@@ -104,7 +103,11 @@ class FlowMatching(Objective):
             x0 = behind.to_data(z, context, generator=generator)
             x0 = self.pairing(x0, x1, context)
             rows = math.gcd(len(x1), _ROWS_PER_TIME) if transform.vector_field.shares_times else 1
-            share = self._draw_times(len(x1) // rows, generator=generator, like=x1)
+            # Stratified times in random order: quantiles at equal steps from a random start.
+            times = len(x1) // rows
+            shift = torch.rand((), generator=generator, dtype=x1.dtype, device=x1.device)
+            steps = torch.randperm(times, generator=generator, device=x1.device)
+            share = _TIMES[self.times]((shift + steps) / times)
             if rows > 1:
                 share = share.unsqueeze(-1)
                 x0, x1 = (part.unflatten(0, (-1, rows)) for part in (x0, x1))
@@ -117,14 +120,6 @@ class FlowMatching(Objective):
         losses = errors.square().mean(-1).flatten()
         refuse_overflow("x", ~losses.detach().isfinite(), "the loss of flow matching", x.dtype)
         return weighted_mean(losses, weight)
-
-    def _draw_times(
-        self, number: int, *, generator: torch.Generator | None, like: Tensor
-    ) -> Float[Tensor, " times"]:
-        """Draw stratified times in random order: quantiles at equal steps from a random start."""
-        start = torch.rand((), generator=generator, dtype=like.dtype, device=like.device)
-        steps = torch.randperm(number, generator=generator, device=like.device)
-        return _TIMES[self.times]((start + steps) / number)
 
 
 def _resampled(

@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -11,17 +12,15 @@ from torch import Tensor
 
 from cnf._checks import check_number, is_positive
 
+Rows: TypeAlias = Float[Tensor, "rows features"]
+Contexts: TypeAlias = Float[Tensor, "rows context_features"]
+
 
 class Pairing(ABC):
     """Pairing of base points with the rows of data in a minibatch."""
 
     @abstractmethod
-    def __call__(
-        self,
-        x0: Float[Tensor, "rows features"],
-        x1: Float[Tensor, "rows features"],
-        context: Float[Tensor, "rows context_features"] | None = None,
-    ) -> Float[Tensor, "rows features"]:
+    def __call__(self, x0: Rows, x1: Rows, context: Contexts | None = None) -> Rows:
         """Return the rows of `x0` in the order of their partners in `x1`.
 
         Args:
@@ -35,14 +34,8 @@ class Pairing(ABC):
 class IndependentPairing(Pairing):
     """Pairing of each data point with an independent base point."""
 
-    def __call__(
-        self,
-        x0: Float[Tensor, "rows features"],
-        x1: Float[Tensor, "rows features"],
-        context: Float[Tensor, "rows context_features"] | None = None,
-    ) -> Float[Tensor, "rows features"]:
+    def __call__(self, x0: Rows, x1: Rows, context: Contexts | None = None) -> Rows:
         """Return `x0`."""
-        del x1, context
         return x0
 
 
@@ -96,18 +89,15 @@ class OptimalTransport(Pairing):
         )
         object.__setattr__(self, "context_weight", weight)
 
-    def __call__(
-        self,
-        x0: Float[Tensor, "rows features"],
-        x1: Float[Tensor, "rows features"],
-        context: Float[Tensor, "rows context_features"] | None = None,
-    ) -> Float[Tensor, "rows features"]:
+    def __call__(self, x0: Rows, x1: Rows, context: Contexts | None = None) -> Rows:
         """Return the rows of `x0` in their optimal order."""
         from scipy.optimize import linear_sum_assignment
 
         ends, starts = _numbers(x1), _numbers(x0)
         if context is not None:
-            scaled = math.sqrt(self.context_weight) * _standardized(_numbers(context))
+            contexts = _numbers(context)
+            spread = contexts.std(0) / math.sqrt(self.context_weight)
+            scaled = (contexts - contexts.mean(0)) / np.where(spread > 0, spread, 1)
             ends, starts = np.hstack([ends, scaled]), np.hstack([starts, scaled])
         # Half the squared distance, up to terms that are the same for each order: the square of the
         # start, and the minimum of each column and row, which would slow the search down.
@@ -119,9 +109,3 @@ class OptimalTransport(Pairing):
 
 def _numbers(x: Tensor) -> npt.NDArray[np.float64]:
     return np.asarray(x.detach().cpu().resolve_neg(), dtype=np.float64)
-
-
-def _standardized(context: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    spread = context.std(0)
-    scaled: npt.NDArray[np.float64] = (context - context.mean(0)) / np.where(spread > 0, spread, 1)
-    return scaled

@@ -62,7 +62,6 @@ class LinearPath(ProbabilityPath):
         self, t: Times, x0: Rows, x1: Rows, *, generator: torch.Generator | None = None
     ) -> tuple[Rows, Rows]:
         """Return the state at time `t` and its derivative in time."""
-        del generator
         velocity = x1 - (1 - self.sigma_min) * x0
         return x0 + t.unsqueeze(-1) * velocity, velocity
 
@@ -87,7 +86,6 @@ class VariancePreservingPath(ProbabilityPath):
         self, t: Times, x0: Rows, x1: Rows, *, generator: torch.Generator | None = None
     ) -> tuple[Rows, Rows]:
         """Return the state at time `t` and its derivative in time."""
-        del generator
         angle = 0.5 * math.pi * t.unsqueeze(-1)
         cos, sin = angle.cos(), angle.sin()
         return cos * x0 + sin * x1, 0.5 * math.pi * (cos * x1 - sin * x0)

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     import matplotlib.figure
 
 Number: TypeAlias = int | float
+Figure: TypeAlias = "matplotlib.figure.Figure"
+Axes: TypeAlias = "matplotlib.axes.Axes"
+OptionalAxes: TypeAlias = "matplotlib.axes.Axes | None"
 
 ORANGE, BLUE, GREY, BLACK = "#d95f02", "#2b5c8a", "#8a8a8a", "#000004"
 TITLE_SIZE, TEXT_SIZE = 10, 8
@@ -19,7 +22,7 @@ TITLE_SIZE, TEXT_SIZE = 10, 8
 
 def figure_grid(
     rows: int, columns: int, *, panel_size: Number = 3.2
-) -> tuple["matplotlib.figure.Figure", list[list["matplotlib.axes.Axes"]]]:
+) -> tuple[Figure, list[list[Axes]]]:
     """Make a figure of empty panels, `panel_size` inches each; its axes are a list for each row.
 
     Raises:
@@ -33,15 +36,14 @@ def figure_grid(
     if rows < 1 or columns < 1:
         raise ValueError(f"rows and columns must be at least 1; got {rows} and {columns}.")
     check_number("panel_size", panel_size, "positive and finite", is_positive)
-    from matplotlib.figure import Figure
+    import matplotlib.figure
 
-    figure = Figure(figsize=(columns * panel_size, rows * panel_size), layout="constrained")
+    size = (columns * panel_size, rows * panel_size)
+    figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
     return figure, [list(row) for row in figure.subplots(rows, columns, squeeze=False)]
 
 
-def save_figure(
-    figure: "matplotlib.figure.Figure", path: str | os.PathLike[str], *, replace: bool = True
-) -> None:
+def save_figure(figure: Figure, path: str | os.PathLike[str], *, replace: bool = True) -> None:
     """Write a figure as PNG, atomically; make missing folders.
 
     Raises:
@@ -57,7 +59,7 @@ def save_figure(
     write_atomically(path, content.getvalue(), replace=replace)
 
 
-def new_panel(width: float = 3.2) -> "matplotlib.axes.Axes":
+def new_panel(width: float = 3.2) -> Axes:
     """Return the panel of a new figure, `width` inches wide."""
     figure, axes = figure_grid(1, 1)
     figure.set_size_inches(width, 3.2)

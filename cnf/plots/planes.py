@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -18,14 +18,13 @@ from cnf.plots.figures import (
     ORANGE,
     TEXT_SIZE,
     TITLE_SIZE,
+    Axes,
+    Figure,
     Number,
+    OptionalAxes,
     figure_grid,
     new_panel,
 )
-
-if TYPE_CHECKING:
-    import matplotlib.axes
-    import matplotlib.figure
 
 _MOST_PIXELS = 10_000
 """Largest number of cells along an axis."""
@@ -40,9 +39,9 @@ def plot_density(
     *,
     log: bool = False,
     resolution: int = 200,
-    ax: "matplotlib.axes.Axes | None" = None,
+    ax: OptionalAxes = None,
     title: str | None = None,
-) -> "matplotlib.figure.Figure":
+) -> Figure:
     """Plot a density as an image, evaluated at the centre of each pixel.
 
     Args:
@@ -70,9 +69,9 @@ def draw_density(
     extent: Extent,
     *,
     log: bool = False,
-    ax: "matplotlib.axes.Axes | None" = None,
+    ax: OptionalAxes = None,
     title: str | None = None,
-) -> "matplotlib.figure.Figure":
+) -> Figure:
     """Plot a density as `plot_density` does, at the points of `grid_points` in any dtype."""
     resolution = math.isqrt(len(points))
     chunks = torch.split(points, 16_384)
@@ -91,9 +90,9 @@ def plot_samples(
     x: Float[Tensor, "n features"],
     *,
     extent: Extent | None = None,
-    ax: "matplotlib.axes.Axes | None" = None,
+    ax: OptionalAxes = None,
     title: str | None = None,
-) -> "matplotlib.figure.Figure":
+) -> Figure:
     """Plot samples as a histogram in the style and units of `plot_density`, below 1000 as points.
 
     Args:
@@ -108,10 +107,15 @@ def plot_samples(
     """
     points = _checked_points("x", x, 2)
     extent = _square_around(points) if extent is None else _checked_extent(extent)
-    if len(points) >= 1000:
-        return _show_density(_histogram(points, extent), extent, 0.0, ax, title)
-    ax = new_panel() if ax is None else ax
     across, up = points.T.numpy()
+    if len(points) >= 1000:
+        bins = min(200, math.isqrt(len(points) // 4))
+        left, right, bottom, top = extent
+        counts, _, _ = np.histogram2d(up, across, bins=bins, range=[(bottom, top), (left, right)])
+        cell = (right - left) * (top - bottom) / bins**2
+        image = torch.from_numpy(counts) / (len(points) * cell)
+        return _show_density(image, extent, 0.0, ax, title)
+    ax = new_panel() if ax is None else ax
     ax.scatter(across, up, s=5, color="#fcbf8c", alpha=0.8, linewidths=0)
     ax.set_facecolor(BLACK)
     return _finish_plane(ax, extent, title)
@@ -121,9 +125,9 @@ def plot_trajectories(
     states: Float[Tensor, "times n features"],
     *,
     extent: Extent | None = None,
-    ax: "matplotlib.axes.Axes | None" = None,
+    ax: OptionalAxes = None,
     title: str | None = None,
-) -> "matplotlib.figure.Figure":
+) -> Figure:
     """Plot trajectories of samples from the base, t = 0, to the data, t = 1.
 
     Args:
@@ -156,7 +160,7 @@ def plot_vector_field(
     *,
     resolution: int = 20,
     title: str | None = None,
-) -> "matplotlib.figure.Figure":
+) -> Figure:
     """Plot a vector field as arrows, a panel for each time, with a common scale.
 
     Args:
@@ -185,7 +189,11 @@ def plot_vector_field(
     fast = speeds.quantile(0.9).item() or speeds.max().item() or 1.0
     cell = min(extent[1] - extent[0], extent[3] - extent[2]) / resolution
     for ax, t, velocity in zip(figure.axes, times.tolist(), arrows, strict=True):
-        _draw_arrows(ax, x, velocity, fast, cell)
+        look: dict[str, Any] = {"cmap": "viridis_r", "clim": (0.0, fast), "width": 0.005}
+        # The speed `fast` is one cell long, with the top colour.
+        units: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": fast / cell}
+        speed = velocity.norm(dim=-1).numpy()
+        ax.quiver(*x.cpu().T.numpy(), *velocity.T.numpy(), speed, pivot="mid", **units, **look)
         _finish_plane(ax, extent, f"t = {t:.3g}")
     return figure
 
@@ -262,22 +270,9 @@ def _evaluate(
     return value.detach().cpu().double()  # a divergence may have turned the gradient on
 
 
-def _histogram(points: Tensor, extent: Extent) -> Tensor:
-    """Return the density estimate in each cell, rows from below."""
-    bins = min(200, math.isqrt(len(points) // 4))
-    left, right, bottom, top = extent
-    x, y = points.T.numpy()
-    counts, _, _ = np.histogram2d(y, x, bins=bins, range=[(bottom, top), (left, right)])
-    return torch.from_numpy(counts) * bins**2 / (len(x) * (right - left) * (top - bottom))
-
-
 def _show_density(
-    image: Tensor,
-    extent: Extent,
-    floor: float,
-    ax: "matplotlib.axes.Axes | None",
-    title: str | None,
-) -> "matplotlib.figure.Figure":
+    image: Tensor, extent: Extent, floor: float, ax: OptionalAxes, title: str | None
+) -> Figure:
     ax = new_panel() if ax is None else ax
     left, right, bottom, top = extent
     shown = ax.imshow(image.numpy(), extent=(left, right, bottom, top), origin="lower")
@@ -285,19 +280,7 @@ def _show_density(
     return _finish_plane(ax, extent, title)
 
 
-def _draw_arrows(
-    ax: "matplotlib.axes.Axes", x: Tensor, velocity: Tensor, fast: float, cell: float
-) -> None:
-    """Draw arrows; the speed `fast` is one cell long, with the top colour."""
-    look: dict[str, Any] = {"cmap": "viridis_r", "clim": (0.0, fast), "width": 0.005}
-    units: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": fast / cell}
-    speed = velocity.norm(dim=-1).numpy()
-    ax.quiver(*x.cpu().T.numpy(), *velocity.T.numpy(), speed, pivot="mid", **units, **look)
-
-
-def _finish_plane(
-    ax: "matplotlib.axes.Axes", extent: Extent, title: str | None
-) -> "matplotlib.figure.Figure":
+def _finish_plane(ax: Axes, extent: Extent, title: str | None) -> Figure:
     ax.set(xlim=extent[:2], ylim=extent[2:], aspect="equal", xticks=[], yticks=[])
     ax.spines[:].set(color="#c0c0c0", linewidth=0.6)
     if title is not None:

@@ -2,20 +2,25 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from cnf._row_names import name_rows
-from cnf.plots.figures import BLUE, GREY, ORANGE, TEXT_SIZE, TITLE_SIZE, figure_grid, new_panel
+from cnf.plots.figures import (
+    BLUE,
+    GREY,
+    ORANGE,
+    TEXT_SIZE,
+    TITLE_SIZE,
+    Axes,
+    Figure,
+    figure_grid,
+    new_panel,
+)
 from cnf.plots.planes import draw_density, grid_points, plot_samples
-
-if TYPE_CHECKING:
-    import matplotlib.axes
-    import matplotlib.figure
-    import matplotlib.ticker
 
 LogProb = Callable[[Float[Tensor, "n features"]], Float[Tensor, " n"]]
 
@@ -30,7 +35,7 @@ def plot_column(
     samples: Float[Tensor, "n 1"],
     data: Float[Tensor, "rows 1"] | None = None,
     title: str | None = None,
-) -> "matplotlib.figure.Figure":
+) -> Figure:
     """Plot the density of one column as a curve, over a histogram of the data or else of samples.
 
     Args:
@@ -57,8 +62,7 @@ def plot_column(
         )
     ax = new_panel(width=5.2)
     look: dict[str, Any] = {"bins": 60, "range": (low, high), "density": True}
-    numbers = values[:, 0].detach().cpu().resolve_neg().numpy()
-    ax.hist(numbers, color=GREY, alpha=0.4, label=label, **look)
+    ax.hist(values[:, 0].numpy(), color=GREY, alpha=0.4, label=label, **look)
     ax.plot(x.numpy(), density.numpy(), color=ORANGE, linewidth=1.6, label="density")
     _finish(ax, name, "density")
     ax.legend(fontsize=TEXT_SIZE, frameon=False)
@@ -74,7 +78,7 @@ def plot_two_columns(
     samples: Float[Tensor, "n 2"],
     data: Float[Tensor, "rows 2"] | None = None,
     title: str | None = None,
-) -> "matplotlib.figure.Figure":
+) -> Figure:
     """Plot the density of two columns as an image, beside its samples and, if given, the data.
 
     Args:
@@ -88,6 +92,8 @@ def plot_two_columns(
         ValueError: If `samples` or `data` are not (n, 2), empty or not finite, or `log_prob`
             returns invalid values, as in `plot_density`.
     """
+    from matplotlib.ticker import MaxNLocator
+
     samples, data = _checked("samples", samples, 2), _checked_data(data, 2)
     shown = samples if data is None else torch.cat([samples, data])
     extent = (*_range(shown[:, 0]), *_range(shown[:, 1]))
@@ -98,8 +104,8 @@ def plot_two_columns(
         plot_samples(x, extent=extent, ax=ax, title=label)
     for ax in (first, *others):
         ax.set_aspect("auto")
-        ax.xaxis.set_major_locator(_few_ticks())
-        ax.yaxis.set_major_locator(_few_ticks())
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(MaxNLocator(4))
         _finish(ax, *names)
     if title is not None:
         figure.suptitle(title, fontsize=TITLE_SIZE)
@@ -112,7 +118,7 @@ def plot_pairs(
     *,
     data: Float[Tensor, "rows features"] | None = None,
     title: str | None = None,
-) -> "matplotlib.figure.Figure":
+) -> Figure:
     """Plot every pair of columns as points, and each column as a histogram.
 
     Args:
@@ -162,7 +168,7 @@ def _checked(name: str, x: Tensor, columns: int) -> Tensor:
         raise ValueError(
             f"{name} must be finite; got NaN or infinity in {name_rows(bad)}. Drop these rows."
         )
-    return x.detach().cpu().double()
+    return x.detach().cpu().double().resolve_neg()
 
 
 def _checked_data(data: Tensor | None, columns: int) -> Tensor | None:
@@ -170,21 +176,15 @@ def _checked_data(data: Tensor | None, columns: int) -> Tensor | None:
 
 
 def _draw_pair(
-    ax: "matplotlib.axes.Axes",
-    x: Tensor,
-    row: int,
-    column: int,
-    extent: tuple[float, float],
-    colour: str,
-    label: str,
+    ax: Axes, x: Tensor, row: int, column: int, extent: tuple[float, float], colour: str, label: str
 ) -> None:
-    across = x[:, column].detach().cpu().resolve_neg().numpy()
+    across = x[:, column].numpy()
     if row == column:
         look: dict[str, Any] = {"bins": 40, "range": extent, "density": True, "histtype": "step"}
         ax.hist(across, color=colour, label=label, **look)
     else:
-        up = x[:_POINTS, row].detach().cpu().resolve_neg().numpy()
-        ax.scatter(across[:_POINTS], up, s=3, color=colour, alpha=0.3, linewidths=0)
+        up = x[:, row].numpy()
+        ax.scatter(across[:_POINTS], up[:_POINTS], s=3, color=colour, alpha=0.3, linewidths=0)
 
 
 def _range(values: Tensor) -> tuple[float, float]:
@@ -196,13 +196,7 @@ def _range(values: Tensor) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _few_ticks() -> "matplotlib.ticker.MaxNLocator":
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(4)
-
-
-def _finish(ax: "matplotlib.axes.Axes", across: str, up: str) -> None:
+def _finish(ax: Axes, across: str, up: str) -> None:
     # Column names may hold $ signs, and are never formulas.
     ax.set_xlabel(across, fontsize=TEXT_SIZE, parse_math=False, usetex=False)
     ax.set_ylabel(up, fontsize=TEXT_SIZE, parse_math=False, usetex=False)

@@ -3,24 +3,29 @@
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cnf.plots.figures import BLACK, BLUE, ORANGE, TEXT_SIZE, TITLE_SIZE, Number, new_panel
-
-if TYPE_CHECKING:
-    import matplotlib.axes
-    import matplotlib.figure
+from cnf.plots.figures import (
+    BLACK,
+    BLUE,
+    ORANGE,
+    TEXT_SIZE,
+    TITLE_SIZE,
+    Figure,
+    Number,
+    OptionalAxes,
+    new_panel,
+)
 
 
 def plot_training(
     history_columns: Mapping[str, Sequence[Number | None]],
     *,
     reference: Number | None = None,
-    ax: "matplotlib.axes.Axes | None" = None,
+    ax: OptionalAxes = None,
     title: str | None = None,
-) -> "matplotlib.figure.Figure":
+) -> Figure:
     """Plot the loss against the step, its running median and the validation losses.
 
     Missing values (None or not finite) are not drawn; single spikes may be outside the panel.
@@ -59,7 +64,16 @@ def plot_training(
     for end in ends:
         ax.axvline(end, color=BLACK, linewidth=0.9, ls=":")
     ax.set_ylabel("loss" if ends else "loss (nats)", fontsize=TEXT_SIZE)
-    return _finish_training(ax, float(min(shown)), float(max(shown)), title)
+    low, high = float(min(shown)), float(max(shown))
+    margin = 0.06 * (high - low) or 1.0
+    ax.set(ylim=(low - margin, high + margin), xmargin=0.02)
+    ax.set_xlabel("step", fontsize=TEXT_SIZE)
+    ax.tick_params(labelsize=TEXT_SIZE)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(loc="upper right", fontsize=TEXT_SIZE, frameon=False)
+    if title is not None:
+        ax.set_title(title, fontsize=TITLE_SIZE)
+    return ax.figure.figure
 
 
 def _ends_of_phases(columns: Mapping[str, Sequence[Number | None]]) -> list[float]:
@@ -108,17 +122,3 @@ def _running_median(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     places = np.unique(np.linspace(0, len(values) - 1, 400).astype(int))
     medians = [np.median(values[max(0, place - half) : place + half + 1]) for place in places]
     return places, np.array(medians)
-
-
-def _finish_training(
-    ax: "matplotlib.axes.Axes", low: float, high: float, title: str | None
-) -> "matplotlib.figure.Figure":
-    margin = 0.06 * (high - low) or 1.0
-    ax.set(ylim=(low - margin, high + margin), xmargin=0.02)
-    ax.set_xlabel("step", fontsize=TEXT_SIZE)
-    ax.tick_params(labelsize=TEXT_SIZE)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(loc="upper right", fontsize=TEXT_SIZE, frameon=False)
-    if title is not None:
-        ax.set_title(title, fontsize=TITLE_SIZE)
-    return ax.figure.figure

@@ -53,12 +53,9 @@ def _with_subclasses(cls: Any) -> Iterator[type]:
 
 
 def describe(value: Any) -> Any:
-    """Describe a setting or part as JSON: a part is its class and its constructor's arguments.
-
-    Raises:
-        TypeError: If it has a part or setting that no file can describe.
-    """
-    if isinstance(value, np.generic) or _is_number_in_an_array(value):
+    """Describe a setting or part as JSON: a part is its class and its constructor's arguments."""
+    is_array = isinstance(value, np.ndarray | np.generic | Tensor)
+    if is_array and value.ndim == 0 and not isinstance(value, nn.Parameter):
         value = value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -73,8 +70,11 @@ def describe(value: Any) -> Any:
                 f"{cls.__qualname__} has no attribute {name!r}, so that this setting of its "
                 f"constructor cannot be saved. Set self.{name} = {name} there. {_REMEDY}"
             )
+        setting = getattr(value, name)
+        if isinstance(value, Flow | FactorOut) and isinstance(setting, Chain):
+            setting = setting.transforms
         try:
-            settings[name] = describe(_setting(value, name))
+            settings[name] = describe(setting)
         except _NoDescriptionError as error:
             raise TypeError(
                 f"the setting {name!r} of {cls.__qualname__} cannot be saved: {error}"
@@ -85,10 +85,7 @@ def describe(value: Any) -> Any:
 def rebuild(description: Any, classes: Mapping[str, type], count_part: Callable[[], object]) -> Any:
     """Build the setting or part that `describe` described; constructors may raise any exception.
 
-    Args:
-        description: The JSON.
-        classes: The user's classes, by name.
-        count_part: Called once for each part, to stop if there are too many.
+    `count_part` is called once for each part, to stop if there are too many.
     """
     if isinstance(description, list):
         return [rebuild(item, classes, count_part) for item in description]
@@ -114,12 +111,7 @@ def rebuild(description: Any, classes: Mapping[str, type], count_part: Callable[
 
 
 def by_name(classes: Iterable[type]) -> dict[str, type]:
-    """Return the user's classes, by name.
-
-    Raises:
-        TypeError: If one is no class, or cannot be saved.
-        ValueError: If two have the same name, or one has a name of cnf's own.
-    """
+    """Return the user's classes, by name; refuse classes that cannot be saved or told apart."""
     if isinstance(classes, type) or not isinstance(classes, Iterable):
         raise TypeError(f"classes must be a list of classes, such as [Mine]; got {classes!r}.")
     named: dict[str, type] = {}
@@ -130,12 +122,6 @@ def by_name(classes: Iterable[type]) -> dict[str, type]:
         if named.setdefault(cls.__name__, cls) is not cls:
             raise ValueError(f"classes must differ in name; got {cls.__name__} twice.")
     return named
-
-
-def _is_number_in_an_array(value: object) -> bool:
-    if isinstance(value, nn.Parameter) or not isinstance(value, np.ndarray | Tensor):
-        return False
-    return value.ndim == 0
 
 
 class MissingClassError(ValueError):
@@ -161,14 +147,6 @@ def _check_class(cls: type) -> None:
             f"your class must have a unique name; got {cls.__qualname__}, and cnf has a class "
             f"{cls.__name__}. Rename yours."
         )
-
-
-def _setting(part: Any, name: str) -> Any:
-    """Return a setting of a part; the transforms of a flow as a list."""
-    setting = getattr(part, name)
-    if isinstance(part, Flow | FactorOut) and isinstance(setting, Chain):
-        return setting.transforms
-    return setting
 
 
 def _settings(cls: type) -> list[str]:

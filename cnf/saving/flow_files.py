@@ -198,7 +198,10 @@ def _build(
         for value in tensors.values():
             if value.is_floating_point():
                 flow.to(value.dtype)
-        _refuse_other_dtypes(flow.state_dict(), tensors)
+        expected = flow.state_dict()
+        for name, value in tensors.items():  # load_state_dict would convert integers to weights
+            if name in expected and value.dtype != expected[name].dtype:
+                raise TypeError(f"its tensor {name!r} is {value.dtype}, not {expected[name].dtype}")
         flow.load_state_dict(tensors)
     except MissingClassError as error:
         raise ValueError(f"{str(path)!r} needs a class of your own: {error}.") from error
@@ -208,13 +211,6 @@ def _build(
             f"({str(error).rstrip('.')}). Load it with the version that saved it. {_REMEDY}"
         ) from error
     return flow
-
-
-def _refuse_other_dtypes(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-    """Refuse tensors that `load_state_dict` would convert, such as integers for weights."""
-    for name, value in tensors.items():
-        if name in expected and value.dtype != expected[name].dtype:
-            raise TypeError(f"its tensor {name!r} is {value.dtype}, not {expected[name].dtype}")
 
 
 def _refuse_not_finite(what: str, tensors: dict[str, Tensor], remedy: str) -> None:

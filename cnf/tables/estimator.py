@@ -19,10 +19,10 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from cnf._checks import check_count
-from cnf.data.cells import refuse_unless_numbers
+from cnf.data.cells import Table, refuse_unless_numbers
 from cnf.data.degeneracy import DegenerateDataWarning, check_columns
 from cnf.data.names import shortened
-from cnf.data.table_files import Table, check_for_training, warn_of_fill_values
+from cnf.data.table_files import check_for_training, warn_of_fill_values
 from cnf.tables import fit as density
 from cnf.tables.fit import DensitySettings, TableRows, continue_density, fit_density, hold_out
 from cnf.training import History
@@ -112,7 +112,6 @@ class CNFDensity(DensityMixin, BaseEstimator):
                 less than two rows, or a parameter is out of range.
             TrainingError: If training cannot go on.
         """
-        del y
         rows = self._rows(X, sample_weight, first=True)
         names = getattr(self, "feature_names_in_", range(self.n_features_in_))
         table = Table(rows.x.numpy(), tuple(map(str, names)))
@@ -166,7 +165,6 @@ class CNFDensity(DensityMixin, BaseEstimator):
 
     def score(self, X: ArrayLike, y: Any = None) -> float:
         """Return the total log-density of the rows, in nats; see `score_samples`."""
-        del y
         return float(self.score_samples(X).sum())
 
     def sample(

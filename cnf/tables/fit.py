@@ -2,10 +2,10 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -83,12 +83,8 @@ class TableRows(NamedTuple):
 
     def take(self, index: Tensor | slice) -> "TableRows":
         """Return some of the rows."""
-        return self.map(itemgetter(index))
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> "TableRows":
-        """Apply `change` to each tensor."""
-        context, weight = (None if part is None else change(part) for part in self[1:])
-        return TableRows(change(self.x), context, weight)
+        context, weight = (None if part is None else part[index] for part in self[1:])
+        return TableRows(self.x[index], context, weight)
 
 
 def hold_out(rows: TableRows, settings: DensitySettings) -> tuple[TableRows, TableRows | None]:

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,9 @@ from cnf._files import (
     write_atomically,
 )
 from cnf._warnings import warn
-from cnf.data.cells import refuse_unless_numbers
+from cnf.data.cells import Table, refuse_unless_numbers
 from cnf.data.names import quoted
-from cnf.data.table_files import Table, read_table
+from cnf.data.table_files import read_table
 from cnf.flows.flow import Flow
 from cnf.tables.fit import TableRows
 from cnf.training import History
@@ -150,27 +151,20 @@ class TableModel:
             ValueError: If `check_destination` refuses the place, or a note is NaN or infinite.
         """
         check_destination(folder, replace=replace)
-
-        def check_old(found: Path) -> None:
-            _check_replaceable(found, str(folder), replace=replace)
-
+        check_old = partial(_check_replaceable, name=str(folder), replace=replace)
         with new_folder(folder, check_old=check_old) as temporary:
             saving.save(self.flow, temporary / _FLOW)
-            text = self._description(digest_of(temporary / _FLOW))
+            description = {
+                "sha256": BLANK_DIGEST,
+                "format": FORMAT_VERSION,
+                "version": version("cnf-flows"),
+                "flow_sha256": digest_of(temporary / _FLOW),
+                "columns": asdict(self.columns),
+                "notes": self.notes,
+            }
+            text = json.dumps(description, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
             write_atomically(temporary / _DESCRIPTION, seal(text.encode()))
             history.save(temporary / _HISTORY)
-
-    def _description(self, digest_of_flow: str) -> str:
-        """Return the text of ``model.json``, with a blank for its own digest."""
-        description = {
-            "sha256": BLANK_DIGEST,
-            "format": FORMAT_VERSION,
-            "version": version("cnf-flows"),
-            "flow_sha256": digest_of_flow,
-            "columns": asdict(self.columns),
-            "notes": self.notes,
-        }
-        return json.dumps(description, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "TableModel":

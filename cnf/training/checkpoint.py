@@ -146,7 +146,12 @@ def _read(file: Path) -> dict[str, Any]:
             raise ValueError("its bytes changed since it was written")
     elif not content[-_END_OF_ZIP_SIZE:].startswith(_END_OF_ZIP):  # the end of files without digest
         raise EOFError("it is cut short, or its digest is damaged")
-    _check_zip(content)
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("it is compressed, which no checkpoint is")
+        damaged = archive.testzip()  # torch.load verifies no checksum
+    if damaged is not None:
+        raise ValueError(f"the checksum of {damaged} is wrong")
     state: Any = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or type(state.get("format")) is not int:
         raise ValueError("it holds no training state")
@@ -155,16 +160,6 @@ def _read(file: Path) -> dict[str, Any]:
         if not isinstance(told, dict) or not all(isinstance(text, str) for text in told.values()):
             raise ValueError("it has no fingerprint of a run")
     return state
-
-
-def _check_zip(content: bytes) -> None:
-    """Refuse wrong checksums, which torch.load does not verify, and compressed entries."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise ValueError("it is compressed, which no checkpoint is")
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise ValueError(f"the checksum of {damaged} is wrong")
 
 
 _HISTORY, _BEST, _EVENTS = "history.csv", "best.safetensors", "events.out.tfevents*"
@@ -191,9 +186,17 @@ class RunFolder:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         if not resume:
-            self._refuse_to_overwrite()
+            names = (CHECKPOINTS, _HISTORY, _BEST, _EVENTS)
+            present = [file.name for name in names for file in self.folder.glob(name)]
+            if present:
+                raise FileExistsError(
+                    f"{str(self.folder)!r} holds a run already ({', '.join(present[:3])}). Go on "
+                    "with it by resume=True, choose another folder, or move these files away."
+                )
             return None
-        self._remove_temporary_files()
+        for name in (CHECKPOINTS, _HISTORY, _BEST):
+            for half in self.folder.glob(f".{name}.*"):  # of a process killed while it wrote
+                half.unlink()
         newest = read_newest_checkpoint(self.folder)
         if newest is None:
             return None
@@ -208,19 +211,6 @@ class RunFolder:
     def write(self, state: dict[str, Any], history: History, kept: Flow) -> None:
         """Write all files, the checkpoint last, because a resumed run starts after it."""
         history.save(self.folder / _HISTORY)
-        self._save(kept)
-        self._show(history)
-        state = {**state, "fingerprint": self.fingerprint}
-        write_checkpoint(self.folder, len(history.step), state, keep=self.keep)
-
-    def close(self, history: History) -> None:
-        """Write the final history and close the events."""
-        history.save(self.folder / _HISTORY)
-        if self._events is not None:
-            self._events.close()
-
-    def _save(self, kept: Flow) -> None:
-        """Save the best flow, or warn once if it cannot be saved."""
         try:
             save(kept, self.folder / _BEST)
         except (TypeError, ValueError) as error:
@@ -230,21 +220,15 @@ class RunFolder:
                     "checkpoints hold its weights, and the run can resume."
                 )
             self._has_warned = True
+        self._show(history)
+        state = {**state, "fingerprint": self.fingerprint}
+        write_checkpoint(self.folder, len(history.step), state, keep=self.keep)
 
-    def _refuse_to_overwrite(self) -> None:
-        others = [file for name in (_HISTORY, _BEST, _EVENTS) for file in self.folder.glob(name)]
-        present = [file.name for file in (*checkpoints_in(self.folder), *others)]
-        if present:
-            raise FileExistsError(
-                f"{str(self.folder)!r} holds a run already ({', '.join(present[:3])}). Go on with "
-                "it by resume=True, choose another folder, or move these files away."
-            )
-
-    def _remove_temporary_files(self) -> None:
-        """Remove the temporary files of a process killed while it wrote."""
-        for name in (CHECKPOINTS, _HISTORY, _BEST):
-            for half in self.folder.glob(f".{name}.*"):
-                half.unlink()
+    def close(self, history: History) -> None:
+        """Write the final history and close the events."""
+        history.save(self.folder / _HISTORY)
+        if self._events is not None:
+            self._events.close()
 
     def _show(self, history: History) -> None:
         """Write the events since the last call; the first call starts from step 1."""

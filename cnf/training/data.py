@@ -1,11 +1,13 @@
 """Training data: tensors and Datasets of rows, contexts and weights."""
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, Dataset, IterableDataset, StackDataset, TensorDataset
 
 from cnf._checks import check_context, check_events, check_support, check_vectors, reference_tensor
@@ -57,22 +59,76 @@ class TrainingData(ABC):
             )
         return some
 
+    def _by_name(self, data: Any) -> dict[str, Any]:
+        """Return data, or an item of a Dataset, as columns by name."""
+        if isinstance(data, Mapping):
+            first = "context" if self.contexts else "x"
+            known = {"context"} if self.contexts else {"x", "context", "weight"}
+            if data.get(first) is None or not data.keys() <= known:
+                raise ValueError(
+                    f"{self.name} must have the key {first}, and no others than "
+                    f"{', '.join(sorted(known))}; got {', '.join(map(str, data))}."
+                )
+            return {key: value for key, value in data.items() if value is not None}
+        if isinstance(data, tuple) and len(data) == 1:
+            (data,) = data
+        if isinstance(data, tuple) and len(data) > 2:
+            raise ValueError(
+                f"{self.name} must hold {_FORMS}; got a tuple of {len(data)}. Name its parts: "
+                "{'x': x, 'context': context, 'weight': weight}."
+            )
+        if self.contexts:
+            return {"context": data}
+        if isinstance(data, tuple | list) and len(data) == 2:
+            return {"x": data[0]} if data[1] is None else {"x": data[0], "context": data[1]}
+        return {"x": data}
+
+    def _check(self, columns: Mapping[str, Any]) -> None:
+        """Refuse columns that do not fit the flow or each other."""
+        name, flow, contexts = self.name, self.flow, self.contexts
+        like = reference_tensor(flow)
+        context: Any = columns.get("context")
+        x = context if contexts else columns["x"]
+        shape = torch.Size([flow.context_features]) if contexts else flow.event_shape
+        if not contexts:
+            check_events(name, x, shape, like=like)
+            check_support(name, x, flow.support)
+        if context is None and flow.context_features:
+            raise ValueError(
+                f"{name} must be a pair of rows and contexts, because the flow is conditional; "
+                "got rows alone. Pass (x, context), with context of shape "
+                f"(rows, {flow.context_features})."
+            )
+        check_context(context, flow.context_features, like=like)
+        if x.ndim != 1 + len(shape) or len(x) == 0:
+            expected = ", ".join(map(str, ("rows", *shape)))
+            raise ValueError(f"{name} must have shape ({expected}); got {tuple(x.shape)}.")
+        if context is not None and context.shape[:-1] != x.shape[:1]:
+            raise ValueError(
+                f"{name} must have one context for each row; got {tuple(x.shape)} rows and "
+                f"{tuple(context.shape)} contexts."
+            )
+        if "weight" in columns:
+            weight = columns["weight"]
+            floating = isinstance(weight, Tensor) and weight.is_floating_point()
+            like = x.new_empty(0, dtype=weight.dtype) if floating else x
+            check_weight(f"the weights of {name}", weight, len(x), like=like)
+
 
 class TensorRows(TrainingData):
     """Rows in tensors, checked once; rows of weight 0 are dropped, and the mean weight is 1."""
 
     def __init__(self, name: str, data: Any, flow: Flow, *, contexts: bool = False) -> None:
         super().__init__(name, flow, contexts=contexts)
-        columns = _by_name(name, data, contexts=contexts)
-        self.columns = _checked(name, columns, flow, contexts=contexts)
-        if "weight" in columns:
+        self.columns = self._by_name(data)
+        self._check(self.columns)
+        if "weight" in self.columns:
             counted = self.columns["weight"] > 0
             if not counted.any():
                 raise ValueError(f"the weights of {name} must not all be 0.")
             self.columns = {key: column[counted] for key, column in self.columns.items()}
-            weight = self.columns.pop("weight")
-            like = next(iter(self.columns.values()))
-            self.columns["weight"] = _over_mean(weight, weight).to(like)
+            weight = self.columns["weight"]
+            self.columns["weight"] = _over_mean(weight, weight).to(self.columns["x"])
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
@@ -128,16 +184,30 @@ class DatasetRows(TrainingData):
             items = self.dataset.__getitems__(places)
         else:
             items = [self.dataset[place] for place in places]
-        named = [_by_name(self.name, item, contexts=self.contexts) for item in items]
-        columns = _stacked(self.name, named)
-        like = reference_tensor(self.flow)
-        columns = {key: column.to(like.device) for key, column in columns.items()}
+        device = reference_tensor(self.flow).device
+        columns = {key: torch.stack(values).to(device) for key, values in self._columns(items)}
         try:
-            return Batch(**_checked(self.name, columns, self.flow, contexts=self.contexts))
+            self._check(columns)
         except ValueError:
             for row, place in enumerate(places):
                 self._refuse(place, {key: column[row] for key, column in columns.items()})
             raise
+        return Batch(**columns)
+
+    def _columns(self, items: Sequence[Any]) -> Iterator[tuple[str, list[Tensor]]]:
+        """Yield the columns of single rows."""
+        named = [self._by_name(item) for item in items]
+        for key in dict.fromkeys(itertools.chain(*named)):
+            values = [item[key] for item in named if key in item]
+            for value in values:
+                if not isinstance(value, Tensor):
+                    raise TypeError(
+                        f"{self.name} must hold {_FORMS} for each row; got "
+                        f"{type(value).__name__} for {key}."
+                    )
+            if len(values) < len(items) or len({value.shape for value in values}) > 1:
+                raise ValueError(f"{self.name} must have {key} of the same shape in each row.")
+            yield key, values
 
     def _refuse(self, place: int, item: Mapping[str, Tensor]) -> None:
         """Refuse a single row, named by its index in the dataset, if it is wrong by itself."""
@@ -194,22 +264,14 @@ def as_rows(name: str, data: Any, flow: Flow, *, contexts: bool = False) -> Trai
             f"{name} must be the rows themselves; got a {type(data).__name__}, which gives each "
             f"once. Try torch.stack(list({name}))."
         )
-    tensors = _tensors_of(data, reference_tensor(flow).device)
-    if tensors is None and isinstance(data, Dataset):
+    if type(data) in (TensorDataset, StackDataset):
+        parts = data.tensors if isinstance(data, TensorDataset) else data.datasets
+        if all(isinstance(part, Tensor) for part in tree_leaves(parts)):
+            device = reference_tensor(flow).device
+            data = tree_map(lambda part: part.to(device), parts)
+    if isinstance(data, Dataset):
         return DatasetRows(name, data, flow, contexts=contexts)
-    return TensorRows(name, data if tensors is None else tensors, flow, contexts=contexts)
-
-
-def _tensors_of(data: Any, device: torch.device) -> Any:
-    """Return the tensors of a TensorDataset or StackDataset of tensors on a device, or None."""
-    if type(data) not in (TensorDataset, StackDataset):
-        return None
-    parts: Any = data.tensors if isinstance(data, TensorDataset) else data.datasets
-    columns = list(parts.values() if isinstance(parts, dict) else parts)
-    if not all(isinstance(column, Tensor) for column in columns):
-        return None
-    columns = [column.to(device) for column in columns]
-    return dict(zip(parts, columns, strict=True)) if isinstance(parts, dict) else tuple(columns)
+    return TensorRows(name, data, flow, contexts=contexts)
 
 
 def _over_mean(weight: Tensor, weights: Tensor) -> Tensor:
@@ -217,79 +279,3 @@ def _over_mean(weight: Tensor, weights: Tensor) -> Tensor:
     weights = weights.to("cpu", torch.float64)
     largest = weights.max()
     return weight.to("cpu", torch.float64) / largest / (weights / largest).mean()
-
-
-def _by_name(name: str, data: Any, *, contexts: bool) -> dict[str, Any]:
-    """Return data, or an item of a Dataset, as columns by name."""
-    if isinstance(data, Mapping):
-        first = "context" if contexts else "x"
-        known = {"context"} if contexts else {"x", "context", "weight"}
-        if data.get(first) is None or not data.keys() <= known:
-            raise ValueError(
-                f"{name} must have the key {first}, and no others than {', '.join(sorted(known))}; "
-                f"got {', '.join(map(str, data))}."
-            )
-        return {key: value for key, value in data.items() if value is not None}
-    if isinstance(data, tuple) and len(data) == 1:
-        (data,) = data
-    if isinstance(data, tuple) and len(data) > 2:
-        raise ValueError(
-            f"{name} must hold {_FORMS}; got a tuple of {len(data)}. Name its parts: "
-            "{'x': x, 'context': context, 'weight': weight}."
-        )
-    if contexts:
-        return {"context": data}
-    if isinstance(data, tuple | list) and len(data) == 2:
-        return {"x": data[0]} if data[1] is None else {"x": data[0], "context": data[1]}
-    return {"x": data}
-
-
-def _stacked(name: str, items: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Stack the columns of single rows."""
-    columns: dict[str, list[Tensor]] = {}
-    items = list(items)
-    for item in items:
-        for key, value in item.items():
-            if not isinstance(value, Tensor):
-                raise TypeError(
-                    f"{name} must hold {_FORMS} for each row; got {type(value).__name__} for {key}."
-                )
-            columns.setdefault(key, []).append(value)
-    for key, values in columns.items():
-        if len(values) < len(items) or len({value.shape for value in values}) > 1:
-            raise ValueError(f"{name} must have {key} of the same shape in each row.")
-    return {key: torch.stack(values) for key, values in columns.items()}
-
-
-def _checked(
-    name: str, columns: Mapping[str, Any], flow: Flow, *, contexts: bool
-) -> dict[str, Tensor]:
-    """Return the columns, after checks that they fit the flow and each other."""
-    like = reference_tensor(flow)
-    context: Any = columns.get("context")
-    x = context if contexts else columns["x"]
-    shape = torch.Size([flow.context_features]) if contexts else flow.event_shape
-    if not contexts:
-        check_events(name, x, shape, like=like)
-    if context is None and flow.context_features:
-        raise ValueError(
-            f"{name} must be a pair of rows and contexts, because the flow is conditional; got "
-            f"rows alone. Pass (x, context), with context of shape (rows, {flow.context_features})."
-        )
-    check_context(context, flow.context_features, like=like)
-    if x.ndim != 1 + len(shape) or len(x) == 0:
-        expected = ", ".join(map(str, ("rows", *shape)))
-        raise ValueError(f"{name} must have shape ({expected}); got {tuple(x.shape)}.")
-    if not contexts:
-        check_support(name, x, flow.support)
-    if context is not None and context.shape[:-1] != x.shape[:1]:
-        raise ValueError(
-            f"{name} must have one context for each row; got {tuple(x.shape)} rows and "
-            f"{tuple(context.shape)} contexts."
-        )
-    if "weight" in columns:
-        weight = columns["weight"]
-        floating = isinstance(weight, Tensor) and weight.is_floating_point()
-        like = torch.empty(0, dtype=weight.dtype, device=x.device) if floating else x
-        check_weight(f"the weights of {name}", weight, len(x), like=like)
-    return dict(columns)

@@ -14,12 +14,7 @@ from cnf.training.config import TrainingConfig
 from cnf.training.data import Data, TrainingData, as_rows, hold_out
 from cnf.training.distributed import Processes
 from cnf.training.history import Callback, History
-from cnf.training.initialization import (
-    check_sample,
-    initialize,
-    sample_of,
-    warn_if_far_from_standard,
-)
+from cnf.training.initialization import check_sample, initialize, sample_of
 from cnf.training.phases import check_plan, flow_of, make_plan, rows_for, usual_phases
 from cnf.training.run import Run
 
@@ -107,7 +102,6 @@ def fit(
         if checkpoints is not None:
             run.keep_in(checkpoints, resume=resume)
         initialize(flow, sample)
-        warn_if_far_from_standard(flow, sample)
         run.go()
     return run.history
 

@@ -6,14 +6,12 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from cnf._files import as_path, write_atomically
 from cnf.flows.flow import Flow
 from cnf.plots import plot_training
-
-if TYPE_CHECKING:
-    import matplotlib.figure
+from cnf.plots.figures import Figure
 
 WHOLE = ("step", "phase", "nfe")
 """Columns of whole numbers."""
@@ -111,7 +109,7 @@ class History:
                 ) from error
         return history
 
-    def plot(self) -> "matplotlib.figure.Figure":
+    def plot(self) -> Figure:
         """Plot loss and validation against the step."""
         return plot_training(self.columns)
 

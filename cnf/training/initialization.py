@@ -9,8 +9,9 @@ from torch.distributions import constraints
 
 from cnf._moments import column_moments
 from cnf._warnings import warn
+from cnf.data.cells import Table
 from cnf.data.degeneracy import check_columns
-from cnf.data.table_files import Table, warn_of_fill_values
+from cnf.data.table_files import warn_of_fill_values
 from cnf.flows.flow import Flow
 from cnf.training.data import TrainingData
 from cnf.transforms import ContinuousTransform, Standardize, Transform
@@ -39,24 +40,20 @@ def sample_of(rows: TrainingData | None) -> Sample:
         return Sample(context=context)
     if weight is None or bool((weight == weight[0]).all()):
         return Sample(x, context, rows=x)
-    _refuse_single(rows.name, weight)
+    share = weight.max() / weight.sum()
+    if share > _MOST_OF_ALL:
+        raise ValueError(
+            f"the weights of {rows.name} must not be nearly all in a single row; one has "
+            f"{share:.4%} of the total, and the best density of a single row is infinite at it."
+        )
     passed = weight.to("cpu", torch.float64).cumsum(0)
     places = passed[-1] * (torch.arange(_ROWS, dtype=torch.float64) + 0.5) / _ROWS
     index = torch.searchsorted(passed, places).clamp(max=len(weight) - 1).to(weight.device)
     return Sample(x[index], None if context is None else context[index], rows=x[index.unique()])
 
 
-def _refuse_single(name: str, weight: Tensor) -> None:
-    share = weight.max() / weight.sum()
-    if share > _MOST_OF_ALL:
-        raise ValueError(
-            f"the weights of {name} must not be nearly all in a single row; one has {share:.4%} of "
-            "the total, and the best density of a single row is infinite at it."
-        )
-
-
 def initialize(flow: Flow, sample: Sample) -> None:
-    """Initialise `Standardize` and the like from training rows.
+    """Initialise `Standardize` and the like from training rows, and warn of badly scaled ones.
 
     Without data, `Standardize` is set to the identity; contexts are scaled all the same.
     """
@@ -76,6 +73,7 @@ def initialize(flow: Flow, sample: Sample) -> None:
                 "own."
             )
         flow.initialize(x, context, generator=torch.Generator(x.device).manual_seed(0))
+    warn_if_far_from_standard(flow, sample)
 
 
 def check_sample(name: str, flow: Flow, sample: Sample) -> None:

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,46 +22,31 @@ from cnf.vector_fields import count_evaluations
 _WARM_UP = 0.02
 
 
-class Part(NamedTuple):
-    """Part of a minibatch: its number, weight in the loss, rows, and draws without rows."""
-
-    number: int
-    weight: float
-    batch: Batch
-    draws: int | None = None
-
-
+@dataclass(eq=False)
 class Phase:
     """Running phase of training: the optimiser, the averaged weights and the progress."""
 
-    def __init__(
-        self,
-        objective: Objective,
-        flow: Flow,
-        config: TrainingConfig,
-        *,
-        number: int,
-        rows: TrainingData | None,
-        processes: Processes,
-    ) -> None:
-        self.objective = objective
-        self.flow = flow
-        self.config = config
-        self.number = number
-        self.rows = rows
-        self.processes = processes
-        self.step = 0
-        self.stale_validations = 0
-        self.good = copy_of_tensors(objective)
-        self._parameters = list(objective.parameters())
-        self._now = list(objective.state_dict().values())
+    objective: Objective
+    flow: Flow
+    config: TrainingConfig
+    number: int
+    rows: TrainingData | None
+    processes: Processes
+    step: int = 0
+    stale_validations: int = 0
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.good = copy_of_tensors(self.objective)
+        self._parameters = list(self.objective.parameters())
+        self._now = list(self.objective.state_dict().values())
         # One call for all weights: one for each would take a third of a step of flow matching.
         self.optimizer = torch.optim.Adam(self._parameters, lr=config.learning_rate, fused=True)
-        self.averaged = None if config.ema is None else Average(flow, config.ema)
+        self.averaged = None if config.ema is None else Average(self.flow, config.ema)
         self.sampler = None
-        if rows is not None:
+        if self.rows is not None:
             self.sampler = MinibatchSampler(
-                len(rows), config.batch_size, seed=config.seed, phase=number
+                len(self.rows), config.batch_size, seed=config.seed, phase=self.number
             )
 
     @property
@@ -153,32 +139,23 @@ class Phase:
 
     def _gradients(self) -> tuple[float, float]:
         """Accumulate gradients over the parts of this process; return their loss and nfe."""
-        device = self.processes.device
+        device, seed = self.processes.device, self.config.seed
         coarse = self.config.precision == "bfloat16"
         total = 0.0
         with count_evaluations(self.flow) as nfe:
-            for part in self._parts():
-                generator = draws(
-                    self.config.seed,
-                    phase=self.number,
-                    step=self.step,
-                    part=part.number,
-                    device=device,
-                )
+            for part, share, (x, context, weight), some in self._parts():
+                generator = draws(seed, phase=self.number, step=self.step, part=part, device=device)
                 with torch.autocast(device.type, torch.bfloat16, enabled=coarse):
-                    loss = part.weight * self.objective(
-                        part.batch.x,
-                        part.batch.context,
-                        weight=part.batch.weight,
-                        draws=part.draws,
-                        generator=generator,
+                    loss = share * self.objective(
+                        x, context, weight=weight, draws=some, generator=generator
                     )
                 check_finite("loss", loss.item())
                 loss.backward()
                 total += loss.item()
         return total, float(nfe.value)
 
-    def _parts(self) -> Iterator[Part]:
+    def _parts(self) -> Iterator[tuple[int, float, Batch, int | None]]:
+        """Yield the number, weight in the loss, rows, and draws without rows, of each part."""
         each, rank = self.config.accumulation_steps, self.processes.rank
         count = each * self.processes.count
         mine = range(rank * each, (rank + 1) * each)
@@ -186,15 +163,15 @@ class Phase:
             draws = self.objective.draws
             for number in mine:
                 if draws is None or count == 1:
-                    yield Part(number, 1 / count, Batch())
+                    yield number, 1 / count, Batch(), None
                 else:
                     some = len(range(number, draws, count))
-                    yield Part(number, some / draws, Batch(), some)
+                    yield number, some / draws, Batch(), some
             return
         indices = self.sampler.minibatch(self.step)
         for number in mine:
             rows = indices.tensor_split(count)[number]
-            yield Part(number, len(rows) / len(indices), self.rows.take(rows))
+            yield number, len(rows) / len(indices), self.rows.take(rows), None
 
     def _schedule(self) -> float:
         """Return the factor of the learning rate at this step."""

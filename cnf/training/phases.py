@@ -182,9 +182,6 @@ def make_plan(
         configs = (config,) if isinstance(config, TrainingConfig) else config
         if not isinstance(configs, Sequence) or len(configs) == 0:
             raise _wrong_config(configs, "or several")
-        for each in configs:
-            if not isinstance(each, TrainingConfig):
-                raise _wrong_config(each, "or several")
         plan = [(_build(each, objective), each) for each in configs]
     for made, _ in plan:
         if not any(parameter.requires_grad for parameter in made.parameters()):
@@ -243,6 +240,8 @@ def check_plan(
 
 
 def _build(config: TrainingConfig, flow: Flow) -> Objective:
+    if not isinstance(config, TrainingConfig):
+        raise _wrong_config(config, "or several")
     objective = config.objective(flow)
     if not isinstance(objective, Objective) or objective.flow is not flow:
         raise TypeError(

@@ -2,10 +2,10 @@
 
 import contextlib
 import copy
-import dataclasses
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
@@ -46,40 +46,27 @@ class TrainingError(RuntimeError):
         return str(self.args[0])
 
 
+@dataclass(eq=False)
 class Run:
     """Training run: one call of `fit`."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        flow: Flow,
-        rows: TrainingData | None,
-        validation: TrainingData | None,
-        processes: Processes,
-        callbacks: Sequence[Callback],
-    ) -> None:
-        self.plan = plan
-        self.flow = flow
-        self.rows = rows
-        self.validation = validation
-        self.processes = processes
-        self.callbacks = callbacks
-        self.folder: RunFolder | None = None
-        self.history = History()
-        self.finished_phases = 0
-        self.phase: Phase | None = None
-        self.best: dict[str, Tensor] | None = None
-        self.best_nll = math.inf
-        self.stopped = False
-        self._started = 0.0
+    plan: Plan
+    flow: Flow
+    rows: TrainingData | None
+    validation: TrainingData | None
+    processes: Processes
+    callbacks: Sequence[Callback]
+    folder: RunFolder | None = None
+    history: History = field(default_factory=History)
+    finished_phases: int = 0
+    phase: Phase | None = None
+    best: dict[str, Tensor] | None = None
+    best_nll: float = math.inf
+    stopped: bool = False
+    started: float = 0.0
 
     def keep_in(self, checkpoints: Checkpoints, *, resume: bool) -> None:
-        """Write checkpoints to a folder; with `resume`, load the run in it if there is one.
-
-        Raises:
-            FileExistsError: If the folder holds a run, and `resume` is false.
-            ValueError: If the run in the folder is another one, or cannot be read.
-        """
+        """Write checkpoints to a folder; with `resume`, load the run in it if there is one."""
         told = fingerprint(self.plan, self.flow, self.rows, self.validation, self.processes)
         folder = self.folder = RunFolder(checkpoints, told)
         found = self.processes.from_first(lambda: folder.open(resume=resume))
@@ -97,7 +84,7 @@ class Run:
     def go(self) -> None:
         """Train, and leave the weights to keep in the flow, also after an error."""
         seconds_before = self.history.seconds[-1] if self.history.seconds else 0.0
-        self._started = time.perf_counter() - seconds_before
+        self.started = time.perf_counter() - seconds_before
         try:
             if self.finished_phases < len(self.plan):
                 while self.finished_phases < len(self.plan):
@@ -114,17 +101,16 @@ class Run:
         """Restore a checkpoint, after checks of its whole form."""
         self._check_numbers(state)
         history = _history_of(state["history"])
-        objective, _ = self.plan[min(state["finished_phases"], len(self.plan) - 1)]
-        check_form("its objective", state["objective"], objective.state_dict())
+        self.finished_phases = state["finished_phases"]
+        check_form("its objective", state["objective"], self._objective.state_dict())
         if state["best"] is not None:
             check_form("its best weights", state["best"], self.flow.state_dict())
-        self.finished_phases = state["finished_phases"]
         if state["phase"] is not None:
             self._begin().check_state(state["phase"])
         self.history = history
         self.best, self.best_nll = state["best"], state["best_nll"]
         self.stopped = state["stopped"]
-        objective.load_state_dict(state["objective"])
+        self._objective.load_state_dict(state["objective"])
         if self.phase is not None:
             self.phase.load_state_dict(state["phase"])
 
@@ -155,25 +141,19 @@ class Run:
 
     def _begin(self) -> Phase:
         objective, config = self.plan[self.finished_phases]
-        self.phase = Phase(
-            objective,
-            self.flow,
-            config,
-            number=self.finished_phases + 1,
-            rows=self.rows,
-            processes=self.processes,
-        )
+        number = self.finished_phases + 1
+        self.phase = Phase(objective, self.flow, config, number, self.rows, self.processes)
         return self.phase
 
     def _go_through(self, phase: Phase) -> None:
         """Take the steps of a phase, and leave the initial weights of the next one in the flow."""
-        with self._progress_bar(phase) as bar:
+        hidden = not (phase.config.progress and self.processes.is_first)
+        with tqdm(total=phase.config.steps, initial=phase.step, disable=hidden, unit="step") as bar:
             while not (phase.is_over or self.stopped):
                 self._take_step(phase, bar)
-        best = phase.is_out_of_patience
-        self.flow.load_state_dict(
-            self._weights_to_keep() if best else copy_of_tensors(phase.result)
-        )
+        keep_best = phase.is_out_of_patience
+        weights = self._weights_to_keep() if keep_best else copy_of_tensors(phase.result)
+        self.flow.load_state_dict(weights)
         self.finished_phases = len(self.plan) if self.stopped else phase.number
         self.phase = None
 
@@ -182,7 +162,7 @@ class Run:
             entry = phase.advance()
             nll = self._validate(phase) if phase.is_validated else math.nan
         step = len(self.history.step) + 1
-        seconds = time.perf_counter() - self._started
+        seconds = time.perf_counter() - self.started
         self.history.append(step=step, phase=phase.number, **entry, seconds=seconds, validation=nll)
         bar.set_description(f"loss {entry['loss']:.4f}, nfe {entry['nfe']}", refresh=False)
         if not math.isnan(nll):
@@ -208,10 +188,6 @@ class Run:
         else:
             phase.stale_validations += 1
         return nll
-
-    def _progress_bar(self, phase: Phase) -> tqdm:
-        hidden = not (phase.config.progress and self.processes.is_first)
-        return tqdm(total=phase.config.steps, initial=phase.step, disable=hidden, unit="step")
 
     def _is_told_to_stop(self, phase: Phase) -> bool:
         if not self.callbacks:
@@ -256,7 +232,7 @@ class Run:
 
 def _in_words(config: TrainingConfig) -> str:
     """Describe the settings but the objective, which may not come from them."""
-    names = [field.name for field in dataclasses.fields(config) if field.name != "objective"]
+    names = [setting.name for setting in fields(config) if setting.name != "objective"]
     return ", ".join(f"{name}={getattr(config, name)!r}" for name in names)
 
 
