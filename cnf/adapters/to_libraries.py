@@ -106,7 +106,7 @@ def to_normflows_flow(flow: Flow) -> nn.Module:
 def _check_bijection(flow: Flow) -> None:
     """Refuse a flow whose ladj is not the log-determinant of a Jacobian."""
     check_type("flow", flow, Flow, _REMEDY)
-    for part in flow.chain:
+    for part in flow.transforms:
         if not part.is_bijective:
             raise ValueError(
                 f"flow must be a bijection; got one with {type(part).__name__}. Leave that out "

@@ -129,7 +129,7 @@ class Certify(TableCommand):
         """Measure and print."""
         model = TableModel.load(self.model)
         rows = model.columns.read(self.data, header=self.has_header)
-        first = model.flow.chain[0]
+        first = model.flow.transforms[0]
         if isinstance(first, Unconstrain):
             refuse_rows_outside(
                 self.data, rows.x, model.columns.names, first.columns, header=self.has_header

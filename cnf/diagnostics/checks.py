@@ -152,7 +152,7 @@ def _ladj(case: Case) -> Outcome:
     if math.prod(case.flow.event_shape) > _MANY_FEATURES:
         raise NotMeasuredError(f"for at most {_MANY_FEATURES} features")
     x, found = case.x, []
-    for place, part in enumerate(case.flow.chain):
+    for place, part in enumerate(case.flow.transforms):
         context = case.context if part.context_features else None
         follows_ode = any(isinstance(inner, ContinuousTransform) for inner in part.modules())
         if part.is_bijective and part.likelihood == "exact" and not follows_ode:

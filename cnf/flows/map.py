@@ -37,13 +37,16 @@ AnyMap = TypeVar("AnyMap", bound="FlowMap")
 class FlowMap(nn.Module):
     """Map of a flow between data and base; `Flow` adds the density, and documents arguments."""
 
+    transforms: Chain
+    """Transforms, from data to base."""
+
     def __init__(
         self, transforms: Iterable[Transform], base: "Base | FlowMap | None" = None
     ) -> None:
         super().__init__()
         parts = as_list(transforms)
         if isinstance(base, FlowMap):
-            parts = [*parts, *base.chain]
+            parts = [*parts, *base.transforms]
         self.base: Base = base_for(parts, base.base if isinstance(base, FlowMap) else base)
         self.transforms = Chain(parts, None if parts else self.base.features)
         self.features = self.transforms.features

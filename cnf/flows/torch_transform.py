@@ -30,7 +30,7 @@ class FlowTransform(Transform):
         self.context = context
         self._bound = BoundFlow(flow)
         self.domain = flow.support
-        self.bijective = flow.chain.is_bijective
+        self.bijective = flow.transforms.is_bijective
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:

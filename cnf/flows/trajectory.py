@@ -9,7 +9,6 @@ from torch import Tensor
 from cnf._checks import check_dense, check_type
 from cnf._shapes import Context
 from cnf.transforms import Chain, ContinuousTransform
-from cnf.transforms.chain import context_for
 
 _STARTS = {0.0: "base", 1.0: "data"}
 
@@ -75,7 +74,7 @@ def _follow_blocks(
         if goes_on and stops[-1] < 1:
             stops = torch.cat([stops, stops.new_ones(1)])
         here = stops if times[0] == 0 else 1 - stops
-        states = block.trajectory(state, here, context_for(block, context))
+        states = block.trajectory(state, here, context if block.context_features else None)
         passed.append(states[1 : 1 + len(inside)])
         if not goes_on:
             break

@@ -13,7 +13,6 @@ from cnf.objectives.base import Objective, weighted_mean
 from cnf.objectives.pairings import IndependentPairing, Pairing
 from cnf.objectives.paths import LinearPath, ProbabilityPath
 from cnf.transforms import Chain, ContinuousTransform
-from cnf.transforms.chain import context_for
 
 _TIMES: dict[str, Callable[[Tensor], Tensor]] = {
     "uniform": lambda u: u,
@@ -115,7 +114,8 @@ class FlowMatching(Objective):
             state, target = self.path.state_and_velocity(share, x0, x1, generator=generator)
             start, end = transform.field_times(torch.tensor([0.0, 1.0]).to(x1))
             t = torch.lerp(start, end, share)
-        velocity = transform.vector_field(t, state, context_for(transform, context))
+        given = context if transform.context_features else None
+        velocity = transform.vector_field(t, state, given)
         errors = (end - start) * velocity - target
         losses = errors.square().mean(-1).flatten()
         refuse_overflow("x", ~losses.detach().isfinite(), "the loss of flow matching", x.dtype)
@@ -136,12 +136,12 @@ def _around_the_ode(flow: Flow) -> tuple[Chain, ContinuousTransform, Chain]:
     """Split a chain into the transforms before its only ODE, the ODE, and those behind it."""
     ode = flow.only_ode
     if ode is None:
-        number = sum(isinstance(part, ContinuousTransform) for part in flow.chain)
+        number = sum(isinstance(part, ContinuousTransform) for part in flow.transforms)
         nested = number < sum(isinstance(part, ContinuousTransform) for part in flow.modules())
         inside = ", and there is one inside of another part" if nested else ""
         raise ValueError(
             "flow must have exactly one ContinuousTransform among its transforms, for paths from "
             f"its start to its end; got {number}{inside}. Use MaximumLikelihood."
         )
-    place = flow.chain.transforms.index(ode)
-    return flow.chain[:place], ode, flow.chain[place + 1 :]
+    place = flow.transforms.transforms.index(ode)
+    return flow.transforms[:place], ode, flow.transforms[place + 1 :]

@@ -91,7 +91,7 @@ class MaximumLikelihood(Objective):
     ) -> Tensor:
         flow = self.flow.map_continuous(partial(self._for_training, generator=generator))
         # The chain, not the flow, which would check the rows again.
-        z, ladj, costs = flow.chain.to_base_with_costs(
+        z, ladj, costs = flow.transforms.to_base_with_costs(
             x, context, regularizers=list(self.regularizers), generator=generator
         )
         losses = -flow.base.log_prob(z, context, generator=generator) - ladj

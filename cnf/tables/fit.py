@@ -146,7 +146,7 @@ def fit_density(
         for part in network.modules():
             if isinstance(part, MLPField):
                 part.reset_parameters()
-    _, *continuous = network.double().chain  # the transforms standardise
+    _, *continuous = network.double().transforms  # the transforms standardise
     flow = Flow([*transforms, *continuous])
     for scaling in context_scalings(flow):
         scaling.initialize(rows.context, rows.weight)
@@ -181,10 +181,10 @@ def _train(
     flow: Flow, rows: TableRows, validation: TableRows | None, phases: Sequence[TrainingConfig]
 ) -> History:
     """Train a flow in place; the only call of `fit`."""
-    fixed = list(itertools.takewhile(_is_fixed, flow.chain))
+    fixed = list(itertools.takewhile(_is_fixed, flow.transforms))
     exact, noisy = _split(fixed)
     # A copy: single precision would round the buffers of the transforms.
-    learnt = Flow([*deepcopy(noisy), *flow.chain[len(fixed) :]]).using(solver=ODESolver())
+    learnt = Flow([*deepcopy(noisy), *flow.transforms[len(fixed) :]]).using(solver=ODESolver())
 
     scalings = context_scalings(flow)
 
@@ -236,7 +236,7 @@ def log_prob(flow: Flow, rows: TableRows, *, progress: bool = False) -> Float[Te
         ValueError: If the rows do not fit the flow.
         ODEError: If the solve fails.
     """
-    transforms, noises = fixed_noise(flow.chain, NOISES)
+    transforms, noises = fixed_noise(flow.transforms, NOISES)
     noiseless = Flow(transforms, flow.base)
     generator = torch.Generator().manual_seed(0)  # for other transforms that draw
 

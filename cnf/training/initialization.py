@@ -1,6 +1,5 @@
 """Initialisation of a flow from training rows, and checks of the rows."""
 
-import itertools
 from typing import NamedTuple
 
 import torch
@@ -14,8 +13,7 @@ from cnf.data.degeneracy import check_columns
 from cnf.data.table_files import warn_of_fill_values
 from cnf.flows.flow import Flow
 from cnf.training.data import TrainingData
-from cnf.transforms import ContinuousTransform, Standardize, Transform
-from cnf.transforms.chain import context_for
+from cnf.transforms import ContinuousTransform, Standardize
 from cnf.vector_fields.conditioning import context_scalings
 
 _ROWS = 10_000
@@ -64,7 +62,7 @@ def initialize(flow: Flow, sample: Sample) -> None:
         for part in flow.modules():
             if isinstance(part, Standardize):
                 part.keep_identity()
-    elif flow.chain.needs_initialization or flow.base.needs_initialization:
+    elif flow.transforms.needs_initialization or flow.base.needs_initialization:
         if any(parameter.grad is not None for parameter in flow.parameters()):
             warn(
                 "the flow has been trained, or at least differentiated, before it was initialised "
@@ -103,20 +101,17 @@ def warn_if_far_from_standard(flow: Flow, sample: Sample) -> None:
     x, context = sample.x, sample.context
     if x is None:
         return
-    discrete = list(itertools.takewhile(_is_discrete, flow.chain))
-    noise = torch.Generator(x.device).manual_seed(0)
-    for part in discrete:
-        x = part.to_base(x, context_for(part, context), generator=noise)
+    noise, least = torch.Generator(x.device).manual_seed(0), 0.0
+    for part in flow.transforms:
+        if any(isinstance(inner, ContinuousTransform) for inner in part.modules()):
+            least = 1 / _FAR
+            break
+        x = part.to_base(x, context if part.context_features else None, generator=noise)
     size = x.square().mean(0).sqrt()
-    far = len(discrete) < len(flow.chain) and not (size > 1 / _FAR).all()
-    if far or not (size < _FAR).all():
+    if not ((size >= least) & (size < _FAR)).all():
         warn(
             "the data reach the vector field with a root mean square of "
             f"{size.min():.3g} to {size.max():.3g}, where training expects about 1; put "
             f"Standardize({flow.features}) first among the transforms, which fit then sets from "
             "the data, and look for outliers."
         )
-
-
-def _is_discrete(transform: Transform) -> bool:
-    return not any(isinstance(part, ContinuousTransform) for part in transform.modules())

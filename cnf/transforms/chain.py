@@ -131,11 +131,12 @@ class Chain(Transform):
     def _initialize(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> None:
         # Each transform is initialised from the rows as the transforms before it map them.
         last = max(i for i, part in enumerate(self) if part.needs_initialization)
-        for i, part in enumerate(self.transforms[: last + 1]):
-            given = context_for(part, context)
+        for i, part in enumerate(self):
+            given = context if part.context_features else None
             part.initialize(x, given, generator=generator)
-            if i < last:
-                x = part.to_base(x, given, generator=generator)
+            if i == last:
+                return
+            x = part.to_base(x, given, generator=generator)
 
     def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         total = x.new_zeros(x.shape[: x.ndim - len(self.event_shape)])
@@ -227,11 +228,6 @@ def base_for(transforms: Sequence[Transform], base: Base | None) -> Base:
     agreed_context_features([*transforms, base])
     _check_one_dtype([*transforms, base])
     return base
-
-
-def context_for(part: Transform, context: Tensor | None) -> Tensor | None:
-    """Return the context for a conditional part of a chain, else None."""
-    return context if part.context_features else None
 
 
 def check_covered(parts: Sequence[Transform], name: str, support: constraints.Constraint) -> None:

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 import torch
@@ -263,14 +264,11 @@ class VectorField(nn.Module, ABC):
                 hook(self, (t, x, context))
 
 
+@dataclass
 class EvaluationCount:
     """Number of function evaluations (nfe) so far, in `value`."""
 
-    def __init__(self) -> None:
-        self.value = 0
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.value})"
+    value: int = 0
 
     def _add(self, *_: object) -> None:
         self.value += 1
