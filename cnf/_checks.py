@@ -1,9 +1,8 @@
 """Checks of users' arguments, with one format of messages."""
 
-import itertools
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, SupportsIndex
 
@@ -51,10 +50,9 @@ class NotFiniteError(ValueError):
     """Finite inputs give NaN or inf."""
 
 
-@torch.no_grad()
 def all_finite(parts: Sequence[Tensor]) -> bool:
     """Return whether every entry is finite, by one sum; by each entry if the sum overflows."""
-    total = sum(part.sum() for part in parts)
+    total = sum(part.detach().sum() for part in parts)
     if isinstance(total, Tensor) and is_hidden(total):
         return True
     return math.isfinite(float(total)) or all(bool(part.isfinite().all()) for part in parts)
@@ -233,8 +231,16 @@ def _describe(support: Constraint, x: Tensor) -> str:
 
 def reference_tensor(module: nn.Module) -> Tensor:
     """Return a floating tensor of the module, with the dtype and device of its inputs."""
-    tensors = itertools.chain(module.parameters(), module.buffers())
-    return next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
+    parts = _parts_of(module)
+    for part in parts:
+        for parameter in part._parameters.values():
+            if parameter is not None and parameter.is_floating_point():
+                return parameter
+    for part in parts:
+        for buffer in part._buffers.values():
+            if buffer is not None and buffer.is_floating_point():
+                return buffer
+    return torch.empty(0)
 
 
 def check_trainable(name: str, module: nn.Module) -> None:
@@ -249,15 +255,23 @@ def check_trainable(name: str, module: nn.Module) -> None:
         )
 
 
-def tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers in any order: torch's own walk takes as long as a small evaluation."""
-    parts: list[nn.Module | None] = [module]
-    while parts:
-        part = parts.pop()
-        if part is not None:
-            for tensors in (part._parameters, part._buffers):
-                yield from (tensor for tensor in tensors.values() if tensor is not None)
-            parts += part._modules.values()
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """Return parameters and buffers, of parts nearer to the module first."""
+    return [
+        tensor
+        for part in _parts_of(module)
+        for tensors in (part._parameters, part._buffers)
+        for tensor in tensors.values()
+        if tensor is not None
+    ]
+
+
+def _parts_of(module: nn.Module) -> list[nn.Module]:
+    """Return the module and its parts; torch's own walk takes as long as a small evaluation."""
+    parts = [module]
+    for part in parts:
+        parts += [inner for inner in part._modules.values() if inner is not None]
+    return parts
 
 
 def check_context(context: Tensor | None, context_features: int, *, like: Tensor) -> None:

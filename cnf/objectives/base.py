@@ -93,18 +93,19 @@ class Objective(nn.Module, ABC):
                 for this objective.
             ODEError: If a solve fails.
         """
-        check_generator(generator, like=reference_tensor(self.flow))
+        like = reference_tensor(self.flow)
+        check_generator(generator, like=like)
         if torch.is_grad_enabled():
             check_trainable("flow", self.flow)
         if self.takes_data:
-            x, context = self._validate(x, context, weight)
+            x, context = self._validate(x, context, weight, like)
         else:
             if x is not None or weight is not None:
                 raise ValueError(
                     f"x and weight must be None, because {type(self).__name__} takes no data; "
                     "give contexts as context=."
                 )
-            check_context(context, self.flow.context_features, like=reference_tensor(self.flow))
+            check_context(context, self.flow.context_features, like=like)
         if draws is None:
             draws = self.draws
         elif self.draws is None:
@@ -127,11 +128,10 @@ class Objective(nn.Module, ABC):
         """Hook: the loss."""
 
     def _validate(
-        self, x: Any, context: Tensor | None, weight: Tensor | None
+        self, x: Any, context: Tensor | None, weight: Tensor | None, like: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Check rows, contexts and weights, and give every row its context."""
         flow = self.flow
-        like = reference_tensor(flow)
         check_events("x", x, flow.event_shape, like=like)
         check_context(context, flow.context_features, like=like)
         check_support("x", x, flow.support)
