@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
-from cnf._checks import check_flag, check_number, check_type, is_positive
+from cnf._checks import check_flag, check_number, check_type, is_hidden, is_positive
 from cnf._shapes import Context, Rows
 from cnf._warnings import warn
 from cnf.bases import Likelihood
 from cnf.divergence import Divergence, Exact, Hutchinson
-from cnf.ode import ODESolver, State
+from cnf.ode import ODEError, ODESolver, State
 from cnf.ode.compiled_steps import FieldSteps
 from cnf.regularizers import CostRate, needs_products
 from cnf.transforms.base import Transform, WithLadj
@@ -132,12 +132,12 @@ class ContinuousTransform(Transform):
     def _to_base_value(
         self, x: Tensor, context: Tensor | None, generator: Generator | None
     ) -> Tensor:
-        return self.trajectory(x, torch.tensor([1.0, 0.0]).to(x), context)[-1]
+        return self._follow(x, (1.0, 0.0), torch.tensor([1.0, 0.0]).to(x), context)[-1]
 
     def _to_data_value(
         self, z: Tensor, context: Tensor | None, generator: Generator | None
     ) -> Tensor:
-        return self.trajectory(z, torch.tensor([0.0, 1.0]).to(z), context)[-1]
+        return self._follow(z, (0.0, 1.0), torch.tensor([0.0, 1.0]).to(z), context)[-1]
 
     def trajectory(
         self, x: Rows, times: Float[Tensor, " times"], context: Context | None = None
@@ -146,6 +146,20 @@ class ContinuousTransform(Transform):
 
         `times` are strictly increasing or decreasing, from 0 (base) to 1 (data).
         """
+        way = (0.0, 1.0)
+        if self.solver.times is not None:
+            if is_hidden(times):
+                raise ODEError(
+                    "a trajectory at times that torch.vmap or torch.export hide has no uneven "
+                    "grid; use ODESolver(steps=...)."
+                )
+            way = float(times[0]), float(times[-1])
+        return self._follow(x, way, times, context)
+
+    def _follow(
+        self, x: Tensor, way: tuple[float, float], times: Tensor, context: Tensor | None
+    ) -> Tensor:
+        """Return the states at `times`, whose first and last are `way`."""
 
         def rhs(t: Tensor, state: State) -> State:
             return (self.vector_field(t, state[0], context),)
@@ -155,7 +169,12 @@ class ContinuousTransform(Transform):
             programs = FieldSteps(self.vector_field, _velocity, (context,))
         dependencies = partial(self.vector_field.dependencies, context)
         (states,) = self.solver.solve(
-            rhs, (x,), self.field_times(times), dependencies=dependencies, programs=programs
+            rhs,
+            (x,),
+            self.field_times(times),
+            way=way,
+            dependencies=dependencies,
+            programs=programs,
         )
         return states
 
@@ -207,6 +226,7 @@ class ContinuousTransform(Transform):
             rhs,
             state,
             self.field_times(times),
+            way=(start, end),
             dependencies=partial(self.vector_field.dependencies, context),
             controlled=2 if regularizers else None,
             programs=programs,
