@@ -81,6 +81,9 @@ class ODESolver:
     times: Sequence[float] | None = None
     """Starts and ends of the uneven steps of a fixed-step method, from 0 to 1: shares of the way
     from base to data, or of the time of another solve. In place of `steps`."""
+    accuracy: float | None = None
+    """Accuracy of a log-density, in nats, for a solver with `times`: a row gets steps of half the
+    size until it is reached. None for `times` as they are. `Flow.calibrate` chooses both."""
     gradient: Gradient = "adjoint"
     """Method of gradients. The "adjoint" solves a second ODE backwards, with constant memory and an
     error of the order of the tolerance; "backprop" differentiates the steps, exactly and faster,
@@ -93,9 +96,9 @@ class ODESolver:
     def __post_init__(self) -> None:
         kinds = methods()
         check_choice("method", self.method, kinds)
-        for name in ("rtol", "atol", "first_step"):
+        for name in ("rtol", "atol", "first_step", "accuracy"):
             value = getattr(self, name)
-            if value is not None or name != "first_step":
+            if value is not None or name in ("rtol", "atol"):
                 number = check_number(name, value, "positive and finite", is_positive)
                 object.__setattr__(self, name, number)
         check_choice("gradient", self.gradient, get_args(Gradient))
@@ -120,6 +123,11 @@ class ODESolver:
                 f"method {self.method!r} chooses its own steps; got {name}={getattr(self, name)}. "
                 f"Leave {name} out, or choose a fixed-step method such as 'rk4'."
             )
+        if self.accuracy is not None and self.times is None:
+            raise ValueError(
+                f"accuracy is for a solver with times, as flow.calibrate(x) finds them; got "
+                f"accuracy={self.accuracy} without. Leave it out, or give times=."
+            )
         if kind != "adaptive" and self.first_step is not None:
             raise ValueError(
                 f"first_step is for adaptive methods such as 'dopri5', and {self.method!r} is "
@@ -140,6 +148,18 @@ class ODESolver:
     def is_adaptive(self) -> bool:
         """Whether the method chooses its own steps."""
         return self.steps is None and self.times is None
+
+    @property
+    def evaluations(self) -> int | None:
+        """Evaluations of a solve with fixed steps; None for other methods."""
+        if self.is_adaptive:
+            return None
+        return (self.steps or len(self.times or ()) - 1) * evaluations_per_step(self.method)
+
+    def coarser(self) -> "ODESolver":
+        """Return the solver with every second of its `times`, and the last."""
+        assert self.times is not None  # noqa: S101 - for mypy
+        return replace(self, times=(*self.times[:-1:2], self.times[-1]))
 
     def halved(self) -> "ODESolver":
         """Return the solver with steps of half the size.

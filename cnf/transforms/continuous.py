@@ -11,12 +11,14 @@ from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
 from cnf._checks import check_flag, check_number, check_type, is_hidden, is_positive
+from cnf._row_names import rows_of_caller, unflattened
 from cnf._shapes import Context, Rows
 from cnf._warnings import warn
 from cnf.bases import Likelihood
 from cnf.divergence import Divergence, Exact, Hutchinson
 from cnf.ode import ODEError, ODESolver, State
 from cnf.ode.compiled_steps import FieldSteps
+from cnf.ode.levels import solve_by_levels
 from cnf.regularizers import CostRate, needs_products
 from cnf.transforms.base import Transform, WithLadj
 from cnf.vector_fields import VectorField
@@ -122,8 +124,33 @@ class ContinuousTransform(Transform):
         return end_time * (self.start_time + times * (1 - self.start_time))
 
     def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
+        if self.solver.accuracy is not None and not is_hidden(x):
+            return self._to_base_by_levels(x, context, generator)
         z, ladj = self._move(x, context, 1.0, 0.0, generator)
         return z, ladj
+
+    def _to_base_by_levels(
+        self, x: Tensor, context: Tensor | None, generator: Generator | None
+    ) -> WithLadj:
+        divergence, probes = self._draw(x, generator)
+        batch = x.shape[:-1]
+        if context is not None:
+            context = context.expand(*batch, -1).reshape(-1, self.context_features)
+        if probes is not None:
+            probes = probes.flatten(1, -2) if batch else probes.unsqueeze(1)
+        x = x.reshape(-1, self.features)
+
+        def solve(solver: ODESolver, rows: Tensor | None) -> State:
+            if rows is None:
+                return self._solve(solver, x, context, (1.0, 0.0), divergence, probes)
+            some = x[rows], None if context is None else context[rows]
+            few = None if probes is None else probes[:, rows]
+            with rows_of_caller(lambda row: (int(rows[row[0]]),)):
+                return self._solve(solver, *some, (1.0, 0.0), divergence, few)
+
+        with rows_of_caller(lambda row: unflattened(row[0], batch)):
+            z, ladj = solve_by_levels(solve, self.solver)
+        return z.view(*batch, -1), ladj.view(batch)
 
     def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         x, ladj = self._move(z, context, 0.0, 1.0, generator)
@@ -199,14 +226,30 @@ class ContinuousTransform(Transform):
         regularizers: Sequence[CostRate] = (),
     ) -> State:
         """Return the final state: moved points, ladj and costs."""
+        divergence, probes = self._draw(x, generator)
+        return self._solve(self.solver, x, context, (start, end), divergence, probes, regularizers)
+
+    def _draw(self, x: Tensor, generator: Generator | None) -> tuple[Divergence, Tensor | None]:
+        """Return the divergence, and its probes for a solve that starts at x."""
         divergence = self.divergence
         if divergence is None:
             divergence = Exact()
             if self.features > _MANY_FEATURES:
                 self._warn_if_unwise()
-        probes = divergence.draw_probes(x, generator=generator)
+        return divergence, divergence.draw_probes(x, generator=generator)
+
+    def _solve(
+        self,
+        solver: ODESolver,
+        x: Tensor,
+        context: Tensor | None,
+        way: tuple[float, float],
+        divergence: Divergence,
+        probes: Tensor | None,
+        regularizers: Sequence[CostRate] = (),
+    ) -> State:
         products = any(map(needs_products, regularizers))
-        forward = 1.0 if start < end else -1.0
+        forward = way[1] - way[0]
 
         def rhs(t: Tensor, state: State) -> State:
             evaluation = divergence(
@@ -216,17 +259,17 @@ class ContinuousTransform(Transform):
             return evaluation.velocity, evaluation.divergence, *costs
 
         state = (x, *(x.new_zeros(x.shape[:-1]) for _ in range(1 + len(regularizers))))
-        times = torch.tensor([start, end]).to(x)
+        times = torch.tensor(way).to(x)
         programs = None
         is_compiled = self.vector_field.compilation is not None
         if is_compiled and not regularizers and isinstance(divergence, Exact | Hutchinson):
             inputs = (divergence, probes, context)
             programs = FieldSteps(self.vector_field, _velocity_and_divergence, inputs)
-        solved = self.solver.solve(
+        solved = solver.solve(
             rhs,
             state,
             self.field_times(times),
-            way=(start, end),
+            way=way,
             dependencies=partial(self.vector_field.dependencies, context),
             controlled=2 if regularizers else None,
             programs=programs,
