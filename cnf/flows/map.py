@@ -139,7 +139,11 @@ class FlowMap(nn.Module):
             ODEError: If the accuracy is out of reach.
         """
         accuracy = check_number("accuracy", accuracy, "positive and finite", is_positive)
+        if not any(isinstance(part, ContinuousTransform) for part in self.transforms.modules()):
+            raise ValueError("flow has no ContinuousTransform to calibrate.")
         x = self._validate("x", x, context, generator)
+        if x.numel() == 0:
+            raise ValueError(f"x must have at least one row; got shape {tuple(x.shape)}.")
         shape = x.shape[: x.ndim - len(self.event_shape)]
         if context is not None:
             context = context.expand(*shape, -1).reshape(-1, self.context_features)[:_ROWS]

@@ -20,7 +20,7 @@ from torch import Tensor
 from cnf.ode.levels import SAFETY, log_density_change
 from cnf.ode.monitor import ODEError, RightHandSide, State
 from cnf.ode.solver import ODESolver
-from cnf.ode.torchdiffeq_door import one_step
+from cnf.ode.torchdiffeq_door import evaluations_per_step, one_step
 
 _ORDER = 4
 _INTERVALS = 64
@@ -62,11 +62,15 @@ def calibrated(
                 best, least = replace(levels[start + 1], accuracy=accuracy), cost
     if math.isinf(least):
         raise ODEError(
-            f"calibration does not reach accuracy={accuracy} with {_MOST_STEPS} steps of "
+            f"calibration does not reach accuracy={accuracy} with {_most_steps(solver)} steps of "
             f"{solver.method} for {_FEW:.0%} of the rows. Ask for a larger accuracy, use float64, "
             "or train with kinetic_energy and jacobian_frobenius."
         )
     return best
+
+
+def _most_steps(solver: ODESolver) -> int:
+    return min(_MOST_STEPS, solver.max_evaluations // evaluations_per_step(solver.method))
 
 
 def _density_of_steps(
@@ -109,7 +113,7 @@ def _levels(
     results: list[State] = []
     changes: list[Tensor] = []
     steps = first
-    while steps <= _MOST_STEPS:
+    while steps <= _most_steps(solver):
         times = np.interp(np.linspace(0, 1, steps + 1), reached, share)
         levels.append(replace(solver, steps=None, times=times.tolist()))
         results.append(tuple(part[-1] for part in solve(levels[-1])))

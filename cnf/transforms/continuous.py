@@ -150,7 +150,7 @@ class ContinuousTransform(Transform):
 
         with rows_of_caller(lambda row: unflattened(row[0], batch)):
             z, ladj = solve_by_levels(solve, self.solver)
-        return z.view(*batch, -1), ladj.view(batch)
+        return z.view(*batch, self.features), ladj.view(batch)
 
     def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         x, ladj = self._move(z, context, 0.0, 1.0, generator)
