@@ -1,9 +1,10 @@
 """Names of rows in messages, by the caller's indices."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import numpy as np
 from torch import Tensor
 
 Row = tuple[int, ...]
@@ -34,6 +35,11 @@ def rows_of_caller(caller_row: Callable[[Row], Row]) -> Iterator[None]:
 def counted_from(start: int) -> Callable[[Row], Row]:
     """Return the map of indices for rows that begin at `start` of the last axis."""
     return lambda row: (*row[:-1], row[-1] + start)
+
+
+def unflattened(row: int, batch: Sequence[int]) -> Row:
+    """Return the index in the batch axes of a row of the flattened batch."""
+    return tuple(map(int, np.unravel_index(row, batch)))
 
 
 def name_rows(bad: Tensor) -> str:

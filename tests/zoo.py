@@ -39,6 +39,7 @@ from cnf.transforms import (
     LipschitzMLP,
     Logit,
     MLPConditioner,
+    NormalScores,
     PeriodicConv,
     Permute,
     Planar,
@@ -49,6 +50,7 @@ from cnf.transforms import (
     Transform,
     TruncatedSeries,
     Unconstrain,
+    Whiten,
     WoodburyConv,
 )
 from cnf.vector_fields import ConvField, LinearField, PotentialField, ResidualField
@@ -251,6 +253,8 @@ BIJECTIONS: dict[str, Callable[[], Transform]] = {
     "conv1x1": lambda: perturbed(Conv1x1((3, 1, 2))),
     "dense conv1x1 of a vector": lambda: perturbed(Conv1x1(3, lu=False), 0.1),
     "standardize": lambda: Standardize.from_data(3 + 2 * torch.randn(50, 2)),
+    "normal scores": lambda: NormalScores.from_data(torch.randn(50, 2).exp()),
+    "whiten": lambda: Whiten.from_data(3 + torch.randn(50, 2) @ torch.tensor([[1.0, 2], [0, 0.5]])),
     "continuous": lambda: ContinuousTransform(mlp(), solver=PRECISE),
     "continuous with context": lambda: ContinuousTransform(mlp(2, 3), solver=PRECISE),
     "continuous user": lambda: ContinuousTransform(

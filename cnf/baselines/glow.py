@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from functools import partial
 
 from cnf._checks import check_choice, check_count, check_image_shape
-from cnf.transforms.actnorm import ActNorm
 from cnf.transforms.base import Transform
 from cnf.transforms.conditioners import ConvConditioner
 from cnf.transforms.coupling import AdditiveCoupling, AffineCoupling, Coupling
 from cnf.transforms.elementwise import ConditionalAffine
 from cnf.transforms.factor_out import FactorOut
+from cnf.transforms.from_data import ActNorm
 from cnf.transforms.linear.conv1x1 import Conv1x1
 from cnf.transforms.reshape import Flatten, Squeeze
 

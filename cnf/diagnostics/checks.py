@@ -96,7 +96,7 @@ def _gradient_modes(case: Case) -> Outcome:
     expected = case.log_prob()
     found = torch.stack([_with_gradients(case, training) for training in (True, False)])
     # A step whose error is near the tolerance may be rejected in one mode only.
-    adaptive = [part.solver for part in case.continuous if part.solver.steps is None]
+    adaptive = [part.solver for part in case.continuous if part.solver.is_adaptive]
     steps = max((10 * max(solver.rtol, solver.atol) for solver in adaptive), default=0.0)
     rounding = 100 * torch.finfo(case.x.dtype).eps * (1 + float(expected.abs().max()))
     return Outcome(
@@ -241,7 +241,7 @@ def _inverse_lipschitz(case: Case) -> Outcome:
 
 def _nfe(case: Case) -> Outcome:
     case.need_ode()
-    if all(part.solver.steps is not None for part in case.continuous):
+    if not any(part.solver.is_adaptive for part in case.continuous):
         raise NotMeasuredError("the solver takes the same steps for every field")
     with count_evaluations(case.flow) as nfe:
         case.log_prob()
@@ -287,8 +287,8 @@ def _jacobian(z: Tensor, x: Tensor) -> Tensor:
 
 def _finer(part: ContinuousTransform, resolution: float) -> ContinuousTransform:
     solver = dataclasses.replace(part.solver, max_evaluations=10 * part.solver.max_evaluations)
-    if solver.steps is not None:
-        return part.using(solver=dataclasses.replace(solver, steps=2 * solver.steps))
+    if not solver.is_adaptive:
+        return part.using(solver=solver.halved())
     rtol, atol = (max(value / 10, resolution) for value in (solver.rtol, solver.atol))
     return part.using(solver=dataclasses.replace(solver, rtol=rtol, atol=atol))
 

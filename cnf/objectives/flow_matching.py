@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from cnf._checks import check_choice, check_type, refuse_overflow
+from cnf.bases import StandardNormal
 from cnf.flows.flow import Flow
 from cnf.objectives.base import Objective, weighted_mean
 from cnf.objectives.pairings import IndependentPairing, Pairing
 from cnf.objectives.paths import LinearPath, ProbabilityPath
+from cnf.objectives.stable_target import mean_velocity
 from cnf.transforms import Chain, ContinuousTransform
 
 _TIMES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -46,6 +48,11 @@ class FlowMatching(Objective):
             paths; the base, and the transforms between it and the ODE, draw the starts.
         path: Path between two points; None for `LinearPath`.
         pairing: Pairing of base points with rows of data; None for `IndependentPairing`.
+        target: Velocity that the field is compared with at a state: "pair" for the velocity of its
+            own path, "stable" for the mean over the paths that may lead there from the base to the
+            rows of the minibatch with the same context: less noise, and the same minimum. None for
+            "stable" where it is possible: from a standard normal base, by a `LinearPath`, with an
+            `IndependentPairing`.
         times: Distribution of t: "uniform"; "late" for the density ``1 / (2 sqrt(1 - t))``, which
             favours the end, where sharp features of the data form and the likelihood improves most;
             or "logit_normal" for the sigmoid of a standard normal number, which favours the middle.
@@ -54,13 +61,16 @@ class FlowMatching(Objective):
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If the flow does not have exactly one `ContinuousTransform`, among its own
-            transforms, or `times` is unknown.
+            transforms, `times` or `target` is unknown, or `target` is "stable" where the mean has
+            no closed form.
 
     References:
         Lipman et al. (2023), Flow Matching for Generative Modeling.
         https://arxiv.org/abs/2210.02747
         Esser et al. (2024), Scaling Rectified Flow Transformers for High-Resolution Image
         Synthesis, https://arxiv.org/abs/2403.03206, for logit-normal times.
+        Xu, Tong and Jaakkola (2023), Stable Target Field for Reduced Variance Score Estimation in
+        Diffusion Models, https://arxiv.org/abs/2302.00670, for the stable target.
 
     Example:
         >>> from cnf import CNF
@@ -74,6 +84,7 @@ class FlowMatching(Objective):
         path: ProbabilityPath | None = None,
         pairing: Pairing | None = None,
         *,
+        target: Literal["stable", "pair"] | None = None,
         times: Literal["uniform", "late", "logit_normal"] = "uniform",
     ) -> None:
         super().__init__(flow)
@@ -84,6 +95,12 @@ class FlowMatching(Objective):
         self.pairing = IndependentPairing() if pairing is None else pairing
         check_type("pairing", self.pairing, Pairing, "use OptimalTransport()")
         self.times = check_choice("times", times, _TIMES)
+        self.target = check_choice("target", target or self._best_target, ("stable", "pair"))
+        if self.target == "stable" != self._best_target:
+            raise ValueError(
+                "target must be 'pair', unless paths start from a standard normal base, follow a "
+                "LinearPath and end by an IndependentPairing; got 'stable'."
+            )
 
     def _loss(
         self,
@@ -102,24 +119,41 @@ class FlowMatching(Objective):
             x0 = behind.to_data(z, context, generator=generator)
             x0 = self.pairing(x0, x1, context)
             rows = math.gcd(len(x1), _ROWS_PER_TIME) if transform.vector_field.shares_times else 1
-            # Stratified times in random order: quantiles at equal steps from a random start.
-            times = len(x1) // rows
-            shift = torch.rand((), generator=generator, dtype=x1.dtype, device=x1.device)
-            steps = torch.randperm(times, generator=generator, device=x1.device)
-            share = _TIMES[self.times]((shift + steps) / times)
-            if rows > 1:
-                share = share.unsqueeze(-1)
-                x0, x1 = (part.unflatten(0, (-1, rows)) for part in (x0, x1))
-                context = None if context is None else context.unflatten(0, (-1, rows))
+            times = self._draw_times(len(x1) // rows, generator=generator, like=x1)
+            share = times.repeat_interleave(rows)
             state, target = self.path.state_and_velocity(share, x0, x1, generator=generator)
+            if isinstance(self.path, LinearPath) and self.target == "stable":
+                target = mean_velocity(
+                    target, state, x1, share, self.path.sigma_min, context=context, weight=weight
+                )
             start, end = transform.field_times(torch.tensor([0.0, 1.0]).to(x1))
-            t = torch.lerp(start, end, share)
+            t = torch.lerp(start, end, times)
+            if rows > 1:
+                t = t.unsqueeze(-1)
+                state, target = (part.unflatten(0, (-1, rows)) for part in (state, target))
+                context = None if context is None else context.unflatten(0, (-1, rows))
         given = context if transform.context_features else None
         velocity = transform.vector_field(t, state, given)
         errors = (end - start) * velocity - target
         losses = errors.square().mean(-1).flatten()
         refuse_overflow("x", ~losses.detach().isfinite(), "the loss of flow matching", x.dtype)
         return weighted_mean(losses, weight)
+
+    @property
+    def _best_target(self) -> str:
+        """The stable target, where the chances of paths through a state are known."""
+        normal = isinstance(self.flow.base, StandardNormal) and not len(self._parts[2])
+        straight = isinstance(self.path, LinearPath)
+        free = isinstance(self.pairing, IndependentPairing)
+        return "stable" if normal and straight and free else "pair"
+
+    def _draw_times(
+        self, number: int, *, generator: torch.Generator | None, like: Tensor
+    ) -> Tensor:
+        """Draw stratified times in random order: quantiles at equal steps from a random start."""
+        start = torch.rand((), generator=generator, dtype=like.dtype, device=like.device)
+        steps = torch.randperm(number, generator=generator, device=like.device)
+        return _TIMES[self.times]((start + steps) / number)
 
 
 def _resampled(

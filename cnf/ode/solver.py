@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -34,6 +34,11 @@ _MONITORS: dict[str, type[SolveMonitor]] = {
     "checkpoint": RecordingMonitor,
 }
 """Special monitors, by the kind of method, else by the gradient."""
+
+_SAME = 1e-6
+"""Difference of shares of a way that is due to rounding."""
+_ROUNDING = 1e-4
+"""Part of a step that is due to rounding."""
 
 Gradient = Literal["adjoint", "backprop", "checkpoint"]
 ErrorNorm = Literal["points_and_ladj", "points"]
@@ -73,6 +78,12 @@ class ODESolver:
     by one more evaluation, which gives a tiny step for a zero field."""
     steps: int | None = None
     """Number of equal steps of a fixed-step method."""
+    times: Sequence[float] | None = None
+    """Starts and ends of the uneven steps of a fixed-step method, from 0 to 1: shares of the way
+    from base to data, or of the time of another solve. In place of `steps`."""
+    accuracy: float | None = None
+    """Accuracy of a log-density, in nats, for a solver with `times`: a row gets steps of half the
+    size until it is reached. None for `times` as they are. `Flow.calibrate` chooses both."""
     gradient: Gradient = "adjoint"
     """Method of gradients. The "adjoint" solves a second ODE backwards, with constant memory and an
     error of the order of the tolerance; "backprop" differentiates the steps, exactly and faster,
@@ -85,9 +96,9 @@ class ODESolver:
     def __post_init__(self) -> None:
         kinds = methods()
         check_choice("method", self.method, kinds)
-        for name in ("rtol", "atol", "first_step"):
+        for name in ("rtol", "atol", "first_step", "accuracy"):
             value = getattr(self, name)
-            if value is not None or name != "first_step":
+            if value is not None or name in ("rtol", "atol"):
                 number = check_number(name, value, "positive and finite", is_positive)
                 object.__setattr__(self, name, number)
         check_choice("gradient", self.gradient, get_args(Gradient))
@@ -98,13 +109,24 @@ class ODESolver:
 
     def _check_kind(self, kind: str) -> None:
         if kind == "fixed":
-            if self.steps is None:
-                raise ValueError(f"method {self.method!r} takes fixed steps; give steps=.")
-            object.__setattr__(self, "steps", check_count("steps", self.steps))
-        elif self.steps is not None:
+            if (self.steps is None) == (self.times is None):
+                raise ValueError(
+                    f"method {self.method!r} takes fixed steps; give either steps= or times=."
+                )
+            if self.steps is not None:
+                object.__setattr__(self, "steps", check_count("steps", self.steps))
+            if self.times is not None:
+                object.__setattr__(self, "times", _checked_times(self.times))
+        elif self.steps is not None or self.times is not None:
+            name = "steps" if self.times is None else "times"
             raise ValueError(
-                f"method {self.method!r} chooses its own steps; got steps={self.steps}. "
-                "Leave steps out, or choose a fixed-step method such as 'rk4'."
+                f"method {self.method!r} chooses its own steps; got {name}={getattr(self, name)}. "
+                f"Leave {name} out, or choose a fixed-step method such as 'rk4'."
+            )
+        if self.accuracy is not None and self.times is None:
+            raise ValueError(
+                f"accuracy is for a solver with times, as flow.calibrate(x) finds them; got "
+                f"accuracy={self.accuracy} without. Leave it out, or give times=."
             )
         if kind != "adaptive" and self.first_step is not None:
             raise ValueError(
@@ -122,12 +144,46 @@ class ODESolver:
                 "one alone; use gradient='adjoint' or 'backprop', or a method such as 'rk4'."
             )
 
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the method chooses its own steps."""
+        return self.steps is None and self.times is None
+
+    @property
+    def evaluations(self) -> int | None:
+        """Evaluations of a solve with fixed steps; None for other methods."""
+        if self.is_adaptive:
+            return None
+        return (self.steps or len(self.times or ()) - 1) * evaluations_per_step(self.method)
+
+    def coarser(self) -> "ODESolver":
+        """Return the solver with every second of its `times`, and the last."""
+        assert self.times is not None  # noqa: S101 - for mypy
+        return replace(self, times=(*self.times[:-1:2], self.times[-1]))
+
+    def halved(self) -> "ODESolver":
+        """Return the solver with steps of half the size.
+
+        Raises:
+            ValueError: If the method chooses its own steps.
+        """
+        if self.steps is not None:
+            return replace(self, steps=2 * self.steps)
+        if self.times is None:
+            raise ValueError(
+                f"method {self.method!r} chooses its own steps; tighten rtol and atol."
+            )
+        middles = ((start + end) / 2 for start, end in itertools.pairwise(self.times))
+        pairs = zip(self.times, middles, strict=False)
+        return replace(self, times=(*itertools.chain.from_iterable(pairs), 1.0))
+
     def solve(
         self,
         rhs: RightHandSide,
         state: State,
         times: Float[Tensor, " times"],
         *,
+        way: tuple[float, float] = (0.0, 1.0),
         dependencies: Callable[[], Sequence[Tensor]] = tuple,
         controlled: int | None = None,
         programs: FieldSteps | None = None,
@@ -138,6 +194,8 @@ class ODESolver:
             rhs: Function of a 0-dim time and the state that returns the derivative of each tensor.
             state: State at ``times[0]``: tensors, the first with rows ``(*batch, features)``.
             times: At least two times, strictly increasing or decreasing.
+            way: Shares of the way from base to data at the first and the last time, for a solver
+                with `times`.
             dependencies: Function that returns every other tensor that `rhs` depends on. The
                 adjoint and checkpoint give no gradient to other tensors.
             controlled: Number of tensors of the state, from the first, in the error norm of an
@@ -178,7 +236,8 @@ class ODESolver:
         )
         if not all_finite(state):
             raise monitor.error_at_start(state)
-        arguments = self._arguments(monitor, times)
+        grid = partial(self._grid, times=times, way=way)
+        arguments = self._arguments(monitor, grid)
         solve = partial(solvers()[0], monitor, state, times, **arguments)
         if gradient == "adjoint":
             solution = self._by_adjoint(monitor, state, times, parameters, arguments)
@@ -191,11 +250,15 @@ class ODESolver:
             # it differentiates with respect to x.
             with torch.set_grad_enabled(needs_gradient):
                 if hidden:
-                    solution = self._solve_hidden(monitor, state, times)
+                    solution = self._solve_hidden(monitor, state, times, grid)
                 elif programs is not None and programs.is_active_for(self.method):
-                    grid = self._grid(times, (times[-1] - times[0]).abs().detach())
                     solution = programs.solve(
-                        self.method, state, grid, times, budget=self.max_evaluations, fallback=solve
+                        self.method,
+                        state,
+                        grid(times),
+                        times,
+                        budget=self.max_evaluations,
+                        fallback=solve,
                     )
                 else:
                     solution = solve()
@@ -214,18 +277,23 @@ class ODESolver:
         backwards = {**arguments["options"], "norm": "seminorm"}
         if monitor.kind == "adaptive":
             backwards["everywhere"] = True
+        if monitor.kind == "fixed" and times[-1] < times[0]:
+            # torchdiffeq solves with negated times, and does not negate them here.
+            grid = arguments["options"]["grid_constructor"]
+            backwards["grid_constructor"] = lambda rhs, state, t: -grid(rhs, state, -t)
         solution = odeint_adjoint(
             monitor, state, times, **arguments, adjoint_options=backwards, adjoint_params=parameters
         )
         return monitor.backward_once(solution)
 
-    def _solve_hidden(self, monitor: SolveMonitor, state: State, times: Tensor) -> State:
+    def _solve_hidden(
+        self, monitor: SolveMonitor, state: State, times: Tensor, grid: Callable[[Tensor], Tensor]
+    ) -> State:
         """Solve on a fixed grid, without torchdiffeq's branches on numbers and in-place writes."""
         step = one_step(self.method, monitor, like=state[0])
-        span = (times[-1] - times[0]).abs().detach()
         seen = [state]
         for start, end in itertools.pairwise(times):
-            for t0, t1 in itertools.pairwise(self._grid(torch.stack([start, end]), span)):
+            for t0, t1 in itertools.pairwise(grid(torch.stack([start, end]))):
                 state, _ = step(t0, t1, state, ())
             seen.append(state)
         return tuple(map(torch.stack, zip(*seen, strict=True)))
@@ -268,7 +336,8 @@ class ODESolver:
         # Only a fixed grid, and adaptive methods without dense output, step to each of the times.
         if kind == "external" or self.method == "dopri5" or (kind == "adaptive" and spans == 1):
             return
-        steps = spans if self.steps is None else max(self.steps, spans)
+        own = self.steps or len(self.times or ()) - 1
+        steps = max(own, spans)
         needed = steps * evaluations_per_step(self.method)
         if needed > self.max_evaluations:
             raise ODEError(
@@ -277,7 +346,7 @@ class ODESolver:
                 "times, or raise max_evaluations."
             )
 
-    def _arguments(self, monitor: SolveMonitor, times: Tensor) -> dict[str, Any]:
+    def _arguments(self, monitor: SolveMonitor, grid: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """Return the other arguments of torchdiffeq."""
         options: dict[str, Any] = {"norm": partial(_largest_rms, monitor.controlled)}
         if monitor.kind == "adaptive":
@@ -287,21 +356,48 @@ class ODESolver:
             options["on_trial"] = monitor.keep_errors
             options["first_step"] = self.first_step
         elif monitor.kind == "fixed":
-            span = (times[-1] - times[0]).abs().detach()
-            options["grid_constructor"] = lambda _f, _y, t: self._grid(t, span)
+            options["grid_constructor"] = lambda _f, _y, t: grid(t)
         return {"method": self.method, "rtol": self.rtol, "atol": self.atol, "options": options}
 
-    def _grid(self, times: Tensor, span: Tensor) -> Tensor:
-        """Return a grid through all `times`, with about `steps` equal steps in `span`."""
-        assert self.steps is not None  # noqa: S101 - for mypy: checked when self was made
-        pieces = [times[:1]]
-        for start, end in itertools.pairwise(times):
+    def _grid(self, stops: Tensor, *, times: Tensor, way: tuple[float, float]) -> Tensor:
+        """Return a grid through all `stops`, some of the `times` of a solve, along its way."""
+        pieces = [stops[:1]]
+        for start, end in itertools.pairwise(stops):
             # Hidden times are only two.
-            share = 1.0 if is_hidden(times) else float((end - start).abs().detach() / span)
-            count = max(1, math.ceil(self.steps * share - 1e-4))
-            fraction = torch.linspace(0, 1, count + 1, dtype=times.dtype, device=times.device)[1:]
-            pieces.append(torch.cat([start + (end - start) * fraction[:-1], end[None]]))
+            first, last = (0.0, 1.0) if is_hidden(times) else _shares(times, start, end)
+            inner = stops.new_tensor(self._inner_steps(first, last, way))
+            pieces.append(torch.cat([start + (end - start) * inner, end[None]]))
         return torch.cat(pieces)
+
+    def _inner_steps(self, start: float, end: float, way: tuple[float, float]) -> list[float]:
+        """Return the ends of steps between two shares of a solve, as shares of their distance."""
+        if self.times is None:
+            assert self.steps is not None  # noqa: S101 - for mypy: checked when self was made
+            count = max(1, math.ceil(self.steps * abs(end - start) - _ROUNDING))
+            return [step / count for step in range(1, count)]
+        first, last = (way[0] + share * (way[1] - way[0]) for share in (start, end))
+        inner = sorted((time - first) / (last - first) for time in self.times)
+        return [share for share in inner if _SAME < share < 1 - _SAME]
+
+
+def _checked_times(times: Sequence[float]) -> tuple[float, ...]:
+    """Refuse anything but increasing numbers from 0 to 1; return Python floats."""
+    if isinstance(times, str) or not isinstance(times, Sequence):
+        raise TypeError(f"times must be numbers from 0 to 1; got {type(times).__name__}.")
+    numbers = tuple(
+        check_number("each of times", time, "from 0 to 1", lambda number: 0 <= number <= 1)
+        for time in times
+    )
+    increasing = all(start < end for start, end in itertools.pairwise(numbers))
+    if not increasing or numbers[:1] != (0.0,) or numbers[-1:] != (1.0,):
+        raise ValueError(f"times must increase from 0 to 1; got {numbers}.")
+    return numbers
+
+
+def _shares(times: Tensor, start: Tensor, end: Tensor) -> tuple[float, float]:
+    """Return how far along the times of a solve two of its stops are, from 0 to 1."""
+    first, span = times[0].detach(), (times[-1] - times[0]).detach()
+    return float((start.detach() - first) / span), float((end.detach() - first) / span)
 
 
 def _without_rows(state: State, times: Tensor, dependencies: Sequence[Tensor]) -> State:

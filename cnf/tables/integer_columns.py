@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 from cnf.transforms.base import Transform
-from cnf.transforms.elementwise import Standardize
+from cnf.transforms.from_data import Standardize
 from cnf.transforms.support.unconstrain import Unconstrain
 
 

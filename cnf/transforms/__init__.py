@@ -1,16 +1,16 @@
 """Transforms between data and base."""
 
 from cnf.bases import Likelihood
-from cnf.transforms.actnorm import ActNorm
 from cnf.transforms.augment import Augment
 from cnf.transforms.base import Transform
 from cnf.transforms.chain import Chain
 from cnf.transforms.conditioners import ConvConditioner, MLPConditioner
 from cnf.transforms.continuous import ContinuousTransform
 from cnf.transforms.coupling import AdditiveCoupling, AffineCoupling, Coupling
-from cnf.transforms.elementwise import Affine, ConditionalAffine, Standardize
+from cnf.transforms.elementwise import Affine, ConditionalAffine
 from cnf.transforms.exact_lipschitz import ExactLipschitz
 from cnf.transforms.factor_out import FactorOut
+from cnf.transforms.from_data import ActNorm, NormalScores, Standardize, Whiten
 from cnf.transforms.linear.conv1x1 import Conv1x1
 from cnf.transforms.linear.convolutions import EmergingConv, PeriodicConv
 from cnf.transforms.linear.woodbury import WoodburyConv
@@ -48,6 +48,7 @@ __all__ = [
     "LipschitzMLP",
     "Logit",
     "MLPConditioner",
+    "NormalScores",
     "PeriodicConv",
     "Permute",
     "Planar",
@@ -59,6 +60,7 @@ __all__ = [
     "Transform",
     "TruncatedSeries",
     "Unconstrain",
+    "Whiten",
     "WoodburyConv",
     "transforms_for",
 ]

@@ -10,13 +10,15 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
-from cnf._checks import check_flag, check_number, check_type, is_positive
+from cnf._checks import check_flag, check_number, check_type, is_hidden, is_positive
+from cnf._row_names import rows_of_caller, unflattened
 from cnf._shapes import Context, Rows
 from cnf._warnings import warn
 from cnf.bases import Likelihood
 from cnf.divergence import Divergence, Exact, Hutchinson
-from cnf.ode import ODESolver, State
+from cnf.ode import ODEError, ODESolver, State
 from cnf.ode.compiled_steps import FieldSteps
+from cnf.ode.levels import solve_by_levels
 from cnf.regularizers import CostRate, needs_products
 from cnf.transforms.base import Transform, WithLadj
 from cnf.vector_fields import VectorField
@@ -122,8 +124,33 @@ class ContinuousTransform(Transform):
         return end_time * (self.start_time + times * (1 - self.start_time))
 
     def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
+        if self.solver.accuracy is not None and not is_hidden(x):
+            return self._to_base_by_levels(x, context, generator)
         z, ladj = self._move(x, context, 1.0, 0.0, generator)
         return z, ladj
+
+    def _to_base_by_levels(
+        self, x: Tensor, context: Tensor | None, generator: Generator | None
+    ) -> WithLadj:
+        divergence, probes = self._draw(x, generator)
+        batch = x.shape[:-1]
+        if context is not None:
+            context = context.expand(*batch, -1).reshape(-1, self.context_features)
+        if probes is not None:
+            probes = probes.flatten(1, -2) if batch else probes.unsqueeze(1)
+        x = x.reshape(-1, self.features)
+
+        def solve(solver: ODESolver, rows: Tensor | None) -> State:
+            if rows is None:
+                return self._solve(solver, x, context, (1.0, 0.0), divergence, probes)
+            some = x[rows], None if context is None else context[rows]
+            few = None if probes is None else probes[:, rows]
+            with rows_of_caller(lambda row: (int(rows[row[0]]),)):
+                return self._solve(solver, *some, (1.0, 0.0), divergence, few)
+
+        with rows_of_caller(lambda row: unflattened(row[0], batch)):
+            z, ladj = solve_by_levels(solve, self.solver)
+        return z.view(*batch, self.features), ladj.view(batch)
 
     def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         x, ladj = self._move(z, context, 0.0, 1.0, generator)
@@ -132,12 +159,12 @@ class ContinuousTransform(Transform):
     def _to_base_value(
         self, x: Tensor, context: Tensor | None, generator: Generator | None
     ) -> Tensor:
-        return self.trajectory(x, torch.tensor([1.0, 0.0]).to(x), context)[-1]
+        return self._follow(x, (1.0, 0.0), torch.tensor([1.0, 0.0]).to(x), context)[-1]
 
     def _to_data_value(
         self, z: Tensor, context: Tensor | None, generator: Generator | None
     ) -> Tensor:
-        return self.trajectory(z, torch.tensor([0.0, 1.0]).to(z), context)[-1]
+        return self._follow(z, (0.0, 1.0), torch.tensor([0.0, 1.0]).to(z), context)[-1]
 
     def trajectory(
         self, x: Rows, times: Float[Tensor, " times"], context: Context | None = None
@@ -146,6 +173,20 @@ class ContinuousTransform(Transform):
 
         `times` are strictly increasing or decreasing, from 0 (base) to 1 (data).
         """
+        way = (0.0, 1.0)
+        if self.solver.times is not None:
+            if is_hidden(times):
+                raise ODEError(
+                    "a trajectory at times that torch.vmap or torch.export hide has no uneven "
+                    "grid; use ODESolver(steps=...)."
+                )
+            way = float(times[0]), float(times[-1])
+        return self._follow(x, way, times, context)
+
+    def _follow(
+        self, x: Tensor, way: tuple[float, float], times: Tensor, context: Tensor | None
+    ) -> Tensor:
+        """Return the states at `times`, whose first and last are `way`."""
 
         def rhs(t: Tensor, state: State) -> State:
             return (self.vector_field(t, state[0], context),)
@@ -155,7 +196,12 @@ class ContinuousTransform(Transform):
             programs = FieldSteps(self.vector_field, _velocity, (context,))
         dependencies = partial(self.vector_field.dependencies, context)
         (states,) = self.solver.solve(
-            rhs, (x,), self.field_times(times), dependencies=dependencies, programs=programs
+            rhs,
+            (x,),
+            self.field_times(times),
+            way=way,
+            dependencies=dependencies,
+            programs=programs,
         )
         return states
 
@@ -180,14 +226,30 @@ class ContinuousTransform(Transform):
         regularizers: Sequence[CostRate] = (),
     ) -> State:
         """Return the final state: moved points, ladj and costs."""
+        divergence, probes = self._draw(x, generator)
+        return self._solve(self.solver, x, context, (start, end), divergence, probes, regularizers)
+
+    def _draw(self, x: Tensor, generator: Generator | None) -> tuple[Divergence, Tensor | None]:
+        """Return the divergence, and its probes for a solve that starts at x."""
         divergence = self.divergence
         if divergence is None:
             divergence = Exact()
             if self.features > _MANY_FEATURES:
                 self._warn_if_unwise()
-        probes = divergence.draw_probes(x, generator=generator)
+        return divergence, divergence.draw_probes(x, generator=generator)
+
+    def _solve(
+        self,
+        solver: ODESolver,
+        x: Tensor,
+        context: Tensor | None,
+        way: tuple[float, float],
+        divergence: Divergence,
+        probes: Tensor | None,
+        regularizers: Sequence[CostRate] = (),
+    ) -> State:
         products = any(map(needs_products, regularizers))
-        forward = 1.0 if start < end else -1.0
+        forward = way[1] - way[0]
 
         def rhs(t: Tensor, state: State) -> State:
             evaluation = divergence(
@@ -197,16 +259,17 @@ class ContinuousTransform(Transform):
             return evaluation.velocity, evaluation.divergence, *costs
 
         state = (x, *(x.new_zeros(x.shape[:-1]) for _ in range(1 + len(regularizers))))
-        times = torch.tensor([start, end]).to(x)
+        times = torch.tensor(way).to(x)
         programs = None
         is_compiled = self.vector_field.compilation is not None
         if is_compiled and not regularizers and isinstance(divergence, Exact | Hutchinson):
             inputs = (divergence, probes, context)
             programs = FieldSteps(self.vector_field, _velocity_and_divergence, inputs)
-        solved = self.solver.solve(
+        solved = solver.solve(
             rhs,
             state,
             self.field_times(times),
+            way=way,
             dependencies=partial(self.vector_field.dependencies, context),
             controlled=2 if regularizers else None,
             programs=programs,

@@ -3,20 +3,11 @@
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
-from cnf._checks import (
-    check_count,
-    check_events,
-    check_vector_or_image_shape,
-    check_vectors,
-    refuse_rows,
-)
-from cnf._moments import column_moments
+from cnf._checks import check_count, check_vector_or_image_shape
 from cnf.transforms.base import Transform, WithLadj
 from cnf.vector_fields.conditioning import ContextScaling, scaled_context
 
@@ -114,103 +105,3 @@ class ConditionalAffine(ElementwiseAffine):
         channels = self.layer(scaled_context(self, context)).to(dtype)  # autocast lowers the dtype
         loc, log_scale = channels.repeat_interleave(self.pixels, -1).chunk(2, -1)
         return loc, log_scale
-
-
-class Standardize(ElementwiseAffine):
-    """Standardisation to mean 0 and standard deviation 1: ``x = mean + std * z``, not learned.
-
-    `initialize` sets mean and standard deviation once, from the given rows; `fit` calls it with its
-    training rows; until then this is the identity. `from_data` returns an initialised one. Both
-    raise the same errors.
-
-    Args:
-        features: Size of x.
-
-    Raises:
-        TypeError: If `features` is not an int.
-        ValueError: If `features` is less than 1.
-
-    Example:
-        >>> x = torch.tensor([[1.0, 10.0], [3.0, 30.0]])
-        >>> Standardize.from_data(x).mean
-        tensor([ 2., 20.])
-    """
-
-    def __init__(self, features: int) -> None:
-        super().__init__(features)
-        self.register_buffer("mean", torch.zeros(features))
-        self.register_buffer("log_std", torch.zeros(features))
-        self.register_buffer("is_initialized", torch.zeros((), dtype=torch.bool))
-        self.mean: Tensor
-        self.log_std: Tensor
-        self.is_initialized: Tensor
-
-    def extra_repr(self) -> str:
-        """Mean and standard deviation."""
-        return f"mean={self.mean.tolist()}, std={self.log_std.exp().tolist()}"
-
-    @classmethod
-    def from_data(
-        cls, x: Float[Tensor, "rows features"], *, weight: Float[Tensor, " rows"] | None = None
-    ) -> "Standardize":
-        """Return the standardisation of the rows of `x`, in its dtype and on its device.
-
-        Args:
-            x: At least two rows.
-            weight: Weight of each row, on any scale; None for equal weights.
-
-        Raises:
-            TypeError: If `x` is not a tensor.
-            ValueError: If `x` is not a finite floating tensor of shape ``(rows, features)`` with
-                at least two rows, or a feature is constant, too large for its dtype, or varies by
-                less than a few of its rounding steps.
-        """
-        if isinstance(x, Tensor) and x.ndim != 2:
-            raise ValueError(
-                f"x must have shape (rows, features) with at least 2 rows; got {tuple(x.shape)}."
-            )
-        check_vectors("x", x, x.shape[-1] if isinstance(x, Tensor) else 0, like=x)
-        if weight is not None:
-            check_events("weight", weight, (), like=weight if isinstance(weight, Tensor) else x)
-            if weight.shape != x.shape[:1]:
-                raise ValueError(f"weight must have shape ({len(x)},); got {tuple(weight.shape)}.")
-            refuse_rows("weight", weight < 0, "at least 0")
-        transform = cls(x.shape[-1]).to(x)
-        transform._set(x, weight)
-        return transform
-
-    @property
-    def needs_initialization(self) -> bool:
-        """Whether `initialize` has yet to set mean and standard deviation."""
-        return not self.is_initialized
-
-    def _initialize(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> None:
-        self._set(x.reshape(-1, self.features))
-
-    def keep_identity(self) -> None:
-        """Stay the identity if not yet initialised, as for a flow trained without data."""
-        if self.needs_initialization:
-            self.is_initialized.fill_(True)
-
-    def _set(self, x: Tensor, weight: Tensor | None = None) -> None:
-        mean, std = column_moments("x", x, weight)
-        if not (std > 0).all():
-            constant = (std <= 0).nonzero().flatten().tolist()
-            raise ValueError(
-                f"x must vary in every feature; it is constant in {constant}. Drop these columns: "
-                "a constant has no density."
-            )
-        self.mean.copy_(mean)
-        self.log_std.copy_(std.log())
-        self.is_initialized.fill_(True)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # State dicts from before `is_initialized` existed hold initialised scalings.
-        if f"{prefix}mean" in state_dict:
-            state_dict.setdefault(f"{prefix}is_initialized", torch.ones((), dtype=torch.bool))
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _loc_and_log_scale(
-        self, context: Tensor | None, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        return self.mean, self.log_std

@@ -10,7 +10,7 @@ from torch.distributions import constraints
 
 from cnf._checks import check_support, check_vectors
 from cnf.transforms.base import Transform, WithLadj
-from cnf.transforms.elementwise import Standardize
+from cnf.transforms.from_data import Standardize
 from cnf.transforms.support.columns import Support, column_map
 from cnf.transforms.support.dequantize import COARSEST_NOISE
 

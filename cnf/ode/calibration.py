@@ -1,0 +1,138 @@
+r"""Calibration: the times of the steps of a solve, chosen once, from rows.
+
+The error of a step at time t is measured on equal steps, each of which is compared with two of half
+the size from the same states. In a method of order p it is proportional to :math:`h^{p+1}` for a
+step of size h, so steps in proportion to :math:`e(t)^{-1/(p+1)}` have equal errors. A tenth of the
+density of steps is uniform, for what these rows do not show. The number of steps is the one with
+which `solve_by_levels` takes the fewest evaluations.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from cnf.ode.levels import SAFETY, log_density_change
+from cnf.ode.monitor import ODEError, RightHandSide, State
+from cnf.ode.solver import ODESolver
+from cnf.ode.torchdiffeq_door import evaluations_per_step, one_step
+
+_ORDER = 4
+_INTERVALS = 64
+_UNIFORM = 0.1
+_LARGE_ERROR = 0.9
+"""Quantile over the rows of the error of a step."""
+_LEAST_STEPS = (8, 12)
+_MOST_STEPS = 1024
+_FEW = 0.01
+"""Share of the rows that may be left open."""
+
+Solve = Callable[[ODESolver, Tensor], State]
+"""Returns points and ladj at each of some times."""
+
+
+@torch.no_grad()
+def calibrated(
+    solver: ODESolver, accuracy: float, rhs: RightHandSide, solve: Solve, ends: Tensor
+) -> ODESolver:
+    """Return the solver with the best times for an accuracy of points and ladj.
+
+    Args:
+        solver: Solver of a fixed-step method of order 4.
+        accuracy: Error of a log-density, in nats, that a row may have.
+        rhs: Right-hand side of the solve.
+        solve: Solves with a solver through some times, from `ends[0]` to `ends[1]`.
+        ends: Times of the data and of the base.
+
+    Raises:
+        ODEError: If the accuracy is not reached, or a solve fails.
+    """
+    density = _density_of_steps(solver, rhs, solve, ends)
+    best, least = solver, math.inf
+    for first in _LEAST_STEPS:
+        levels, changes = _levels(solver, accuracy, density, first, lambda by: solve(by, ends))
+        if changes and changes[-1].float().mean() <= _FEW:
+            start, cost = _cheapest(levels, torch.stack(changes))
+            if cost < least:
+                best, least = replace(levels[start + 1], accuracy=accuracy), cost
+    if math.isinf(least):
+        raise ODEError(
+            f"calibration does not reach accuracy={accuracy} with {_most_steps(solver)} steps of "
+            f"{solver.method} for {_FEW:.0%} of the rows. Ask for a larger accuracy, use float64, "
+            "or train with kinetic_energy and jacobian_frobenius."
+        )
+    return best
+
+
+def _most_steps(solver: ODESolver) -> int:
+    return min(_MOST_STEPS, solver.max_evaluations // evaluations_per_step(solver.method))
+
+
+def _density_of_steps(
+    solver: ODESolver, rhs: RightHandSide, solve: Solve, ends: Tensor
+) -> npt.NDArray[np.float64]:
+    """Return the density of steps on equal intervals from base to data; it sums to 1."""
+    share = torch.linspace(0, 1, _INTERVALS + 1, dtype=ends.dtype, device=ends.device)
+    times = ends[0] + share * (ends[1] - ends[0])
+    halves = replace(solver, steps=2 * _INTERVALS, times=None)
+    states = solve(halves, times)
+    step = one_step(solver.method, rhs, like=states[0])
+    errors = []
+    for i, (start, end) in enumerate(itertools.pairwise(times)):
+        found, _ = step(start, end, tuple(part[i] for part in states), ())
+        change = log_density_change(found, tuple(part[i + 1] for part in states))
+        errors.append(float(change.double().quantile(_LARGE_ERROR)))
+    density: npt.NDArray[np.float64] = np.asarray(errors[::-1]) ** (1 / (_ORDER + 1))
+    uniform = np.full(_INTERVALS, 1 / _INTERVALS)
+    if density.sum() == 0:
+        return uniform
+    mixed: npt.NDArray[np.float64] = (1 - _UNIFORM) * density / density.sum() + _UNIFORM * uniform
+    return mixed
+
+
+def _levels(
+    solver: ODESolver,
+    accuracy: float,
+    density: npt.NDArray[np.float64],
+    first: int,
+    solve: Callable[[ODESolver], State],
+) -> tuple[list[ODESolver], list[Tensor]]:
+    """Return solvers with `first` steps, and twice as many each time; and which rows change.
+
+    The mask of each level but the first has the rows that change more than they may.
+    """
+    share = np.linspace(0, 1, _INTERVALS + 1)
+    reached = np.concatenate([[0], density.cumsum()])
+    reached[-1] = 1
+    levels: list[ODESolver] = []
+    results: list[State] = []
+    changes: list[Tensor] = []
+    steps = first
+    while steps <= _most_steps(solver):
+        times = np.interp(np.linspace(0, 1, steps + 1), reached, share)
+        levels.append(replace(solver, steps=None, times=times.tolist()))
+        results.append(tuple(part[-1] for part in solve(levels[-1])))
+        if len(results) > 1:
+            change = log_density_change(*results[-2:])
+            changes.append(change > SAFETY * accuracy)
+            if changes[-1].float().mean() <= _FEW:
+                break
+        steps *= 2
+    return levels, changes
+
+
+def _cheapest(levels: list[ODESolver], changes: Tensor) -> tuple[int, float]:
+    """Return the level to start from, and its number of steps for each row."""
+    sizes = torch.tensor([len(level.times or ()) - 1 for level in levels], dtype=torch.float64)
+    costs = []
+    for start in range(len(levels) - 1):
+        still_open = changes[start:-1].cumprod(0).double().mean(-1)
+        further = (still_open * sizes[start + 2 :]).sum()
+        costs.append(float(sizes[start] + sizes[start + 1] + further))
+    start = min(range(len(costs)), key=costs.__getitem__)
+    return start, costs[start]

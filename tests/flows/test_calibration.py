@@ -1,0 +1,210 @@
+"""Calibrated flows: every row within the accuracy, whatever rows are beside it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from zoo import mlp, perturbed
+
+from cnf import (
+    CNF,
+    Flow,
+    Hutchinson,
+    ModuleField,
+    ODEError,
+    ODESolver,
+    Standardize,
+    count_evaluations,
+    load,
+    save,
+)
+from cnf.transforms import Affine, ContinuousTransform, Dequantize, FactorOut
+
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # whole solves
+
+FINE = ODESolver(method="rk4", steps=400)
+
+
+def rough(features=2, context_features=0, **settings):
+    """A flow with much to solve, and rows that differ in it."""
+    field = mlp(features, context_features, frequency=2.0)
+    with torch.no_grad():
+        for parameter in field.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return Flow([Standardize(features), ContinuousTransform(field, **settings)])
+
+
+def rows(flow, number=80):
+    x = 2 * torch.randn(number, flow.features)
+    context = torch.randn(number, flow.context_features) if flow.context_features else None
+    return x, context
+
+
+@pytest.mark.parametrize("context_features", [0, 2])
+@pytest.mark.parametrize("accuracy", [1e-2, 1e-4])
+def test_every_row_is_within_the_accuracy(accuracy, context_features):
+    flow = rough(context_features=context_features)
+    x, context = rows(flow)
+    flow.calibrate(*rows(flow), accuracy=accuracy)
+    assert flow.accuracy == accuracy
+    error = flow.log_prob(x, context) - flow.using(solver=FINE).log_prob(x, context)
+    assert error.abs().max() < accuracy
+
+
+def test_it_costs_more_where_more_is_asked_for():
+    flow = rough()
+    x, _ = rows(flow)
+    costs = []
+    for accuracy in (1e-2, 1e-9):
+        flow.calibrate(x, accuracy=accuracy)
+        with count_evaluations(flow) as evaluations:
+            flow.log_prob(x)
+        costs.append(evaluations.value)
+    assert costs[0] < costs[1] / 2
+
+
+def test_a_row_does_not_depend_on_the_others():
+    flow = rough()
+    x, _ = rows(flow)
+    flow.calibrate(x)
+    alone = torch.stack([flow.log_prob(row) for row in x[:20]])
+    torch.testing.assert_close(flow.log_prob(x)[:20], alone, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        flow.log_prob(torch.cat([x[:20], 10 + x]))[:20], alone, rtol=0, atol=1e-12
+    )
+
+
+def test_any_batch_shape():
+    flow = rough(context_features=1)
+    x, context = rows(flow, 24)
+    flow.calibrate(x, context)
+    expected = flow.log_prob(x, context)
+    shaped = flow.log_prob(x.view(2, 3, 4, 2), context.view(2, 3, 4, 1))
+    torch.testing.assert_close(shaped, expected.view(2, 3, 4))
+    one = flow.log_prob(x.view(6, 4, 2), context[0])
+    torch.testing.assert_close(one, flow.log_prob(x, context[:1].expand(24, 1)).view(6, 4))
+    assert flow.log_prob(x[:0], context[:0]).shape == (0,)
+    assert flow.log_prob(x[0], context[0]).shape == ()
+
+
+def test_uneven_steps_are_where_the_field_is_rough():
+    """A pulse at t = 0.8 of width 0.02 gets most of the steps."""
+
+    class Pulse(torch.nn.Module):
+        def forward(self, t, x, context=None):
+            return 40 * torch.exp(-0.5 * ((t.unsqueeze(-1) - 0.8) / 0.02) ** 2) * torch.tanh(x)
+
+    flow = Flow([ContinuousTransform(ModuleField(Pulse(), 1))])
+    x = torch.randn(100, 1)
+    flow.calibrate(x, accuracy=1e-3)
+    times = torch.tensor(flow.only_ode.solver.times)
+    assert ((times - 0.8).abs() < 0.1).double().mean() > 0.5
+    error = flow.log_prob(x) - flow.using(solver=ODESolver(method="rk4", steps=2400)).log_prob(x)
+    assert error.abs().max() < 1e-3
+
+
+def test_gradients_are_those_of_a_fine_solve():
+    flow = rough(solver=ODESolver(gradient="backprop"))
+    x, _ = rows(flow, 50)
+    flow.calibrate(x, accuracy=1e-6)
+    found, expected = (
+        torch.autograd.grad(each.log_prob(x).sum(), list(flow.parameters()))
+        for each in (flow, flow.using(solver=replace(FINE, gradient="backprop")))
+    )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_who_asks_for_gradients_does_not_matter():
+    flow = rough()
+    x, _ = rows(flow, 50)
+    flow.calibrate(x)
+    with torch.no_grad():
+        expected = flow.log_prob(x)
+    torch.testing.assert_close(flow.log_prob(x), expected, rtol=0, atol=1e-12)
+
+
+def test_probes_stay_with_their_rows():
+    """An estimate is as near to the same estimate on a fine grid as an exact one."""
+    flow = rough(3, divergence=Hutchinson(probes=2))
+    x, _ = rows(flow)
+    flow.calibrate(x, accuracy=1e-3, generator=torch.Generator().manual_seed(1))
+    found, expected = (
+        each.log_prob(x, generator=torch.Generator().manual_seed(0))
+        for each in (flow, flow.using(solver=FINE))
+    )
+    assert (found - expected).abs().max() < 1e-3
+
+
+def test_what_is_drawn_before_the_solve_is_drawn_once():
+    flow = Flow([Dequantize(2, levels=8), ContinuousTransform(mlp())])
+    x = torch.randint(8, (60, 2)).double()
+    flow.calibrate(x, accuracy=1e-4)
+    found, expected = (
+        each.log_prob(x, generator=torch.Generator().manual_seed(0))
+        for each in (flow, flow.using(solver=FINE))
+    )
+    assert (found - expected).abs().max() < 1e-4
+
+
+def test_nested_and_several_transforms_are_calibrated():
+    inner = FactorOut([ContinuousTransform(mlp(1))], features=2)
+    flow = Flow([ContinuousTransform(mlp()), inner, perturbed(Affine(2))])
+    assert flow.accuracy is None
+    x, _ = rows(flow)
+    flow.calibrate(x, accuracy=1e-3)
+    assert flow.accuracy == pytest.approx(2e-3)  # each solve adds its error
+    error = flow.log_prob(x) - flow.using(solver=FINE).log_prob(x)
+    assert error.abs().max() < 2e-3
+
+
+def test_a_file_and_a_copy_keep_the_calibration(tmp_path):
+    flow = CNF(2)
+    x, _ = rows(flow)
+    flow.initialize(x)
+    flow.calibrate(x)
+    save(flow, tmp_path / "flow.safetensors")
+    loaded = load(tmp_path / "flow.safetensors")
+    assert loaded.accuracy == flow.accuracy
+    assert loaded.only_ode.solver == flow.only_ode.solver
+    torch.testing.assert_close(loaded.log_prob(x), flow.log_prob(x), rtol=0, atol=0)
+
+
+def test_a_row_that_does_not_settle_is_named():
+    flow = rough()
+    x, _ = rows(flow)
+    flow.calibrate(x, accuracy=1e-3)
+    solver = flow.only_ode.solver
+    first = 4 * (len(solver.times) - 1)
+    stiff = flow.using(solver=replace(solver, accuracy=1e-9, max_evaluations=first))
+    with pytest.raises(ODEError, match=r"does not settle within accuracy=1e-09 in rows 0, 1"):
+        stiff.log_prob(x[:4])
+    with pytest.raises(ODEError, match=r"in rows \(0, 0\), \(0, 1\)"):
+        stiff.log_prob(x[:4].view(2, 2, 2))
+
+
+def test_vmap_takes_the_grid_as_it_is():
+    flow = rough(solver=ODESolver(gradient="backprop"))
+    x, _ = rows(flow, 10)
+    flow.calibrate(x, accuracy=1e-4)
+    with torch.no_grad():
+        found = torch.vmap(flow.log_prob)(x)
+        assert (found - flow.log_prob(x)).abs().max() < 1e-3
+
+
+def test_what_cannot_be_calibrated_is_refused():
+    flow = Flow([Affine(2)])
+    with pytest.raises(ValueError, match="no ContinuousTransform"):
+        flow.calibrate(torch.zeros(3, 2))
+    flow = rough()
+    x, _ = rows(flow)
+    with pytest.raises(ValueError, match="accuracy must be positive"):
+        flow.calibrate(x, accuracy=0)
+    with pytest.raises(ValueError, match="at least one row"):
+        flow.calibrate(x[:0])
+    with pytest.raises(ODEError, match="does not reach accuracy"):
+        flow.float().using(solver=ODESolver(max_evaluations=600)).calibrate(
+            x.float(), accuracy=1e-12
+        )
+    with pytest.raises(ValueError, match="accuracy is for a solver with times"):
+        ODESolver(accuracy=1e-3)
