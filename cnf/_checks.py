@@ -231,16 +231,8 @@ def _describe(support: Constraint, x: Tensor) -> str:
 
 def reference_tensor(module: nn.Module) -> Tensor:
     """Return a floating tensor of the module, with the dtype and device of its inputs."""
-    parts = _parts_of(module)
-    for part in parts:
-        for parameter in part._parameters.values():
-            if parameter is not None and parameter.is_floating_point():
-                return parameter
-    for part in parts:
-        for buffer in part._buffers.values():
-            if buffer is not None and buffer.is_floating_point():
-                return buffer
-    return torch.empty(0)
+    floating = (tensor for tensor in tensors_of(module) if tensor.is_floating_point())
+    return next(floating, torch.empty(0))
 
 
 def check_trainable(name: str, module: nn.Module) -> None:
@@ -256,22 +248,12 @@ def check_trainable(name: str, module: nn.Module) -> None:
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
-    """Return parameters and buffers, of parts nearer to the module first."""
-    return [
-        tensor
-        for part in _parts_of(module)
-        for tensors in (part._parameters, part._buffers)
-        for tensor in tensors.values()
-        if tensor is not None
-    ]
-
-
-def _parts_of(module: nn.Module) -> list[nn.Module]:
-    """Return the module and its parts; torch's own walk takes as long as a small evaluation."""
+    """Return parameters, then buffers: torch's own walk takes as long as a small evaluation."""
     parts = [module]
     for part in parts:
         parts += [inner for inner in part._modules.values() if inner is not None]
-    return parts
+    held = [part._parameters for part in parts] + [part._buffers for part in parts]
+    return [tensor for each in held for tensor in each.values() if tensor is not None]
 
 
 def check_context(context: Tensor | None, context_features: int, *, like: Tensor) -> None:

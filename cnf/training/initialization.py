@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import constraints
 
 from cnf._moments import column_moments
 from cnf._warnings import warn
@@ -80,19 +79,15 @@ def check_sample(name: str, flow: Flow, sample: Sample) -> None:
         column_moments("context", sample.context)
     if sample.rows is None or len(flow.event_shape) != 1 or len(sample.rows) < 2:
         return
-    real = [i for i, kind in enumerate(_columns(flow)) if not kind.is_discrete]
+    support = flow.support
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    columns = getattr(support, "cseq", [support] * flow.features)
+    real = [i for i, column in enumerate(columns) if not column.is_discrete]
     if real:
         rows, names = sample.rows[:, real], [f"column {i}" for i in real]
         check_columns(name, rows, names)
         warn_of_fill_values(Table(rows.numpy(force=True).astype(float), tuple(names)), name)
-
-
-def _columns(flow: Flow) -> list[constraints.Constraint]:
-    """Return the support of each entry of a vector."""
-    support = flow.support
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
-    return list(getattr(support, "cseq", [support] * flow.event_shape[0]))
 
 
 @torch.no_grad()

@@ -126,7 +126,7 @@ class ContinuousTransform(Transform):
     def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         if self.solver.accuracy is not None and not is_hidden(x):
             return self._to_base_by_levels(x, context, generator)
-        z, ladj = self._move(x, context, 1.0, 0.0, generator)
+        z, ladj = self._solve(x, context, (1.0, 0.0), *self._draw(x, generator))
         return z, ladj
 
     def _to_base_by_levels(
@@ -142,18 +142,18 @@ class ContinuousTransform(Transform):
 
         def solve(solver: ODESolver, rows: Tensor | None) -> State:
             if rows is None:
-                return self._solve(solver, x, context, (1.0, 0.0), divergence, probes)
+                return self._solve(x, context, (1.0, 0.0), divergence, probes, solver=solver)
             some = x[rows], None if context is None else context[rows]
             few = None if probes is None else probes[:, rows]
             with rows_of_caller(lambda row: (int(rows[row[0]]),)):
-                return self._solve(solver, *some, (1.0, 0.0), divergence, few)
+                return self._solve(*some, (1.0, 0.0), divergence, few, solver=solver)
 
         with rows_of_caller(lambda row: unflattened(row[0], batch)):
             z, ladj = solve_by_levels(solve, self.solver)
         return z.view(*batch, self.features), ladj.view(batch)
 
     def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
-        x, ladj = self._move(z, context, 0.0, 1.0, generator)
+        x, ladj = self._solve(z, context, (0.0, 1.0), *self._draw(z, generator))
         return x, ladj
 
     def _to_base_value(
@@ -213,21 +213,9 @@ class ContinuousTransform(Transform):
         regularizers: Sequence[CostRate],
     ) -> tuple[Tensor, Tensor, Tensor]:
         # The error norm leaves costs out, so they do not change the steps.
-        z, ladj, *costs = self._move(x, context, 1.0, 0.0, generator, regularizers)
+        drawn = self._draw(x, generator)
+        z, ladj, *costs = self._solve(x, context, (1.0, 0.0), *drawn, regularizers=regularizers)
         return z, ladj, torch.stack(costs) if costs else x.new_zeros(0, *x.shape[:-1])
-
-    def _move(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        start: float,
-        end: float,
-        generator: Generator | None,
-        regularizers: Sequence[CostRate] = (),
-    ) -> State:
-        """Return the final state: moved points, ladj and costs."""
-        divergence, probes = self._draw(x, generator)
-        return self._solve(self.solver, x, context, (start, end), divergence, probes, regularizers)
 
     def _draw(self, x: Tensor, generator: Generator | None) -> tuple[Divergence, Tensor | None]:
         """Return the divergence, and its probes for a solve that starts at x."""
@@ -240,14 +228,16 @@ class ContinuousTransform(Transform):
 
     def _solve(
         self,
-        solver: ODESolver,
         x: Tensor,
         context: Tensor | None,
         way: tuple[float, float],
         divergence: Divergence,
         probes: Tensor | None,
+        *,
+        solver: ODESolver | None = None,
         regularizers: Sequence[CostRate] = (),
     ) -> State:
+        """Return the final state: moved points, ladj and costs."""
         products = any(map(needs_products, regularizers))
         forward = way[1] - way[0]
 
@@ -265,7 +255,7 @@ class ContinuousTransform(Transform):
         if is_compiled and not regularizers and isinstance(divergence, Exact | Hutchinson):
             inputs = (divergence, probes, context)
             programs = FieldSteps(self.vector_field, _velocity_and_divergence, inputs)
-        solved = solver.solve(
+        solved = (solver or self.solver).solve(
             rhs,
             state,
             self.field_times(times),
