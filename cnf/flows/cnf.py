@@ -9,6 +9,7 @@ from cnf.divergence import Divergence
 from cnf.flows.flow import Flow
 from cnf.ode import ODESolver
 from cnf.transforms import Augment, Chain, ContinuousTransform, Standardize, Transform
+from cnf.transforms.from_data.base import DataTransform
 from cnf.vector_fields import MLPField
 from cnf.vector_fields.conditioning import context_scalings
 
@@ -39,7 +40,7 @@ class CNF(Flow):
         base: Distribution at t = 0; None for a standard normal.
         transforms: Transforms between data and ODE, such as ``[Logit(2)]``.
         standardize: Whether data and context are scaled as above. `Standardize` is left out if
-            `transforms` end with one.
+            `transforms` end with one, or with a `NormalScores` or `Whiten`.
         augment: Number of standard normal features that `Augment` adds to x. With any, the
             likelihood is a lower bound.
 
@@ -81,7 +82,7 @@ class CNF(Flow):
         check_count("blocks", blocks)
         parts = Chain(transforms, check_count("features", features)).transforms
         if check_flag("standardize", standardize) and not (
-            parts and isinstance(parts[-1], Standardize)
+            parts and isinstance(parts[-1], DataTransform)
         ):
             parts.append(Standardize(parts[-1].base_features if parts else features))
         if check_count("augment", augment, least=0):

@@ -12,7 +12,8 @@ from cnf.data.degeneracy import check_columns
 from cnf.data.table_files import warn_of_fill_values
 from cnf.flows.flow import Flow
 from cnf.training.data import TrainingData
-from cnf.transforms import ContinuousTransform, Standardize
+from cnf.transforms import ContinuousTransform
+from cnf.transforms.from_data.base import DataTransform
 from cnf.vector_fields.conditioning import context_scalings
 
 _ROWS = 10_000
@@ -52,14 +53,14 @@ def sample_of(rows: TrainingData | None) -> Sample:
 def initialize(flow: Flow, sample: Sample) -> None:
     """Initialise `Standardize` and the like from training rows, and warn of badly scaled ones.
 
-    Without data, `Standardize` is set to the identity; contexts are scaled all the same.
+    Without data, `Standardize` and the like stay the identity; contexts are scaled all the same.
     """
     x, context = sample.x, sample.context
     if x is None:
         for scaling in context_scalings(flow):
             scaling.initialize(context)
         for part in flow.modules():
-            if isinstance(part, Standardize):
+            if isinstance(part, DataTransform):
                 part.keep_identity()
     elif flow.transforms.needs_initialization or flow.base.needs_initialization:
         if any(parameter.grad is not None for parameter in flow.parameters()):

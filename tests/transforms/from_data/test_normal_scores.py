@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from cnf import Flow
-from cnf.transforms import NormalScores
+from cnf import CNF, Flow, ReverseKL, TrainingConfig, fit, load, save
+from cnf.transforms import NormalScores, Whiten
 
 
 def skewed(rows, seed=0):
@@ -100,3 +100,22 @@ def test_a_column_without_variation_is_refused():
 def test_one_knot_is_refused():
     with pytest.raises(ValueError, match="knots must be at least 2"):
         NormalScores(2, knots=1)
+
+
+def test_a_cnf_needs_no_other_scaling_and_fit_sets_it_from_the_training_rows(tmp_path):
+    x = skewed(200)
+    flow = CNF(2, transforms=[NormalScores(2), Whiten(2)])
+    assert [type(part).__name__ for part in flow.transforms[:-1]] == ["NormalScores", "Whiten"]
+    fit(flow, x, TrainingConfig(steps=2, progress=False), validation=None)
+    torch.testing.assert_close(flow.transforms[0].places, NormalScores.from_data(x).places)
+    save(flow, tmp_path / "flow.safetensors")
+    torch.testing.assert_close(load(tmp_path / "flow.safetensors").log_prob(x), flow.log_prob(x))
+
+
+def test_without_data_it_stays_the_identity():
+    """As training by an objective without data leaves it."""
+    flow = CNF(2, transforms=[NormalScores(2)])
+    objective = ReverseKL(flow, lambda x: -x.square().sum(-1), draws=4)
+    fit(objective, None, TrainingConfig(steps=1, progress=False))
+    flow.initialize(skewed(50))
+    assert flow.transforms[0].scores[-1] == 3
