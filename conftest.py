@@ -1,9 +1,31 @@
-"""Settings of the examples in docstrings and docs."""
+"""Settings of the examples in docstrings and docs, and of the checks of shapes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import jaxtyping
 import pytest
+
+_jaxtyped = jaxtyping.jaxtyped
+
+
+def _shapes_alone(function: Any = None, *, typechecker: Callable[..., Any]) -> Any:
+    """`jaxtyped` where annotations have shapes; mypy checks the types of all other functions.
+
+    The check of a call takes as long as a small operation of torch, and a local function is
+    decorated each time that it is made.
+    """
+    if function is None:
+        return partial(_shapes_alone, typechecker=typechecker)
+    annotated = getattr(function, "fget", None) or getattr(function, "__func__", function)
+    annotations = getattr(annotated, "__annotations__", {}).values()
+    if any("[Tensor" in str(annotation) for annotation in annotations):
+        return _jaxtyped(function, typechecker=typechecker)
+    return function
+
+
+jaxtyping.jaxtyped = _shapes_alone  # of which --jaxtyping-packages makes use
 
 
 @pytest.fixture

@@ -21,9 +21,9 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.settings import check_counts
 from benchmarks.timing import describe, machine, markdown, measure, report, training_step
 from cnf import Exact, Hutchinson, MLPField, ModuleField, VectorField
-from cnf._checks import check_count
 from cnf.divergence import FieldEvaluation
 from cnf.vector_fields import PotentialField
 from cnf.vector_fields.layers import LAYERS
@@ -57,8 +57,7 @@ class Settings:
     """Only see that everything works, with little of everything."""
 
     def __post_init__(self) -> None:
-        for name in ("features", "hidden", "batch", "rounds"):
-            check_count(name, getattr(self, name))
+        check_counts(self, "features", "hidden", "batch", "rounds")
 
 
 def main(settings: Settings) -> dict[str, Any]:

@@ -31,11 +31,11 @@ from benchmarks.flows import (
     following,
     trained,
 )
+from benchmarks.settings import check_counts
 from benchmarks.solve_peers import DIFFRAX_EVALUATION, diffrax_ways, torch_densities
 from benchmarks.solves import Claim, Way, claims_table, compare, evaluation, table
 from benchmarks.timing import describe, machine, report
 from cnf import Exact, Flow, MLPField, ODESolver, VectorField
-from cnf._checks import check_count
 
 SLOW = "slow path"
 """FFJORD's recipe in our code: products by reverse mode."""
@@ -87,8 +87,9 @@ class Settings:
     """Only see that everything works, with little of everything."""
 
     def __post_init__(self) -> None:
-        for name in ("points", "wide_features", "wide_hidden", "training_steps", "rounds", "calls"):
-            check_count(name, getattr(self, name))
+        check_counts(
+            self, "points", "wide_features", "wide_hidden", "training_steps", "rounds", "calls"
+        )
         ODESolver(rtol=self.tolerance, atol=self.tolerance)
 
 

@@ -25,10 +25,10 @@ import tyro
 from tqdm import tqdm
 
 from benchmarks.flows import density, following, gradients, trained
+from benchmarks.settings import check_counts
 from benchmarks.solves import compare, likelihood_step
 from benchmarks.timing import describe, machine, markdown, report
 from cnf import Exact, MLPField, ODESolver
-from cnf._checks import check_count
 
 CLAIM = 1.2
 """Most that the peak of the adjoint may grow by, from the fewest evaluations to the most."""
@@ -67,10 +67,8 @@ class Settings:
         for count in self.evaluations:
             if count < _STAGES or count % _STAGES:
                 raise ValueError(f"evaluations must be multiples of {_STAGES}; got {count}.")
-        for name in ("batch", "features", "training_steps", "rounds", "calls"):
-            check_count(name, getattr(self, name))
-        for rows in self.batches:
-            check_count("batches", rows)
+        check_counts(self, "batch", "features", "training_steps", "rounds", "calls")
+        check_counts(self, "batches")
 
 
 def main(settings: Settings) -> dict[str, Any]:

@@ -26,8 +26,8 @@ import torch
 import tyro
 
 from benchmarks.peers import OURS, LogProb, ways
+from benchmarks.settings import check_counts
 from benchmarks.timing import describe, machine, markdown, one_thread, report
-from cnf._checks import check_count
 from cnf.data.toy import TOY_NAMES, ToyDensity, toy_density
 
 GAPS = (0.5, 0.2, 0.1, 0.05)
@@ -68,8 +68,7 @@ class Settings:
     """Only see that everything works, with little of everything."""
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "rows", "held_out", "held_out_before", "jobs"):
-            check_count(name, getattr(self, name))
+        check_counts(self, "seeds", "rows", "held_out", "held_out_before", "jobs")
         for name, known in (("data", TOY_NAMES), ("ways", tuple(ways()))):
             unknown = set(getattr(self, name)) - set(known)
             if unknown:

@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from benchmarks import scaling_report
 from benchmarks.flows import OverTheBasis, density, following, trained
+from benchmarks.settings import check_counts
 from benchmarks.solves import evaluation, likelihood_step
 from benchmarks.timing import machine, measure_alone
 from cnf import Exact, Hutchinson, MLPField, ODESolver
-from cnf._checks import check_count
 
 _MODES = {"training step": likelihood_step, "log-density": evaluation}
 
@@ -63,11 +63,10 @@ class Settings:
     """Only see that everything works, with little of everything."""
 
     def __post_init__(self) -> None:
-        for name in ("batches", "features", "widths"):
-            for size in getattr(self, name):
-                check_count(name, size)
-        for name in ("middle_batch", "middle_features", "middle_width", "training_steps", "calls"):
-            check_count(name, getattr(self, name))
+        check_counts(self, "batches", "features", "widths")
+        check_counts(
+            self, "middle_batch", "middle_features", "middle_width", "training_steps", "calls"
+        )
         for tolerance in (*self.tolerances, self.middle_tolerance):
             ODESolver(rtol=tolerance, atol=tolerance)
 

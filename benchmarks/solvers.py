@@ -17,9 +17,9 @@ import torch
 import tyro
 from torch import Tensor
 
+from benchmarks.settings import check_counts
 from benchmarks.timing import describe, machine, markdown, report
 from cnf import CNF, Flow, FlowMatching, ODESolver, TrainingConfig, count_evaluations, fit
-from cnf._checks import check_count
 from cnf.data.toy import TOY_NAMES, toy_density
 from cnf.ode import ErrorNorm
 
@@ -53,8 +53,7 @@ class Settings:
     """Only see that everything works, with little of everything."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch"):
-            check_count(name, getattr(self, name))
+        check_counts(self, "steps", "batch")
         if self.data not in TOY_NAMES:
             raise ValueError(f"data must be one of {TOY_NAMES}; got {self.data!r}.")
         for count in self.evaluations:

@@ -35,11 +35,11 @@ from benchmarks.flows import (
     gradients,
     trained,
 )
+from benchmarks.settings import check_counts
 from benchmarks.solve_peers import DIFFRAX_STEPS, diffrax_ways, torch_densities
 from benchmarks.solves import Claim, Way, claims_table, compare, likelihood_step, table
 from benchmarks.timing import describe, machine, report
 from cnf import Exact, Flow, Hutchinson, MLPField, ODESolver, VectorField
-from cnf._checks import check_count
 from cnf.divergence import Divergence
 
 SLOW = "slow path"
@@ -113,10 +113,8 @@ class Settings:
     """Only see that everything works, with little of everything."""
 
     def __post_init__(self) -> None:
-        for name in ("batch", "wide_features", "wide_hidden", "training_steps"):
-            check_count(name, getattr(self, name))
-        for name in ("rounds", "wide_rounds", "calls"):
-            check_count(name, getattr(self, name))
+        check_counts(self, "batch", "wide_features", "wide_hidden", "training_steps")
+        check_counts(self, "rounds", "wide_rounds", "calls")
         ODESolver(rtol=self.tolerance, atol=self.tolerance)
 
 

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from cnf._files import write_atomically
+from benchmarks.files import write_text
 
 RARELY = 10
 """In how many rounds a rare way takes part once."""
@@ -144,8 +144,8 @@ def machine() -> dict[str, Any]:
 def report(folder: Path, content: Mapping[str, Any], table: str) -> None:
     """Write ``results.json`` and ``table.md``, and print the table."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "results.json", json.dumps(content, indent=2, default=str).encode())
-    write_atomically(folder / "table.md", table.encode())
+    write_text(folder / "results.json", json.dumps(content, indent=2, default=str))
+    write_text(folder / "table.md", table)
     print(table)
     print(f"results in {folder}")
 

@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 from benchmarks import trace_report
 from benchmarks.mixture import Mixture, train
+from benchmarks.settings import check_counts
 from benchmarks.timing import machine, measure, training_step
 from cnf import Exact, Hutchinson, MLPField
-from cnf._checks import check_count
 from cnf.divergence import Divergence
 from cnf.vector_fields.jacobian.autograd import standard_basis
 
@@ -80,11 +80,8 @@ class Settings:
     """Only see that everything works, with little of everything."""
 
     def __post_init__(self) -> None:
-        for size in self.features:
-            check_count("features", size, least=2)
-        for name in ("hidden", "steps", "training_batch", "points", "batch", "rounds"):
-            check_count(name, getattr(self, name))
-        check_count("draws", self.draws, least=2)
+        check_counts(self, "features", "draws", least=2)
+        check_counts(self, "hidden", "steps", "training_batch", "points", "batch", "rounds")
 
 
 def main(settings: Settings) -> dict[str, Any]:

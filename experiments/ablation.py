@@ -23,6 +23,7 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.files import write_text
 from cnf import (
     Exact,
     Flow,
@@ -36,7 +37,6 @@ from cnf import (
     count_evaluations,
     fit,
 )
-from cnf._files import write_atomically
 from cnf.data.toy import TOY_NAMES, toy_density
 from cnf.regularizers import hjb_residual, jacobian_frobenius, kinetic_energy
 from cnf.transforms import ContinuousTransform
@@ -218,7 +218,7 @@ def measure_and_write(run: Run, folder: Path) -> None:
     except (ODEError, TrainingError) as error:
         measured = {"failure": str(error)}  # a result too, and no reason to stop the others
     record = {"run": asdict(run), **measured}
-    write_atomically(path_of(folder, run), json.dumps(record, indent=2).encode())
+    write_text(path_of(folder, run), json.dumps(record, indent=2))
 
 
 def measure(run: Run) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from cnf._files import write_atomically
+from benchmarks.files import write_text
 from cnf.plots import figure_grid, save_figure
 
 COLUMNS = {
@@ -46,8 +46,8 @@ def write(records: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(folder / "table.csv", text.getvalue().encode())
-    write_atomically(folder / "table.md", markdown(rows).encode())
+    write_text(folder / "table.csv", text.getvalue())
+    write_text(folder / "table.md", markdown(rows))
     draw(rows, folder / "figure.png")
     return rows
 

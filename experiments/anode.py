@@ -28,9 +28,9 @@ import torch
 import tyro
 from torch import Tensor, nn
 
+from benchmarks.files import write_text
+from benchmarks.settings import check_counts
 from cnf import MLPField, NeuralODE, ODESolver, count_evaluations
-from cnf._checks import check_count
-from cnf._files import write_atomically
 from cnf.plots import figure_grid, save_figure
 from cnf.plots.figures import BLUE, GREY, ORANGE, TEXT_SIZE, TITLE_SIZE
 
@@ -67,8 +67,7 @@ class Settings:
     """Only see that everything works, with little of everything."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "held_out", "seeds"):
-            check_count(name, getattr(self, name))
+        check_counts(self, "steps", "batch_size", "held_out", "seeds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +154,7 @@ def main(settings: Settings) -> list[Result]:
                 print(row(runs[-1].result), flush=True)
     results = [each.result for each in runs]
     content = json.dumps([asdict(result) for result in results], indent=2)
-    write_atomically(settings.out / "metrics.json", content.encode())
+    write_text(settings.out / "metrics.json", content)
     draw(runs[:: settings.seeds], settings.out / "figure.png", coarse=settings.quick)
     print(f"results in {settings.out}")
     return results

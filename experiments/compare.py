@@ -29,10 +29,10 @@ import torch
 import tyro
 from torch import Tensor
 
+from benchmarks.files import write_text
+from benchmarks.settings import check_counts
 from benchmarks.timing import describe, machine, one_thread
 from cnf import CNF, Flow, TrainingConfig, baselines, fit, recipe
-from cnf._checks import check_count
-from cnf._files import write_atomically
 from cnf.data.toy import TOY_NAMES
 from cnf.training import TrainingError
 from cnf.transforms import ExactLogDet, ResidualFlow
@@ -83,8 +83,7 @@ class Settings:
     """Only see that everything works, with little of everything."""
 
     def __post_init__(self) -> None:
-        for name in ("parameters", "steps", "rows", "held_out", "timed"):
-            check_count(name, getattr(self, name))
+        check_counts(self, "parameters", "steps", "rows", "held_out", "timed")
         for name, known in (("toy", TOY_NAMES), ("flows", KNOWN)):
             unknown = set(getattr(self, name)) - set(known)
             if unknown:
@@ -133,10 +132,8 @@ def write(results: list[Result], written: str, facts: dict[str, Any], settings: 
         "settings": asdict(settings),
         "results": list(map(asdict, results)),
     }
-    write_atomically(
-        settings.out / "results.json", json.dumps(content, indent=2, default=str).encode()
-    )
-    write_atomically(settings.out / "table.md", written.encode())
+    write_text(settings.out / "results.json", json.dumps(content, indent=2, default=str))
+    write_text(settings.out / "table.md", written)
 
 
 def made_quick(settings: Settings) -> Settings:

@@ -24,6 +24,8 @@ import torch
 import tyro
 from torch import Tensor
 
+from benchmarks.files import write_text
+from benchmarks.settings import check_counts
 from cnf import (
     Exact,
     Flow,
@@ -36,8 +38,6 @@ from cnf import (
     fit,
     save,
 )
-from cnf._checks import check_count
-from cnf._files import write_atomically
 from cnf.metrics import bits_per_dim
 from cnf.plots import figure_grid, plot_training, save_figure
 from cnf.plots.figures import GREY, TEXT_SIZE, TITLE_SIZE
@@ -91,8 +91,7 @@ class Settings:
     """Whether to show a progress bar."""
 
     def __post_init__(self) -> None:
-        for name in ("channels", "steps", "batch_size", "importance_samples"):
-            check_count(name, getattr(self, name))
+        check_counts(self, "channels", "steps", "batch_size", "importance_samples")
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ def main(settings: Settings) -> Metrics:
     metrics = measure(flow, digits, history, settings, started)
     draw(flow, digits.test, history, metrics, settings)
     metrics = replace(metrics, seconds=time.perf_counter() - started)
-    write_atomically(settings.out / "metrics.json", json.dumps(asdict(metrics), indent=2).encode())
+    write_text(settings.out / "metrics.json", json.dumps(asdict(metrics), indent=2))
     print(table(metrics))
     print(f"results in {settings.out}")
     return metrics

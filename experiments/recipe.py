@@ -17,9 +17,9 @@ from typing import Any
 import torch
 import tyro
 
+from benchmarks.files import write_text
+from benchmarks.settings import check_counts
 from cnf import CNF, FlowMatching, TrainingConfig, fit, recipe
-from cnf._checks import check_count
-from cnf._files import write_atomically
 from cnf.data.toy import TOY_NAMES, toy_density
 from cnf.objectives import OptimalTransport
 
@@ -98,8 +98,7 @@ class Settings:
     """Only see that everything works, with little of everything."""
 
     def __post_init__(self) -> None:
-        for name in ("matching_steps", "likelihood_steps", "rows", "held_out"):
-            check_count(name, getattr(self, name))
+        check_counts(self, "matching_steps", "likelihood_steps", "rows", "held_out")
         for name, known in (("data", TOY_NAMES), ("variants", tuple(VARIANTS))):
             unknown = set(getattr(self, name)) - set(known)
             if unknown:
@@ -125,11 +124,9 @@ def main(settings: Settings) -> list[dict[str, Any]]:
             print(f"{name}, {data}: {runs[-1]['gap']:.3f}", file=sys.stderr)
     settings.out.mkdir(parents=True, exist_ok=True)
     content = {"settings": asdict(settings), "runs": runs}
-    write_atomically(
-        settings.out / "results.json", json.dumps(content, indent=2, default=str).encode()
-    )
+    write_text(settings.out / "results.json", json.dumps(content, indent=2, default=str))
     written = table(runs, settings)
-    write_atomically(settings.out / "table.md", written.encode())
+    write_text(settings.out / "table.md", written)
     print(written)
     print(f"results in {settings.out}")
     return runs

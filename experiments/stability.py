@@ -21,9 +21,9 @@ import torch
 import tyro
 from torch import Tensor
 
+from benchmarks.files import write_text
+from benchmarks.settings import check_counts
 from cnf import CNF, Flow, ODESolver, Standardize, TrainingConfig, fit, recipe
-from cnf._checks import check_count
-from cnf._files import write_atomically
 from cnf.data.toy import TOY_NAMES, toy_density
 from cnf.transforms import AffineCoupling
 
@@ -55,8 +55,7 @@ class Settings:
     """Only see that everything works, with little of everything."""
 
     def __post_init__(self) -> None:
-        for name in ("layers", "steps", "points", "rows"):
-            check_count(name, getattr(self, name))
+        check_counts(self, "layers", "steps", "points", "rows")
         if self.data not in TOY_NAMES:
             raise ValueError(f"data must be one of {TOY_NAMES}; got {self.data!r}.")
 
@@ -94,10 +93,8 @@ def main(settings: Settings) -> list[Ring]:
     settings.out.mkdir(parents=True, exist_ok=True)
     written = table(rings)
     content = {"settings": asdict(settings), "rings": list(map(asdict, rings))}
-    write_atomically(
-        settings.out / "results.json", json.dumps(content, indent=2, default=str).encode()
-    )
-    write_atomically(settings.out / "table.md", written.encode())
+    write_text(settings.out / "results.json", json.dumps(content, indent=2, default=str))
+    write_text(settings.out / "table.md", written)
     print(written)
     print(f"results in {settings.out}")
     return rings

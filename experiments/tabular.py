@@ -26,9 +26,9 @@ import tyro
 from numpy.typing import NDArray
 from torch import Tensor
 
+from benchmarks.files import write_text
+from benchmarks.settings import check_counts
 from cnf import CNF, Flow, History, fit, recipe, save
-from cnf._checks import check_count
-from cnf._files import write_atomically
 from cnf.data.splits import Splits
 from cnf.metrics import gaussian_log_prob
 from experiments.tabular_data import PAPERS, PUBLISHED, check_rows, read
@@ -75,12 +75,10 @@ class Settings:
     """Whether to show a progress bar."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "patience", "validation_rows"):
-            check_count(name, getattr(self, name))
+        check_counts(self, "batch_size", "patience", "validation_rows")
         if not self.components:
             raise ValueError("components must be one or more sizes; got ().")
-        for size in self.components:
-            check_count("each of components", size)
+        check_counts(self, "components")
         if not self.seconds > 0:
             raise ValueError(f"seconds must be more than 0; got {self.seconds}.")
 
@@ -165,7 +163,7 @@ def main(settings: Settings) -> Results:
         cpu_seconds=time.process_time() - started,
         seed=settings.seed,
     )
-    write_atomically(folder / "results.json", json.dumps(asdict(results), indent=2).encode())
+    write_text(folder / "results.json", json.dumps(asdict(results), indent=2))
     print(table(results))
     print(f"results in {folder}")
     return results

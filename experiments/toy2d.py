@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 import tyro
 
+from benchmarks.files import write_text
 from cnf import CNF, Flow, History, count_evaluations, fit, recipe, save
-from cnf._files import write_atomically
 from cnf.data.toy import TOY_NAMES, ToyDensity, toy_density
 from cnf.plots import (
     figure_grid,
@@ -107,7 +107,7 @@ def main(settings: Settings) -> Metrics:
     history.save(folder / "history.csv")
     draw(flow, truth, history, folder / "figure.png", seed=settings.seed, coarse=settings.quick)
     metrics = replace(metrics, seconds=time.perf_counter() - started)
-    write_atomically(folder / "metrics.json", json.dumps(asdict(metrics), indent=2).encode())
+    write_text(folder / "metrics.json", json.dumps(asdict(metrics), indent=2))
     print(table(metrics))
     print(f"results in {folder}")
     return metrics

@@ -20,7 +20,7 @@ import torch
 from cnf import CNF, Checkpoints, Flow, History, Hutchinson, ODESolver, TrainingConfig, fit
 from cnf.objectives import MaximumLikelihood
 
-CHEAP = ODESolver(method="rk4", steps=2, gradient="backprop")
+CHEAP = ODESolver(method="rk4", steps=1, gradient="backprop")
 
 
 def phases() -> tuple[TrainingConfig, ...]:
@@ -43,7 +43,7 @@ def phases() -> tuple[TrainingConfig, ...]:
         common(
             steps=60,
             batch_size=20,
-            learning_rate=0.05,
+            learning_rate=0.2,
             schedule="constant",
             validate_every=3,
             patience=2,
@@ -142,7 +142,8 @@ def main(folder: Path, kills: list[str]) -> None:
 if __name__ == "__main__":
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
-    importlib.import_module("lightning_fabric")  # slow: once, and not in each child
+    for slow in ("lightning_fabric", "torch.utils.tensorboard"):
+        importlib.import_module(slow)  # once, and not in each child
     for argument in sys.argv[1:]:
         to, _, kills = argument.partition("=")
         main(Path(to), kills.split(","))

@@ -266,7 +266,7 @@ BIJECTIONS: dict[str, Callable[[], Transform]] = {
     "continuous between other times": lambda: ContinuousTransform(
         potential(), solver=PRECISE, start_time=-0.3, end_time=0.8
     ),
-    "continuous rk4": lambda: ContinuousTransform(mlp(), solver=ODESolver(method="rk4", steps=40)),
+    "continuous rk4": lambda: ContinuousTransform(mlp(), solver=ODESolver(method="rk4", steps=20)),
     "logit": lambda: Logit(3),
     "unconstrain": lambda: Unconstrain(
         ["real", "positive", ("interval", -1.0, 4.0), ("periodic", 1, 7, 2.5)]

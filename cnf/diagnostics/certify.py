@@ -63,7 +63,7 @@ def certify(
 
     Example:
         >>> from cnf import CNF
-        >>> report = certify(CNF(2), torch.randn(50, 2))
+        >>> report = certify(CNF(3), torch.randn(50, 3))
         >>> report.passed, report["round_trip"].verdict
         (True, 'pass')
     """

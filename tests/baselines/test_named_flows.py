@@ -54,9 +54,9 @@ def mass(flow, context=None):
     """Integral of the density over a box that is twice as wide as samples reach."""
     samples = flow.sample(1000, context, generator=seeded())
     low, high = samples.amin(0), samples.amax(0)
-    steps = torch.linspace(-0.5, 1.5, 161).unsqueeze(-1)
+    steps = torch.linspace(-0.5, 1.5, 101).unsqueeze(-1)
     first, second = (low + steps * (high - low)).unbind(-1)
-    density = flow.log_prob(torch.cartesian_prod(first, second), context).exp().view(161, 161)
+    density = flow.log_prob(torch.cartesian_prod(first, second), context).exp().view(101, 101)
     return float(torch.trapezoid(torch.trapezoid(density, second), first))
 
 
@@ -139,13 +139,15 @@ def test_a_start_from_data_fits_them_better_and_comes_once(name):
 
 @pytest.mark.slow
 @every_name
-def test_training_fits_it(name):
+def test_training_fits_it(name, request):
     """Better on new rows than at the start; then the law of the density and the checks hold."""
+    if name not in FINER_THAN_A_GRID:
+        request.getfixturevalue("coarse_integral")
     flow, x = build(name, 2, size=8), data()
     flow.initialize(x, generator=seeded())
     new = data(1512)[512:]
     before = nll(flow, new)
-    plan = TrainingConfig(steps=40, batch_size=64, learning_rate=1e-2, progress=False)
+    plan = TrainingConfig(steps=15, batch_size=64, learning_rate=2e-2, progress=False)
     fit(flow, x, plan)
     assert nll(flow, new) < before - 0.05
     assert nll(flow, new) > 1.9  # less than the entropy would be no density

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -171,8 +170,12 @@ def test_scaling(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_memory(tmp_path, capsys):
-    content, (by_evaluations, by_rows, claims) = run_quickly(memory, tmp_path, capsys)
+def test_memory_from_the_command_line(run_program, tmp_path, capsys):
+    run_program("benchmarks.memory", "--quick", "--out", tmp_path)
+    content = json.loads((tmp_path / "results.json").read_text())
+    written = (tmp_path / "table.md").read_text()
+    assert written in capsys.readouterr().out
+    by_evaluations, by_rows, claims = tables_of(written)
     records = {(each["forward"], each["rows"], each["way"]): each for each in content["records"]}
     for rows, fixed in ((by_evaluations, {"rows": 8}), (by_rows, {"forward": 4})):
         for value, gradient, evaluations, _, peak in rows:
@@ -311,13 +314,7 @@ def test_settings_are_read_from_the_command_line(benchmark):
     assert tyro.cli(benchmark.Settings, args=[]) == benchmark.Settings()
 
 
-@pytest.mark.slow
-def test_from_the_command_line(tmp_path, capsys):
-    """As a process of its own; `test_benchmarks` runs the others in the one of the tests."""
-    command = [sys.executable, "-m", "benchmarks.memory", "--quick", "--out", str(tmp_path)]
-    settings = {"cwd": Path(__file__).parents[2], "capture_output": True, "text": True}
-    run = subprocess.run(command, check=True, timeout=120, **settings)
-    assert (tmp_path / "table.md").read_text() in run.stdout
+def test_a_wrong_option_is_answered_by_the_setting(capsys):
     with pytest.raises(SystemExit):
         tyro.cli(memory.Settings, args=["--rounds", "0"])
     assert "rounds must be at least 1" in capsys.readouterr().err

@@ -620,16 +620,11 @@ def test_a_reader_that_leaves_early_gets_no_traceback(folder):
 def test_an_error_is_one_line_and_debug_says_where(folder, tmp_path, capsys):
     arguments = ["score", folder / "plain", tmp_path / "no.csv"]
     assert error_of(capsys, *arguments).startswith("cnf: error: there is no file")
-    long = subprocess.run(
-        [sys.executable, "-m", "cnf.cli", *arguments, "--debug"],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-    )
-    assert (long.returncode, long.stdout) == (1, "")
-    assert "Traceback" in long.stderr
-    assert "FileNotFoundError: there is no file" in long.stderr
+    assert run(*arguments, "--debug") == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "Traceback" in said.err
+    assert "FileNotFoundError: there is no file" in said.err
 
 
 @pytest.mark.filterwarnings("ignore::cnf.data.degeneracy.DegenerateDataWarning")

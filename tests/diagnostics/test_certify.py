@@ -52,6 +52,7 @@ def verdicts(report):
     return {check.name: check.verdict for check in report.checks}
 
 
+@pytest.mark.usefixtures("coarse_integral")
 @pytest.mark.slow
 @pytest.mark.parametrize("make", EXACT_FLOWS.values(), ids=EXACT_FLOWS)
 def test_exact_flows_pass(make):
@@ -111,6 +112,7 @@ def test_evaluations_are_judged_where_the_field_decides_them():
     assert "same steps for every field" in found.meaning
 
 
+@pytest.mark.usefixtures("coarse_integral")
 def test_units_of_the_data_do_not_matter():
     """A bad inverse is found although one feature is far away; a good one is not blamed."""
     x = torch.randn(50, 2) * torch.tensor([1e5, 1e-2]) + torch.tensor([1e7, 0.0])
@@ -210,6 +212,7 @@ def test_a_wrong_ladj_is_found():
     assert report["integral"].verdict == "fail"
 
 
+@pytest.mark.usefixtures("coarse_integral")
 def test_too_few_steps_are_found():
     flow = cnf(solver=ODESolver(method="euler", steps=2))
     found = verdicts(certify(flow, torch.randn(50, 2)))
@@ -274,6 +277,7 @@ def test_a_flow_that_still_needs_initialization_is_refused():
         certify(Flow([FromNflows(ActNorm(2), 2)]), torch.randn(10, 2))
 
 
+@pytest.mark.usefixtures("coarse_integral")
 def test_a_failed_solve_fails_the_check_with_its_message():
     flow = cnf(solver=ODESolver(max_evaluations=9))
     report = certify(flow, torch.randn(10, 2))
@@ -293,6 +297,7 @@ def test_many_evaluations_are_found():
     assert "kinetic_energy" in found.remedy
 
 
+@pytest.mark.usefixtures("coarse_integral")
 def test_a_report_shows_each_check_and_the_remedy_of_those_that_failed():
     flow = cnf(solver=ODESolver(method="euler", steps=2))
     text = str(certify(flow, torch.randn(20, 2)))
@@ -302,6 +307,7 @@ def test_a_report_shows_each_check_and_the_remedy_of_those_that_failed():
     assert "raise steps" not in str(certify(cnf(solver=ODESolver()), torch.randn(20, 2)))
 
 
+@pytest.mark.usefixtures("coarse_integral")
 def test_a_report_is_reproducible_and_changes_nothing():
     flow = cnf(transforms=[Standardize.from_data(torch.randn(20, 2))])
     flow = flow.using(divergence=Hutchinson(probes=2), solver=CHEAP)
@@ -315,6 +321,7 @@ def test_a_report_is_reproducible_and_changes_nothing():
     assert all(parameter.grad is None for parameter in flow.parameters())
 
 
+@pytest.mark.usefixtures("coarse_integral")
 def test_an_estimate_is_certified_by_the_exact_flow_where_needed():
     x = torch.randn(30, 2)
     flow = cnf(solver=CHEAP)

@@ -53,12 +53,6 @@ def history(length):
     return {"step": list(range(length)), "loss": [3.0 + math.sin(i) for i in range(length)]}
 
 
-def run_python(code):
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
-    )
-
-
 def test_density_image_holds_the_density_at_the_centres_of_its_pixels():
     (image,) = panel(plot_density(gaussian, EXTENT, resolution=40)).images
     xmin, xmax, ymin, ymax = image.get_extent()
@@ -463,16 +457,12 @@ def test_a_half_written_picture_is_never_seen(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_importing_plots_imports_no_matplotlib():
-    done = run_python("import sys, cnf.plots; assert 'matplotlib' not in sys.modules")
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.slow
-def test_drawing_imports_no_pyplot_and_changes_no_setting():
+def test_importing_plots_imports_no_matplotlib_and_drawing_no_pyplot_and_changes_no_setting():
     code = """
-import sys, tempfile, matplotlib, torch
+import sys, tempfile, torch
 from cnf.plots import *
+assert "matplotlib" not in sys.modules
+import matplotlib
 before = matplotlib.rcParams.copy()
 figure, axes = figure_grid(2, 2)
 plot_density(lambda x: -x.square().sum(-1), (-1, 1, -1, 1), resolution=5, ax=axes[0][0])
@@ -486,7 +476,8 @@ with tempfile.TemporaryDirectory() as folder:
 assert "matplotlib.pyplot" not in sys.modules
 assert matplotlib.rcParams.copy() == before  # a plain dict(rcParams) would import pyplot
 """
-    done = run_python(code)
+    warnings_are_errors = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(warnings_are_errors, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -24,8 +24,14 @@ from cnf.tables.estimator import CNFDensity
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("coarse_grid")]
 
-SMALL = {"matching_steps": 4, "likelihood_steps": 1, "hidden_features": (8, 8), "random_state": 0}
-FAST = {"matching_steps": 150, "learning_rate": 0.04}
+SMALL = {
+    "matching_steps": 4,
+    "likelihood_steps": 1,
+    "hidden_features": (8, 8),
+    "validation_fraction": 0.0,  # a validation takes longer than a step
+    "random_state": 0,
+}
+FAST = {"matching_steps": 150, "learning_rate": 0.04, "validation_fraction": 0.1}
 """Enough to learn two blobs."""
 
 
@@ -82,7 +88,8 @@ def test_a_row_is_scored_alone(model):
     assert model.score(x) == pytest.approx(together.sum())
 
 
-def test_the_density_integrates_to_one(rows):
+def test_the_density_integrates_to_one(rows, monkeypatch):
+    monkeypatch.setattr("cnf.tables.fit.GRID_STEPS", 16)
     model = CNFDensity(**SMALL).fit(rows[:, :1])
     grid = np.linspace(-20, 26, 4001)
     density = np.exp(model.score_samples(grid[:, None]))
@@ -201,14 +208,15 @@ def test_it_works_in_a_pipeline(rows):
 def test_a_grid_search_finds_the_better_of_two(rows):
     line = rows @ [[1, 1], [0, 0.2]]
     model = CNFDensity(**{**SMALL, **FAST, "validation_fraction": 0.0})
-    search = GridSearchCV(model, {"matching_steps": [1, 100]}, cv=2)
+    search = GridSearchCV(model, {"matching_steps": [1, 60]}, cv=2)
     search.fit(line)
-    assert search.best_params_ == {"matching_steps": 100}
+    assert search.best_params_ == {"matching_steps": 60}
     assert np.diff(search.cv_results_["mean_test_score"]) > 3
     assert search.best_estimator_.score_samples(rows).shape == (60,)
 
 
-def test_processes_of_joblib_agree_with_this_one(rows):
+def test_processes_of_joblib_agree_with_this_one(rows, monkeypatch):
+    monkeypatch.setattr("cnf.tables.fit.GRID_STEPS", 100)  # as in a process where nothing is set
     arguments = {"cv": 2, "error_score": "raise"}
     here = cross_val_score(CNFDensity(**SMALL), rows, **arguments)
     there = cross_val_score(CNFDensity(**SMALL), rows, n_jobs=2, **arguments)

@@ -83,7 +83,7 @@ KILLS = {
     "between steps": ["step:3", "step:7", "step:30", "step:43"],
     "in a step": ["forward:5", "forward:31", "forward:60", "forward:9"],
     "while writing": [f"write:{n}" for n in (1, 2, 3, 4, 8, 6)],
-    "at any moment": ["after:0.1", "after:0.35", "write:3", "after:0.25", "forward:23"],
+    "at any moment": ["after:0.05", "after:0.15", "write:3", "after:0.1", "forward:23"],
 }
 
 

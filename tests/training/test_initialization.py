@@ -42,6 +42,8 @@ from cnf.transforms import (
 )
 from cnf.vector_fields.conditioning import ContextScaling
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # whole trainings
+
 
 class Rowwise(Dataset):
     """Rows by name, one at a time."""
@@ -124,17 +126,15 @@ def nll_of_training(way, a=1.0, b=0.0, k=1.0, m=0.0):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("a", "k"), [(1e-3, 1e3), (1.0, 1e-3), (1e3, 1.0)])
-@pytest.mark.usefixtures("shapes_unchecked")
 def test_the_units_of_data_and_context_change_the_density_by_their_factor_alone(way, a, k):
     found = nll_of_training(way, a, 7 * a + 0.1, k, 3 * k - 2)
     assert found == pytest.approx(nll_of_training(way) + np.log(a), abs=0.02)
 
 
-@pytest.mark.usefixtures("shapes_unchecked")
 def test_a_context_far_from_zero_is_learnt_as_well_as_one_near_it():
     x, context = pairs(1000)
     flow = small(1, 1)
-    fit(flow, (x, 2000 + 10 * context), phases(matching_steps=600, likelihood_steps=0))
+    fit(flow, (x, 2000 + 10 * context), phases(matching_steps=300, likelihood_steps=0))
     truth = -Normal(context, 0.1).log_prob(x).mean().item()
     flow = flow.using(solver=ODESolver(method="rk4", steps=20))
     assert -flow.log_prob(x, 2000 + 10 * context).mean().item() < truth + 0.1
@@ -306,12 +306,11 @@ def test_days_in_double_precision_are_fitted():
     generator = seeded()
     days = 2_461_373.25 + 0.5 * torch.randn(400, 1, dtype=torch.float64, generator=generator)
     flow = small(1)
-    fit(flow, days, phases(matching_steps=300, likelihood_steps=0))
+    fit(flow, days, phases(matching_steps=150, likelihood_steps=0))
     truth = -Normal(2_461_373.25, 0.5).log_prob(days).mean().item()
     assert -flow.log_prob(days).mean().item() == pytest.approx(truth, abs=0.1)
 
 
-@pytest.mark.usefixtures("shapes_unchecked")
 def test_no_rounding_is_advised_that_would_lose_what_the_data_say():
     flow = CNF(1).float()
     days = 2_461_373.25 + 0.5 * torch.randn(100, 1, dtype=torch.float64)
@@ -322,7 +321,6 @@ def test_no_rounding_is_advised_that_would_lose_what_the_data_say():
         fit(flow, days - 2_461_373)
 
 
-@pytest.mark.usefixtures("shapes_unchecked")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_no_half_precision_is_advised(dtype):
     with pytest.raises(ValueError, match=r"Convert it with data\.to\(torch\.float64\)\.$"):

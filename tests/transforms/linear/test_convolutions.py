@@ -159,7 +159,7 @@ def test_fit_lowers_the_loss(make):
     smooth = rows + rows.roll(1, -1) + rows.roll(1, -2) + 0.5 * rows.flip(1)
     flow = Flow([Flatten(shape), make(shape)])
     start = -flow.log_prob(smooth).mean()
-    fit(flow, smooth, config(200, learning_rate=0.02))
+    fit(flow, smooth, config(60, learning_rate=0.05))
     assert -flow.log_prob(smooth).mean() < start - 1
 
 

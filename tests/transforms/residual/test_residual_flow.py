@@ -293,7 +293,7 @@ def test_fit_lowers_the_loss(make, features):
             return -flow.log_prob(x, generator=seeded()).mean()
 
     before = nll()
-    fit(flow, x, config(60, learning_rate=1e-2))
+    fit(flow, x, config(25, learning_rate=2e-2))
     assert nll() < before - 0.1
 
 
