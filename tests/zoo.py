@@ -409,6 +409,12 @@ FLOWS: dict[str, Callable[[], Flow]] = {
     "cnf with context": lambda: cnf(2, 3),
     "two blocks": lambda: cnf(blocks=2),
     "standardized": lambda: cnf(transforms=[Standardize.from_data(3 + 2 * torch.randn(50, 2))]),
+    "normal scores and whitened": lambda: cnf(
+        transforms=[
+            NormalScores.from_data(torch.randn(50, 2).exp()),
+            Whiten.from_data(torch.randn(9, 2)),
+        ]
+    ),
     "scaled with context": lambda: scaled(cnf(2, 3, standardize=True)),
     "partly with context": lambda: Flow(
         [ContinuousTransform(part, solver=PRECISE) for part in (mlp(2, 3), mlp())]

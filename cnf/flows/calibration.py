@@ -9,12 +9,12 @@ from torch import Generator, Tensor
 from cnf.ode import ODESolver, RightHandSide, State
 from cnf.ode.calibration import calibrated
 from cnf.ode.compiled_steps import FieldSteps
-from cnf.transforms import Chain, ContinuousTransform
+from cnf.transforms import Chain, ContinuousTransform, FactorOut, Permute, Squeeze
 from cnf.transforms.continuous import map_continuous
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibratingSolver(ODESolver):
+class _CalibratingSolver(ODESolver):
     """Solver that chooses its times in its first solve."""
 
     goal: float
@@ -34,32 +34,42 @@ class CalibratingSolver(ODESolver):
         programs: FieldSteps | None = None,
     ) -> State:
         """Calibrate, and solve with the times found."""
+        if way != (1.0, 0.0):
+            raise ValueError(
+                "calibrate needs every ODE to be solved from data to base; one is solved the other "
+                "way. Choose its solver by hand, with using(solver=...)."
+            )
+
+        def solve(solver: ODESolver, times: Tensor) -> State:
+            return solver.solve(
+                rhs, state, times, way=way, dependencies=dependencies, programs=programs
+            )
+
         plain = ODESolver(
             method=self.method,
             steps=1,
             gradient=self.gradient,
             max_evaluations=self.max_evaluations,
         )
-
-        def solve(solver: ODESolver, times: Tensor) -> State:
-            return solver.solve(
-                rhs, state, times, way=(1.0, 0.0), dependencies=dependencies, programs=programs
-            )
-
-        self.found[:] = [calibrated(plain, self.goal, rhs, solve, times)]
-        fine = replace(self.found[0], accuracy=None)
-        return fine.solve(rhs, state, times, way=way, dependencies=dependencies, programs=programs)
+        self.found[:] = [calibrated(plain, self.goal, rhs, solve, times, len(state[0]))]
+        return solve(replace(self.found[0], accuracy=None), times)
 
 
 @torch.no_grad()
 def calibrate(
     chain: Chain, x: Tensor, context: Tensor | None, accuracy: float, generator: Generator | None
 ) -> None:
-    """Choose the times of each continuous transform in a chain, nested ones too."""
-    solvers: dict[ContinuousTransform, CalibratingSolver] = {}
+    """Choose the times of each continuous transform in a chain, nested ones too.
+
+    Raises:
+        ValueError: If there is none, or the error of a solve is not the error of the log-density.
+        ODEError: If the accuracy is out of reach.
+    """
+    _refuse_other_ends(chain)
+    solvers: dict[ContinuousTransform, _CalibratingSolver] = {}
 
     def listening(part: ContinuousTransform) -> ContinuousTransform:
-        solvers[part] = CalibratingSolver(
+        solvers[part] = _CalibratingSolver(
             method="rk4",
             steps=1,
             goal=accuracy,
@@ -69,5 +79,25 @@ def calibrate(
         return part.using(solver=solvers[part])
 
     map_continuous(chain, listening).to_base_and_ladj(x, context, generator=generator)
+    if not all(solver.found for solver in solvers.values()):
+        raise ValueError(
+            "calibrate needs every ODE to be solved from data to base; one is not. Choose its "
+            "solver by hand, with using(solver=...)."
+        )
     for part, solver in solvers.items():
         part.solver = solver.found[0]
+
+
+def _refuse_other_ends(chain: Chain) -> None:
+    """Refuse transforms behind an ODE that change what an error of its end is worth."""
+    ode = False
+    for part in chain:
+        if ode and not isinstance(part, ContinuousTransform | FactorOut | Permute | Squeeze):
+            raise ValueError(
+                "calibrate takes the end of an ODE for a point of a standard normal base; behind "
+                f"it there is {type(part).__name__}. Put it before the ODE, or choose solvers by "
+                "hand, with using(solver=...)."
+            )
+        ode = ode or any(isinstance(inner, ContinuousTransform) for inner in part.modules())
+    if not ode:
+        raise ValueError("flow must have a ContinuousTransform to calibrate; got none.")

@@ -103,7 +103,13 @@ class Flow(FlowMap):
             log_prob = self._log_mean_weight(x, context, importance_samples, generator)
         else:
             z, ladj = self.transforms.to_base_and_ladj(x, context, generator=generator)
-            log_prob = self.base.log_prob(z, context, generator=generator) + ladj
+            of_base = self.base.log_prob(z, context, generator=generator)
+            if of_base.shape != ladj.shape:
+                raise ValueError(
+                    f"{type(self.base).__name__} must return a log-density for each row, of shape "
+                    f"{tuple(ladj.shape)}; got {tuple(of_base.shape)}."
+                )
+            log_prob = of_base + ladj
         refuse_overflow("x", log_prob.detach().isnan(), "its log-density", x.dtype)
         if not is_hidden(inside):
             return log_prob

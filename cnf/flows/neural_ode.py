@@ -138,6 +138,10 @@ class NeuralODE(nn.Module):
             return (self.vector_field(t, state[0], context),)
 
         (states,) = self.solver.solve(
-            rhs, (start,), times, dependencies=lambda: self.vector_field.dependencies(context)
+            rhs,
+            (start,),
+            times,
+            way=(0.0, float(times[-1])) if self.solver.times else (0.0, 1.0),
+            dependencies=lambda: self.vector_field.dependencies(context),
         )
         return states

@@ -114,7 +114,12 @@ class Objective(nn.Module, ABC):
             )
         else:
             check_count("draws", draws)
-        return self._loss(x, context, weight, draws, generator)
+        loss = self._loss(x, context, weight, draws, generator)
+        if loss.ndim:
+            raise ValueError(
+                f"{type(self).__name__}._loss must return a scalar; got shape {tuple(loss.shape)}."
+            )
+        return loss
 
     @abstractmethod
     def _loss(

@@ -95,7 +95,8 @@ class FlowMatching(Objective):
         self.pairing = IndependentPairing() if pairing is None else pairing
         check_type("pairing", self.pairing, Pairing, "use OptimalTransport()")
         self.times = check_choice("times", times, _TIMES)
-        self.target = check_choice("target", target or self._best_target, ("stable", "pair"))
+        chosen = self._best_target if target is None else target
+        self.target = check_choice("target", chosen, ("stable", "pair"))
         if self.target == "stable" != self._best_target:
             raise ValueError(
                 "target must be 'pair', unless paths start from a standard normal base, follow a "

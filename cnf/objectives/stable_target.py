@@ -25,6 +25,7 @@ _SMALLEST_SPREAD = 1e-3
 """Below it rounding would decide between close rows, and the drawn row is as good."""
 
 
+@torch.no_grad()
 def mean_velocity(
     velocity: Tensor,
     state: Tensor,
@@ -59,20 +60,24 @@ def mean_velocity(
     time = stacked(t).unsqueeze(-1)
     spread = 1 - (1 - sigma_min) * time
     ends = stacked(x1)
-    center = ends.mean(1, keepdim=True)  # less rounding in the products
+    center = ends.median(1, keepdim=True).values  # less rounding in the products
     ends = ends - center
     precision = time / spread.clamp(min=_SMALLEST_SPREAD).square()
     # The terms of -|x_t - t x1|^2 / (2 b^2) that depend on x1.
     left = torch.cat([precision * (stacked(state) - time * center), -0.5 * precision * time], -1)
     right = torch.cat([ends, ends.square().sum(-1, keepdim=True)], -1)
-    logits = left @ right.mT
+    with torch.autocast(x1.device.type, enabled=False):  # weights of close rows differ little
+        logits = left @ right.mT
     if weight is not None:
         chances = weight.clamp(min=torch.finfo(weight.dtype).tiny)
         logits = logits + stacked(chances.log()).unsqueeze(1)
     if context is not None:
         label = stacked(torch.unique(context, dim=0, return_inverse=True)[1])
         logits = logits.masked_fill(label.unsqueeze(2) != label.unsqueeze(1), -math.inf)
-    move = (logits.softmax(-1) @ ends - ends) / spread
+    # A row whose square overflows leads to no other state.
+    logits = logits.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
+    with torch.autocast(x1.device.type, enabled=False):
+        move = (logits.softmax(-1) @ ends - ends) / spread
     move = move.where(spread > _SMALLEST_SPREAD, 0.0).flatten(0, 1)
     mean: Tensor = torch.cat([velocity[:rows] + move, velocity[rows:]])
     return mean

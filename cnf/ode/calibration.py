@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cnf.ode.levels import SAFETY, log_density_change
+from cnf.ode.levels import is_unsettled, log_density_change
 from cnf.ode.monitor import ODEError, RightHandSide, State
 from cnf.ode.solver import ODESolver
 from cnf.ode.torchdiffeq_door import evaluations_per_step, one_step
@@ -27,6 +27,7 @@ _INTERVALS = 64
 _UNIFORM = 0.1
 _LARGE_ERROR = 0.9
 """Quantile over the rows of the error of a step."""
+_LARGEST = 1e300
 _LEAST_STEPS = (8, 12)
 _MOST_STEPS = 1024
 _FEW = 0.01
@@ -38,7 +39,7 @@ Solve = Callable[[ODESolver, Tensor], State]
 
 @torch.no_grad()
 def calibrated(
-    solver: ODESolver, accuracy: float, rhs: RightHandSide, solve: Solve, ends: Tensor
+    solver: ODESolver, accuracy: float, rhs: RightHandSide, solve: Solve, ends: Tensor, rows: int
 ) -> ODESolver:
     """Return the solver with the best times for an accuracy of points and ladj.
 
@@ -48,14 +49,24 @@ def calibrated(
         rhs: Right-hand side of the solve.
         solve: Solves with a solver through some times, from `ends[0]` to `ends[1]`.
         ends: Times of the data and of the base.
+        rows: Number of rows of the solve.
 
     Raises:
+        ValueError: If the budget of evaluations is too small.
         ODEError: If the accuracy is not reached, or a solve fails.
     """
+    least_budget = 2 * _INTERVALS * evaluations_per_step(solver.method)
+    if solver.max_evaluations < least_budget:
+        raise ValueError(
+            f"max_evaluations must be at least {least_budget} to calibrate; got "
+            f"{solver.max_evaluations}."
+        )
     density = _density_of_steps(solver, rhs, solve, ends)
     best, least = solver, math.inf
     for first in _LEAST_STEPS:
-        levels, changes = _levels(solver, accuracy, density, first, lambda by: solve(by, ends))
+        levels, changes = _levels(
+            solver, accuracy, density, first, lambda by: solve(by, ends), rows
+        )
         if changes and changes[-1].float().mean() <= _FEW:
             start, cost = _cheapest(levels, torch.stack(changes))
             if cost < least:
@@ -86,7 +97,8 @@ def _density_of_steps(
     for i, (start, end) in enumerate(itertools.pairwise(times)):
         found, _ = step(start, end, tuple(part[i] for part in states), ())
         change = log_density_change(found, tuple(part[i + 1] for part in states))
-        errors.append(float(change.double().quantile(_LARGE_ERROR)))
+        largest = change.double().nan_to_num(_LARGEST, posinf=_LARGEST).quantile(_LARGE_ERROR)
+        errors.append(min(float(largest), _LARGEST))
     density: npt.NDArray[np.float64] = np.asarray(errors[::-1]) ** (1 / (_ORDER + 1))
     uniform = np.full(_INTERVALS, 1 / _INTERVALS)
     if density.sum() == 0:
@@ -101,6 +113,7 @@ def _levels(
     density: npt.NDArray[np.float64],
     first: int,
     solve: Callable[[ODESolver], State],
+    rows: int,
 ) -> tuple[list[ODESolver], list[Tensor]]:
     """Return solvers with `first` steps, and twice as many each time; and which rows change.
 
@@ -110,16 +123,22 @@ def _levels(
     reached = np.concatenate([[0], density.cumsum()])
     reached[-1] = 1
     levels: list[ODESolver] = []
-    results: list[State] = []
+    results: list[State | None] = []
     changes: list[Tensor] = []
     steps = first
     while steps <= _most_steps(solver):
         times = np.interp(np.linspace(0, 1, steps + 1), reached, share)
         levels.append(replace(solver, steps=None, times=times.tolist()))
-        results.append(tuple(part[-1] for part in solve(levels[-1])))
+        try:
+            results.append(tuple(part[-1] for part in solve(levels[-1])))
+        except ODEError:  # too coarse for these rows
+            results.append(None)
         if len(results) > 1:
-            change = log_density_change(*results[-2:])
-            changes.append(change > SAFETY * accuracy)
+            before, now = results[-2:]
+            if before is None or now is None:
+                changes.append(torch.ones(rows, dtype=torch.bool))
+            else:
+                changes.append(is_unsettled(before, now, accuracy).cpu())
             if changes[-1].float().mean() <= _FEW:
                 break
         steps *= 2

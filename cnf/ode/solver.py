@@ -35,8 +35,6 @@ _MONITORS: dict[str, type[SolveMonitor]] = {
 }
 """Special monitors, by the kind of method, else by the gradient."""
 
-_SAME = 1e-6
-"""Difference of shares of a way that is due to rounding."""
 _ROUNDING = 1e-4
 """Part of a step that is due to rounding."""
 
@@ -106,12 +104,26 @@ class ODESolver:
         budget = check_count("max_evaluations", self.max_evaluations)
         object.__setattr__(self, "max_evaluations", budget)
         self._check_kind(kinds[self.method])
+        self._check_times()
+
+    def _check_times(self) -> None:
+        if self.times is not None and is_multistep(self.method):
+            raise ValueError(
+                f"method {self.method!r} is for equal steps; give steps= in place of times=, or "
+                "use 'rk4'."
+            )
+        if self.accuracy is not None and (self.method != "rk4" or len(self.times or ()) % 2 == 0):
+            raise ValueError(
+                "accuracy is for method='rk4' with times of an even number of steps, as "
+                f"flow.calibrate(x) finds them; got method={self.method!r} and times={self.times}. "
+                "Leave accuracy out, or give such times."
+            )
 
     def _check_kind(self, kind: str) -> None:
         if kind == "fixed":
             if (self.steps is None) == (self.times is None):
                 raise ValueError(
-                    f"method {self.method!r} takes fixed steps; give either steps= or times=."
+                    f"method {self.method!r} takes fixed steps; give steps= or times=."
                 )
             if self.steps is not None:
                 object.__setattr__(self, "steps", check_count("steps", self.steps))
@@ -122,11 +134,6 @@ class ODESolver:
             raise ValueError(
                 f"method {self.method!r} chooses its own steps; got {name}={getattr(self, name)}. "
                 f"Leave {name} out, or choose a fixed-step method such as 'rk4'."
-            )
-        if self.accuracy is not None and self.times is None:
-            raise ValueError(
-                f"accuracy is for a solver with times, as flow.calibrate(x) finds them; got "
-                f"accuracy={self.accuracy} without. Leave it out, or give times=."
             )
         if kind != "adaptive" and self.first_step is not None:
             raise ValueError(
@@ -157,9 +164,14 @@ class ODESolver:
         return (self.steps or len(self.times or ()) - 1) * evaluations_per_step(self.method)
 
     def coarser(self) -> "ODESolver":
-        """Return the solver with every second of its `times`, and the last."""
-        assert self.times is not None  # noqa: S101 - for mypy
-        return replace(self, times=(*self.times[:-1:2], self.times[-1]))
+        """Return the solver with every second of its `times`, without `accuracy`.
+
+        Raises:
+            ValueError: If it has no `times` with an even number of steps.
+        """
+        if len(self.times or ()) % 2 == 0:
+            raise ValueError(f"times must have an even number of steps; got {self.times}.")
+        return replace(self, times=(self.times or ())[::2], accuracy=None)
 
     def halved(self) -> "ODESolver":
         """Return the solver with steps of half the size.
@@ -365,25 +377,33 @@ class ODESolver:
         for start, end in itertools.pairwise(stops):
             # Hidden times are only two.
             first, last = (0.0, 1.0) if is_hidden(times) else _shares(times, start, end)
-            inner = stops.new_tensor(self._inner_steps(first, last, way))
+            rounding = 8 * torch.finfo(stops.dtype).eps
+            inner = stops.new_tensor(self._inner_steps(first, last, way, rounding))
             pieces.append(torch.cat([start + (end - start) * inner, end[None]]))
         return torch.cat(pieces)
 
-    def _inner_steps(self, start: float, end: float, way: tuple[float, float]) -> list[float]:
-        """Return the ends of steps between two shares of a solve, as shares of their distance."""
+    def _inner_steps(
+        self, start: float, end: float, way: tuple[float, float], rounding: float
+    ) -> list[float]:
+        """Return the ends of steps between two shares of a solve, as shares of their distance.
+
+        Times within `rounding` of the two are left out.
+        """
         if self.times is None:
             assert self.steps is not None  # noqa: S101 - for mypy: checked when self was made
             count = max(1, math.ceil(self.steps * abs(end - start) - _ROUNDING))
             return [step / count for step in range(1, count)]
         first, last = (way[0] + share * (way[1] - way[0]) for share in (start, end))
-        inner = sorted((time - first) / (last - first) for time in self.times)
-        return [share for share in inner if _SAME < share < 1 - _SAME]
+        low, high = min(first, last) + rounding, max(first, last) - rounding
+        between = (time for time in self.times if low < time < high)
+        return sorted((time - first) / (last - first) for time in between)
 
 
 def _checked_times(times: Sequence[float]) -> tuple[float, ...]:
     """Refuse anything but increasing numbers from 0 to 1; return Python floats."""
     if isinstance(times, str) or not isinstance(times, Sequence):
-        raise TypeError(f"times must be numbers from 0 to 1; got {type(times).__name__}.")
+        remedy = " Try times.tolist()." if hasattr(times, "tolist") else ""
+        raise TypeError(f"times must be numbers from 0 to 1; got {type(times).__name__}.{remedy}")
     numbers = tuple(
         check_number("each of times", time, "from 0 to 1", lambda number: 0 <= number <= 1)
         for time in times

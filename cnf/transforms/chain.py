@@ -142,7 +142,7 @@ class Chain(Transform):
         total = x.new_zeros(x.shape[: x.ndim - len(self.event_shape)])
         for part in self.transforms:
             x, ladj = part._to_base(x, context if part.context_features else None, generator)
-            total = total + ladj
+            total = _sum(total, ladj, part, x.ndim - 1)
         _refuse_overflow("x", x, total, event_dim=1)
         return x, total
 
@@ -150,7 +150,7 @@ class Chain(Transform):
         total = z.new_zeros(z.shape[:-1])
         for part in reversed(self.transforms):
             z, ladj = part._to_data(z, context if part.context_features else None, generator)
-            total = total + ladj
+            total = _sum(total, ladj, part, z.ndim - len(part.event_shape))
         _refuse_overflow("z", z, total, event_dim=len(self.event_shape))
         return z, total
 
@@ -296,6 +296,16 @@ def agreed_context_features(parts: Sequence[Transform | Base]) -> int:
             f"transforms and base must agree on context_features; got {sorted(sizes)}."
         )
     return sizes.pop() if sizes else 0
+
+
+def _sum(total: Tensor, ladj: Tensor, part: Transform, batch_axes: int) -> Tensor:
+    """Add the ladj of a part, unless it would broadcast rows against rows."""
+    if ladj.ndim > batch_axes:
+        raise ValueError(
+            f"{type(part).__name__} must return a ladj for each row, with {batch_axes} axes; got "
+            f"shape {tuple(ladj.shape)}."
+        )
+    return total + ladj
 
 
 def _refuse_overflow(

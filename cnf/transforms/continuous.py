@@ -135,9 +135,15 @@ class ContinuousTransform(Transform):
         divergence, probes = self._draw(x, generator)
         batch = x.shape[:-1]
         if context is not None:
-            context = context.expand(*batch, -1).reshape(-1, self.context_features)
+            context = context.expand(*batch, -1).reshape(-1, context.shape[-1])
         if probes is not None:
-            probes = probes.flatten(1, -2) if batch else probes.unsqueeze(1)
+            if probes.shape[1:-1] != batch:
+                raise ValueError(
+                    f"{type(divergence).__name__}.draw_probes must draw probes for each row, of "
+                    f"shape {('probes', *batch, 'features')}, for a solver with accuracy; got "
+                    f"{tuple(probes.shape)}."
+                )
+            probes = probes.reshape(len(probes), -1, probes.shape[-1])
         x = x.reshape(-1, self.features)
 
         def solve(solver: ODESolver, rows: Tensor | None) -> State:

@@ -20,7 +20,6 @@ from cnf.transforms import (
     FactorOut,
     Logit,
 )
-from cnf.transforms.chain import context_for
 
 
 def small(shape=(1, 4, 4), context_features=0, **settings):
@@ -33,7 +32,7 @@ def results(transforms, x, context=None):
     for part in transforms:
         if isinstance(part, FactorOut):
             yield from results(part.chain, x[:, : part.kept], context)
-        x = part.to_base(x, context_for(part, context))
+        x = part.to_base(x, context if part.context_features else None)
         yield part, x
 
 

@@ -18,11 +18,26 @@ from cnf import (
     load,
     save,
 )
-from cnf.transforms import Affine, ContinuousTransform, Dequantize, FactorOut
+from cnf.adapters.bases import TorchBase
+from cnf.transforms import Affine, ContinuousTransform, Dequantize, FactorOut, Transform
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # whole solves
 
 FINE = ODESolver(method="rk4", steps=400)
+
+
+class Inverse(Transform):
+    """A transform of a user, whose ODE goes the other way."""
+
+    def __init__(self, inner):
+        super().__init__(inner.features)
+        self.inner = inner
+
+    def _to_base(self, x, context, generator):
+        return self.inner.to_data_and_ladj(x)
+
+    def _to_data(self, z, context, generator):
+        return self.inner.to_base_and_ladj(z)
 
 
 def rough(features=2, context_features=0, **settings):
@@ -49,6 +64,50 @@ def test_every_row_is_within_the_accuracy(accuracy, context_features):
     assert flow.accuracy == accuracy
     error = flow.log_prob(x, context) - flow.using(solver=FINE).log_prob(x, context)
     assert error.abs().max() < accuracy
+
+
+COARSE = ODESolver(method="rk4", times=(0.0, 0.25, 0.5, 0.75, 1.0), accuracy=1e-6)
+"""A grid on which no row is done."""
+
+
+@pytest.mark.parametrize("divergence", [None, Hutchinson(probes=2)], ids=["exact", "probes"])
+def test_rows_that_go_on_keep_their_contexts_and_probes(divergence):
+    flow = rough(3, context_features=2, divergence=divergence)
+    x, context = rows(flow)
+    easy = torch.arange(len(x)) % 3 == 0
+    with torch.no_grad():
+        x[easy] *= 1e-3
+    found, expected = (
+        flow.using(solver=solver).log_prob(x, context, generator=torch.Generator().manual_seed(0))
+        for solver in (COARSE, FINE)
+    )
+    assert (found - expected).abs().max() < 1e-5
+
+
+def test_far_rows_end_at_the_rounding_of_their_numbers():
+    """Whose log-density a float32 cannot hold to the accuracy."""
+    flow = rough().float()
+    x = torch.randn(20, 2, dtype=torch.float32)
+    flow.calibrate(x, accuracy=1e-3)
+    x[3] = 500.0
+    found, expected = flow.log_prob(x), flow.using(solver=FINE).log_prob(x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_a_row_too_wild_for_the_coarse_grid_is_solved_on_a_finer_one():
+    class Cubic(torch.nn.Module):
+        def forward(self, t, x, context=None):
+            return x**3
+
+    flow = Flow([ContinuousTransform(ModuleField(Cubic(), 1))])
+    x = torch.randn(50, 1)
+    flow.calibrate(x)
+    x[3] = 20.0
+    found, expected = (
+        flow.log_prob(x),
+        flow.using(solver=ODESolver(steps=2400, method="rk4")).log_prob(x),
+    )
+    assert (found - expected).abs().max() < 1e-3
 
 
 def test_it_costs_more_where_more_is_asked_for():
@@ -149,7 +208,7 @@ def test_what_is_drawn_before_the_solve_is_drawn_once():
 
 def test_nested_and_several_transforms_are_calibrated():
     inner = FactorOut([ContinuousTransform(mlp(1))], features=2)
-    flow = Flow([ContinuousTransform(mlp()), inner, perturbed(Affine(2))])
+    flow = Flow([perturbed(Affine(2)), ContinuousTransform(mlp()), inner])
     assert flow.accuracy is None
     x, _ = rows(flow)
     flow.calibrate(x, accuracy=1e-3)
@@ -194,8 +253,17 @@ def test_vmap_takes_the_grid_as_it_is():
 
 def test_what_cannot_be_calibrated_is_refused():
     flow = Flow([Affine(2)])
-    with pytest.raises(ValueError, match="no ContinuousTransform"):
+    with pytest.raises(ValueError, match="must have a ContinuousTransform"):
         flow.calibrate(torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="behind it there is Affine"):
+        Flow([ContinuousTransform(mlp()), Affine(2)]).calibrate(torch.zeros(3, 2))
+    normal = torch.distributions.MultivariateNormal(torch.zeros(2), torch.eye(2))
+    with pytest.raises(ValueError, match="StandardNormal base; got TorchBase"):
+        Flow([ContinuousTransform(mlp())], TorchBase(normal)).calibrate(torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="solved the other way"):
+        Flow([Inverse(ContinuousTransform(mlp()))]).calibrate(torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="max_evaluations must be at least 512"):
+        rough(solver=ODESolver(max_evaluations=100)).calibrate(torch.randn(3, 2))
     flow = rough()
     x, _ = rows(flow)
     with pytest.raises(ValueError, match="accuracy must be positive"):
@@ -203,8 +271,19 @@ def test_what_cannot_be_calibrated_is_refused():
     with pytest.raises(ValueError, match="at least one row"):
         flow.calibrate(x[:0])
     with pytest.raises(ODEError, match="does not reach accuracy"):
-        flow.float().using(solver=ODESolver(max_evaluations=600)).calibrate(
-            x.float(), accuracy=1e-12
-        )
-    with pytest.raises(ValueError, match="accuracy is for a solver with times"):
-        ODESolver(accuracy=1e-3)
+        flow.using(solver=ODESolver(max_evaluations=520)).calibrate(x, accuracy=1e-12)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"method": "rk4", "steps": 4},
+        {"method": "rk4", "times": (0, 1)},
+        {"method": "rk4", "times": (0, 0.1, 0.5, 1)},
+        {"method": "euler", "times": (0, 0.5, 1)},
+    ],
+)
+def test_an_accuracy_that_the_grid_cannot_show_is_refused(settings):
+    with pytest.raises(ValueError, match="accuracy is for method='rk4' with times of an even"):
+        ODESolver(accuracy=1e-3, **settings)

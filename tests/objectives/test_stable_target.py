@@ -140,3 +140,31 @@ def test_elsewhere_it_is_the_drawn_velocity(make):
 def test_an_unknown_target_is_refused():
     with pytest.raises(ValueError, match="target must be one of"):
         FlowMatching(CNF(2), target="steady")
+
+
+def test_a_row_far_away_does_not_change_the_others():
+    """At later times; at the first ones, a path through a state may well lead there."""
+    velocity, state, x1, t = paths(20, dtype=torch.float32, t=torch.linspace(0.3, 0.9, 20).float())
+    others = torch.arange(20) != 7
+    alone = (part[others] for part in (velocity, state, x1, t))
+    expected = mean_velocity(*alone, 0.0, context=None, weight=None)
+    for far in (1e4, 1e20, 3e38):
+        x1[7] = far
+        state[7], velocity[7] = far, far
+        found = mean_velocity(velocity, state, x1, t, 0.0, context=None, weight=None)
+        torch.testing.assert_close(found[others], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_autocast_does_not_round_the_target():
+    velocity, state, x1, t = paths(64, dtype=torch.float32)
+    expected = mean_velocity(velocity, state, x1, t, 0.0, context=None, weight=None)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = mean_velocity(velocity, state, x1, t, 0.0, context=None, weight=None)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+@pytest.mark.parametrize("target", [0, "", False])
+def test_what_is_false_is_no_target(target):
+    with pytest.raises(ValueError, match="target must be one of"):
+        FlowMatching(CNF(2), target=target)

@@ -729,7 +729,11 @@ POSITIVE = r"must be positive and finite; got"
         ({"max_evaluations": 1e4}, TYPE, r"max_evaluations must be an int; got 10000\.0\."),
         ({"max_evaluations": None}, TYPE, r"max_evaluations must be an int; got None\."),
         *(
-            ({"method": method}, VALUE, rf"method '{method}' takes fixed steps; give steps=\.")
+            (
+                {"method": method},
+                VALUE,
+                rf"method '{method}' takes fixed steps; give steps= or times=\.",
+            )
             for method in FIXED
         ),
         ({"method": "rk4", "steps": 0}, VALUE, r"steps must be at least 1; got 0\."),

@@ -8,7 +8,7 @@ import torch
 from test_solver import DIRECTION, FIXED, MULTISTEP, PATH, Swinging, swinging
 from zoo import mlp
 
-from cnf import CNF, ODEError, ODESolver, load, save
+from cnf import CNF, NeuralODE, ODEError, ODESolver, load, save
 from cnf.transforms import ContinuousTransform
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # whole solves
@@ -148,8 +148,8 @@ def test_the_budget_counts_the_steps_of_the_grid():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"method": "rk4"}, ValueError, "either steps= or times="),
-        ({"method": "rk4", "steps": 2, "times": (0, 1)}, ValueError, "either steps= or times="),
+        ({"method": "rk4"}, ValueError, "give steps= or times="),
+        ({"method": "rk4", "steps": 2, "times": (0, 1)}, ValueError, "give steps= or times="),
         ({"times": (0, 1)}, ValueError, "chooses its own steps; got times"),
         ({"method": "rk4", "times": (0, 0.5, 0.5, 1)}, ValueError, "must increase from 0 to 1"),
         ({"method": "rk4", "times": (0.1, 1)}, ValueError, "must increase from 0 to 1"),
@@ -162,3 +162,34 @@ def test_the_budget_counts_the_steps_of_the_grid():
 def test_a_bad_grid_is_refused(arguments, error, message):
     with pytest.raises(error, match=message):
         ODESolver(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("start_time", [0.0, 0.9])
+def test_stops_beside_ends_of_steps_make_no_steps_of_no_size(dtype, start_time):
+    transform = ContinuousTransform(
+        mlp(), solver=ODESolver(method="rk4", times=UNEVEN), start_time=start_time
+    ).to(dtype)
+    times = torch.linspace(0, 1, 101, dtype=dtype)
+    states = transform.trajectory(torch.randn(3, 2, dtype=dtype), times)
+    assert states.isfinite().all()
+    transform.trajectory(states[-1], torch.tensor(UNEVEN[::-1], dtype=dtype))
+
+
+def test_a_neural_ode_walks_its_grid_as_far_as_it_is_asked():
+    network = NeuralODE(mlp(), solver=ODESolver(method="rk4", times=UNEVEN))
+    x = torch.randn(3, 2)
+    part = network.trajectory(x, torch.tensor([0.0, 0.4]))
+    whole = network.trajectory(x, torch.tensor([0.0, 0.4, 1.0]))
+    torch.testing.assert_close(part[1], whole[1])
+
+
+@pytest.mark.parametrize("method", MULTISTEP)
+def test_a_method_of_equal_steps_takes_no_uneven_ones(method):
+    with pytest.raises(ValueError, match="is for equal steps"):
+        ODESolver(method=method, times=UNEVEN)
+
+
+def test_an_array_of_times_is_refused_with_a_remedy():
+    with pytest.raises(TypeError, match=r"got Tensor\. Try times.tolist\(\)"):
+        ODESolver(method="rk4", times=torch.tensor(UNEVEN))

@@ -11,6 +11,8 @@ from cnf._checks import check_events, check_vectors, refuse_rows
 from cnf._moments import column_moments
 from cnf.transforms.base import Transform
 
+_MOST_OF_ALL = 0.99
+
 AnyDataTransform = TypeVar("AnyDataTransform", bound="DataTransform")
 
 
@@ -49,9 +51,11 @@ class DataTransform(Transform):
             raise ValueError(
                 f"x must have shape (rows, features) with at least 2 rows; got {tuple(x.shape)}."
             )
-        check_vectors("x", x, x.shape[-1] if isinstance(x, Tensor) else 0, like=x)
+        default = torch.empty(0)
+        size = x.shape[-1] if isinstance(x, Tensor) else 0
+        check_vectors("x", x, size, like=x if _is_floating(x) else default)
         if weight is not None:
-            check_events("weight", weight, (), like=weight if isinstance(weight, Tensor) else x)
+            check_events("weight", weight, (), like=weight if _is_floating(weight) else x)
             if weight.shape != x.shape[:1]:
                 raise ValueError(f"weight must have shape ({len(x)},); got {tuple(weight.shape)}.")
             refuse_rows("weight", weight < 0, "at least 0")
@@ -74,6 +78,8 @@ class DataTransform(Transform):
 
     @torch.no_grad()
     def _set_from(self, x: Tensor, weight: Tensor | None) -> None:
+        if weight is not None and not (weight > 0).sum() > 1:
+            raise ValueError("weight must be positive in at least 2 rows.")
         mean, std = column_moments("x", x, weight)
         if not (std > 0).all():
             constant = (std <= 0).nonzero().flatten().tolist()
@@ -89,6 +95,11 @@ class DataTransform(Transform):
             rows, share = rows[share > 0], share[share > 0]
             share = share / share.max()
             share = share / share.sum()
+            if share.max() > _MOST_OF_ALL:
+                raise ValueError(
+                    "weight must not be nearly all in a single row, at which the best density is "
+                    f"infinite; one has {float(share.max()):.4%} of the total."
+                )
         self._set(rows, share, mean, std)
         self.is_initialized.fill_(True)
 
@@ -102,3 +113,7 @@ class DataTransform(Transform):
             mean: Mean of each feature.
             std: Standard deviation of each feature.
         """
+
+
+def _is_floating(x: object) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()

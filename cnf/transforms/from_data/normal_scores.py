@@ -144,20 +144,26 @@ class _Piece(NamedTuple):
     def share_for(self, z: Tensor) -> Tensor:
         """Return how far along the width the value is z."""
         rise = ((z - self.score) / self.height).clamp(0, 1)
-        secant = self.height / self.width
-        bend = rise * (self.slope + self.end_slope - 2 * secant)
-        a, b, c = secant - self.slope + bend, self.slope - bend, -secant * rise
+        start, end = self.relative_slopes
+        bend = rise * (start + end - 2)
+        a, b = 1 - start + bend, start - bend
         # This root does not cancel, and lies in [0, 1].
-        return 2 * c / (-b - (b.square() - 4 * a * c).clamp(min=0).sqrt())
+        return 2 * rise / (b + (b.square() + 4 * a * rise).clamp(min=0).sqrt())
 
     def value_and_slope(self, share: Tensor) -> tuple[Tensor, Tensor]:
         """Return the value and the slope."""
-        rest, secant = 1 - share, self.height / self.width
+        rest, (start, end) = 1 - share, self.relative_slopes
         between = share * rest
-        denominator = secant + (self.slope + self.end_slope - 2 * secant) * between
-        value = (secant * share.square() + self.slope * between) / denominator
-        slope = self.end_slope * share.square() + 2 * secant * between + self.slope * rest.square()
-        return self.score + self.height * value, slope * (secant / denominator).square()
+        denominator = 1 + (start + end - 2) * between
+        value = (share.square() + start * between) / denominator
+        slope = (end * share.square() + 2 * between + start * rest.square()) / denominator.square()
+        return self.score + self.height * value, slope * (self.height / self.width)
+
+    @property
+    def relative_slopes(self) -> tuple[Tensor, Tensor]:
+        """Slopes at both ends, in units of height / width, so that no unit of x overflows."""
+        unit = self.height / self.width
+        return self.slope / unit, self.end_slope / unit
 
 
 def _distribution(column: Tensor, share: Tensor) -> tuple[np.ndarray, np.ndarray]:

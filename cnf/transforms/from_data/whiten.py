@@ -59,13 +59,20 @@ class Whiten(DataTransform):
         self.scale_tril.copy_(std.unsqueeze(-1) * torch.linalg.cholesky(shrunk))
 
     def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
-        shifted = (x - self.mean).unsqueeze(-1)
-        z = torch.linalg.solve_triangular(self.scale_tril, shifted, upper=False).squeeze(-1)
-        return z, -self._log_det.expand(x.shape[:-1])
+        rows = (x - self.mean).reshape(-1, self.features)
+        factor, rows = (part.to(_solvable(x.dtype)) for part in (self.scale_tril, rows))
+        z = torch.linalg.solve_triangular(factor, rows.mT, upper=False).mT
+        return z.reshape(x.shape).to(x.dtype), -self._log_det.expand(x.shape[:-1])
 
     def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
-        return self.mean + z @ self.scale_tril.T, self._log_det.expand(z.shape[:-1])
+        with torch.autocast(z.device.type, enabled=False):  # as precise as the inverse
+            return self.mean + z @ self.scale_tril.mT, self._log_det.expand(z.shape[:-1])
 
     @property
     def _log_det(self) -> Tensor:
         return self.scale_tril.diagonal().log().sum()
+
+
+def _solvable(dtype: torch.dtype) -> torch.dtype:
+    """Return a dtype in which torch solves linear systems."""
+    return dtype if dtype == torch.float64 else torch.float32

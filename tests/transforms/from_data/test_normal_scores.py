@@ -85,11 +85,21 @@ def test_a_weight_counts_as_rows():
     assert repeated.scores[-1] > few.scores[-1]
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e25])
 def test_units_do_not_matter(scale):
-    x = skewed(300)
+    x = skewed(300).float()
     expected = NormalScores.from_data(x).to_base(x)
-    torch.testing.assert_close(NormalScores.from_data(scale * x).to_base(scale * x), expected)
+    transform = NormalScores.from_data(scale * x)
+    z = transform.to_base(scale * x)
+    torch.testing.assert_close(z, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(transform.to_data(z) / scale, x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("weight", [[0.0, 0, 0], [1.0, 0, 0], [1.0, 1e-30, 0]])
+def test_weights_of_one_row_are_refused(weight):
+    x = skewed(3)
+    with pytest.raises(ValueError, match="weight must"):
+        NormalScores.from_data(x, weight=torch.tensor(weight, dtype=torch.float64))
 
 
 def test_a_column_without_variation_is_refused():

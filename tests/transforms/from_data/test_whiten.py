@@ -60,3 +60,21 @@ def test_a_weight_counts_as_rows():
     torch.testing.assert_close(
         Whiten.from_data(x, weight=weight).scale_tril, Whiten.from_data(x[:30]).scale_tril
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision(dtype):
+    x = correlated(50, features=2)
+    transform = Whiten.from_data(x).to(dtype)
+    z = transform.to_base(x.to(dtype))
+    assert z.dtype == dtype
+    torch.testing.assert_close(z.double(), Whiten.from_data(x).to_base(x), rtol=0.1, atol=0.2)
+
+
+def test_any_batch_shape():
+    x = correlated(24)
+    transform = Whiten.from_data(x)
+    z, ladj = transform.to_base_and_ladj(x.view(2, 3, 4, 4))
+    torch.testing.assert_close(z, transform.to_base(x).view(2, 3, 4, 4))
+    assert ladj.shape == (2, 3, 4)
+    torch.testing.assert_close(transform.to_base(x[0]), z[0, 0, 0])
