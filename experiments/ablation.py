@@ -123,10 +123,10 @@ def main(settings: Settings) -> list[dict[str, Any]]:
             weights=settings.weights[:1],
             hjb_weights=settings.hjb_weights[-1:],
             seeds=2,
-            steps=4,
-            batch_size=64,
-            rows=500,
-            held_out=200,
+            steps=2,
+            batch_size=32,
+            rows=200,
+            held_out=50,
             out=settings.out / "quick",
         )
     runs = settings.out / "runs"

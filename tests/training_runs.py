@@ -1,8 +1,10 @@
 """Small flows and settings for the tests of training, and comparisons of what runs end with."""
 
+from functools import partial
+
 import torch
 
-from cnf import CNF, Flow, ODESolver
+from cnf import CNF, Flow, MaximumLikelihood, ODESolver
 from cnf.training import TrainingConfig
 from cnf.transforms import Affine, ContinuousTransform
 from cnf.vector_fields import LinearField
@@ -11,8 +13,10 @@ CHEAP = ODESolver(method="rk4", steps=2, gradient="backprop")
 
 
 def config(steps=5, **settings):
-    """A constant learning rate, and no progress bar."""
-    return TrainingConfig(steps=steps, **{"schedule": "constant", "progress": False, **settings})
+    """Maximum likelihood on a coarse grid, a constant learning rate, and no progress bar."""
+    likelihood = partial(MaximumLikelihood, solver=CHEAP)
+    common = {"objective": likelihood, "schedule": "constant", "progress": False}
+    return TrainingConfig(steps=steps, **{**common, **settings})
 
 
 def linear_flow(features=2, context_features=0):

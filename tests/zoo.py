@@ -57,7 +57,7 @@ from cnf.vector_fields import ConvField, LinearField, PotentialField, ResidualFi
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.layers import LAYERS
 
-PRECISE = ODESolver(rtol=1e-9, atol=1e-9, gradient="backprop")
+PRECISE = ODESolver(method="dopri8", rtol=1e-8, atol=1e-8, gradient="backprop")
 """For laws that hold up to solver tolerance."""
 
 COARSE = ODESolver(method="rk4", steps=2, gradient="backprop")
