@@ -22,6 +22,17 @@ def test_no_room_is_crowded():
     assert crowded == {}
 
 
+@pytest.mark.parametrize("folder", ["benchmarks", "experiments"])
+def test_what_a_user_may_copy_takes_nothing_private(folder):
+    private = [
+        f"{path.name} imports {name}"
+        for path in sorted((house.ROOT.parent / folder).glob("*.py"))
+        for name in house.imported(path)
+        if name.startswith("cnf.") and "._" in name
+    ]
+    assert private == []
+
+
 @pytest.mark.usefixtures("shapes_unchecked")
 def test_an_evaluation_passes_few_functions():
     functions, files, _ = house.evaluation_walk().counts
