@@ -141,21 +141,23 @@ def modules_by_folder() -> dict[str, int]:
     return counts
 
 
+def imported(path: Path) -> Iterator[str]:
+    """Dotted names that a module imports, for types too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
 def imports() -> dict[str, set[str]]:
-    """The modules that each module imports, for types too; packages stand for what they offer."""
+    """The modules that each module imports; packages stand for what they offer."""
     known = modules()
-    found: dict[str, set[str]] = {}
-    for name, path in known.items():
-        found[name] = set()
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module:
-                for alias in node.names:
-                    inner = f"{node.module}.{alias.name}"
-                    found[name].add(inner if inner in known else node.module)
-            elif isinstance(node, ast.Import):
-                found[name] |= {alias.name for alias in node.names}
-        found[name] &= known.keys()
-    return found
+    return {
+        name: {each if each in known else each.rpartition(".")[0] for each in imported(path)}
+        & known.keys()
+        for name, path in known.items()
+    }
 
 
 def circles() -> list[list[str]]:

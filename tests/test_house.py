@@ -4,7 +4,10 @@ import re
 from pathlib import Path
 
 import house
+import jaxtyping
 import pytest
+
+from cnf import CNF
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -20,6 +23,22 @@ def test_no_room_is_crowded():
         if count > house.MOST_MODULES
     }
     assert crowded == {}
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "experiments"])
+def test_what_a_user_may_copy_takes_nothing_private(folder):
+    private = [
+        f"{path.name} imports {name}"
+        for path in sorted((house.ROOT.parent / folder).glob("*.py"))
+        for name in house.imported(path)
+        if name.startswith("cnf.") and "._" in name
+    ]
+    assert private == []
+
+
+def test_shapes_are_checked_while_tests_run():
+    with pytest.raises(jaxtyping.TypeCheckError):
+        CNF(2).log_prob([[0.0, 0.0]])
 
 
 @pytest.mark.usefixtures("shapes_unchecked")

@@ -74,6 +74,7 @@ def test_a_draw_of_a_biased_bound_comes_with_a_weight_of_its_own():
     assert abs(given.mean() - fresh.mean()) < 4 * error
 
 
+@pytest.mark.usefixtures("coarse_integral")
 @pytest.mark.parametrize("part", [estimated, biased])
 @pytest.mark.parametrize("continuous", [False, True])
 def test_certify_measures_what_can_be_known(part, continuous):

@@ -66,8 +66,9 @@ def test_large_numbers_that_differ_little_keep_their_digits():
     )
 
 
-def test_digits_are_kept_beside_whole_numbers_and_in_them():
+def test_digits_are_kept_beside_whole_numbers_and_in_them(monkeypatch):
     """As above, where noise must be drawn anew at each step."""
+    monkeypatch.setattr("cnf.tables.fit.GRID_STEPS", 20)
     x, counts = torch.randn(200, 1), torch.poisson(3 * torch.ones(200, 1))
     near = 1 - 1e-9 * torch.rand(200, 1)
     columns = ["real", "integer", ("interval", 0, 1)]
@@ -140,6 +141,7 @@ def test_the_grid_is_fine_enough():
 
 
 def test_chunks_change_nothing(monkeypatch):
+    monkeypatch.setattr("cnf.tables.fit.GRID_STEPS", 20)
     flow = fitted(torch.randn(50, 2))
     x, z = torch.randn(23, 2), sample(flow, 23, seed=1)
     whole = log_prob(flow, TableRows(x))
@@ -149,7 +151,8 @@ def test_chunks_change_nothing(monkeypatch):
     assert log_prob(flow, TableRows(x[:0])).shape == (0,)
 
 
-def test_a_conditional_density_follows_its_context():
+def test_a_conditional_density_follows_its_context(monkeypatch):
+    monkeypatch.setattr("cnf.tables.fit.GRID_STEPS", 20)
     context = torch.randn(300, 1)
     x = context + 0.1 * torch.randn(300, 1)
     flow, _ = fit_density(
@@ -162,8 +165,9 @@ def test_a_conditional_density_follows_its_context():
         assert log_prob(flow, given).argmax() == (0 if centre < 0 else 2)
 
 
-def test_weights_say_how_often_a_row_counts():
+def test_weights_say_how_often_a_row_counts(monkeypatch):
     """The mean of the samples is the weighted mean of the rows."""
+    monkeypatch.setattr("cnf.tables.fit.GRID_STEPS", 20)
     x = torch.cat([torch.randn(100, 1) - 1, torch.randn(200, 1) + 1])
     weight = torch.cat([torch.full((100,), 18.0), torch.full((200,), 1.0)])
     mean = sample(fitted(x, weight, **FAST), 1000, seed=0).mean()
@@ -215,7 +219,8 @@ def test_the_global_random_state_is_left_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_seed_decides():
+def test_the_seed_decides(monkeypatch):
+    monkeypatch.setattr("cnf.tables.fit.GRID_STEPS", 20)
     x = torch.randn(50, 2)
     assert torch.equal(fitted(x, seed=3).log_prob(x), fitted(x, seed=3).log_prob(x))
     assert not torch.equal(fitted(x, seed=3).log_prob(x), fitted(x, seed=4).log_prob(x))
