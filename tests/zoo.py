@@ -223,6 +223,13 @@ def lipschitz_attention(tokens: int = 3, width: int = 2, **settings: object) -> 
     return perturbed(LipschitzAttention(tokens, width, **settings))
 
 
+def normal_scores(x: Tensor) -> NormalScores:
+    """Few knots, for a density without fine features."""
+    transform = NormalScores(x.shape[-1], knots=4)
+    transform.initialize(x)
+    return transform
+
+
 def residual_flow(network: ContractiveNetwork, **settings: object) -> ResidualFlow:
     """A residual flow, solved precisely."""
     return ResidualFlow(network, **{"tolerance": 1e-11, **settings})
@@ -410,10 +417,7 @@ FLOWS: dict[str, Callable[[], Flow]] = {
     "two blocks": lambda: cnf(blocks=2),
     "standardized": lambda: cnf(transforms=[Standardize.from_data(3 + 2 * torch.randn(50, 2))]),
     "normal scores and whitened": lambda: cnf(
-        transforms=[
-            NormalScores.from_data(torch.randn(50, 2).exp()),
-            Whiten.from_data(torch.randn(9, 2)),
-        ]
+        transforms=[normal_scores(torch.randn(500, 2)), Whiten.from_data(torch.randn(50, 2))]
     ),
     "scaled with context": lambda: scaled(cnf(2, 3, standardize=True)),
     "partly with context": lambda: Flow(

@@ -45,9 +45,9 @@ def log_prob_in_chunks(
     instance where the first are outside of the support.
 
     If `log_prob` draws nothing, and the flow has no ODE or solves it in fixed steps, a row's
-    log-density depends on its chunk by rounding alone. An adaptive method takes the steps that the
-    worst row of a chunk needs, so the log-density depends on the other rows by about the tolerance;
-    ``flow.using(solver=ODESolver(method="rk4", steps=100))`` avoids this. The same generator and
+    log-density depends on its chunk by rounding alone. An adaptive method chooses its steps by the
+    mean square error of the rows of a chunk, so the log-density depends on the other rows, and an
+    outlier among many rows may be far off; `Flow.calibrate` avoids this. The same generator and
     the same chunks give the same random numbers.
 
     Args:

@@ -26,7 +26,7 @@ from cnf.vector_fields.conditioning import context_scalings
 
 GRID_STEPS = 100
 """Equal steps of "rk4" for a fitted density. With an adaptive method, the log-density of a row
-would depend on the worst row of its batch."""
+would depend on the other rows of its batch."""
 
 NOISES = 8
 """Number of draws of the dequantization noise of integers, to average the probability of a row."""

@@ -129,3 +129,10 @@ def test_without_data_it_stays_the_identity():
     fit(objective, None, TrainingConfig(steps=1, progress=False))
     flow.initialize(skewed(50))
     assert flow.transforms[0].scores[-1] == 3
+
+
+def test_the_density_integrates_to_one():
+    x = skewed(50)[:, :1]
+    points = torch.linspace(-40, 80, 400_001, dtype=torch.float64)
+    density = Flow([NormalScores.from_data(x)]).log_prob(points.unsqueeze(-1)).exp()
+    assert abs(torch.trapezoid(density, points) - 1) < 1e-6
