@@ -13,7 +13,7 @@ from cnf.objectives import MaximumLikelihood
 from cnf.training import StepReport, TrainingError
 
 RANK = int(os.environ.get("RANK", "0"))
-SOLVER = ODESolver(method="midpoint", steps=1, gradient="backprop")
+SOLVER = ODESolver(method="rk4", steps=2, gradient="backprop")
 
 
 def train(folder: Path | None, *, parts: int = 1, **settings: object) -> tuple[Flow, History]:
@@ -81,29 +81,14 @@ def killed(report: StepReport) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def killed_run(folder: Path) -> bool:
-    """Train in a child until it is killed, and join the others anew, as torchrun restarts."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            train(folder, callbacks=[killed])
-        finally:  # a child must not return to the caller
-            os._exit(1)
-    _, status = os.waitpid(pid, 0)
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"  # whose processes meet on their own
-    return os.WIFSIGNALED(status)
-
-
 def told(flow: Flow, history: History) -> dict[str, object]:
     """What a run ended with."""
     columns = {name: column for name, column in history.columns.items() if name != "seconds"}
     return {"flow": flow.state_dict(), "history": columns}
 
 
-def main(folder: Path) -> None:
-    """Train and be killed, resume, and tell what came of it in a file per rank."""
-    result: dict[str, object] = {"killed": killed_run(folder / "run")}
-    result["kept"] = sorted(path.name for path in (folder / "run").glob("checkpoint_*"))
+def main(what: str, folder: Path) -> None:
+    """Begin to train and be killed, or resume; and tell what came of it in a file per rank."""
     writes = 0
     fsync = os.fsync
 
@@ -113,17 +98,19 @@ def main(folder: Path) -> None:
         fsync(file)
 
     os.fsync = counted
-    result["resumed"] = told(*train(folder / "run"))
-    result |= told(*train(folder / "whole"))
-    result["writes"] = writes
+    if what == "killed":
+        train(folder / "run", callbacks=[killed])
+    resumed = told(*train(folder / "run"))
+    result = told(*train(folder / "whole"))
+    result |= {"resumed": resumed, "writes": writes}
     result["refusal"] = refusal(folder / "run")
     result["failure"] = failure()
     stopped = train(None, callbacks=[lambda report: report.step == 3])[1]
     result["steps until stopped"] = len(stopped.step)
-    torch.save(result, folder / f"told{RANK}")
+    torch.save(result, folder / f"{what}{RANK}")
 
 
 if __name__ == "__main__":
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    main(sys.argv[1], Path(sys.argv[2]))
