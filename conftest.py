@@ -25,7 +25,7 @@ def _shapes_alone(function: Any = None, *, typechecker: Callable[..., Any]) -> A
     return function
 
 
-jaxtyping.jaxtyped = _shapes_alone  # of which --jaxtyping-packages makes use
+jaxtyping.jaxtyped = _shapes_alone  # the option --jaxtyping-packages calls it by this name
 
 
 @pytest.fixture

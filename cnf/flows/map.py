@@ -132,8 +132,9 @@ class FlowMap(nn.Module):
         Each continuous transform gets a fixed-step solver with uneven `times`, in place: other
         flows that share the transform get it too. `log_prob` then solves every row on two grids
         and, where these differ, on finer ones, until the estimated error of the row is at most
-        `accuracy`: the result of a row does not depend on the others. The estimate is from the
-        change between two grids; few rows have an error a few times as large. All other methods
+        `accuracy`: the result of a row does not depend on the others, except within `accuracy` if
+        one of them overflows on the first two grids. The estimate is from the change between two
+        grids; few rows have an error a few times as large. All other methods
         take the grid as it is. Calibrate again when parameters have changed.
 
         Args:

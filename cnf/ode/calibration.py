@@ -1,6 +1,6 @@
 r"""Calibration: the times of the steps of a solve, chosen once, from rows.
 
-The error of a step at time t is measured on equal steps, each of which is compared with two of half
+The error of a step at time t is measured by equal steps: each is compared with two steps of half
 the size from the same states. In a method of order p it is proportional to :math:`h^{p+1}` for a
 step of size h, so steps in proportion to :math:`e(t)^{-1/(p+1)}` have equal errors. A tenth of the
 density of steps is uniform, for what these rows do not show. The number of steps is the one with
