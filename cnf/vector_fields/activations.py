@@ -43,12 +43,12 @@ def _tanh_value(a: Tensor) -> Tensor:
 
 def _tanh(a: Tensor) -> tuple[Tensor, Tensor]:
     value = _tanh_value(a)
-    return value, 1 - value * value
+    return value, torch.addcmul(value.new_ones(()), value, value, value=-1)
 
 
 def _sigmoid(a: Tensor) -> tuple[Tensor, Tensor]:
     value = a.sigmoid()
-    return value, value * (1 - value)
+    return value, torch.addcmul(value, value, value, value=-1)
 
 
 def _softplus_value(a: Tensor) -> Tensor:
@@ -61,7 +61,8 @@ def _softplus(a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _silu(a: Tensor) -> tuple[Tensor, Tensor]:
-    value, gate = functional.silu(a), a.sigmoid()
+    gate = a.sigmoid()
+    value = a * gate
     # gate + value * (1 - gate), without cancellation far out.
     return value, torch.lerp(value, value.new_ones(()), gate)
 

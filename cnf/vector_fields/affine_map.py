@@ -53,6 +53,11 @@ class AffineMap(NamedTuple):
         """Return the map of `x`, and its derivative."""
         return self.value(x), self.tangent
 
+    def rows(self, rows: slice) -> "AffineMap":
+        """Return the map of some rows of a batch ``(rows, in)``; they share the weight."""
+        gate = self.gate if self.gate is None else _of_rows(self.gate, rows)
+        return self._replace(gate=gate, bias=_of_rows(self.bias, rows))
+
     def _product(self, x: Tensor, offset: Tensor | None = None) -> Tensor:
         if self.weight.ndim == 2:
             return nn.functional.linear(x, self.weight, offset)
@@ -61,3 +66,7 @@ class AffineMap(NamedTuple):
 
     def _scaled(self, y: Tensor) -> Tensor:
         return y if self.gate is None else self.gate * y
+
+
+def _of_rows(values: Tensor, rows: slice) -> Tensor:
+    return values if values.ndim == 1 or len(values) == 1 else values[rows]

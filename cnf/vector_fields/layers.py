@@ -19,6 +19,19 @@ from cnf.vector_fields.affine_map import AffineMap
 from cnf.vector_fields.conditioning import beside
 
 
+class ConditionLinear(nn.Linear):
+    """Linear layer of time and context, which are one vector unless rows differ."""
+
+    def forward(self, conditions: Tensor) -> Tensor:
+        """Return the layer's value."""
+        if conditions.ndim > 1:
+            return super().forward(conditions)
+        # One operation; torch's own layer takes several, which cost more than the arithmetic.
+        if self.bias is None:
+            return torch.mv(self.weight, conditions)
+        return torch.addmv(self.bias, self.weight, conditions)
+
+
 class TimeLinear(nn.Module, ABC):
     """Linear layer conditioned on time and context.
 
@@ -72,21 +85,20 @@ class TimeLinear(nn.Module, ABC):
                 nn.init.zeros_(parameter)
 
     def _linear(self, inputs: int, *, bias: bool) -> nn.Linear:
-        return nn.Linear(inputs, self.linear.out_features, bias=bias)
+        return ConditionLinear(inputs, self.linear.out_features, bias=bias)
 
     @property
     def _gate_inputs(self) -> int:
         return 1 + (self.context_features if self.gate_context else 0)
 
-    def _gated(
-        self, t: Tensor, context: Tensor | None, gate: nn.Module, shift: Tensor
-    ) -> AffineMap:
-        """Return the map ``sigmoid(gate(t, c)) * (W x + b) + shift``."""
-        conditions = beside(t.unsqueeze(-1), context if self.gate_context else None)
-        factor = gate(conditions).sigmoid()
+    def _gated(self, gate: Tensor, shift: Tensor) -> AffineMap:
+        """Return the map ``sigmoid(gate) * (W x + b) + shift``."""
+        factor = gate.sigmoid()
         weight, offset = self.linear.weight, self.linear.bias
         if factor.ndim == 1:  # the same for each row: cheaper on the weight than on every row
-            return AffineMap(factor.unsqueeze(-1) * weight, None, factor * offset + shift)
+            return AffineMap(
+                factor.unsqueeze(-1) * weight, None, torch.addcmul(shift, factor, offset)
+            )
         return AffineMap(weight, factor, shift, offset)
 
 
@@ -125,9 +137,10 @@ class SquashLinear(TimeLinear):
 
     def forward(self, t: Times, context: Context | None) -> AffineMap:
         """Return the affine map at this time and context."""
-        shifted = context is not None and not self.gate_context
-        shift = self.shift(context) if shifted else torch.zeros_like(self.linear.bias)
-        return self._gated(t, context, self.gate, shift)
+        time = t.unsqueeze(-1)
+        if context is None or self.gate_context:
+            return self._gated(self.gate(beside(time, context)), torch.zeros_like(self.linear.bias))
+        return self._gated(self.gate(time), self.shift(context))
 
 
 class ConcatSquashLinear(TimeLinear):
@@ -142,7 +155,10 @@ class ConcatSquashLinear(TimeLinear):
 
     def forward(self, t: Times, context: Context | None) -> AffineMap:
         """Return the affine map at this time and context."""
-        return self._gated(t, context, self.gate, self.shift(beside(t.unsqueeze(-1), context)))
+        time = t.unsqueeze(-1)
+        conditions = beside(time, context)
+        gate = self.gate(conditions if self.gate_context else time)
+        return self._gated(gate, self.shift(conditions))
 
 
 class BlendLinear(TimeLinear):
@@ -180,8 +196,8 @@ class HyperLinear(TimeLinear):
 
     def _build(self) -> None:
         size = (self.linear.in_features + 1) * self.linear.out_features
-        self.hidden = nn.Linear(1, self._WIDTH)
-        self.change = nn.Linear(self._WIDTH, size, bias=False)
+        self.hidden = ConditionLinear(1, self._WIDTH)
+        self.change = ConditionLinear(self._WIDTH, size, bias=False)
         nn.init.zeros_(self.change.weight)
         if self.context_features:
             self.shift = self._linear(self.context_features, bias=False)
@@ -229,9 +245,9 @@ class FiLMLinear(TimeLinear):
     def _build(self) -> None:
         outputs = self.linear.out_features * (2 if self.gate_context else 1)
         self.network = nn.Sequential(
-            nn.Linear(1 + self.context_features, self._WIDTH),
+            ConditionLinear(1 + self.context_features, self._WIDTH),
             nn.SiLU(),
-            nn.Linear(self._WIDTH, outputs),
+            ConditionLinear(self._WIDTH, outputs),
         )
 
     def forward(self, t: Times, context: Context | None) -> AffineMap:

@@ -127,6 +127,8 @@ class MLPField(LayeredField):
 
     def _network(self, t: Tensor, context: Tensor | None) -> Perceptron:
         """Return the network at one time and context."""
-        conditions = waves_and_context(t, scaled_context(self, context), self.time_features)
+        if context is not None:
+            context = scaled_context(self, context)
+        conditions = waves_and_context(t, context, self.time_features)
         maps = [layer(t, conditions) for layer in self.layers]
         return Perceptron(maps, self._activations)

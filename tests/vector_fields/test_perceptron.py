@@ -160,6 +160,30 @@ def test_gradients_of_many_cotangents_at_once_are_those_of_each():
     torch.testing.assert_close(at_once, each, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("context_rows", [None, 0, 1, 1500])
+@pytest.mark.parametrize("layer", ["film", "squash"])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_many_rows_have_the_numbers_and_gradients_that_they_have_alone(depth, layer, context_rows):
+    field = mlp(
+        2, 0 if context_rows is None else 1, hidden_features=DEPTHS[depth], layer=layer
+    ).double()
+    t, x = torch.rand(()), torch.randn(1500, 2)
+    context = None if context_rows is None else torch.randn(*[context_rows] * bool(context_rows), 1)
+    (t, x, context), inputs = leaves(field, t, x, context)
+    found = torch.cat([part.flatten() for part in field.velocity_and_divergence(t, x, context)])
+
+    def part(rows):
+        own = context[rows] if context_rows == 1500 else context
+        return field.velocity_and_divergence(t, x[rows], own)
+
+    parts = zip(part(slice(0, 700)), part(slice(700, None)), strict=True)
+    alone = torch.cat([torch.cat(each).flatten() for each in parts])
+    torch.testing.assert_close(found, alone, rtol=1e-12, atol=1e-12)
+    weights = torch.randn_like(found)
+    together, apart = (gradients(values, weights, inputs) for values in (found, alone))
+    torch.testing.assert_close(together, apart, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_autocast_gives_bfloat16_near_the_numbers_of_float32(depth, activation):

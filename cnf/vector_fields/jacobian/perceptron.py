@@ -21,11 +21,16 @@ products of :math:`W_{n+1}^\top` and :math:`W_n`. They meet in the last layer bu
 tangents are carried if n > 3:
 
 .. math:: \mathrm{tr} J = d_{n-1}^\top \sum_p c_p \odot r_p
+
+**Blocks.** On a CPU, rows are taken in blocks whose values stay in its cache.
 """
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from cnf._shapes import Rows, Values
@@ -34,7 +39,7 @@ from cnf.vector_fields.affine_map import AffineMap
 from cnf.vector_fields.jacobian.autograd import standard_basis
 from cnf.vector_fields.staged import Activated, Stage, applied, linearised
 
-_FEATURES_AT_ONCE = 4
+_BLOCK_ROWS = 1024
 
 
 class Perceptron(NamedTuple):
@@ -62,11 +67,24 @@ class Perceptron(NamedTuple):
             basis = standard_basis(x)
             velocity, tangents = linearised(self.stages, x)
             return velocity, (basis * applied(tangents, basis)).sum(-1).sum(0)
+        on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_cpu and x.ndim == 2 and len(x) > max(_BLOCK_ROWS, 8 * x.shape[-1]):
+            return self._in_blocks(x)
         slopes = []
         for affine, activation in zip(hidden, self.activations, strict=True):
             x, slope = activation.value_and_slope(affine.value(x))
             slopes.append(slope if affine.gate is None else slope * affine.gate)
         return output.value(x), jacobian_trace([affine.weight for affine in self.maps], slopes)
+
+    def _in_blocks(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        blocks = math.ceil(len(x) / max(_BLOCK_ROWS, 8 * x.shape[-1]))
+        edges = [len(x) * i // blocks for i in range(blocks + 1)]
+        found = []
+        for rows in itertools.starmap(slice, itertools.pairwise(edges)):
+            own = self._replace(maps=[affine.rows(rows) for affine in self.maps])
+            found.append(own.velocity_and_divergence(x[rows]))
+        velocities, divergences = zip(*found, strict=True)
+        return torch.cat(velocities), torch.cat(divergences)
 
 
 def jacobian_trace(weights: Sequence[Tensor], slopes: Sequence[Tensor]) -> Values:
@@ -86,25 +104,13 @@ def jacobian_trace(weights: Sequence[Tensor], slopes: Sequence[Tensor]) -> Value
 
 
 def _trace_of_many_layers(weights: Sequence[Tensor], slopes: Sequence[Tensor]) -> Tensor:
-    """Return the trace for three hidden layers or more, as a sum over groups of features.
-
-    Without gradients, it holds the tangents and cotangents of one group at a time.
-    """
+    """Return the trace for three hidden layers or more, as a sum over features."""
     first, second, *between, before, last = weights
-    shares = []
-    for entries, exits in zip(
-        first.split(_FEATURES_AT_ONCE, -1), last.split(_FEATURES_AT_ONCE), strict=True
-    ):
-        tangents = _between_layers(slopes[0], entries, second.T)
+    meetings = slopes[0].new_zeros(())
+    for entry, exit_ in zip(first.unbind(-1), last.unbind(), strict=True):
+        tangents = slopes[0] @ (entry.unsqueeze(-1) * second.T)
         for slope, weight in zip(slopes[1:-2], between, strict=True):
-            tangents = (slope.unsqueeze(-2) * tangents) @ weight.T
-        cotangents = _between_layers(slopes[-1], exits.T, before)
-        shares.append(((tangents * cotangents).sum(-2) * slopes[-2]).sum(-1))
-    return sum(shares[1:], shares[0])
-
-
-def _between_layers(slopes: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Return ``left.T @ diag(slopes) @ right`` of each row, ``(*batch, features, width)``."""
-    outer_products = (left.unsqueeze(-1) * right.unsqueeze(-2)).flatten(-2)
-    product: Tensor = (slopes @ outer_products).unflatten(-1, (left.shape[-1], -1))
-    return product
+            tangents = (slope * tangents) @ weight.T
+        cotangents = slopes[-1] @ (exit_.unsqueeze(-1) * before)
+        meetings = torch.addcmul(meetings, tangents, cotangents)
+    return (slopes[-2] * meetings).sum(-1)
