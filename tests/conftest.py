@@ -47,14 +47,6 @@ def run_program(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return run
 
 
-@pytest.fixture(scope="module")
-def coarse_grid() -> Iterator[None]:
-    """Densities of tables are evaluated in fewer steps, where precision does not count."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cnf.tables.fit.GRID_STEPS", 6)
-        yield
-
-
 @pytest.fixture
 def coarse_integral(monkeypatch: pytest.MonkeyPatch) -> None:
     """`certify` integrates a density over fewer points, where precision does not count."""

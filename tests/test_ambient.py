@@ -9,7 +9,7 @@ from cnf import CNF, ODESolver, Standardize, TrainingConfig, certify, fit, load,
 from cnf.tables.estimator import CNFDensity
 from cnf.tables.fit import DensitySettings, TableRows, fit_density
 
-pytestmark = [pytest.mark.usefixtures("coarse_grid", "shapes_unchecked")]
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def default_dtype(dtype):
         torch.set_default_dtype(before)
 
 
-SMALL = {"matching_steps": 3, "likelihood_steps": 1, "hidden_features": (8, 8)}
+SMALL = {"matching_steps": 3, "likelihood_steps": 1, "hidden_features": (8, 8), "accuracy": 0.1}
 AMBIENTS = {
     "no grad": torch.no_grad,
     "inference mode": torch.inference_mode,
@@ -95,7 +95,7 @@ def certifying(folder):
     params=[estimator, density, training, loading, certifying],
     ids=lambda f: f.__name__,
 )
-def call_and_values(request, coarse_grid, tmp_path_factory):
+def call_and_values(request, tmp_path_factory):
     """A call, and its numbers in the usual surroundings."""
     with default_dtype(torch.float32):
         return request.param, request.param(tmp_path_factory.mktemp("usual"))[1]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Generator, Tensor
 
+from cnf.bases import Base, StandardNormal
 from cnf.ode import ODESolver, RightHandSide, State
 from cnf.ode.calibration import calibrated
 from cnf.ode.compiled_steps import FieldSteps
@@ -62,10 +63,9 @@ def calibrate(
     """Choose the times of each continuous transform in a chain, nested ones too.
 
     Raises:
-        ValueError: If there is none, or the error of a solve is not the error of the log-density.
+        ValueError: If an ODE is not solved from data to base.
         ODEError: If the accuracy is out of reach.
     """
-    _refuse_other_ends(chain)
     solvers: dict[ContinuousTransform, _CalibratingSolver] = {}
 
     def listening(part: ContinuousTransform) -> ContinuousTransform:
@@ -88,16 +88,26 @@ def calibrate(
         part.solver = solver.found[0]
 
 
-def _refuse_other_ends(chain: Chain) -> None:
-    """Refuse transforms behind an ODE that change what an error of its end is worth."""
+def obstacle_to_calibration(chain: Chain, base: Base) -> str | None:
+    """Return why the error of the end of an ODE is not the error of the log-density, or None."""
+    if not isinstance(base, StandardNormal):
+        return (
+            "calibrate estimates errors at a StandardNormal base; got "
+            f"{type(base).__name__}. Choose a solver by hand, with using(solver=...)."
+        )
     ode = False
     for part in chain:
         if ode and not isinstance(part, ContinuousTransform | FactorOut | Permute | Squeeze):
-            raise ValueError(
+            return (
                 "calibrate takes the end of an ODE for a point of a standard normal base; behind "
                 f"it there is {type(part).__name__}. Put it before the ODE, or choose solvers by "
                 "hand, with using(solver=...)."
             )
         ode = ode or any(isinstance(inner, ContinuousTransform) for inner in part.modules())
-    if not ode:
-        raise ValueError("flow must have a ContinuousTransform to calibrate; got none.")
+    return None if ode else "flow must have a ContinuousTransform to calibrate; got none."
+
+
+def has_solver_by_hand(chain: Chain) -> bool:
+    """Return whether a solver is neither the default one nor from a calibration."""
+    solvers = [part.solver for part in chain.modules() if isinstance(part, ContinuousTransform)]
+    return any(solver.accuracy is None and solver != ODESolver() for solver in solvers)

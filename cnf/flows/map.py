@@ -23,9 +23,9 @@ from cnf._checks import (
     tensors_of,
 )
 from cnf._shapes import BaseRows, Context, Events
-from cnf.bases import Base, StandardNormal
+from cnf.bases import Base
 from cnf.divergence import Divergence
-from cnf.flows.calibration import calibrate
+from cnf.flows.calibration import calibrate, obstacle_to_calibration
 from cnf.flows.trajectory import check_times, follow
 from cnf.ode import ODESolver
 from cnf.regularizers import CostRate
@@ -35,7 +35,7 @@ from cnf.transforms.continuous import map_continuous
 from cnf.vector_fields import VectorField
 from cnf.vector_fields.compiled import Compilation
 
-_ROWS = 512
+_ROWS = 256
 """Most rows for a calibration."""
 
 AnyMap = TypeVar("AnyMap", bound="FlowMap")
@@ -138,9 +138,10 @@ class FlowMap(nn.Module):
         take the grid as it is. Calibrate again when parameters have changed.
 
         Args:
-            x: Rows such as the training rows; 512 of them are used, evenly from first to last.
+            x: Rows such as the training rows; 256 of them are used, evenly from first to last.
             context: Context of a conditional flow.
-            accuracy: Largest estimated error of a log-density, in nats, for each ODE.
+            accuracy: Largest estimated error of a log-density, in nats, for each ODE; for rows that
+                end far out at the base, the error may be in proportion to the log-density.
             generator: Source of random numbers of transforms and estimates.
 
         Raises:
@@ -149,11 +150,8 @@ class FlowMap(nn.Module):
             ODEError: If the accuracy is out of reach.
         """
         accuracy = check_number("accuracy", accuracy, "positive and finite", is_positive)
-        if not isinstance(self.base, StandardNormal):
-            raise ValueError(
-                "calibrate estimates errors at a StandardNormal base; got "
-                f"{type(self.base).__name__}. Choose a solver by hand, with using(solver=...)."
-            )
+        if obstacle := obstacle_to_calibration(self.transforms, self.base):
+            raise ValueError(obstacle)
         x = self._validate("x", x, context, generator)
         if x.numel() == 0:
             raise ValueError(f"x must have at least one row; got shape {tuple(x.shape)}.")

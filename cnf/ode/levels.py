@@ -10,7 +10,8 @@ The error in nats of the log-density of a row is estimated from two levels as
 
 where :math:`|z| |\Delta z|` is the change of a standard normal log-density at z. The change of a
 method of fourth order is about 15 times its error at the finer level; the factor 2 leaves a margin
-where steps are too coarse for this.
+where steps are too coarse for this. A row that ends at more than ten standard deviations may have
+an error in proportion to its log-density, :math:`-|z|^2 / 2`.
 """
 
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from cnf.ode.monitor import ODEError, State
 from cnf.ode.solver import ODESolver
 
 SAFETY = 2.0
+_FAR = 10.0
+"""Standard deviations from 0 at the base up to which the error of a row is absolute."""
 _ROUNDING = 16
 """Rounding errors of the numbers of a row that no finer steps remove."""
 
@@ -77,7 +80,8 @@ def is_unsettled(coarse: State, fine: State, accuracy: float | None) -> Tensor:
     """Return the mask of the rows that need finer steps."""
     size = fine[0].norm(dim=-1)
     rounding = _ROUNDING * torch.finfo(size.dtype).eps * (1 + fine[1].abs() + size.square())
-    limit = rounding.clamp(min=SAFETY * (accuracy or 0.0))
+    excess = size.square() / (_FAR**2 * fine[0].shape[-1])
+    limit = torch.maximum(rounding, SAFETY * (accuracy or 0.0) * excess.clamp(min=1.0))
     return torch.gt(log_density_change(coarse, fine), limit)
 
 

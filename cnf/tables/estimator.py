@@ -37,8 +37,8 @@ _LEAST_ROWS = 2  # for a standard deviation
 class CNFDensity(DensityMixin, BaseEstimator):
     """Density estimation by a continuous normalizing flow, with `KernelDensity`'s interface.
 
-    Columns are standardised. Log-densities are in nats, computed in float64 on a fixed grid of
-    times (`cnf.tables.fit.GRID_STEPS`), so the score of a row does not depend on the other rows.
+    Columns are standardised. Log-densities are in nats, computed in float64 by steps that are as
+    fine as the `accuracy` of each row needs, so the score of a row does not depend on the others.
 
     Args:
         matching_steps: Steps of flow matching of each `fit`; None for a number that depends on the
@@ -50,6 +50,7 @@ class CNFDensity(DensityMixin, BaseEstimator):
         hidden_features: Widths of the hidden layers of the network.
         validation_fraction: Fraction of the rows held out for validation, to keep the best weights.
             With 0, or too few rows, the last weights are kept.
+        accuracy: Accuracy of the log-density of each row, in nats.
         random_state: Seed, `RandomState` or None (numpy's global one), of the held-out rows, the
             initial weights and the training.
         verbose: Whether to show a progress bar.
@@ -74,7 +75,7 @@ class CNFDensity(DensityMixin, BaseEstimator):
         (10, 2)
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - scikit-learn wants every setting as an argument
         self,
         *,
         matching_steps: int | None = DensitySettings.matching_steps,
@@ -83,6 +84,7 @@ class CNFDensity(DensityMixin, BaseEstimator):
         learning_rate: float = DensitySettings.learning_rate,
         hidden_features: Sequence[int] = DensitySettings.hidden_features,
         validation_fraction: float = DensitySettings.validation_fraction,
+        accuracy: float = DensitySettings.accuracy,
         random_state: int | RandomState | None = None,
         verbose: bool = False,
     ) -> None:
@@ -92,6 +94,7 @@ class CNFDensity(DensityMixin, BaseEstimator):
         self.learning_rate = learning_rate
         self.hidden_features = hidden_features
         self.validation_fraction = validation_fraction
+        self.accuracy = accuracy
         self.random_state = random_state
         self.verbose = verbose
 

@@ -13,20 +13,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cnf._building import Building
-from cnf._checks import check_count, check_number, rows_inside
+from cnf._checks import check_count, check_number, is_positive, rows_inside
+from cnf._warnings import warn
 from cnf.flows.chunks import in_chunks, sample_in_chunks
 from cnf.flows.cnf import CNF
 from cnf.flows.flow import Flow
-from cnf.ode import ODESolver
+from cnf.ode import ODEError, ODESolver
 from cnf.tables.integer_columns import fixed_noise, split_off_noise
 from cnf.training import History, Recipe, TrainingConfig, fit
+from cnf.training.initialization import by_weight
 from cnf.transforms import Standardize, Transform, Unconstrain
 from cnf.vector_fields import MLPField
 from cnf.vector_fields.conditioning import context_scalings
 
 GRID_STEPS = 100
-"""Equal steps of "rk4" for a fitted density. With an adaptive method, the log-density of a row
-would depend on the other rows of its batch."""
+"""Equal steps of "rk4" for a density that cannot be calibrated. With an adaptive method, the
+log-density of a row would depend on the other rows of its batch."""
 
 NOISES = 8
 """Number of draws of the dequantization noise of integers, to average the probability of a row."""
@@ -52,6 +54,9 @@ class DensitySettings(Recipe):
     validation_fraction: float = 0.1
     """Fraction of the rows held out for validation, to keep the best weights; with 0 the last
     weights are kept."""
+    accuracy: float = 1e-3
+    """Accuracy of the log-density of each row, in nats, for which `Flow.calibrate` chooses the
+    steps of the solves after training."""
     seed: int = Recipe.seed
     """Seed of the held-out rows, the initial weights and the training."""
 
@@ -69,6 +74,7 @@ class DensitySettings(Recipe):
         check_number(
             "validation_fraction", self.validation_fraction, "in [0, 1)", lambda part: 0 <= part < 1
         )
+        check_number("accuracy", self.accuracy, "positive and finite", is_positive)
 
 
 class TableRows(NamedTuple):
@@ -119,8 +125,8 @@ def fit_density(
         progress: Whether to show a progress bar.
 
     Returns:
-        The flow, in float64 and solved in `GRID_STEPS` steps, and the history, with losses of the
-        transformed rows. Torch's global random state does not change.
+        The flow, in float64 and calibrated for the training rows, and the history, with losses of
+        the transformed rows. Torch's global random state does not change.
 
     Raises:
         ValueError: If the rows do not fit the transforms.
@@ -150,7 +156,9 @@ def fit_density(
     flow = Flow([*transforms, *continuous])
     for scaling in context_scalings(flow):
         scaling.initialize(rows.context, rows.weight)
-    return flow, _train(flow, rows, validation, settings.phases(len(rows.x), progress=progress))
+    history = _train(flow, rows, validation, settings.phases(len(rows.x), progress=progress))
+    _calibrate(flow, rows, settings.accuracy)
+    return flow, history
 
 
 @torch.inference_mode(False)
@@ -174,7 +182,19 @@ def continue_density(
         )
     flow = deepcopy(flow)
     likelihood = settings.phases(len(rows.x), progress=progress)[-1:]
-    return flow, _train(flow, rows, validation, likelihood)
+    history = _train(flow, rows, validation, likelihood)
+    _calibrate(flow, rows, settings.accuracy)
+    return flow, history
+
+
+def _calibrate(flow: Flow, rows: TableRows, accuracy: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    if rows.weight is not None:
+        rows = rows.take(by_weight(rows.weight, len(rows.x)))
+    try:
+        flow.calibrate(rows.x, rows.context, accuracy=accuracy, generator=generator)
+    except ODEError as error:
+        warn(f"log-densities are computed in the steps of {flow.only_ode.solver}: {error}")
 
 
 def _train(
@@ -203,7 +223,7 @@ def _train(
         scaling.set(torch.zeros_like(scaling.mean), torch.ones_like(scaling.mean))
     learnt.float()  # also the network of `flow`, which shares its parameters
     try:
-        return fit(learnt, training, phases, validation=held_out)
+        return fit(learnt, training, phases, validation=held_out, accuracy=None)
     finally:
         learnt.double()
         for scaling, (mean, log_std) in zip(scalings, moments, strict=True):

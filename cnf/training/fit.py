@@ -6,15 +6,25 @@ from numbers import Real
 import numpy as np
 import torch
 
-from cnf._checks import check_flag, check_number, check_trainable, check_type, reference_tensor
+from cnf._checks import (
+    check_flag,
+    check_number,
+    check_trainable,
+    check_type,
+    is_positive,
+    reference_tensor,
+)
+from cnf._warnings import warn
+from cnf.flows.calibration import has_solver_by_hand, obstacle_to_calibration
 from cnf.flows.flow import Flow
 from cnf.objectives import Objective
+from cnf.ode import ODEError
 from cnf.training.checkpoint import Checkpoints
 from cnf.training.config import TrainingConfig
 from cnf.training.data import Data, TrainingData, as_rows, hold_out
 from cnf.training.distributed import Processes
 from cnf.training.history import Callback, History
-from cnf.training.initialization import check_sample, initialize, sample_of
+from cnf.training.initialization import Sample, check_sample, initialize, sample_of
 from cnf.training.phases import check_plan, flow_of, make_plan, rows_for, usual_phases
 from cnf.training.run import Run
 
@@ -28,6 +38,7 @@ def fit(
     checkpoints: Checkpoints | None = None,
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
+    accuracy: float | None = 1e-3,
 ) -> History:
     """Train a flow in place, from its present weights.
 
@@ -57,6 +68,9 @@ def fit(
             once. Settings, flow and all data must be the same; only the number of rows is compared
             for a `Dataset` other than `NpyRows`, `TensorDataset` and a `StackDataset` of these.
         callbacks: Called after each step; see `Callback`.
+        accuracy: Accuracy of `log_prob` in nats, for which `Flow.calibrate` chooses the steps of
+            the solves after training, from training rows. Solvers other than the default one, and
+            a flow that cannot be calibrated, stay as they are; None for all flows.
 
     Returns:
         The history of the run.
@@ -83,6 +97,8 @@ def fit(
         raise TypeError("callbacks must be a sequence; put the single callback in brackets.")
     if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
         raise TypeError(f"callbacks must be a list of callables; got {callbacks!r}.")
+    if accuracy is not None:
+        accuracy = check_number("accuracy", accuracy, "positive and finite", is_positive)
     flow = flow_of(objective)
     with torch.inference_mode(False), torch.enable_grad():
         check_trainable("objective", objective)
@@ -103,7 +119,25 @@ def fit(
             run.keep_in(checkpoints, resume=resume)
         initialize(flow, sample)
         run.go()
+    if accuracy is not None:
+        _calibrate(flow, sample, accuracy)
     return run.history
+
+
+def _calibrate(flow: Flow, sample: Sample, accuracy: float) -> None:
+    """Calibrate a flow for training rows, if its solvers are the default ones."""
+    transforms = flow.transforms
+    if (
+        sample.x is None
+        or has_solver_by_hand(transforms)
+        or obstacle_to_calibration(transforms, flow.base)
+    ):
+        return
+    generator = torch.Generator(sample.x.device).manual_seed(0)
+    try:
+        flow.calibrate(sample.x, sample.context, accuracy=accuracy, generator=generator)
+    except (ODEError, ValueError) as error:
+        warn(f"the flow keeps its solver after training: {error}")
 
 
 def _split(

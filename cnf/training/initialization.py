@@ -44,10 +44,15 @@ def sample_of(rows: TrainingData | None) -> Sample:
             f"the weights of {rows.name} must not be nearly all in a single row; one has "
             f"{share:.4%} of the total, and the best density of a single row is infinite at it."
         )
-    passed = weight.to("cpu", torch.float64).cumsum(0)
-    places = passed[-1] * (torch.arange(_ROWS, dtype=torch.float64) + 0.5) / _ROWS
-    index = torch.searchsorted(passed, places).clamp(max=len(weight) - 1).to(weight.device)
+    index = by_weight(weight, _ROWS)
     return Sample(x[index], None if context is None else context[index], rows=x[index.unique()])
+
+
+def by_weight(weight: Tensor, count: int) -> Tensor:
+    """Return the indices of so many rows, evenly from first to last, each as often as it counts."""
+    passed = weight.to("cpu", torch.float64).cumsum(0)
+    places = passed[-1] * (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    return torch.searchsorted(passed, places).clamp(max=len(weight) - 1).to(weight.device)
 
 
 def initialize(flow: Flow, sample: Sample) -> None:

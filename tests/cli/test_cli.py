@@ -18,9 +18,12 @@ from cnf import Flow, History, TrainingError, load
 from cnf.cli.main import main
 from cnf.data.table_files import read_table, write_table
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("coarse_grid")]
+pytestmark = pytest.mark.slow
 
-SMALL = ["--matching-steps", "3", "--likelihood-steps", "1", "--hidden-features", "8", "8"]
+SMALL = [
+    *("--matching-steps", "3", "--likelihood-steps", "1"),
+    *("--hidden-features", "8", "8", "--accuracy", "0.1"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -277,7 +280,6 @@ def test_certify_prints_the_report(folder, capsys):
 
 
 def test_certify_fails_for_a_model_that_is_not_to_be_trusted(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("cnf.tables.fit.GRID_STEPS", 1)
     wild = [
         "--matching-steps",
         "0",

@@ -262,7 +262,7 @@ def test_what_cannot_be_calibrated_is_refused():
         Flow([ContinuousTransform(mlp())], TorchBase(normal)).calibrate(torch.zeros(3, 2))
     with pytest.raises(ValueError, match="solved the other way"):
         Flow([Inverse(ContinuousTransform(mlp()))]).calibrate(torch.zeros(3, 2))
-    with pytest.raises(ValueError, match="max_evaluations must be at least 512"):
+    with pytest.raises(ValueError, match="max_evaluations must be at least 256"):
         rough(solver=ODESolver(max_evaluations=100)).calibrate(torch.randn(3, 2))
     flow = rough()
     x, _ = rows(flow)

@@ -22,13 +22,14 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from cnf.data.degeneracy import DegenerateDataWarning
 from cnf.tables.estimator import CNFDensity
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("coarse_grid")]
+pytestmark = pytest.mark.slow
 
 SMALL = {
     "matching_steps": 4,
     "likelihood_steps": 1,
     "hidden_features": (8, 8),
     "validation_fraction": 0.0,  # a validation takes longer than a step
+    "accuracy": 0.1,
     "random_state": 0,
 }
 FAST = {"matching_steps": 150, "learning_rate": 0.04, "validation_fraction": 0.1}
@@ -88,8 +89,7 @@ def test_a_row_is_scored_alone(model):
     assert model.score(x) == pytest.approx(together.sum())
 
 
-def test_the_density_integrates_to_one(rows, monkeypatch):
-    monkeypatch.setattr("cnf.tables.fit.GRID_STEPS", 16)
+def test_the_density_integrates_to_one(rows):
     model = CNFDensity(**SMALL).fit(rows[:, :1])
     grid = np.linspace(-20, 26, 4001)
     density = np.exp(model.score_samples(grid[:, None]))
@@ -215,8 +215,7 @@ def test_a_grid_search_finds_the_better_of_two(rows):
     assert search.best_estimator_.score_samples(rows).shape == (60,)
 
 
-def test_processes_of_joblib_agree_with_this_one(rows, monkeypatch):
-    monkeypatch.setattr("cnf.tables.fit.GRID_STEPS", 100)  # as in a process where nothing is set
+def test_processes_of_joblib_agree_with_this_one(rows):
     arguments = {"cv": 2, "error_score": "raise"}
     here = cross_val_score(CNFDensity(**SMALL), rows, **arguments)
     there = cross_val_score(CNFDensity(**SMALL), rows, n_jobs=2, **arguments)

@@ -8,7 +8,6 @@ import torch
 
 from cnf import Flow, ODESolver, Standardize, load, save
 from cnf.tables.fit import (
-    GRID_STEPS,
     DensitySettings,
     TableRows,
     continue_density,
@@ -32,6 +31,7 @@ def settings(**changes):
             "likelihood_steps": 2,
             "hidden_features": (16, 16),
             "validation_fraction": 0.0,
+            "accuracy": 0.1,
             **changes,
         }
     )
@@ -68,7 +68,6 @@ def test_large_numbers_that_differ_little_keep_their_digits():
 
 def test_digits_are_kept_beside_whole_numbers_and_in_them(monkeypatch):
     """As above, where noise must be drawn anew at each step."""
-    monkeypatch.setattr("cnf.tables.fit.GRID_STEPS", 20)
     x, counts = torch.randn(200, 1), torch.poisson(3 * torch.ones(200, 1))
     near = 1 - 1e-9 * torch.rand(200, 1)
     columns = ["real", "integer", ("interval", 0, 1)]
@@ -97,7 +96,6 @@ def test_a_transform_that_learns_is_trained():
 
 def test_the_noise_of_a_row_is_its_own(monkeypatch):
     """Alone, among others, in other chunks, beside rows outside of the support."""
-    monkeypatch.setattr("cnf.tables.fit.GRID_STEPS", 5)
     x = torch.poisson(3 * torch.ones(20, 2)) + torch.tensor([0.0, 0.5])
     transforms = transforms_for(x, ["integer", "real"])
     flow, _ = fit_density(transforms, TableRows(x), settings=settings())
@@ -109,10 +107,10 @@ def test_the_noise_of_a_row_is_its_own(monkeypatch):
 
 
 def test_a_probability_of_whole_numbers_is_nearly_the_integral_over_their_cells(monkeypatch):
-    monkeypatch.setattr("cnf.tables.fit.GRID_STEPS", 20)
     counts = torch.poisson(3 * torch.ones(300, 1))
     transforms = transforms_for(counts, ["integer"])
-    flow, _ = fit_density(transforms, TableRows(counts), settings=settings(**FAST))
+    settled = settings(**FAST, accuracy=1e-2)
+    flow, _ = fit_density(transforms, TableRows(counts), settings=settled)
     all_counts = torch.arange(-10.0, 30.0)[:, None]
     assert float(log_prob(flow, TableRows(all_counts)).exp().sum()) == pytest.approx(1, abs=0.01)
     draws = flow.log_prob(all_counts[10:18], importance_samples=500)
@@ -123,7 +121,7 @@ def test_a_probability_of_whole_numbers_is_nearly_the_integral_over_their_cells(
 
 def test_the_flow_is_double_and_on_the_grid_and_can_be_saved(tmp_path):
     flow = fitted(torch.randn(50, 2))
-    assert flow.chain[-1].solver == ODESolver(method="rk4", steps=GRID_STEPS)
+    assert flow.accuracy == 0.1
     tensors = flow.state_dict().values()
     assert {t.dtype for t in tensors if t.is_floating_point()} == {torch.float64}
     save(flow, tmp_path / "flow.safetensors")
@@ -131,17 +129,18 @@ def test_the_flow_is_double_and_on_the_grid_and_can_be_saved(tmp_path):
     assert torch.equal(load(tmp_path / "flow.safetensors").log_prob(x), flow.log_prob(x))
 
 
-def test_the_grid_is_fine_enough():
+def test_log_densities_are_as_accurate_as_asked_for():
     """Against an adaptive method of tolerance 1e-9, on a density with sharp edges."""
     x = torch.rand(1000, 2).round(decimals=1) + 0.02 * torch.randn(1000, 2)
-    flow = fitted(x, matching_steps=300, learning_rate=4e-3, hidden_features=(64, 64))
+    flow = fitted(
+        x, matching_steps=300, learning_rate=4e-3, hidden_features=(64, 64), accuracy=1e-4
+    )
     exact = flow.using(solver=ODESolver(rtol=1e-9, atol=1e-9))
     rows = TableRows(x[:100])
     torch.testing.assert_close(log_prob(flow, rows), log_prob(exact, rows), rtol=0, atol=1e-4)
 
 
 def test_chunks_change_nothing(monkeypatch):
-    monkeypatch.setattr("cnf.tables.fit.GRID_STEPS", 20)
     flow = fitted(torch.randn(50, 2))
     x, z = torch.randn(23, 2), sample(flow, 23, seed=1)
     whole = log_prob(flow, TableRows(x))
@@ -152,7 +151,6 @@ def test_chunks_change_nothing(monkeypatch):
 
 
 def test_a_conditional_density_follows_its_context(monkeypatch):
-    monkeypatch.setattr("cnf.tables.fit.GRID_STEPS", 20)
     context = torch.randn(300, 1)
     x = context + 0.1 * torch.randn(300, 1)
     flow, _ = fit_density(
@@ -167,7 +165,6 @@ def test_a_conditional_density_follows_its_context(monkeypatch):
 
 def test_weights_say_how_often_a_row_counts(monkeypatch):
     """The mean of the samples is the weighted mean of the rows."""
-    monkeypatch.setattr("cnf.tables.fit.GRID_STEPS", 20)
     x = torch.cat([torch.randn(100, 1) - 1, torch.randn(200, 1) + 1])
     weight = torch.cat([torch.full((100,), 18.0), torch.full((200,), 1.0)])
     mean = sample(fitted(x, weight, matching_steps=400), 1000, seed=0).mean()
@@ -220,7 +217,6 @@ def test_the_global_random_state_is_left_alone():
 
 
 def test_the_seed_decides(monkeypatch):
-    monkeypatch.setattr("cnf.tables.fit.GRID_STEPS", 20)
     x = torch.randn(50, 2)
     assert torch.equal(fitted(x, seed=3).log_prob(x), fitted(x, seed=3).log_prob(x))
     assert not torch.equal(fitted(x, seed=3).log_prob(x), fitted(x, seed=4).log_prob(x))
