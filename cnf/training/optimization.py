@@ -65,8 +65,9 @@ class Optimization:
                 if not name.startswith("_"):
                     told[f"{name} of the scheduler"] = value
         # Versions of torch differ in settings that are switched off.
-        on = {name: value for name, value in told.items() if value is not None}
-        return {name: value for name, value in on.items() if value is not False}
+        return {
+            name: value for name, value in told.items() if value is not None and value is not False
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states of the optimiser and, if there is one, the scheduler."""
