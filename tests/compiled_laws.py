@@ -28,7 +28,7 @@ from cnf import (
     save,
 )
 from cnf.regularizers import jacobian_frobenius, kinetic_energy
-from cnf.training.ema import Average
+from cnf.training.optimization import Average
 from cnf.transforms import ActNorm, ContinuousTransform
 from cnf.vector_fields import LinearField
 

@@ -43,12 +43,14 @@ NUMBERS = {
     "sigma": SmoothedPath,
     "learning_rate": lambda value: TrainingConfig(learning_rate=value),
     "gradient_clip": lambda value: TrainingConfig(gradient_clip=value),
+    "weight_decay": lambda value: TrainingConfig(weight_decay=value),
+    "max_seconds": lambda value: TrainingConfig(max_seconds=value),
     "ema": lambda value: TrainingConfig(ema=value),
     "random_end_time": lambda value: MaximumLikelihood(cnf(), random_end_time=value),
     "regularizers": lambda value: MaximumLikelihood(cnf(), {kinetic_energy: value}),
     "validation_fraction": lambda value: DensitySettings(validation_fraction=value),
 }
-OPTIONAL = ("first_step", "frequency", "gradient_clip", "ema")
+OPTIONAL = ("first_step", "frequency", "gradient_clip", "max_seconds", "ema")
 
 
 @pytest.mark.parametrize("name", NUMBERS)

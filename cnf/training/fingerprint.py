@@ -15,6 +15,7 @@ from cnf.data.memmap import NpyRows
 from cnf.flows.flow import Flow
 from cnf.training.data import DatasetRows, PartOfRows, TrainingData
 from cnf.training.distributed import Processes
+from cnf.training.optimization import Optimization
 from cnf.training.phases import Plan
 from cnf.transforms import Chain
 
@@ -23,6 +24,8 @@ _ONCE_HASHED = 1000
 _DIFFERENCES_NAMED = 5
 _FREE = ("progress", "accumulation_steps")
 """Settings that may change when a run resumes; the number of parts of a minibatch may not."""
+_LATER = ("optimizer", "weight_decay", "max_seconds")
+"""Settings that runs of older versions, which resume here, do not have: named unless default."""
 _NEW_NAMES = {
     "accumulate times": "accumulation_steps times",
     "control=": "error_norm=",
@@ -49,8 +52,11 @@ def fingerprint(
         parts = str(config.accumulation_steps * processes.count)
         told[f"parts of a minibatch (accumulation_steps times processes) in phase {number}"] = parts
         for field in dataclasses.fields(config):
-            if field.name not in _FREE:
-                told[f"{field.name} of phase {number}"] = _stable(getattr(config, field.name))
+            value = getattr(config, field.name)
+            if field.name not in _FREE and not (field.name in _LATER and value == field.default):
+                told[f"{field.name} of phase {number}"] = _stable(value)
+        for name, value in Optimization(objective, config).settings().items():
+            told[f"{name} of phase {number}"] = _stable(value)
     for name, data in (("data", rows), ("validation", validation)):
         told[name] = "none" if data is None else _describe(data)
     for path, part in flow.named_modules():

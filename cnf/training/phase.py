@@ -1,6 +1,7 @@
 """Phase of training: optimiser, steps and state."""
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +16,9 @@ from cnf.training.checkpoint import check_form
 from cnf.training.config import TrainingConfig
 from cnf.training.data import Batch, TrainingData
 from cnf.training.distributed import Processes
-from cnf.training.ema import Average
+from cnf.training.optimization import Average, Optimization
 from cnf.training.sampling import MinibatchSampler, draws
 from cnf.vector_fields import count_evaluations
-
-_WARM_UP = 0.02
 
 
 @dataclass(eq=False)
@@ -34,14 +33,16 @@ class Phase:
     processes: Processes
     step: int = 0
     stale_validations: int = 0
+    seconds: float = 0.0
+    """Time from the beginning to the end of the last step, if there is a time budget."""
 
     def __post_init__(self) -> None:
         config = self.config
         self.good = copy_of_tensors(self.objective)
         self._parameters = list(self.objective.parameters())
         self._now = list(self.objective.state_dict().values())
-        # One call for all weights: one for each would take a third of a step of flow matching.
-        self.optimizer = torch.optim.Adam(self._parameters, lr=config.learning_rate, fused=True)
+        self._started = time.perf_counter()
+        self.optimization = Optimization(self.objective, config)
         self.averaged = None if config.ema is None else Average(self.flow, config.ema)
         self.sampler = None
         if self.rows is not None:
@@ -63,12 +64,22 @@ class Phase:
     @property
     def is_over(self) -> bool:
         """Whether the phase has taken its last step."""
-        return self.step >= self.config.steps or self.is_out_of_patience
+        return self._is_spent or self.is_out_of_patience
 
     @property
     def is_validated(self) -> bool:
         """Whether a validation is due after the last step."""
-        return self.step % self.config.validate_every == 0 or self.step == self.config.steps
+        return self.step % self.config.validate_every == 0 or self._is_spent
+
+    @property
+    def _is_spent(self) -> bool:
+        """Whether all steps are taken, or the time budget is spent."""
+        return self.step >= self.config.steps or self._part_of_time >= 1
+
+    @property
+    def _part_of_time(self) -> float:
+        """Spent part of the time budget; 0 without a budget."""
+        return self.seconds / (self.config.max_seconds or math.inf)
 
     def advance(self) -> dict[str, Any]:
         """Take one step; its initial weights become `good` if loss and gradient are finite.
@@ -77,19 +88,19 @@ class Phase:
             NotFiniteError: If the loss or its gradient is not finite.
             ODEError: If a solve fails.
         """
+        done = max(self.step, self._part_of_time * self.config.steps)
         self.step += 1
-        self.optimizer.zero_grad()
+        self.optimization.optimizer.zero_grad()
         loss, nfe = self.processes.sums(self._gradients)
         self.processes.add_gradients(self._parameters)
         norm = nn.utils.clip_grad_norm_(self._parameters, self.config.gradient_clip or math.inf)
         check_finite("norm of the gradient", norm.item())
         torch._foreach_copy_(list(self.good.values()), self._now)
-        rate = self.config.learning_rate * self._schedule()
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+        rate = self.optimization.step(done)
         if self.averaged is not None:
             self.averaged.update()
+        if self.config.max_seconds is not None:  # by one clock: all processes stop at the same step
+            self.seconds = self.processes.from_first(lambda: time.perf_counter() - self._started)
         return {"loss": loss, "learning_rate": rate, "nfe": int(nfe)}
 
     def fall_back(self) -> None:
@@ -103,29 +114,22 @@ class Phase:
             "step": self.step,
             "stale_validations": self.stale_validations,
             "good": self.good,
-            "optimizer": self.optimizer.state_dict(),
             "averaged": None if self.averaged is None else self.averaged.state_dict(),
+            **self.optimization.state_dict(),
+            **({} if self.config.max_seconds is None else {"seconds": self.seconds}),
         }
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Refuse a state that `state_dict` cannot have returned."""
         expected = self.state_dict()
-        optimizer = expected.pop("optimizer")
-        check_form("its phase", {**state, "optimizer": None}, {**expected, "optimizer": None})
+        apart = dict.fromkeys(self.optimization.state_dict())
+        check_form("its phase", {**state, **apart}, {**expected, **apart})
         if not 0 <= state["step"] <= self.config.steps or state["stale_validations"] < 0:
             raise ValueError(f"its step must be from 0 to {self.config.steps}; got {state['step']}")
-        count = torch.zeros((), dtype=torch.float32)
-        moments = {
-            i: {"step": count, "exp_avg": weight, "exp_avg_sq": weight}
-            for i, weight in enumerate(self._parameters)
-            if i in state["optimizer"]["state"]  # a parameter without gradient has none
-        }
-        check_form("the state of its optimizer", state["optimizer"]["state"], moments)
-        groups = state["optimizer"]["param_groups"]
-        check_form("the number of its groups", len(groups), len(optimizer["param_groups"]))
-        for found, group in zip(groups, optimizer["param_groups"], strict=True):
-            known = {name: value for name, value in group.items() if name in found}
-            check_form("the settings of its optimizer", {k: found[k] for k in known}, known)
+        if not 0 <= state.get("seconds", 0.0) < math.inf:
+            raise ValueError(f"its seconds must be at least 0 and finite; got {state['seconds']}")
+        for name, found, form in self.optimization.parts(state):
+            check_form(name, found, form)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a `state_dict`."""
@@ -133,7 +137,9 @@ class Phase:
         self.stale_validations = state["stale_validations"]
         for name, value in state["good"].items():
             self.good[name].copy_(value)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimization.load_state_dict(state)
+        self._started -= state.get("seconds", 0.0)
+        self.seconds = state.get("seconds", 0.0)
         if self.averaged is not None:
             self.averaged.load_state_dict(state["averaged"])
 
@@ -172,16 +178,6 @@ class Phase:
         for number in mine:
             rows = indices.tensor_split(count)[number]
             yield number, len(rows) / len(indices), self.rows.take(rows), None
-
-    def _schedule(self) -> float:
-        """Return the factor of the learning rate at this step."""
-        steps, done = self.config.steps, self.step - 1
-        warm_up = max(1, round(_WARM_UP * steps))
-        if done < warm_up:
-            return (done + 1) / warm_up
-        if self.config.schedule == "constant":
-            return 1.0
-        return 0.5 * (1 + math.cos(math.pi * (done - warm_up) / max(1, steps - warm_up)))
 
 
 def check_finite(name: str, value: float) -> None:

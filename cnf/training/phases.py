@@ -14,6 +14,7 @@ from cnf.objectives.base import HOOKS
 from cnf.training.config import TrainingConfig
 from cnf.training.data import TrainingData, as_rows
 from cnf.training.distributed import Processes
+from cnf.training.optimization import Optimization
 
 _VALIDATIONS = 5
 _MATCHING_STEPS = (50, 12_000)
@@ -215,6 +216,7 @@ def check_plan(
     """Refuse settings that do not fit the flow, the data or the number of processes."""
     dtype = reference_tensor(flow).dtype
     for objective, config in plan:
+        Optimization(objective, config)  # before a phase is trained, not after the one before it
         if config.patience is not None and validation is None:
             raise ValueError(f"patience={config.patience} needs validation data; got None.")
         if config.precision == "bfloat16" and dtype != torch.float32:

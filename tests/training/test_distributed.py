@@ -97,6 +97,11 @@ def test_what_the_first_process_refuses_or_stops_all_do(together):
         assert told["steps until stopped"] == 3
 
 
+def test_all_processes_stop_at_the_same_step_of_a_time_budget(together):
+    first, second, _ = together
+    assert first["steps of a budget"] == second["steps of a budget"] < 5
+
+
 def test_a_run_of_two_processes_that_was_killed_resumes_to_the_same_end(together):
     for each in together[:2]:
         assert_repeats(each["resumed"], each)
