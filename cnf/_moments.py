@@ -38,7 +38,10 @@ def column_moments(name: str, x: Tensor, weight: Tensor | None = None) -> tuple[
     mean = (share * rows).sum(0).where(~constant, low)
     distance = rows - mean
     unit = distance.abs().amax(0).where(~constant, 1.0)  # squares of tiny numbers would be 0
-    std = unit * ((share * (distance / unit).square()).sum(0) / _freedom(share)).sqrt()
+    others, greatest = share.flatten().sort().values.tensor_split([len(share) - 1])
+    # 1 - (share ** 2).sum(), but accurate if one share is nearly 1
+    freedom = greatest * others.sum() + (others * (1 - others)).sum()
+    std = unit * ((share * (distance / unit).square()).sum(0) / freedom).sqrt()
     std = std.where(~constant, 0.0)
     _refuse_beyond(name, std, x.dtype)
     largest = torch.maximum(low.abs(), high.abs())
@@ -52,13 +55,6 @@ def column_moments(name: str, x: Tensor, weight: Tensor | None = None) -> tuple[
             "and the flow (flow.double())."
         )
     return mean, std
-
-
-def _freedom(share: Tensor) -> Tensor:
-    """Return ``1 - (share ** 2).sum()`` of weights that sum to 1, accurate if one is nearly 1."""
-    order = share.flatten().sort().values
-    others = order[:-1]
-    return order[-1] * others.sum() + (others * (1 - others)).sum()
 
 
 def _refuse_beyond(name: str, std: Tensor, dtype: torch.dtype) -> None:

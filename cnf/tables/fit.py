@@ -194,7 +194,7 @@ def _calibrate(flow: Flow, rows: TableRows, accuracy: float) -> None:
     try:
         flow.calibrate(rows.x, rows.context, accuracy=accuracy, generator=generator)
     except ODEError as error:
-        warn(f"log-densities are computed in the steps of {flow.only_ode.solver}: {error}")
+        warn(f"log-densities are computed in {GRID_STEPS} equal steps: {error}")
 
 
 def _train(

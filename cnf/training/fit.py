@@ -18,6 +18,7 @@ from cnf._warnings import warn
 from cnf.flows.calibration import has_solver_by_hand, obstacle_to_calibration
 from cnf.flows.flow import Flow
 from cnf.objectives import Objective
+from cnf.objectives.base import HOOKS
 from cnf.ode import ODEError
 from cnf.training.checkpoint import Checkpoints
 from cnf.training.config import TrainingConfig
@@ -25,7 +26,7 @@ from cnf.training.data import Data, TrainingData, as_rows, hold_out
 from cnf.training.distributed import Processes
 from cnf.training.history import Callback, History
 from cnf.training.initialization import Sample, check_sample, initialize, sample_of
-from cnf.training.phases import check_plan, flow_of, make_plan, rows_for, usual_phases
+from cnf.training.phases import check_plan, make_plan, rows_for, usual_phases
 from cnf.training.run import Run
 
 
@@ -99,7 +100,13 @@ def fit(
         raise TypeError(f"callbacks must be a list of callables; got {callbacks!r}.")
     if accuracy is not None:
         accuracy = check_number("accuracy", accuracy, "positive and finite", is_positive)
-    flow = flow_of(objective)
+    if not isinstance(objective, Flow | Objective):
+        raise TypeError(
+            "objective must be a cnf.Flow or a cnf.objectives.Objective; got "
+            f"{type(objective).__name__}. Make one of your own by subclassing Objective: call "
+            f"super().__init__(flow), and write {HOOKS['forward']}."
+        )
+    flow = objective if isinstance(objective, Flow) else objective.flow
     with torch.inference_mode(False), torch.enable_grad():
         check_trainable("objective", objective)
         plan = None if config is None and objective is flow else make_plan(objective, config)
@@ -119,16 +126,16 @@ def fit(
             run.keep_in(checkpoints, resume=resume)
         initialize(flow, sample)
         run.go()
-    if accuracy is not None:
-        _calibrate(flow, sample, accuracy)
+    _calibrate(flow, sample, accuracy)
     return run.history
 
 
-def _calibrate(flow: Flow, sample: Sample, accuracy: float) -> None:
-    """Calibrate a flow for training rows, if its solvers are the default ones."""
+def _calibrate(flow: Flow, sample: Sample, accuracy: float | None) -> None:
+    """Calibrate a flow for training rows, if its solvers are the default ones; not for None."""
     transforms = flow.transforms
     if (
-        sample.x is None
+        accuracy is None
+        or sample.x is None
         or has_solver_by_hand(transforms)
         or obstacle_to_calibration(transforms, flow.base)
     ):

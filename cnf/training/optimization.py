@@ -31,7 +31,16 @@ class Optimization:
 
     def __init__(self, objective: Objective, config: TrainingConfig) -> None:
         self._objective, self._config = objective, config
-        self.optimizer = _make_optimizer(objective, config)
+        decay, rate = config.weight_decay, config.learning_rate
+        self.optimizer: Optimizer
+        if config.optimizer is not None:
+            self.optimizer = _optimizer_of(config.optimizer, objective, rate)
+        # Fused: one call for each weight would take a third of a step of flow matching.
+        elif decay:
+            parameters = objective.parameters()
+            self.optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True)
+        else:
+            self.optimizer = torch.optim.Adam(objective.parameters(), lr=rate, fused=True)
         self.scheduler: LRScheduler | None = None
         if callable(config.schedule):
             self.scheduler = _make_scheduler(config.schedule, self.optimizer)
@@ -113,7 +122,7 @@ class Optimization:
     def _state_after_a_step(self) -> dict[int, dict[str, Any]]:
         """Return the state of a new optimiser after a step, and leave the parameters unchanged."""
         before = copy.deepcopy(self._objective.state_dict())
-        optimizer = _make_optimizer(self._objective, self._config)
+        optimizer = Optimization(self._objective, self._config).optimizer
         for parameter in self._objective.parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
@@ -158,15 +167,10 @@ class Average:
         self.flow.load_state_dict(state["flow"])
 
 
-def _make_optimizer(objective: Objective, config: TrainingConfig) -> Optimizer:
-    parameters, rate = list(objective.parameters()), config.learning_rate
-    if config.optimizer is None:
-        decay = config.weight_decay
-        # One call for all weights: one for each would take a third of a step of flow matching.
-        if decay:
-            return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True)
-        return torch.optim.Adam(parameters, lr=rate, fused=True)
-    optimizer = config.optimizer(parameters, lr=rate)
+def _optimizer_of(
+    make: Callable[..., Optimizer], objective: Objective, learning_rate: float
+) -> Optimizer:
+    optimizer = make(list(objective.parameters()), lr=learning_rate)
     name = type(optimizer).__name__
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must make a torch.optim.Optimizer; got {name}.")

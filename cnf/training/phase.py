@@ -64,22 +64,18 @@ class Phase:
     @property
     def is_over(self) -> bool:
         """Whether the phase has taken its last step."""
-        return self._is_spent or self.is_out_of_patience
+        return self._done >= self.config.steps or self.is_out_of_patience
 
     @property
     def is_validated(self) -> bool:
         """Whether a validation is due after the last step."""
-        return self.step % self.config.validate_every == 0 or self._is_spent
+        return self.step % self.config.validate_every == 0 or self._done >= self.config.steps
 
     @property
-    def _is_spent(self) -> bool:
-        """Whether all steps are taken, or the time budget is spent."""
-        return self.step >= self.config.steps or self._part_of_time >= 1
-
-    @property
-    def _part_of_time(self) -> float:
-        """Spent part of the time budget; 0 without a budget."""
-        return self.seconds / (self.config.max_seconds or math.inf)
+    def _done(self) -> float:
+        """Number of steps taken, or the same share of them as of the time budget, if larger."""
+        part_of_time = self.seconds / (self.config.max_seconds or math.inf)
+        return max(self.step, part_of_time * self.config.steps)
 
     def advance(self) -> dict[str, Any]:
         """Take one step; its initial weights become `good` if loss and gradient are finite.
@@ -88,7 +84,7 @@ class Phase:
             NotFiniteError: If the loss or its gradient is not finite.
             ODEError: If a solve fails.
         """
-        done = max(self.step, self._part_of_time * self.config.steps)
+        done = self._done
         self.step += 1
         self.optimization.optimizer.zero_grad()
         loss, nfe = self.processes.sums(self._gradients)

@@ -10,7 +10,6 @@ import torch
 from cnf._checks import check_count, check_number, check_seed, is_positive, reference_tensor
 from cnf.flows.flow import Flow
 from cnf.objectives import FlowMatching, MaximumLikelihood, Objective
-from cnf.objectives.base import HOOKS
 from cnf.training.config import TrainingConfig
 from cnf.training.data import TrainingData, as_rows
 from cnf.training.distributed import Processes
@@ -150,17 +149,6 @@ Plan = Sequence[tuple[Objective, TrainingConfig]]
 """Objectives and settings, phase by phase."""
 
 
-def flow_of(objective: Flow | Objective) -> Flow:
-    """Return the flow of an objective, or the flow itself."""
-    if not isinstance(objective, Flow | Objective):
-        raise TypeError(
-            "objective must be a cnf.Flow or a cnf.objectives.Objective; got "
-            f"{type(objective).__name__}. Make one of your own by subclassing Objective: call "
-            f"super().__init__(flow), and write {HOOKS['forward']}."
-        )
-    return objective if isinstance(objective, Flow) else objective.flow
-
-
 def usual_phases(flow: Flow, rows: int, *, validated: bool) -> Sequence[TrainingConfig]:
     """Return the default phases: `recipe` if flow matching can train the flow, else likelihood."""
     patience = _PATIENCE if validated else None
@@ -183,7 +171,17 @@ def make_plan(
         configs = (config,) if isinstance(config, TrainingConfig) else config
         if not isinstance(configs, Sequence) or len(configs) == 0:
             raise _wrong_config(configs, "or several")
-        plan = [(_build(each, objective), each) for each in configs]
+        plan = []
+        for each in configs:
+            if not isinstance(each, TrainingConfig):
+                raise _wrong_config(each, "or several")
+            made = each.objective(objective)
+            if not isinstance(made, Objective) or made.flow is not objective:
+                raise TypeError(
+                    "the objective of a TrainingConfig must make a cnf.objectives.Objective whose "
+                    f"flow is the one given; got {type(made).__name__}."
+                )
+            plan.append((made, each))
     for made, _ in plan:
         if not any(parameter.requires_grad for parameter in made.parameters()):
             raise ValueError("objective must have parameters to train; got none.")
@@ -239,18 +237,6 @@ def check_plan(
             raise ValueError(
                 f"{draws} draws cannot be cut into {how}; raise draws, or lower accumulation_steps."
             )
-
-
-def _build(config: TrainingConfig, flow: Flow) -> Objective:
-    if not isinstance(config, TrainingConfig):
-        raise _wrong_config(config, "or several")
-    objective = config.objective(flow)
-    if not isinstance(objective, Objective) or objective.flow is not flow:
-        raise TypeError(
-            "the objective of a TrainingConfig must make a cnf.objectives.Objective whose flow is "
-            f"the one given; got {type(objective).__name__}."
-        )
-    return objective
 
 
 def _wrong_config(config: object, expected: str) -> TypeError:

@@ -421,7 +421,8 @@ def test_nfe_counts_the_calls_of_the_network_forward_and_backward(gradient):
             return super()._loss(*given)
 
     solver = ODESolver(rtol=1e-2, atol=1e-2, gradient=gradient)
-    history = fit(Counted(flow, solver=solver), torch.randn(10, 2), config(3), validation=None)
+    objective, x = Counted(flow, solver=solver), torch.randn(10, 2)
+    history = fit(objective, x, config(3), validation=None, accuracy=None)
 
     assert history.nfe == np.diff([*counts, len(calls)]).tolist()
     assert min(history.nfe) > 0
