@@ -204,7 +204,8 @@ def _integral(case: Case) -> Outcome:
     low, high = samples.amin(0), samples.amax(0)
     steps = torch.linspace(-0.5, 1.5, _GRID, dtype=torch.float64).to(samples)
     axes = torch.lerp(low, high, steps.unsqueeze(-1)).T
-    log_prob = flow.log_prob(torch.cartesian_prod(*axes), context).view(_GRID, _GRID)
+    points = torch.cartesian_prod(*axes)
+    log_prob = flow.map_continuous(_to_a_hundredth).log_prob(points, context).view(_GRID, _GRID)
     total = torch.trapezoid(torch.trapezoid(log_prob.exp(), axes[1]), axes[0])
     return Outcome(
         float((total - 1).abs()),
@@ -292,6 +293,14 @@ def _finer(part: ContinuousTransform, resolution: float) -> ContinuousTransform:
         return part.using(solver=solver.halved())
     rtol, atol = (max(value / 10, resolution) for value in (solver.rtol, solver.atol))
     return part.using(solver=dataclasses.replace(solver, rtol=rtol, atol=atol))
+
+
+def _to_a_hundredth(part: ContinuousTransform) -> ContinuousTransform:
+    """Return the transform with at most the accuracy that an integral needs."""
+    if part.solver.accuracy is None:
+        return part
+    accuracy = max(0.01, part.solver.accuracy)
+    return part.using(solver=dataclasses.replace(part.solver, accuracy=accuracy))
 
 
 def _with_probes(part: ContinuousTransform) -> ContinuousTransform:

@@ -1,0 +1,130 @@
+"""Laws of the calibration that ends a fit."""
+
+import re
+
+import pytest
+import torch
+from training_runs import affine_flow, config, small_cnf
+
+from cnf import CNF, MaximumLikelihood, ODESolver, ReverseKL, certify, fit, load, recipe, save
+from cnf.flows import Flow
+from cnf.tables.fit import DensitySettings, TableRows, fit_density
+from cnf.training.initialization import by_weight
+from cnf.transforms import ContinuousTransform, Standardize
+from cnf.vector_fields import LinearField
+
+pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # whole solves
+
+FINE = ODESolver(method="rk4", steps=400)
+
+
+def bent(rows=1500):
+    x = torch.randn(rows, 2, dtype=torch.float64)
+    return torch.stack([x[:, 0], x[:, 0].square() + 0.2 * x[:, 1]], -1)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    torch.manual_seed(0)
+    flow = CNF(2, hidden_features=(64, 64)).double()
+    fit(flow, bent(), recipe(matching_steps=600, likelihood_steps=5, progress=False))
+    return flow
+
+
+def error(flow, x):
+    with torch.no_grad():
+        return (flow.log_prob(x) - flow.using(solver=FINE).log_prob(x)).abs()
+
+
+def test_log_densities_are_right_to_a_thousandth(fitted):
+    errors = error(fitted, bent())
+    assert fitted.accuracy == 1e-3
+    assert errors.quantile(0.99) < 1e-3
+    assert errors.max() < 1e-2
+
+
+def test_an_outlier_is_as_right_as_others_and_leaves_them_as_they_are(fitted):
+    x, outlier = bent(1000), torch.tensor([[-3.0, 40.0]])
+    assert error(fitted, torch.cat([x, outlier]))[-1] < 1e-3 * max(
+        1, fitted.to_base(outlier).square().mean() / 100
+    )
+    alone, among = fitted.log_prob(x), fitted.log_prob(torch.cat([x, outlier]))[:-1]
+    torch.testing.assert_close(among, alone, rtol=0, atol=1e-9)
+
+
+def test_a_fitted_flow_passes_its_certificate(fitted, coarse_integral):
+    assert certify(fitted, bent(200)).passed
+
+
+def test_the_grid_is_saved_with_the_flow(fitted, tmp_path):
+    save(fitted, tmp_path / "flow.safetensors")
+    assert load(tmp_path / "flow.safetensors").only_ode.solver == fitted.only_ode.solver
+
+
+def test_more_training_makes_a_new_grid():
+    flow, x = small_cnf(), torch.randn(50, 2)
+    fit(flow, x, config(2), validation=None, accuracy=0.1)
+    first = flow.only_ode.solver
+    fit(flow, 3 * x + 1, config(20), validation=None)
+    assert (first.accuracy, flow.accuracy) == (0.1, 1e-3)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [ODESolver(method="rk4", steps=3), ODESolver(rtol=1e-3), ODESolver(gradient="backprop")],
+)
+def test_a_solver_chosen_by_hand_stays(solver):
+    flow = CNF(2, hidden_features=(8, 8), solver=solver)
+    fit(flow, torch.randn(50, 2), config(2), validation=None)
+    assert flow.only_ode.solver == solver
+
+
+def test_none_leaves_the_solver_as_it_is():
+    flow = CNF(2, hidden_features=(8, 8))
+    fit(flow, torch.randn(50, 2), config(2), validation=None, accuracy=None)
+    assert flow.only_ode.solver == ODESolver()
+
+
+def test_flows_that_cannot_be_calibrated_are_trained_without_a_word():
+    x = torch.randn(50, 2)
+    fit(affine_flow(), x, config(2), validation=None)
+    behind = Flow([ContinuousTransform(LinearField(2)), Standardize(2)])
+    fit(behind, x, config(2), validation=None)
+    assert behind.accuracy is None
+    without_data = CNF(2, hidden_features=(8, 8))
+    target = torch.distributions.MultivariateNormal(torch.zeros(2), torch.eye(2))
+    fit(ReverseKL(without_data, target.log_prob), None, config(1), validation=None)
+    assert without_data.accuracy is None
+
+
+def test_an_accuracy_out_of_reach_is_told_and_leaves_the_solver():
+    flow = CNF(2, hidden_features=(8, 8)).float()
+    with pytest.warns(UserWarning, match="keeps its solver after training: calibration does not"):
+        fit(flow, torch.randn(50, 2).float(), config(30), validation=None, accuracy=1e-30)
+    assert flow.only_ode.solver == ODESolver()
+
+
+@pytest.mark.parametrize("accuracy", [0, -1, float("nan"), float("inf")])
+def test_an_accuracy_that_is_none_is_refused_before_training(accuracy):
+    message = re.escape(f"accuracy must be positive and finite; got {accuracy}")
+    with pytest.raises(ValueError, match=message):
+        fit(MaximumLikelihood(small_cnf()), torch.randn(5, 2), config(10**9), accuracy=accuracy)
+    with pytest.raises(ValueError, match="accuracy must be positive"):
+        DensitySettings(accuracy=accuracy)
+
+
+def test_rows_of_hardly_any_weight_do_not_choose_the_grid():
+    x = torch.cat([torch.randn(100, 2), 1e6 * torch.randn(20, 2)])
+    weight = torch.cat([torch.ones(100), torch.full((20,), 1e-15)])
+    standardize = Standardize.from_data(x[:100])
+    settings = DensitySettings(
+        matching_steps=3, likelihood_steps=1, hidden_features=(8, 8), accuracy=0.01
+    )
+    with_rest, _ = fit_density([standardize], TableRows(x, weight=weight), settings=settings)
+    without, _ = fit_density([standardize], TableRows(x[:100]), settings=settings)
+    assert len(with_rest.only_ode.solver.times) == len(without.only_ode.solver.times)
+
+
+def test_rows_are_chosen_as_often_as_they_count():
+    index = by_weight(torch.tensor([0.0, 3.0, 1.0, 0.0, 4.0]), 800)
+    assert index.bincount(minlength=5).tolist() == [0, 300, 100, 0, 400]
