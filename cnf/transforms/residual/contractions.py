@@ -127,7 +127,7 @@ class LipschitzMLP(ContractiveNetwork):
 
 
 class LipschitzConv(ContractiveNetwork):
-    """Spectrally normalised convolutional network, bounded as `LipschitzMLP` is.
+    """Spectrally normalised convolutional network, bounded and initialised as `LipschitzMLP` is.
 
     x is the flattened image: channels, then rows, then columns. Convolutions keep the resolution
     and are periodic. So each is diagonal in frequency, and the spectral norm of its map of whole
