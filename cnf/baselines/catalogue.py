@@ -24,7 +24,7 @@ class Baseline:
     kind: str
     """Kind of flow, in a few words."""
     likelihood: Likelihood = "exact"
-    """Kind of likelihood; "estimate" is for more than 8 features, and exact for fewer."""
+    """Kind of likelihood. With at most 8 features, a flow with an "estimate" is exact instead."""
     size: int = 64
     """Default size."""
     size_of: str = "hidden layers"

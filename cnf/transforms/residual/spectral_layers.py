@@ -28,7 +28,7 @@ class LipSwish(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        # softplus(10) is 10.00005.
+        # b is softplus(steepness), and softplus(10) is 10.00005.
         self.steepness = nn.Parameter(torch.tensor(10.0))
 
     def forward(self, x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
