@@ -24,7 +24,7 @@ class Baseline:
     kind: str
     """Kind of flow, in a few words."""
     likelihood: Likelihood = "exact"
-    """Kind of likelihood."""
+    """Kind of likelihood. With at most 8 features, a flow with an "estimate" is exact instead."""
     size: int = 64
     """Default size."""
     size_of: str = "hidden layers"
@@ -38,13 +38,13 @@ class Baseline:
 _BASELINES = {
     baseline.name: baseline
     for baseline in (
-        Baseline(name="acf", kind="residual, with attention", likelihood="estimate"),
+        Baseline(name="acf", kind="residual, with attention", likelihood="estimate", size=32),
         Baseline(name="elf", kind="autoregressive, exact-Lipschitz residual"),
         Baseline(name="gf", kind="Gaussianization", size=8, size_of="components"),
         Baseline(name="glow", kind="multi-scale coupling", size_of="channels", images_alone=True),
         Baseline(name="gmm", kind="mixture", size=64, size_of="components", conditional=False),
         Baseline(name="iaf", kind="inverse autoregressive, affine"),
-        Baseline(name="iresnet", kind="residual", likelihood="biased_estimate"),
+        Baseline(name="iresnet", kind="residual", likelihood="biased_estimate", size=32),
         Baseline(name="maf", kind="autoregressive, affine"),
         Baseline(name="naf", kind="autoregressive, monotonic networks"),
         Baseline(name="nice", kind="coupling, additive"),
@@ -53,7 +53,7 @@ _BASELINES = {
         Baseline(name="planar", kind="planar", size=32, size_of="layers", conditional=False),
         Baseline(name="radial", kind="radial", size=32, size_of="layers", conditional=False),
         Baseline(name="realnvp", kind="coupling, affine"),
-        Baseline(name="residual", kind="residual", likelihood="estimate"),
+        Baseline(name="residual", kind="residual", likelihood="estimate", size=32),
     )
 }
 

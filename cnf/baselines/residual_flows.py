@@ -13,14 +13,14 @@ from cnf.transforms import (
     Planar,
     Radial,
     ResidualFlow,
-    RussianRoulette,
     Transform,
     TruncatedSeries,
 )
 from cnf.transforms.residual.contractions import ContractiveNetwork
 from cnf.transforms.residual.log_det import LogDet
 
-_BLOCKS = 4
+_LAYERS = 4
+_BLOCKS = 16
 _STEPS = 4
 _MOST_LEVELS = 3
 
@@ -30,30 +30,34 @@ Transforms = list[Transform]
 def exact_lipschitz(features: int, context_features: int, size: int) -> Transforms:
     """Return exact-Lipschitz layers of hidden width `size`, with reversed order between them."""
     chain: Transforms = []
-    for _ in range(_BLOCKS):
+    for _ in range(_LAYERS):
         layer = ExactLipschitz(features, context_features, hidden_features=(size, size))
         chain += [ActNorm(features), layer, Permute(list(reversed(range(features))))]
     return chain
 
 
 def residual(
-    features: int, context_features: int, size: int, log_det: type[LogDet] = RussianRoulette
+    features: int, context_features: int, size: int, log_det: LogDet | None = None
 ) -> Transforms:
-    """Return residual blocks of perceptrons of width `size`, with unbiased series by default."""
-    return _residual(features, _perceptrons(features, context_features, size), log_det())
+    """Return residual blocks of perceptrons of width `size`, with `log_det` as in `ResidualFlow`.
+
+    By default the log-determinant is exact for at most 8 features, where it costs less than a
+    series and has no noise, and the unbiased series else.
+    """
+    return _residual(features, _perceptrons(_BLOCKS, features, context_features, size), log_det)
 
 
 def attentive(features: int, context_features: int, size: int) -> Transforms:
-    """Return the layers of `residual`, with a block of attention before each perceptron.
+    """Return half the perceptrons of `residual`, with a block of attention before each.
 
     The features are split evenly into about as many tokens as features in each token. For few
     features the attention has few parameters, so that the flow is nearly `residual`.
     """
     tokens = next(n for n in range(1, features + 1) if n * n >= features and features % n == 0)
     networks: list[ContractiveNetwork] = []
-    for network in _perceptrons(features, context_features, size):
+    for network in _perceptrons(_BLOCKS // 2, features, context_features, size):
         networks += [LipschitzAttention(tokens=tokens, width=features // tokens), network]
-    return _residual(features, networks, RussianRoulette())
+    return _residual(features, networks, None)
 
 
 def glow_of_size(shape: Sequence[int], context_features: int, size: int) -> Transforms:
@@ -68,7 +72,7 @@ def glow_of_size(shape: Sequence[int], context_features: int, size: int) -> Tran
 CHAINS: dict[str, Callable[[int, int, int], Transforms]] = {
     "acf": attentive,
     "elf": exact_lipschitz,
-    "iresnet": partial(residual, log_det=TruncatedSeries),
+    "iresnet": partial(residual, log_det=TruncatedSeries()),
     "planar": lambda features, _, size: [Planar(features) for _ in range(size)],
     "radial": lambda features, _, size: [Radial(features) for _ in range(size)],
     "residual": residual,
@@ -76,14 +80,15 @@ CHAINS: dict[str, Callable[[int, int, int], Transforms]] = {
 """Constructors by name; they take the numbers of features and context features, and the size."""
 
 
-def _perceptrons(features: int, context_features: int, size: int) -> list[LipschitzMLP]:
+def _perceptrons(count: int, features: int, context_features: int, size: int) -> list[LipschitzMLP]:
     return [
-        LipschitzMLP(features, context_features, hidden_features=(size, size))
-        for _ in range(_BLOCKS)
+        LipschitzMLP(features, context_features, hidden_features=(size, size)) for _ in range(count)
     ]
 
 
-def _residual(features: int, networks: Sequence[ContractiveNetwork], log_det: LogDet) -> Transforms:
+def _residual(
+    features: int, networks: Sequence[ContractiveNetwork], log_det: LogDet | None
+) -> Transforms:
     chain: Transforms = []
     for network in networks:
         chain += [ActNorm(features), ResidualFlow(network, log_det=log_det)]

@@ -31,10 +31,16 @@ def small(name, features=2, context_features=0):
 def test_names_are_sorted_and_say_what_each_is():
     assert sorted(NAMES) == NAMES
     for baseline in names():
-        features = (1, 2, 2) if baseline.images_alone else 2
+        features = (1, 2, 2) if baseline.images_alone else 9
         assert build(baseline.name, features, size=3).likelihood == baseline.likelihood
         conditional = baseline.images_alone or baseline.name in CONDITIONAL
         assert baseline.conditional == conditional
+
+
+@pytest.mark.parametrize("name", ["acf", "residual"])
+def test_residual_flows_are_exact_for_few_features(name):
+    kinds = [build(name, features, size=3).likelihood for features in (8, 9)]
+    assert kinds == ["exact", "estimate"]
 
 
 @pytest.mark.parametrize("name", ["glow", "maf", "gmm", "elf"])

@@ -71,7 +71,8 @@ class LipschitzMLP(ContractiveNetwork):
     ``coefficient ** (1 / n)``. The norm is the exact largest singular value, computed at each
     evaluation and differentiated. The context shifts the output of each layer.
 
-    The last layer starts at zero, so that a new residual flow is the identity.
+    Hidden weights start orthogonal, and hidden biases spread over the data, so that units bend
+    there. The last layer starts at zero, so that a new residual flow is the identity.
 
     Args:
         features: Size of x.
@@ -113,7 +114,7 @@ class LipschitzMLP(ContractiveNetwork):
             BoundedLinear(inputs, outputs, self.context_features)
             for inputs, outputs in itertools.pairwise(widths)
         ]
-        layers[-1].reset_to_zero()
+        _reset(layers)
         self.layers = nn.ModuleList(layers)
         self.activations = nn.ModuleList(_ACTIVATIONS[activation]() for _ in self.hidden_features)
         if self.context_features:
@@ -126,7 +127,7 @@ class LipschitzMLP(ContractiveNetwork):
 
 
 class LipschitzConv(ContractiveNetwork):
-    """Spectrally normalised convolutional network, bounded as `LipschitzMLP` is.
+    """Spectrally normalised convolutional network, bounded and initialised as `LipschitzMLP` is.
 
     x is the flattened image: channels, then rows, then columns. Convolutions keep the resolution
     and are periodic. So each is diagonal in frequency, and the spectral norm of its map of whole
@@ -185,7 +186,7 @@ class LipschitzConv(ContractiveNetwork):
             BoundedConvolution(inputs, outputs, self.context_features, size, image)
             for inputs, outputs in itertools.pairwise(widths)
         ]
-        layers[-1].reset_to_zero()
+        _reset(layers)
         self.layers = nn.ModuleList(layers)
         self.activations = nn.ModuleList(_ACTIVATIONS[activation]() for _ in self.hidden_channels)
         if self.context_features:
@@ -199,6 +200,14 @@ class LipschitzConv(ContractiveNetwork):
 
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"lipswish": LipSwish, "elu": nn.ELU}
+
+
+def _reset(layers: Sequence[BoundedLayer]) -> None:
+    """Initialise the layers: hidden ones that bend and keep distances, and a last one of zero."""
+    *hidden, last = layers
+    for layer in hidden:
+        layer.reset_to_orthogonal()
+    last.reset_to_zero()
 
 
 def _composed(

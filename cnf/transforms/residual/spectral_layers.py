@@ -17,9 +17,10 @@ Map = Callable[[Tensor], Tensor]
 
 
 class LipSwish(nn.Module):
-    """LipSwish activation: ``x sigmoid(b x) / 1.1`` with a learnable b > 0.
+    """LipSwish activation: ``x sigmoid(b x) / 1.1`` with a learnable steepness b > 0.
 
-    Its slope is within [-0.1, 1] for all b: the slope of ``x sigmoid(x)`` is at most 1.0999.
+    Its slope is within [-0.1, 1] for all b: the slope of ``x sigmoid(x)`` is at most 1.0999. The
+    steepness starts at 10: with 1, a unit is nearly linear over inputs of a normalised layer.
 
     References:
         Chen et al. (2019), Residual Flows. https://arxiv.org/abs/1906.02735
@@ -27,7 +28,8 @@ class LipSwish(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.steepness = nn.Parameter(torch.tensor(0.5))
+        # b is softplus(steepness), and softplus(10) is 10.00005.
+        self.steepness = nn.Parameter(torch.tensor(10.0))
 
     def forward(self, x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
         """Return the activation of each entry."""
@@ -62,6 +64,17 @@ class BoundedLayer(nn.Module, ABC):
         weight = rescale_to_norm(self.weight, self.norm(), norm)
         bias = self.bias if self.shift is None else self.bias + self.shift(context)
         return partial(self.mapped, weight=weight, bias=bias)
+
+    @torch.no_grad()
+    def reset_to_orthogonal(self) -> None:
+        """Draw an orthogonal weight, and biases that spread the bends of the units over the data.
+
+        Equal singular values lose the least under normalisation. For inputs of mean 0 and
+        variance 1, the units bend within two standard deviations of the mean.
+        """
+        nn.init.orthogonal_(self.weight)
+        row_norms = torch.linalg.vector_norm(self.weight.flatten(1), dim=1)
+        self.bias.uniform_(-2, 2).mul_(row_norms)
 
     @torch.no_grad()
     def reset_to_zero(self) -> None:

@@ -152,6 +152,20 @@ def test_attention_treats_all_tokens_alike():
     assert (expected - expected.mean(1, keepdim=True)).abs().max() > 1e-3
 
 
+def test_a_new_lipswish_is_on_or_off_within_half_a_standard_deviation():
+    x = torch.tensor([-0.5, 0.5], requires_grad=True)
+    (slopes,) = torch.autograd.grad(LipSwish()(x).sum(), x)
+    torch.testing.assert_close(slopes, torch.tensor([0.0, 1 / 1.1]), rtol=0, atol=0.03)
+
+
+def test_an_activation_of_before_keeps_its_steepness():
+    activation = LipSwish()
+    activation.load_state_dict({"steepness": torch.tensor(0.5)})
+    x = torch.linspace(-3, 3, 7)
+    expected = x / (1 + torch.exp(-math.log1p(math.exp(0.5)) * x)) / 1.1
+    torch.testing.assert_close(activation(x), expected, rtol=0, atol=1e-12)
+
+
 def test_attention_is_the_average_by_distances_of_queries():
     network = lipschitz_attention(4, 6, heads=2)
     x = torch.randn(4, 6)
@@ -183,6 +197,35 @@ def test_a_new_network_is_zero_and_can_learn(make):
     slopes = [parameter.grad for parameter in new.parameters()]
     assert all(slope.isfinite().all() for slope in slopes)
     assert any(slope.abs().max() > 0 for slope in slopes)
+
+
+def hidden_jacobians(network, x):
+    """Jacobians of the hidden layers, each scaled to its norm, and the bound of their norms."""
+    norm = network.coefficient ** (1 / len(network.layers))
+    *layers, _ = [layer.with_spectral_norm(norm, None) for layer in network.layers]
+
+    def hidden(x):
+        for layer, activation in zip(layers, network.activations, strict=True):
+            x = activation(layer(x))
+        return x
+
+    return torch.func.vmap(torch.func.jacrev(hidden))(x).detach(), norm ** len(layers)
+
+
+@pytest.mark.parametrize("features", [2, 8, 32])
+@pytest.mark.parametrize("width", [16, 64])
+def test_the_hidden_layers_of_a_new_perceptron_use_their_bound_and_bend(features, width):
+    """For normalised data. A layer of which half the units are on loses 1.1 sqrt(2) of a vector."""
+    shares, bends = [], []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        network = LipschitzMLP(features, hidden_features=(width, width))
+        jacobians, bound = hidden_jacobians(network, torch.randn(200, features))
+        shares.append(torch.linalg.matrix_norm(jacobians, 2).mean() / bound)
+        varying = (jacobians - jacobians.mean(0)).square().sum()
+        bends.append((varying / jacobians.square().sum()).sqrt())
+    assert torch.stack(shares).mean() > 1 / (1.1**2 * 2)
+    assert torch.stack(bends).mean() > 0.4
 
 
 @every_network
