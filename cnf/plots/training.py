@@ -70,7 +70,7 @@ def plot_training(
     ax.set_xlabel("step", fontsize=TEXT_SIZE)
     ax.tick_params(labelsize=TEXT_SIZE)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(loc="upper right", fontsize=TEXT_SIZE, frameon=False)
+    ax.legend(loc="center right", fontsize=TEXT_SIZE, frameon=False)
     if title is not None:
         ax.set_title(title, fontsize=TITLE_SIZE)
     return ax.figure.figure

@@ -54,7 +54,7 @@ class DensitySettings(Recipe):
     validation_fraction: float = 0.1
     """Fraction of the rows held out for validation, to keep the best weights; with 0 the last
     weights are kept."""
-    accuracy: float = 1e-3
+    accuracy: float = 1e-2
     """Accuracy of the log-density of each row, in nats, for which `Flow.calibrate` chooses the
     steps of the solves after training."""
     seed: int = Recipe.seed
