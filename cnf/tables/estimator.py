@@ -50,7 +50,8 @@ class CNFDensity(DensityMixin, BaseEstimator):
         hidden_features: Widths of the hidden layers of the network.
         validation_fraction: Fraction of the rows held out for validation, to keep the best weights.
             With 0, or too few rows, the last weights are kept.
-        accuracy: Accuracy of the log-density of each row, in nats.
+        accuracy: Largest estimated error of the log-density of a row, in nats, as in
+            `Flow.calibrate`.
         random_state: Seed, `RandomState` or None (numpy's global one), of the held-out rows, the
             initial weights and the training.
         verbose: Whether to show a progress bar.
@@ -97,6 +98,11 @@ class CNFDensity(DensityMixin, BaseEstimator):
         self.accuracy = accuracy
         self.random_state = random_state
         self.verbose = verbose
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickled estimator; settings that it does not have get their defaults."""
+        defaults = {name: getattr(DensitySettings, name) for name in _SETTINGS}
+        super().__setstate__({**defaults, **state})
 
     @torch.inference_mode(False)
     def fit(

@@ -22,7 +22,7 @@ from cnf.ode import ODEError, ODESolver
 from cnf.tables.integer_columns import fixed_noise, split_off_noise
 from cnf.training import History, Recipe, TrainingConfig, fit
 from cnf.training.initialization import by_weight
-from cnf.transforms import Standardize, Transform, Unconstrain
+from cnf.transforms import ContinuousTransform, Standardize, Transform, Unconstrain
 from cnf.vector_fields import MLPField
 from cnf.vector_fields.conditioning import context_scalings
 
@@ -55,8 +55,8 @@ class DensitySettings(Recipe):
     """Fraction of the rows held out for validation, to keep the best weights; with 0 the last
     weights are kept."""
     accuracy: float = 1e-2
-    """Accuracy of the log-density of each row, in nats, for which `Flow.calibrate` chooses the
-    steps of the solves after training."""
+    """Largest estimated error of the log-density of a row, in nats, for which `Flow.calibrate`
+    chooses the steps of the solves after training."""
     seed: int = Recipe.seed
     """Seed of the held-out rows, the initial weights and the training."""
 
@@ -145,7 +145,6 @@ def fit_density(
             rows.x.shape[-1],
             0 if rows.context is None else rows.context.shape[-1],
             hidden_features=tuple(settings.hidden_features),
-            solver=ODESolver(method="rk4", steps=GRID_STEPS),
         ).float()
     # Drawn again in float32: the numbers drawn above depend on torch's default dtype.
     with Building(seed=settings.seed):
@@ -194,6 +193,9 @@ def _calibrate(flow: Flow, rows: TableRows, accuracy: float) -> None:
     try:
         flow.calibrate(rows.x, rows.context, accuracy=accuracy, generator=generator)
     except ODEError as error:
+        for part in flow.modules():
+            if isinstance(part, ContinuousTransform):
+                part.solver = ODESolver(method="rk4", steps=GRID_STEPS)
         warn(f"log-densities are computed in {GRID_STEPS} equal steps: {error}")
 
 

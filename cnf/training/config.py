@@ -39,12 +39,12 @@ class TrainingConfig:
     learning_rate: float = 4e-3
     """Peak learning rate, the `lr` of the optimiser."""
     optimizer: Callable[..., Optimizer] | None = None
-    """Optimiser: a class of `torch.optim`, or a function of the list of all parameters and the
-    keyword `lr`, which may make groups; each call makes a new one. None for Adam, or for AdamW with
+    """Optimiser: a class of `torch.optim`, or a function that makes a new optimiser from the list
+    of all parameters, perhaps in groups, and the keyword `lr`. None for Adam, or for AdamW with
     `weight_decay`."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of the default optimiser: each step shrinks the weights by this
-    fraction of the learning rate."""
+    """Decoupled weight decay of the default optimiser: each step multiplies the weights by
+    ``1 - learning_rate * weight_decay``."""
     schedule: Literal["cosine", "constant"] | Callable[[Optimizer], LRScheduler] = "cosine"
     """Learning rate after a linear warm-up over the first 2 % of the steps: "cosine" decays to
     zero as a half cosine, "constant" does not decay. Or a function of the optimiser, without

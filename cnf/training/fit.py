@@ -69,9 +69,10 @@ def fit(
             once. Settings, flow and all data must be the same; only the number of rows is compared
             for a `Dataset` other than `NpyRows`, `TensorDataset` and a `StackDataset` of these.
         callbacks: Called after each step; see `Callback`.
-        accuracy: Accuracy of `log_prob` in nats, for which `Flow.calibrate` chooses the steps of
-            the solves after training, from training rows. Solvers other than the default one, and
-            a flow that cannot be calibrated, stay as they are; None for all flows.
+        accuracy: Largest estimated error of `log_prob`, in nats for each ODE, for which
+            `Flow.calibrate` chooses the steps of the solves after training, from training rows.
+            The weights in the folder of the checkpoints are not calibrated. Solvers other than the
+            default one, and a flow that cannot be calibrated, stay; None for all flows.
 
     Returns:
         The history of the run.

@@ -201,6 +201,11 @@ def _make_scheduler(make: Callable[[Optimizer], LRScheduler], optimizer: Optimiz
             "schedule must make a torch.optim.lr_scheduler.LRScheduler; got "
             f"{type(scheduler).__name__}."
         )
+    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        raise ValueError(
+            "schedule must make a scheduler of the optimizer that it is given; got one of another. "
+            "Write a function of the optimizer, such as functools.partial(StepLR, step_size=100)."
+        )
     return scheduler
 
 

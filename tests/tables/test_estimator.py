@@ -21,6 +21,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from cnf.data.degeneracy import DegenerateDataWarning
 from cnf.tables.estimator import CNFDensity
+from cnf.tables.fit import DensitySettings
 
 pytestmark = pytest.mark.slow
 
@@ -196,6 +197,15 @@ def test_a_kept_model_scores_the_same(keep, model, rows):
     np.testing.assert_array_equal(kept.score_samples(rows), model.score_samples(rows))
     np.testing.assert_array_equal(kept.sample(3, random_state=0), model.sample(3, random_state=0))
     kept.partial_fit(rows)
+
+
+def test_a_pickle_from_before_a_setting_existed_has_its_default(model, rows):
+    state = {**model.__getstate__()}
+    del state["accuracy"]
+    old = CNFDensity.__new__(CNFDensity)
+    old.__setstate__(state)
+    assert old.get_params() == {**model.get_params(), "accuracy": DensitySettings.accuracy}
+    np.testing.assert_array_equal(old.score_samples(rows), model.score_samples(rows))
 
 
 def test_it_works_in_a_pipeline(rows):

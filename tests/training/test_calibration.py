@@ -1,14 +1,27 @@
 """Laws of the calibration that ends a fit."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from training_runs import affine_flow, config, small_cnf
 
-from cnf import CNF, MaximumLikelihood, ODESolver, ReverseKL, certify, fit, load, recipe, save
+from cnf import (
+    CNF,
+    Checkpoints,
+    MaximumLikelihood,
+    ODEError,
+    ODESolver,
+    ReverseKL,
+    certify,
+    fit,
+    load,
+    recipe,
+    save,
+)
 from cnf.flows import Flow
-from cnf.tables.fit import DensitySettings, TableRows, fit_density
+from cnf.tables.fit import DensitySettings, TableRows, continue_density, fit_density
 from cnf.training.initialization import by_weight
 from cnf.transforms import ContinuousTransform, Standardize
 from cnf.vector_fields import LinearField
@@ -111,6 +124,36 @@ def test_an_accuracy_that_is_none_is_refused_before_training(accuracy):
         fit(MaximumLikelihood(small_cnf()), torch.randn(5, 2), config(10**9), accuracy=accuracy)
     with pytest.raises(ValueError, match="accuracy must be positive"):
         DensitySettings(accuracy=accuracy)
+
+
+def test_a_finished_run_returns_at_once_when_it_is_called_again(tmp_path):
+    flow, x = CNF(2, hidden_features=(8, 8)), torch.randn(50, 2)
+    kept = {"checkpoints": Checkpoints(folder=tmp_path), "resume": True, "validation": None}
+    first = fit(flow, x, config(3), **kept)
+    solver = flow.only_ode.solver
+    assert fit(flow, x, config(3), **kept).loss == first.loss
+    assert flow.only_ode.solver == solver
+
+
+def test_a_density_that_cannot_be_calibrated_again_gets_equal_steps():
+    x = torch.randn(50, 2)
+    settings = DensitySettings(
+        matching_steps=3, likelihood_steps=1, hidden_features=(8, 8), accuracy=0.01
+    )
+    flow, _ = fit_density([Standardize.from_data(x)], TableRows(x), settings=settings)
+    with pytest.warns(UserWarning, match="computed in 100 equal steps: calibration does not"):
+        further, _ = continue_density(
+            flow, TableRows(x), settings=replace(settings, accuracy=1e-30)
+        )
+    assert further.only_ode.solver == ODESolver(method="rk4", steps=100)
+    assert flow.accuracy == 0.01
+
+
+def test_one_row_is_not_settled_by_being_the_only_one():
+    flow = CNF(1, hidden_features=(8, 8))
+    fit(flow, torch.randn(50, 1), config(20), validation=None, accuracy=None)
+    with pytest.raises(ODEError, match="does not reach accuracy=1e-30"):
+        flow.calibrate(torch.randn(1, 1), accuracy=1e-30)
 
 
 def test_rows_of_hardly_any_weight_do_not_choose_the_grid():

@@ -359,6 +359,11 @@ REFUSED = {
         r"each parameter of the objective; got one without 'flow.*requires_grad_\(False\)",
     ),
     "no scheduler": ({"schedule": repr}, TypeError, "schedule must make a .*LRScheduler; got str"),
+    "scheduler of another": (
+        {"schedule": lambda _: lr_scheduler.StepLR(Adam([torch.zeros(1)]), 1)},
+        ValueError,
+        "schedule must make a scheduler of the optimizer that it is given",
+    ),
     "plateau": (
         {"schedule": lr_scheduler.ReduceLROnPlateau},
         ValueError,
