@@ -132,7 +132,7 @@ def fit(
 
 
 def _calibrate(flow: Flow, sample: Sample, accuracy: float | None) -> None:
-    """Calibrate a flow for training rows, if its solvers are the default ones; not for None."""
+    """Calibrate a flow with default solvers for training rows; None leaves it as it is."""
     transforms = flow.transforms
     if (
         accuracy is None

@@ -215,7 +215,7 @@ def hidden_jacobians(network, x):
 @pytest.mark.parametrize("features", [2, 8, 32])
 @pytest.mark.parametrize("width", [16, 64])
 def test_the_hidden_layers_of_a_new_perceptron_use_their_bound_and_bend(features, width):
-    """For normalised data. A layer of which half the units are on loses 1.1 sqrt(2) of a vector."""
+    """For normalised data. With half its units on, a layer divides a norm by 1.1 sqrt(2)."""
     shares, bends = [], []
     for seed in range(6):
         torch.manual_seed(seed)
