@@ -1,9 +1,11 @@
-"""Mean and standard deviation of columns, in double precision for every dtype."""
+"""Moments of columns, in double precision for every dtype."""
 
 import torch
 from torch import Tensor
 
 from cnf._checks import is_rounded_away
+
+_LEAST_SHRINKAGE = 1e-6
 
 
 def column_moments(name: str, x: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -55,6 +57,28 @@ def column_moments(name: str, x: Tensor, weight: Tensor | None = None) -> tuple[
             "and the flow (flow.double())."
         )
     return mean, std
+
+
+def shrunk_correlation(scaled: Tensor, share: Tensor) -> Tensor:
+    """Return the correlations, shrunk towards zero by the rule of Ledoit and Wolf.
+
+    Args:
+        scaled: Rows ``(rows, features)`` with columns of mean 0 and variance 1.
+        share: Share of each row in their weight, ``(rows,)``.
+
+    References:
+        Ledoit and Wolf (2004), A well-conditioned estimator for large-dimensional covariance
+        matrices, lemmas 3.2 to 3.4.
+    """
+    effective_rows = 1 / share.square().sum()
+    correlation = (share.unsqueeze(-1) * scaled).T @ scaled
+    identity = torch.eye(scaled.shape[-1], dtype=scaled.dtype)
+    distance = (correlation - identity).square().sum()
+    # The error of each entry, from the spread of its summands over the rows.
+    squares = scaled.square()
+    error = ((share.unsqueeze(-1) * squares).T @ squares - correlation.square()).sum()
+    shrinkage = min(1.0, float(error / effective_rows / distance)) if distance > 0 else 1.0
+    return torch.lerp(correlation, identity, max(shrinkage, _LEAST_SHRINKAGE))
 
 
 def _refuse_beyond(name: str, std: Tensor, dtype: torch.dtype) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import cnf
 from cnf import metrics, plots
-from cnf.bases import StandardNormal
+from cnf.bases import GaussianMixtureBase, StandardNormal
 from cnf.data.toy import toy_density
 from cnf.tables.fit import DensitySettings
 from cnf.training import TrainingConfig, TrainingError, recipe
@@ -172,6 +172,11 @@ def targets(folder: Path) -> dict[str, Target]:
         "NeuralODE": (cnf.NeuralODE, settings(vector_field=field, augment=1, solver=None)),
         "Hutchinson": (cnf.Hutchinson, settings(noise="gaussian", probes=2, bottleneck=False)),
         "StandardNormal": (StandardNormal, settings(features=2)),
+        "GaussianMixtureBase": (GaussianMixtureBase, settings(features=2, components=3)),
+        "GaussianMixtureBase.from_data": (
+            GaussianMixtureBase.from_data,
+            lambda: {"z": rows(5, 2), "weight": torch.ones(5)},
+        ),
         "Affine": (cnf.transforms.Affine, settings(features=2)),
         "Standardize": (cnf.Standardize, settings(features=2)),
         "Standardize.from_data": (

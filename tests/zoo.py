@@ -15,7 +15,7 @@ from torch.distributions.constraints import Constraint
 from cnf import CNF, Flow, MLPField, ModuleField, NeuralODE, ODESolver, Standardize, VectorField
 from cnf.adapters import FromNflows, FromNormflows, FromTorch, FromZuko, NormflowsBase, TorchBase
 from cnf.baselines import build, glow
-from cnf.bases import Base, StandardNormal
+from cnf.bases import Base, GaussianMixtureBase, StandardNormal
 from cnf.transforms import (
     ActNorm,
     AdditiveCoupling,
@@ -139,6 +139,8 @@ MLP_FIELDS: dict[str, Callable[[], MLPField]] = {
         2, 3, hidden_features=(8, 7, 6), activation="tanh"
     ),
     "default layers": lambda: perturbed(MLPField(2, hidden_features=(8, 8)), 0.1),
+    "skip": lambda: mlp(3, skip=True),
+    "skip by layers without gates": lambda: mlp(2, 3, layer="concat", skip=True),
     "time features": lambda: mlp(time_features=2),
     "time features with context": lambda: mlp(2, 3, time_features=2),
 }
@@ -334,6 +336,7 @@ TRANSFORMS = {**BIJECTIONS, **SURJECTIONS}
 
 BASES: dict[str, Callable[[], Base]] = {
     "standard normal": lambda: StandardNormal(2),
+    "gaussian mixture": lambda: GaussianMixtureBase.from_data(torch.randn(40, 2).exp()),
     "torch": lambda: TorchBase(Independent(Gamma(torch.full((2,), 3.0), torch.full((2,), 2.0)), 1)),
     "normflows": lambda: NormflowsBase(normflows.distributions.GaussianMixture(3, 2).double()),
     "named": lambda: perturbed(build("gmm", 2, size=3).base),
@@ -426,7 +429,9 @@ FLOWS: dict[str, Callable[[], Flow]] = {
     "actnorm": lambda: cnf(transforms=[perturbed(ActNorm(2))]),
     "couplings with context": lambda: cnf(2, 3, transforms=couplings(3)),
     "planar and radial": lambda: cnf(transforms=[perturbed(Planar(2)), perturbed(Radial(2))]),
-    "exact lipschitz with context": lambda: cnf(2, 3, transforms=[lipschitz(2, 3, lipschitz=0.5)]),
+    "exact lipschitz with context": lambda: cnf(
+        2, 3, transforms=[lipschitz(2, 3, lipschitz=0.5)], skip=False
+    ),
     "learnt affine with context": lambda: cnf(2, 3, transforms=[Affine(2)]),
     "linear": lambda: Flow([ContinuousTransform(perturbed(LinearField(2)), solver=PRECISE)]),
     "maf": lambda: perturbed(build("maf", 2, size=6), 0.1),

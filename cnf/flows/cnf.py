@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from cnf._checks import check_count, check_flag
-from cnf.bases import Base
+from cnf.bases import Base, GaussianMixtureBase, StandardNormal
 from cnf.divergence import Divergence
 from cnf.flows.flow import Flow
 from cnf.ode import ODESolver
@@ -23,6 +23,9 @@ class CNF(Flow):
     Data and contexts come raw. `fit` sets the `Standardize`, and the scaling of the context in each
     field, once from the training rows, and they are saved with the flow; in a training loop of your
     own call `initialize` first. Until then they are the identity.
+
+    `fit` without settings may replace the standard normal base by a `GaussianMixtureBase`, and the
+    field by zero, where this is the better density; a state dict with such a base is loaded.
 
     Args:
         features: Number of entries of x.
@@ -43,6 +46,9 @@ class CNF(Flow):
             `transforms` end with one, or with a `NormalScores` or `Whiten`.
         augment: Number of standard normal features that `Augment` adds to x. With any, the
             likelihood is a lower bound.
+        skip: Whether each velocity has a multiple of x, which flow matching starts from; see
+            `MLPField`. None for a skip, unless there are several blocks, which flow matching cannot
+            train, or `layer` is "ignore".
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -78,6 +84,7 @@ class CNF(Flow):
         transforms: Iterable[Transform] = (),
         standardize: bool = True,
         augment: int = 0,
+        skip: bool | None = None,
     ) -> None:
         check_count("blocks", blocks)
         parts = Chain(transforms, check_count("features", features)).transforms
@@ -98,6 +105,7 @@ class CNF(Flow):
                     activation=activation,
                     frequency=frequency,
                     time_features=time_features,
+                    skip=blocks == 1 and layer != "ignore" if skip is None else skip,
                 ),
                 divergence=divergence,
                 solver=solver,
@@ -110,6 +118,8 @@ class CNF(Flow):
                 scaling.keep_identity()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if isinstance(self.base, StandardNormal) and f"{prefix}base.log_weights" in state_dict:
+            self.base = GaussianMixtureBase(self.base.features).to(self.base.loc)
         # A file saved before a CNF held a Standardize has one transform less.
         parts = list(enumerate(self.transforms))
         scalings = ((i, part) for i, part in parts if isinstance(part, Standardize))

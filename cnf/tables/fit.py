@@ -15,9 +15,11 @@ from torch import Tensor
 from cnf._building import Building
 from cnf._checks import check_count, check_number, is_positive, rows_inside
 from cnf._warnings import warn
+from cnf.bases import StandardNormal
 from cnf.flows.chunks import in_chunks, sample_in_chunks
 from cnf.flows.cnf import CNF
 from cnf.flows.flow import Flow
+from cnf.flows.mixture_start import WeightedRows, become_mixture_if_better
 from cnf.ode import ODEError, ODESolver
 from cnf.tables.integer_columns import fixed_noise, split_off_noise
 from cnf.training import History, Recipe, TrainingConfig, fit
@@ -34,6 +36,8 @@ NOISES = 8
 """Number of draws of the dequantization noise of integers, to average the probability of a row."""
 
 _ROWS_AT_ONCE = 4096
+_MOST_ROWS = 10_000
+"""Most rows that a Gaussian mixture is fitted to, and compared by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +130,9 @@ def fit_density(
 
     Returns:
         The flow, in float64 and calibrated for the training rows, and the history, with losses of
-        the transformed rows. Torch's global random state does not change.
+        the transformed rows. A `GaussianMixtureBase` replaces the trained field if it is the better
+        density of the validation rows, or if `validation_fraction` of the rows are too few to
+        compare by. Torch's global random state does not change.
 
     Raises:
         ValueError: If the rows do not fit the transforms.
@@ -156,8 +162,18 @@ def fit_density(
     for scaling in context_scalings(flow):
         scaling.initialize(rows.context, rows.weight)
     history = _train(flow, rows, validation, settings.phases(len(rows.x), progress=progress))
-    _calibrate(flow, rows, settings.accuracy)
+    if settings.validation_fraction > 0:
+        others = None if validation is None else _some(validation)
+        become_mixture_if_better(flow, _some(rows), others, settings.accuracy)
+    if isinstance(flow.base, StandardNormal):  # the field of a mixture is zero
+        _calibrate(flow, rows, settings.accuracy)
     return flow, history
+
+
+def _some(rows: TableRows) -> WeightedRows:
+    count = min(len(rows.x), _MOST_ROWS)
+    some = rows.take(torch.arange(count) * len(rows.x) // count)
+    return WeightedRows(some.x, some.weight)
 
 
 @torch.inference_mode(False)
@@ -192,7 +208,7 @@ def _calibrate(flow: Flow, rows: TableRows, accuracy: float) -> None:
         rows = rows.take(by_weight(rows.weight, len(rows.x)))
     try:
         flow.calibrate(rows.x, rows.context, accuracy=accuracy, generator=generator)
-    except ODEError as error:
+    except (ODEError, ValueError) as error:
         for part in flow.modules():
             if isinstance(part, ContinuousTransform):
                 part.solver = ODESolver(method="rk4", steps=GRID_STEPS)
@@ -206,7 +222,8 @@ def _train(
     fixed = list(itertools.takewhile(_is_fixed, flow.transforms))
     exact, noisy = _split(fixed)
     # A copy: single precision would round the buffers of the transforms.
-    learnt = Flow([*deepcopy(noisy), *flow.transforms[len(fixed) :]]).using(solver=ODESolver())
+    learnt = Flow([*deepcopy(noisy), *flow.transforms[len(fixed) :]], deepcopy(flow.base))
+    learnt = learnt.using(solver=ODESolver())
 
     scalings = context_scalings(flow)
 

@@ -16,7 +16,9 @@ from cnf._checks import (
 )
 from cnf._warnings import warn
 from cnf.flows.calibration import has_solver_by_hand, obstacle_to_calibration
+from cnf.flows.cnf import CNF
 from cnf.flows.flow import Flow
+from cnf.flows.mixture_start import WeightedRows, become_mixture_if_better
 from cnf.objectives import Objective
 from cnf.objectives.base import HOOKS
 from cnf.ode import ODEError
@@ -28,6 +30,9 @@ from cnf.training.history import Callback, History
 from cnf.training.initialization import Sample, check_sample, initialize, sample_of
 from cnf.training.phases import check_plan, make_plan, rows_for, usual_phases
 from cnf.training.run import Run
+
+_MOST_ROWS = 10_000
+"""Most rows that a Gaussian mixture is fitted to, and compared by."""
 
 
 def fit(
@@ -101,13 +106,7 @@ def fit(
         raise TypeError(f"callbacks must be a list of callables; got {callbacks!r}.")
     if accuracy is not None:
         accuracy = check_number("accuracy", accuracy, "positive and finite", is_positive)
-    if not isinstance(objective, Flow | Objective):
-        raise TypeError(
-            "objective must be a cnf.Flow or a cnf.objectives.Objective; got "
-            f"{type(objective).__name__}. Make one of your own by subclassing Objective: call "
-            f"super().__init__(flow), and write {HOOKS['forward']}."
-        )
-    flow = objective if isinstance(objective, Flow) else objective.flow
+    flow = _flow_of(objective)
     with torch.inference_mode(False), torch.enable_grad():
         check_trainable("objective", objective)
         plan = None if config is None and objective is flow else make_plan(objective, config)
@@ -127,8 +126,42 @@ def fit(
             run.keep_in(checkpoints, resume=resume)
         initialize(flow, sample)
         run.go()
+    if config is None and isinstance(objective, CNF):
+        _exchange(objective, rows, held_out, validation, accuracy)
     _calibrate(flow, sample, accuracy)
     return run.history
+
+
+def _flow_of(objective: object) -> Flow:
+    if isinstance(objective, Flow):
+        return objective
+    if isinstance(objective, Objective):
+        return objective.flow
+    raise TypeError(
+        "objective must be a cnf.Flow or a cnf.objectives.Objective; got "
+        f"{type(objective).__name__}. Make one of your own by subclassing Objective: call "
+        f"super().__init__(flow), and write {HOOKS['forward']}."
+    )
+
+
+def _exchange(
+    flow: CNF,
+    rows: TrainingData | None,
+    held_out: TrainingData | None,
+    validation: Data | float | None,
+    accuracy: float | None,
+) -> None:
+    """Make the flow a Gaussian mixture, unless it is the better density or is not validated."""
+    too_few = isinstance(validation, Real) and validation > 0  # to hold any out
+    if rows is None or rows.contexts or (held_out is None and not too_few):
+        return
+
+    def weighted(rows: TrainingData) -> WeightedRows:
+        x, _, weight = rows.some(_MOST_ROWS)
+        return WeightedRows(x, weight)
+
+    others = None if held_out is None else weighted(held_out)
+    become_mixture_if_better(flow, weighted(rows), others, accuracy)
 
 
 def _calibrate(flow: Flow, sample: Sample, accuracy: float | None) -> None:

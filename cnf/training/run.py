@@ -85,6 +85,8 @@ class Run:
         """Train, and leave the weights to keep in the flow, also after an error."""
         seconds_before = self.history.seconds[-1] if self.history.seconds else 0.0
         self.started = time.perf_counter() - seconds_before
+        if self.best is None and not self.history.step:
+            self._validate_start()
         try:
             if self.finished_phases < len(self.plan):
                 while self.finished_phases < len(self.plan):
@@ -184,10 +186,23 @@ class Run:
         check_finite("validation loss", nll)
         if nll < self.best_nll:
             self.best, self.best_nll = copy_of_tensors(phase.result), nll
-            phase.stale_validations = 0
-        else:
-            phase.stale_validations += 1
+        before = [past for past in self.history.validation if not math.isnan(past)]
+        phase.stale_validations = (
+            0 if nll < min(before, default=math.inf) else (phase.stale_validations + 1)
+        )
         return nll
+
+    def _validate_start(self) -> None:
+        """Count the initial weights among those to keep, if their likelihood is finite.
+
+        They do not count for early stopping: training by another objective may begin below them.
+        """
+        if self.validation is None:
+            return
+        with contextlib.suppress(*_FAILURES):
+            nll = negative_log_likelihood(self.flow, self.validation, self.processes)
+            if math.isfinite(nll):
+                self.best, self.best_nll = copy_of_tensors(self.flow), nll
 
     def _is_told_to_stop(self, phase: Phase) -> bool:
         if not self.callbacks:

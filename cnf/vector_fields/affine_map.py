@@ -55,8 +55,8 @@ class AffineMap(NamedTuple):
 
     def rows(self, rows: slice) -> "AffineMap":
         """Return the map of some rows of a batch ``(rows, in)``; they share the weight."""
-        gate = self.gate if self.gate is None else _of_rows(self.gate, rows)
-        return self._replace(gate=gate, bias=_of_rows(self.bias, rows))
+        gate = self.gate if self.gate is None else of_rows(self.gate, rows)
+        return self._replace(gate=gate, bias=of_rows(self.bias, rows))
 
     def _product(self, x: Tensor, offset: Tensor | None = None) -> Tensor:
         if self.weight.ndim == 2:
@@ -68,5 +68,6 @@ class AffineMap(NamedTuple):
         return y if self.gate is None else self.gate * y
 
 
-def _of_rows(values: Tensor, rows: slice) -> Tensor:
+def of_rows(values: Tensor, rows: slice) -> Tensor:
+    """Return the values of some rows; all rows share values without a row for each."""
     return values if values.ndim == 1 or len(values) == 1 else values[rows]

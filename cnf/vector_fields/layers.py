@@ -272,12 +272,17 @@ def reset_layers(layers: nn.ModuleList, frequency: float | None = None) -> None:
 
     A `frequency` draws the first layer as a sinusoidal layer of this scale.
     """
-    first, *_, last = (each := cast("list[TimeLinear]", list(layers)))
+    first, *_ = (each := cast("list[TimeLinear]", list(layers)))
     for layer in each:
         layer.reset_parameters()
     if frequency is not None:
         first.reset_to_waves(frequency)
-    last.reset_to_zero()
+    make_zero(layers)
+
+
+def make_zero(layers: nn.ModuleList) -> None:
+    """Make the last layer of a field zero; the other layers stay."""
+    cast("list[TimeLinear]", list(layers))[-1].reset_to_zero()
 
 
 LAYERS: dict[str, type[TimeLinear]] = {

@@ -2,15 +2,17 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from cnf._checks import check_choice, check_widths
+from cnf._checks import check_choice, check_flag, check_widths
 from cnf._shapes import Context, Rows, Times
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.conditioning import ContextScaling, scaled_context, waves_and_context
 from cnf.vector_fields.jacobian.perceptron import Perceptron
-from cnf.vector_fields.layers import LAYERS, reset_layers
+from cnf.vector_fields.layers import LAYERS, make_zero, reset_layers
 from cnf.vector_fields.settings import check_activations, check_frequency, check_time_features
 from cnf.vector_fields.staged import LayeredField, Stage
 
@@ -33,7 +35,11 @@ class MLPField(LayeredField):
     Where each row has its own t, some layers have weights, and the output layer a gate, for each
     row; the divergence then costs one product for each feature.
 
-    The output layer starts at zero, so that a new field is zero and a new flow the identity.
+    The output layer starts at zero, so that a new field is zero and a new flow the identity. With
+    a skip, :math:`g x (2 t - 1) / (t^2 + (1 - t)^2)` is added to the velocity, with a gate g for
+    each feature that starts at 1: the mean velocity of straight paths between two independent
+    standard normal samples, whose flow from t = 0 to 1 is the identity. Flow matching then learns
+    only how the data differ from a normal distribution.
 
     Args:
         features: Size of x.
@@ -48,15 +54,18 @@ class MLPField(LayeredField):
             ``sin(pi k t)`` and ``cos(pi k t)`` for k = 1 … m beside t, as part of the context. They
             shift the output of a layer, and scale it if its gate depends on the context; the gate
             of the output layer depends on t alone.
+        skip: Whether the velocity has a multiple of x, as above.
 
     Raises:
         TypeError: If a size is not an int.
-        ValueError: If an argument is out of range, or `time_features` not 0 for the layer "ignore".
+        ValueError: If an argument is out of range, or `time_features` or `skip` is given for the
+            layer "ignore", which does not depend on time.
 
     References:
         Grathwohl et al. (2019), FFJORD, https://arxiv.org/abs/1810.01367, for the layers.
         Sitzmann et al. (2020), Implicit Neural Representations with Periodic Activation
         Functions, https://arxiv.org/abs/2006.09661, for the sinusoidal layer.
+        Lipman et al. (2023), https://arxiv.org/abs/2210.02747, for the paths of the skip.
         Vaswani et al. (2017), Attention Is All You Need, https://arxiv.org/abs/1706.03762, for
         waves as features of a position.
 
@@ -81,6 +90,7 @@ class MLPField(LayeredField):
         activation: str | Sequence[str] | None = None,
         frequency: float | None = None,
         time_features: int | None = None,
+        skip: bool = False,
     ) -> None:
         super().__init__(features, context_features)
         self.hidden_features = check_widths("hidden_features", hidden_features)
@@ -99,12 +109,25 @@ class MLPField(LayeredField):
         )
         if self.context_features:
             self.context_scaling = ContextScaling(self.context_features)
+        self.skip = check_flag("skip", skip)
+        if self.skip and layer == "ignore":
+            raise ValueError('skip must be False for the layer "ignore", which has no time.')
+        if self.skip:
+            self.skip_gate = nn.Parameter(torch.ones(self.features))
         self._activations = [ACTIVATIONS[name] for name in self.activation]
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the initial weights: see `cnf.vector_fields.layers.reset_layers`."""
         reset_layers(self.layers, self.frequency)
+        if self.skip:
+            nn.init.ones_(self.skip_gate)
+
+    def zero_(self) -> None:
+        """Make the field zero at every time and context; the hidden layers stay as they are."""
+        make_zero(self.layers)
+        if self.skip:
+            nn.init.zeros_(self.skip_gate)
 
     def stages(self, t: Times, x: Rows, context: Context | None) -> list[Stage]:
         """Return the hidden layers with their activations, and the output layer."""
@@ -112,8 +135,8 @@ class MLPField(LayeredField):
 
     @property
     def inner_widths(self) -> tuple[int, ...]:
-        """Widths of the hidden layers."""
-        return self.hidden_features
+        """Widths of the hidden layers; none with a skip, which passes by them."""
+        return () if self.skip else self.hidden_features
 
     @property
     def has_closed_form_divergence(self) -> bool:
@@ -131,4 +154,13 @@ class MLPField(LayeredField):
             context = scaled_context(self, context)
         conditions = waves_and_context(t, context, self.time_features)
         maps = [layer(t, conditions) for layer in self.layers]
-        return Perceptron(maps, self._activations)
+        if not self.skip:
+            return Perceptron(maps, self._activations)
+        rate = (2 * t - 1) / (t.square() + (1 - t).square())
+        return Perceptron(maps, self._activations, rate.unsqueeze(-1) * self.skip_gate)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A CNF saved before it had a skip.
+        if self.skip and f"{prefix}layers.0.linear.weight" in state_dict:
+            state_dict.setdefault(f"{prefix}skip_gate", torch.zeros_like(self.skip_gate))
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from cnf._shapes import Context, Rows, Times
@@ -40,6 +41,28 @@ class Activated(NamedTuple):
         inner, tangent = self.stage.linearised(x)
         value, slope = self.activation.value_and_slope(inner)
         return value, lambda dx: slope * tangent(dx)
+
+
+class WithSkip(NamedTuple):
+    """Sequence of stages, to whose value a multiple of x is added."""
+
+    stages: Sequence[Stage]
+    skip: Tensor
+
+    def value(self, x: Tensor) -> Tensor:
+        """Return the map of `x`."""
+        value = x
+        for stage in self.stages:
+            value = stage.value(value)
+        return torch.addcmul(value, self.skip, x)
+
+    def linearised(self, x: Tensor) -> tuple[Tensor, Tangent]:
+        """Return the map of `x`, and its derivative there."""
+        value, tangents = linearised(self.stages, x)
+        return (
+            torch.addcmul(value, self.skip, x),
+            lambda dx: torch.addcmul(applied(tangents, dx), self.skip, dx),
+        )
 
 
 class LayeredField(VectorField):

@@ -3,10 +3,9 @@ r"""Whitening: a linear map to uncorrelated features of variance 1."""
 import torch
 from torch import Generator, Tensor
 
+from cnf._moments import shrunk_correlation
 from cnf.transforms.base import WithLadj
 from cnf.transforms.from_data.base import DataTransform
-
-_LEAST_SHRINKAGE = 1e-6
 
 
 class Whiten(DataTransform):
@@ -45,16 +44,7 @@ class Whiten(DataTransform):
     def _set(self, rows: Tensor, share: Tensor, mean: Tensor, std: Tensor) -> None:
         scaled = (rows - mean) / std
         scaled = scaled / (share @ scaled.square()).sqrt()  # by the variance without correction
-        effective_rows = 1 / share.square().sum()
-        correlation = (share.unsqueeze(-1) * scaled).T @ scaled
-        identity = torch.eye(len(mean), dtype=rows.dtype)
-        distance = (correlation - identity).square().sum()
-        # The error of each entry, from the spread of its summands over the rows.
-        squares = scaled.square()
-        error = ((share.unsqueeze(-1) * squares).T @ squares - correlation.square()).sum()
-        shrinkage = min(1.0, float(error / effective_rows / distance)) if distance > 0 else 1.0
-        shrinkage = max(shrinkage, _LEAST_SHRINKAGE)
-        shrunk = torch.lerp(correlation, identity, shrinkage)
+        shrunk = shrunk_correlation(scaled, share)
         self.mean.copy_(mean)
         self.scale_tril.copy_(std.unsqueeze(-1) * torch.linalg.cholesky(shrunk))
 

@@ -6,7 +6,8 @@ With weights :math:`W_i` that all rows share and n activations :math:`s_i`, each
     v = W_{n+1} h_n + b_{n+1}, \qquad J = W_{n+1} D_n W_n \cdots D_1 W_1
 
 with the diagonal matrices :math:`D_i` of the slopes :math:`d_i = s_i'(a_i)`. A gate of a hidden
-layer, which scales :math:`W_i` for each row, is a factor of :math:`d_i`.
+layer, which scales :math:`W_i` for each row, is a factor of :math:`d_i`. A skip from x to v adds
+``skip * x`` to v, and the sum of `skip` to the trace.
 
 **One hidden layer.** :math:`\mathrm{tr} J = k^\top d_1` with :math:`k_j = (W_1 W_2)_{jj}`.
 
@@ -35,9 +36,9 @@ from torch import Tensor
 
 from cnf._shapes import Rows, Values
 from cnf.vector_fields.activations import Activation
-from cnf.vector_fields.affine_map import AffineMap
+from cnf.vector_fields.affine_map import AffineMap, of_rows
 from cnf.vector_fields.jacobian.autograd import standard_basis
-from cnf.vector_fields.staged import Activated, Stage, applied, linearised
+from cnf.vector_fields.staged import Activated, Stage, WithSkip, applied, linearised
 
 _BLOCK_ROWS = 1024
 
@@ -49,12 +50,15 @@ class Perceptron(NamedTuple):
     """Maps of the hidden layers, and of the output layer."""
     activations: Sequence[Activation]
     """Activations of the hidden layers."""
+    skip: Tensor | None = None
+    """Factor of x in the value, for each feature, and perhaps for each row."""
 
     @property
     def stages(self) -> list[Stage]:
-        """The hidden layers with their activations, and the output layer."""
+        """The hidden layers with their activations, and the output layer; one stage with a skip."""
         *hidden, output = self.maps
-        return [*map(Activated, hidden, self.activations), output]
+        stages: list[Stage] = [*map(Activated, hidden, self.activations), output]
+        return stages if self.skip is None else [WithSkip(stages, self.skip)]
 
     def velocity_and_divergence(self, x: Rows) -> tuple[Rows, Values]:
         """Return the value, and the trace of the Jacobian.
@@ -70,18 +74,23 @@ class Perceptron(NamedTuple):
         on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
         if on_cpu and x.ndim == 2 and len(x) > max(_BLOCK_ROWS, 8 * x.shape[-1]):
             return self._in_blocks(x)
-        slopes = []
+        slopes, start = [], x
         for affine, activation in zip(hidden, self.activations, strict=True):
             x, slope = activation.value_and_slope(affine.value(x))
             slopes.append(slope if affine.gate is None else slope * affine.gate)
-        return output.value(x), jacobian_trace([affine.weight for affine in self.maps], slopes)
+        velocity = output.value(x)
+        trace = jacobian_trace([affine.weight for affine in self.maps], slopes)
+        if self.skip is None:
+            return velocity, trace
+        return torch.addcmul(velocity, self.skip, start), trace + self.skip.sum(-1)
 
     def _in_blocks(self, x: Tensor) -> tuple[Tensor, Tensor]:
         blocks = math.ceil(len(x) / max(_BLOCK_ROWS, 8 * x.shape[-1]))
         edges = [len(x) * i // blocks for i in range(blocks + 1)]
         found = []
         for rows in itertools.starmap(slice, itertools.pairwise(edges)):
-            own = self._replace(maps=[affine.rows(rows) for affine in self.maps])
+            skip = None if self.skip is None else of_rows(self.skip, rows)
+            own = self._replace(maps=[affine.rows(rows) for affine in self.maps], skip=skip)
             found.append(own.velocity_and_divergence(x[rows]))
         velocities, divergences = zip(*found, strict=True)
         return torch.cat(velocities), torch.cat(divergences)

@@ -1,13 +1,12 @@
-"""Base distributions of flows, at t = 0."""
+"""Base class of base distributions."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, final, get_args
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.distributions import Distribution, Independent, Normal, constraints
+from torch.distributions import Distribution, constraints
 
 from cnf._checks import check_count, refuse_overrides
 from cnf._shapes import BaseRows, Context, Values
@@ -149,44 +148,3 @@ class Base(nn.Module, ABC):
             NotImplementedError: If there is none.
         """
         raise NotImplementedError(f"{type(self).__name__} is no torch distribution.")
-
-
-class StandardNormal(Base):
-    """Standard normal distribution: independent features of mean 0 and variance 1.
-
-    Args:
-        features: Size of z.
-
-    Raises:
-        TypeError: If `features` is not an int.
-        ValueError: If `features` is less than 1.
-
-    Example:
-        >>> StandardNormal(2).log_prob(torch.zeros(2))
-        tensor(-1.8379)
-    """
-
-    def __init__(self, features: int) -> None:
-        super().__init__(features)
-        # Carries dtype and device through .to(); not stored in a state dict.
-        self.register_buffer("loc", torch.zeros(features), persistent=False)
-        self.loc: Tensor
-
-    def _log_prob(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> Tensor:
-        log_normalizer = 0.5 * self.features * math.log(2 * math.pi)
-        return -0.5 * z.square().sum(-1) - log_normalizer
-
-    def _rsample(
-        self, shape: torch.Size, context: Tensor | None, generator: Generator | None
-    ) -> Tensor:
-        like = self.loc
-        return torch.randn(
-            *shape, self.features, generator=generator, dtype=like.dtype, device=like.device
-        )
-
-    def distribution(
-        self, batch_shape: Sequence[int] = (), context: Tensor | None = None
-    ) -> Distribution:
-        """Return this base as a `torch.distributions.Distribution`."""
-        loc = self.loc.expand(*batch_shape, self.features)
-        return Independent(Normal(loc, torch.ones_like(loc), validate_args=False), 1)
