@@ -169,7 +169,7 @@ def _check_solvers(plan: Plan, flow: Flow, sample: Sample, processes: Processes)
     kept = copy_of_tensors(flow)
     try:
         message = _error_of_solvers(objectives[-1], flow, sample.x[::every], context)
-    except ODEError as error:
+    except (ODEError, ValueError) as error:
         message = f"a solver chosen by hand could not be compared with another one: {error}"
     finally:
         flow.load_state_dict(kept)  # a network of a user may count its calls in a buffer
@@ -196,15 +196,18 @@ def _error_of_solvers(
     found = true = log_prob(flow)
     if by_hand:
         true = log_prob(by_reference(flow))
-    what, error = "log_prob of the trained flow", (found - true).abs().max()
+    what, error = "log_prob of the trained flow is wrong by up to", (found - true).abs().max()
     if error <= LARGEST_ERROR and objective.solver != training_solver(None):
         # A user sees only its mean.
         found = log_prob(flow.using(solver=objective.solver))
-        what, error = "the mean in the loss of training", (found.mean() - true.mean()).abs()
+        what, error = (
+            "the mean in the loss of training is wrong by",
+            (found.mean() - true.mean()).abs(),
+        )
     if error <= LARGEST_ERROR:
         return None
     return (
-        f"{what} is wrong by up to {error:.3g} nats, because its solver is too coarse for the "
+        f"{what} {error:.3g} nats, because its solver is too coarse for the "
         f"trained field: on {len(x)} training rows the mean log-density is {found.mean():.4g} "
         f"nats, and {true.mean():.4g} by a solver of another kind. Train with more steps or "
         "tighter tolerances, in the solvers of the flow and of MaximumLikelihood; or leave both "
