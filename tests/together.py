@@ -14,7 +14,7 @@ from cnf.objectives import MaximumLikelihood
 from cnf.training import StepReport, TrainingError
 
 RANK = int(os.environ.get("RANK", "0"))
-SOLVER = ODESolver(method="rk4", steps=2, gradient="backprop")
+SOLVER = ODESolver(method="rk4", steps=4, gradient="backprop")
 
 
 def train(folder: Path | None, *, parts: int = 1, **settings: object) -> tuple[Flow, History]:

@@ -31,8 +31,11 @@ def certify(
     - ``standard_error``: standard error of the log-density of one row, if it is an estimate;
     - ``gradient_modes``: largest change of a log-density with gradients on, in training and
       evaluation mode;
-    - ``tolerance``: largest change of a log-density when the tolerance of the solver is divided by
-      ten (for a fixed-step method: its steps doubled);
+    - ``tolerance``: largest change of a log-density when it is solved by steps of another kind, and
+      by finer ones: for an adaptive solver, by at least 106 fixed steps (636 evaluations) and with
+      a tenth of its tolerances; for a fixed grid, by an adaptive solver at a tight tolerance and
+      with at least 106, and more than twice as many, equal steps. The limit is 0.05 nats or, if
+      more, five times the stated accuracy of a calibrated flow;
     - ``round_trip``: largest error of x -> z -> x, in standard deviations of each feature;
     - ``ladj``: deviation of the ladj of a discrete bijection from its Jacobian by autograd, for the
       worst part and direction;

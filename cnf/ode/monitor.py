@@ -44,7 +44,9 @@ class SolveMonitor:
     last: State | None = None
     bad_gradient: Tensor | None = None
     errors: Tensor | None = None
-    has_rejected: bool = False
+    """Squared error of each number in the last step, in units of the error norm of all."""
+    all_errors: Tensor | None = None
+    """The sum of `errors` over all steps, because each costs the same number of evaluations."""
 
     def __call__(self, t: Tensor, state: State) -> State:
         """Return the rates at a time; raise an `ODEError` beyond the budget."""
@@ -79,24 +81,27 @@ class SolveMonitor:
                 )
             self.in_backward = True
             self.evaluations = 0
-            self.first = self.last = self.bad_gradient = self.errors = None
-            self.has_rejected = False
+            self.first = self.last = self.bad_gradient = self.errors = self.all_errors = None
 
         monitored: State = _BackwardPass.apply(  # type: ignore[no-untyped-call]
             self.gradient, begin, *solution
         )
         return monitored
 
-    def keep_errors(self, errors: Tensor, *, rejected: bool) -> None:
-        """Keep the errors of the last rejected step; if there is none, of the last step.
+    def keep_errors(self, errors: Tensor, norm: Tensor) -> None:
+        """Keep the errors of an attempted step, which set the size of the next one.
 
         Args:
             errors: Error of each number of the solver's state, in units of the tolerance.
-            rejected: Whether the step was rejected.
+            norm: Error norm of all of them.
         """
-        if rejected or not self.has_rejected:
-            self.errors = errors
-            self.has_rejected = rejected
+        if not holds(norm.isfinite() & (norm > 0)):
+            errors = errors.nan_to_num(nan=math.inf)
+            norm = errors.abs().max()
+            if norm.isinf():
+                errors, norm = errors.isinf().to(errors), torch.ones_like(norm)
+        self.errors = (errors / norm.clamp(min=torch.finfo(norm.dtype).tiny)).square()
+        self.all_errors = self.errors if self.all_errors is None else self.all_errors + self.errors
 
     def error_at_start(self, state: State) -> ODEError:
         """Return an error for an initial state that is not finite."""
@@ -158,32 +163,31 @@ class SolveMonitor:
 
     def _slowest(self) -> str:
         """Name the rows that limit the step size, as far as known."""
-        assert self.last is not None  # noqa: S101 - for mypy: `_diagnosis` sees to it
-        state = self.last[: len(self.last) // 2]
-        if self.errors is None:  # before the first step, or for a method without error estimate
-            speed = self.last[len(state)].abs().amax(-1)
-            return (
-                f"the velocity is largest, {float(speed.max()):.3g}, in "
-                f"{name_rows(speed >= 0.5 * speed.max())}"
-            )
-        error = self._error_of_rows(self.errors.nan_to_num(nan=math.inf, posinf=math.inf), state)
+        errors = self.all_errors if self.evaluations >= self.budget else self.errors
+        if errors is None:  # no step has ended, or the method has no error estimate
+            return "it is not known which rows limit the steps"
+        shares = self._shares_of_rows(errors)
+        largest = shares >= 0.5 * shares.max()
         return (
-            f"the error of a step is largest, {float(error.max()):.3g} times the tolerance, in "
-            f"{name_rows(error >= 0.5 * error.max())}"
+            f"{float(shares[largest].sum()):.0%} of the error that sets the steps is in "
+            f"{name_rows(largest)}"
         )
 
-    def _error_of_rows(self, errors: Tensor, state: State) -> Tensor:
-        """Return the largest error in each row, among the tensors that control the steps."""
+    def _shares_of_rows(self, errors: Tensor) -> Tensor:
+        """Return the share of each row in the squared errors that control the steps."""
+        assert self.last is not None  # noqa: S101 - for mypy: `_diagnosis` sees to it
+        state = self.last[: len(self.last) // 2]
         sizes = [part.numel() for part in state]
         rows = state[0].shape[:-1]
         # The state of the adjoint: a time, the state, its gradients, and parameters' gradients.
         copies = errors[1:].split(sum(sizes))[:2] if self.in_backward else (errors,)
         found = [
-            part.abs().reshape(*rows, -1).amax(-1)
+            part.reshape(*rows, -1).sum(-1) / part.numel()
             for copy in copies
             for part in copy.split(sizes)[: self.controlled]
         ]
-        return torch.stack(found).amax(0)
+        shares = torch.stack(found).sum(0)
+        return shares / shares.sum().clamp(min=torch.finfo(shares.dtype).tiny)
 
 
 class SteppingMonitor(SolveMonitor):

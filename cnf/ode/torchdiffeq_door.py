@@ -63,7 +63,7 @@ class LeanSteps:
         everywhere: Whether a step ends at each of the times; else at the last, beyond which the
             field must not be evaluated.
         on_trial: Called for each attempted step, with the errors of all numbers, in units of the
-            tolerance, and whether the step is rejected.
+            tolerance, and their norm.
         options: Options of torchdiffeq's solvers.
     """
 
@@ -126,9 +126,8 @@ class LeanSteps:
             limits = (self.safety, self.ifactor, self.dfactor)
             next_size = _optimal_step_size(size.detach(), ratio, *limits, self.order)
             next_size = _without_derivatives(next_size)
-        rejected = not ratio <= 1
-        self.on_trial(errors, rejected=rejected)
-        if rejected:
+        self.on_trial(errors, ratio)
+        if not ratio <= 1:
             self.func.callback_reject_step(t0, y0, size)
             return state._replace(dt=next_size)
         self.func.callback_accept_step(t0, y0, size)

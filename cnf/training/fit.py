@@ -5,6 +5,7 @@ from numbers import Real
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cnf._checks import (
     check_flag,
@@ -19,8 +20,10 @@ from cnf.flows.calibration import has_solver_by_hand, obstacle_to_calibration
 from cnf.flows.cnf import CNF
 from cnf.flows.flow import Flow
 from cnf.flows.mixture_start import WeightedRows, become_mixture_if_better
-from cnf.objectives import Objective
+from cnf.flows.references import LARGEST_ERROR, by_reference
+from cnf.objectives import MaximumLikelihood, Objective
 from cnf.objectives.base import HOOKS
+from cnf.objectives.solving import for_training, training_solver
 from cnf.ode import ODEError
 from cnf.training.checkpoint import Checkpoints
 from cnf.training.config import TrainingConfig
@@ -28,11 +31,13 @@ from cnf.training.data import Data, TrainingData, as_rows, hold_out
 from cnf.training.distributed import Processes
 from cnf.training.history import Callback, History
 from cnf.training.initialization import Sample, check_sample, initialize, sample_of
-from cnf.training.phases import check_plan, make_plan, rows_for, usual_phases
+from cnf.training.phase import copy_of_tensors
+from cnf.training.phases import Plan, check_plan, make_plan, rows_for, usual_phases
 from cnf.training.run import Run
 
 _MOST_ROWS = 10_000
 """Most rows that a Gaussian mixture is fitted to, and compared by."""
+_COMPARED_ROWS = 128
 
 
 def fit(
@@ -77,7 +82,10 @@ def fit(
         accuracy: Largest estimated error of `log_prob`, in nats for each ODE, for which
             `Flow.calibrate` chooses the steps of the solves after training, from training rows.
             The weights in the folder of the checkpoints are not calibrated. Solvers other than the
-            default one, and a flow that cannot be calibrated, stay; None for all flows.
+            default one, and a flow that cannot be calibrated, stay; None for all flows. A solver
+            chosen by hand is compared with one of another kind after maximum likelihood, on 128
+            training rows: a warning gives both numbers if `log_prob` of a row, or the mean in the
+            loss, is wrong by more than 0.05 nats.
 
     Returns:
         The history of the run.
@@ -129,6 +137,7 @@ def fit(
     if config is None and isinstance(objective, CNF):
         _exchange(objective, rows, held_out, validation, accuracy)
     _calibrate(flow, sample, accuracy)
+    _check_solvers(plan, flow, sample, processes)
     return run.history
 
 
@@ -179,6 +188,63 @@ def _calibrate(flow: Flow, sample: Sample, accuracy: float | None) -> None:
         flow.calibrate(sample.x, sample.context, accuracy=accuracy, generator=generator)
     except (ODEError, ValueError) as error:
         warn(f"the flow keeps its solver after training: {error}")
+
+
+@torch.no_grad()
+def _check_solvers(plan: Plan, flow: Flow, sample: Sample, processes: Processes) -> None:
+    """Warn if maximum likelihood was reached by the error of a solver chosen by hand."""
+    objectives = [each for each, _ in plan if isinstance(each, MaximumLikelihood)]
+    if sample.x is None or not objectives or not processes.is_first:
+        return
+    every = -(-len(sample.x) // _COMPARED_ROWS)
+    context = None if sample.context is None else sample.context[::every]
+    kept = copy_of_tensors(flow)
+    try:
+        message = _error_of_solvers(objectives[-1], flow, sample.x[::every], context)
+    except (ODEError, ValueError) as error:
+        message = f"a solver chosen by hand could not be compared with another one: {error}"
+    finally:
+        flow.load_state_dict(kept)  # a network of a user may count its calls in a buffer
+    if message is not None:
+        warn(message)
+
+
+def _error_of_solvers(
+    objective: MaximumLikelihood, flow: Flow, x: Tensor, context: Tensor | None
+) -> str | None:
+    """Return the error by the solver of the flow or of the objective in words, if too large."""
+    by_hand = has_solver_by_hand(flow.transforms)
+    if not by_hand and objective.solver == training_solver(None):
+        return None
+
+    def log_prob(by: Flow) -> Tensor:
+        """Return log-densities, by the cheaper divergence of training."""
+        cheap = by.map_continuous(
+            lambda part: for_training(part, solver=part.solver, divergence=objective.divergence)
+        )
+        generator = torch.Generator(x.device).manual_seed(0)
+        return cheap.log_prob(x, context, generator=generator).double()
+
+    found = true = log_prob(flow)
+    if by_hand:
+        true = log_prob(by_reference(flow))
+    what, error = "log_prob of the trained flow is wrong by up to", (found - true).abs().max()
+    if error <= LARGEST_ERROR and objective.solver != training_solver(None):
+        # A user sees only its mean.
+        found = log_prob(flow.using(solver=objective.solver))
+        what, error = (
+            "the mean in the loss of training is wrong by",
+            (found.mean() - true.mean()).abs(),
+        )
+    if error <= LARGEST_ERROR:
+        return None
+    return (
+        f"{what} {error:.3g} nats, because its solver is too coarse for the "
+        f"trained field: on {len(x)} training rows the mean log-density is {found.mean():.4g} "
+        f"nats, and {true.mean():.4g} by a solver of another kind. Train with more steps or "
+        "tighter tolerances, in the solvers of the flow and of MaximumLikelihood; or leave both "
+        "solvers out, and fit chooses steps for a stated accuracy. See also certify."
+    )
 
 
 def _split(

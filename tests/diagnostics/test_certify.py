@@ -219,6 +219,48 @@ def test_too_few_steps_are_found():
     assert found["tolerance"] == found["round_trip"] == found["sampled_log_prob"] == "fail"
 
 
+class Pulse(ModuleField):
+    """Grows by 10.6 nats in two features, within a smooth pulse of width 0.02 at t = 0.537."""
+
+    def __init__(self):
+        super().__init__(nn.Identity(), 2)
+        self.strength = nn.Parameter(torch.tensor(5.3))
+
+    def _velocity(self, t, x, context):
+        place = ((t - 0.537) / 0.01).clamp(-1, 1)
+        bump = torch.exp(-1 / (1 - place.square()).clamp(min=1e-9)) / 0.443994
+        return (1 + 100 * self.strength * bump) * x
+
+
+@pytest.mark.usefixtures("coarse_integral")
+@pytest.mark.parametrize(
+    "solver",
+    [
+        ODESolver(rtol=1e-5, atol=1e-5),
+        ODESolver(method="dopri8", rtol=1e-6, atol=1e-6),
+        ODESolver(method="rk4", steps=9),
+        ODESolver(method="rk4", times=[i / 6 for i in range(7)], accuracy=1e-3),
+    ],
+    ids=["dopri5", "dopri8", "rk4", "calibrated"],
+)
+def test_a_pulse_between_the_steps_is_found(solver):
+    flow = Flow([ContinuousTransform(Pulse(), solver=solver)])
+    x = torch.randn(10, 2)
+    assert flow.log_prob(x).max() > -10  # the pulse is stepped over
+    found = certify(flow, x)["tolerance"]
+    assert found.verdict == "fail"
+    assert found.value > 10
+
+
+def test_a_calibrated_flow_is_held_to_its_own_accuracy():
+    flow = perturbed(cnf())
+    x = torch.randn(50, 2)
+    for accuracy, limit in ((1e-3, 0.05), (0.1, 0.5)):
+        flow.calibrate(x, accuracy=accuracy)
+        found = certify(flow, x)["tolerance"]
+        assert (found.verdict, found.limit) == ("pass", pytest.approx(limit))
+
+
 def test_an_exploding_inverse_is_found():
     flow = Flow([Affine(2)])
     with torch.no_grad():

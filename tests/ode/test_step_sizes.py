@@ -6,7 +6,7 @@ import pytest
 import torch
 from zoo import cnf, perturbed
 
-from cnf import CNF, ODESolver, count_evaluations
+from cnf import CNF, ODEError, ODESolver, count_evaluations
 from cnf.ode import methods
 from cnf.transforms import ContinuousTransform
 from cnf.vector_fields import LinearField
@@ -179,3 +179,53 @@ def test_the_adjoint_takes_the_first_step_too():
         return nfe.value
 
     assert backward_evaluations(1e-5) > backward_evaluations(0.2)
+
+
+ROUGH = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0]).unsqueeze(-1)
+FAST = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0]).unsqueeze(-1)
+EMBEDDED = pytest.mark.parametrize("method", ["dopri5", "bosh3", "dopri8"])
+
+
+@EMBEDDED
+def test_the_row_that_took_most_steps_is_named_not_the_one_that_moves_fast_at_the_end(method):
+    seen = []
+
+    def rhs(t, state):
+        seen.append(float(t))
+        swing = 300 * torch.cos(1000 * t) * torch.sigmoid(100 * (0.6 - t))
+        burst = 1000 * torch.exp(-(((t - 0.8) / 0.02) ** 2))
+        return (swing * ROUGH.to(t) + (20 + burst) * FAST.to(t) + 0 * state[0],)
+
+    def solve(**settings):
+        solver = ODESolver(method=method, rtol=1e-3, atol=1e-3, **settings)
+        return solver.solve(rhs, (torch.ones(5, 2),), torch.tensor([0.0, 1.0]))
+
+    solve()
+    budget = next(i for i, t in enumerate(seen) if t > 0.8)
+    with pytest.raises(ODEError, match=r"\d% of the error that sets the steps is in row 2\."):
+        solve(max_evaluations=budget)
+
+
+@EMBEDDED
+def test_the_row_that_makes_the_adjoint_take_small_steps_is_named(method):
+    def rhs(t, state):  # one row is rough once it is differentiated
+        (x,) = state
+        wave = 3e-3 * torch.sin(1e4 * x)
+        return (x + wave * ROUGH.to(t) + 500 * t**3 * FAST.to(t),)
+
+    x = torch.ones(5, 2).requires_grad_()
+    solver = ODESolver(method=method, rtol=1e-2, atol=1e-2, gradient="adjoint", max_evaluations=150)
+    (states,) = solver.solve(rhs, (x,), torch.tensor([0.0, 1.0]))
+    with pytest.raises(ODEError, match=r"backward .* error that sets the steps is in row 2\."):
+        states[-1].sum().backward()
+
+
+@pytest.mark.parametrize(("method", "budget"), [("dopri5", 5), ("scipy_solver", 50)])
+def test_no_row_is_blamed_where_no_errors_are_known(method, budget):
+    def rhs(t, state):
+        return (1000 * torch.cos(1000 * t) * ROUGH.to(t) + 1e4 * FAST.to(t) + 0 * state[0],)
+
+    with pytest.raises(ODEError, match="not known which rows limit the steps"):
+        ODESolver(method=method, max_evaluations=budget).solve(
+            rhs, (torch.ones(5, 2),), torch.tensor([0.0, 1.0])
+        )

@@ -5,21 +5,26 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from training_runs import affine_flow, config, small_cnf
 
 from cnf import (
     CNF,
     Checkpoints,
+    FlowMatching,
     MaximumLikelihood,
+    ModuleField,
     ODEError,
     ODESolver,
     ReverseKL,
+    TrainingConfig,
     certify,
     fit,
     load,
     recipe,
     save,
 )
+from cnf.data import toy_density
 from cnf.flows import Flow
 from cnf.tables.fit import DensitySettings, TableRows, continue_density, fit_density
 from cnf.training.initialization import by_weight
@@ -112,7 +117,9 @@ def test_flows_that_cannot_be_calibrated_are_trained_without_a_word():
 
 def test_an_accuracy_out_of_reach_is_told_and_leaves_the_solver():
     flow = CNF(2, hidden_features=(8, 8)).float()
-    with pytest.warns(UserWarning, match="keeps its solver after training: calibration does not"):
+    kept = pytest.warns(UserWarning, match="keeps its solver after training: calibration does not")
+    coarse = pytest.warns(UserWarning, match="the mean in the loss of training is wrong")
+    with coarse, kept:
         fit(flow, torch.randn(50, 2).float(), config(30), validation=None, accuracy=1e-30)
     assert flow.only_ode.solver == ODESolver()
 
@@ -151,7 +158,8 @@ def test_a_density_that_cannot_be_calibrated_again_gets_equal_steps():
 
 def test_one_row_is_not_settled_by_being_the_only_one():
     flow = CNF(1, hidden_features=(8, 8))
-    fit(flow, torch.randn(50, 1), config(20), validation=None, accuracy=None)
+    settings = config(20, objective=FlowMatching)
+    fit(flow, torch.randn(50, 1), settings, validation=None, accuracy=None)
     with pytest.raises(ODEError, match="does not reach accuracy=1e-30"):
         flow.calibrate(torch.randn(1, 1), accuracy=1e-30)
 
@@ -172,3 +180,72 @@ def test_rows_of_hardly_any_weight_do_not_choose_the_grid(monkeypatch):
 def test_rows_are_chosen_as_often_as_they_count():
     index = by_weight(torch.tensor([0.0, 3.0, 1.0, 0.0, 4.0]), 800)
     assert index.bincount(minlength=5).tolist() == [0, 300, 100, 0, 400]
+
+
+def rings(rows=1000):
+    generator = torch.Generator().manual_seed(0)
+    return toy_density("rings").sample(rows, generator=generator).to(torch.float64)
+
+
+def by_likelihood(flow, solver, steps=60):
+    settings = TrainingConfig(steps=steps, batch_size=256, learning_rate=0.01, progress=False)
+    return fit(MaximumLikelihood(flow, solver=solver), rings(), settings, validation=None)
+
+
+def steps_of(count):
+    return ODESolver(method="rk4", steps=count, gradient="backprop")
+
+
+COARSE, EVEN = steps_of(4), steps_of(60)
+
+
+@pytest.mark.slow
+def test_a_likelihood_bought_from_a_coarse_grid_is_told_with_its_true_value(recwarn):
+    flow = CNF(2, hidden_features=(32, 32), solver=COARSE)
+    by_likelihood(flow, COARSE)
+    (told,) = recwarn
+    numbers = r"on 125 training rows the mean log-density is (\S+) nats, and (\S+) by a solver"
+    found, true = map(float, re.search(numbers, str(told.message)).groups())
+    with torch.no_grad():
+        x = rings()[::8]
+        assert found == pytest.approx(flow.log_prob(x).mean().item(), rel=1e-3)
+        assert true == pytest.approx(flow.using(solver=FINE).log_prob(x).mean().item(), rel=1e-3)
+    assert true < found - 0.05
+    assert "Train with more steps" in str(told.message)
+    failed = certify(flow, x)["tolerance"]
+    assert failed.verdict == "fail"
+    assert "trained on steps too coarse for it: train again with finer ones" in failed.remedy
+
+
+@pytest.mark.slow
+def test_a_likelihood_by_fine_steps_is_trained_without_a_word():
+    flow = CNF(2, hidden_features=(32, 32), solver=EVEN)
+    by_likelihood(flow, EVEN, steps=10)
+    assert (flow.log_prob(rings()) - flow.using(solver=FINE).log_prob(rings())).abs().max() < 0.01
+
+
+@pytest.mark.slow
+def test_a_coarse_grid_of_the_objective_alone_is_told_too():
+    flow = CNF(2, hidden_features=(32, 32))
+    with pytest.warns(UserWarning, match="the mean in the loss of training is wrong"):
+        by_likelihood(flow, COARSE)
+    assert (flow.log_prob(rings()) - flow.using(solver=FINE).log_prob(rings())).abs().max() < 0.01
+
+
+class Rough(nn.Module):
+    """Waves far shorter than any step."""
+
+    def __init__(self):
+        super().__init__()
+        self.height = nn.Parameter(torch.ones(()))
+
+    def forward(self, t, x):
+        return self.height * torch.sin(1e7 * x)
+
+
+@pytest.mark.slow
+def test_a_field_too_rough_to_be_compared_is_told():
+    solver = ODESolver(method="rk4", steps=1)
+    flow = Flow([ContinuousTransform(ModuleField(Rough(), 2), solver=solver)])
+    with pytest.warns(UserWarning, match="could not be compared with another one: the solve"):
+        fit(flow, rings(50), config(1), validation=None)
