@@ -13,6 +13,15 @@ from cnf.ode.compiled_steps import FieldSteps
 from cnf.transforms import Chain, ContinuousTransform, FactorOut, Permute, Squeeze
 from cnf.transforms.continuous import map_continuous
 
+_DEFAULTS = {
+    solver.gradient: solver
+    for solver in (
+        ODESolver(),
+        ODESolver(rtol=1e-5, atol=1e-5, error_norm="points_and_ladj", gradient="adjoint"),
+    )
+}
+"""Default solvers, of this version and of the files of older ones, by their gradient."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class _CalibratingSolver(ODESolver):
@@ -108,6 +117,11 @@ def obstacle_to_calibration(chain: Chain, base: Base) -> str | None:
 
 
 def has_solver_by_hand(chain: Chain) -> bool:
-    """Return whether a solver is neither the default one nor from a calibration."""
+    """Return whether a solver is neither a default one nor from a calibration."""
     solvers = [part.solver for part in chain.modules() if isinstance(part, ContinuousTransform)]
-    return any(solver.accuracy is None and solver != ODESolver() for solver in solvers)
+    return any(before_calibration(solver) not in _DEFAULTS.values() for solver in solvers)
+
+
+def before_calibration(solver: ODESolver) -> ODESolver:
+    """Return the default solver that a calibration replaced; another solver as it is."""
+    return solver if solver.accuracy is None else _DEFAULTS.get(solver.gradient, ODESolver())
