@@ -113,6 +113,8 @@ def compare(features: int, context: int, batch: int, settings: Settings) -> list
             for _ in range(trained):
                 loop.step()
         times = measure(steps, settings.rounds)
+        ratios = (f"{name} {times[name].median / times[ZUKO].median:.2f}" for name in loops)
+        print(features, context, batch, trained, *ratios, sep=", ", flush=True)
         records += [
             {
                 "features": features,
