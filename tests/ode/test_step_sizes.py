@@ -91,8 +91,7 @@ def test_a_rough_row_among_many_keeps_the_tolerance_by_the_largest_error_only(ro
 
     def rhs(t, state):
         wave = 5 * torch.cos(waves * t)
-        parts = (wave, 0 * wave[:, 0]) if rough == "points" else (0 * wave, wave[:, 0])
-        return parts
+        return (wave, 0 * wave[:, 0]) if rough == "points" else (0 * wave, wave[:, 0])
 
     def error(error_norm):
         solver = ODESolver(rtol=tolerance, atol=tolerance, error_norm=error_norm)
