@@ -29,6 +29,7 @@ from benchmarks.flows import (
     density,
     ffjord_field,
     following,
+    solver_of,
     trained,
 )
 from benchmarks.settings import check_counts
@@ -162,7 +163,7 @@ def our_way(field: VectorField, x: torch.Tensor, tolerance: float) -> Way:
 
 def exact_flow(field: VectorField, tolerance: float) -> Flow:
     """A flow along the field with its exact divergence."""
-    return following(field, Exact(), ODESolver(rtol=tolerance, atol=tolerance))
+    return following(field, Exact(), solver_of(tolerance))
 
 
 def tables(

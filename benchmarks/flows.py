@@ -10,6 +10,7 @@ from benchmarks.mixture import Mixture, train
 from benchmarks.solves import Density
 from cnf import Flow, MLPField, ModuleField, ODESolver, VectorField
 from cnf.divergence import Divergence
+from cnf.ode import Gradient
 from cnf.transforms import ContinuousTransform
 
 _ROWS = 256
@@ -36,6 +37,13 @@ def trained(field: MLPField, *, steps: int, seed: int) -> tuple[MLPField, Mixtur
 def gradients() -> tuple[str, ...]:
     """The ways to a gradient that this version of `ODESolver` knows."""
     return typing.get_args(typing.get_type_hints(ODESolver)["gradient"])
+
+
+def solver_of(tolerance: float, gradient: Gradient = "backprop") -> ODESolver:
+    """dopri5 with both tolerances so, and torchdiffeq's error norm, a root mean square."""
+    return ODESolver(
+        rtol=tolerance, atol=tolerance, error_norm="points_and_ladj", gradient=gradient
+    )
 
 
 def following(field: VectorField, divergence: Divergence, solver: ODESolver) -> Flow:

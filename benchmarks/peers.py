@@ -11,13 +11,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from benchmarks.flows import solver_of
 from cnf import (
     CNF,
     Exact,
     Flow,
     MaximumLikelihood,
     MLPField,
-    ODESolver,
     Standardize,
     TrainingConfig,
     VectorField,
@@ -59,7 +59,7 @@ def ffjord(x: Tensor, seed: int, clock: Clock) -> None:
         2, hidden_features=(64, 64, 64), layer="concatsquash", activation="tanh", time_features=0
     )
     flow = Flow([Standardize.from_data(x), ContinuousTransform(field)])
-    objective = MaximumLikelihood(flow, solver=ODESolver(), divergence=Exact())
+    objective = MaximumLikelihood(flow, solver=solver_of(1e-5, "adjoint"), divergence=Exact())
     config = TrainingConfig(
         steps=_ENDLESS,
         batch_size=100,

@@ -20,7 +20,7 @@ import tyro
 from tqdm import tqdm
 
 from benchmarks import scaling_report
-from benchmarks.flows import OverTheBasis, density, following, trained
+from benchmarks.flows import OverTheBasis, density, following, solver_of, trained
 from benchmarks.settings import check_counts
 from benchmarks.solves import evaluation, likelihood_step
 from benchmarks.timing import machine, measure_alone
@@ -140,7 +140,7 @@ def measure(axis: str, point: Point, settings: Settings) -> list[dict[str, Any]]
         seed=settings.seed,
     )
     x = mixture.sample(point.batch)
-    solver = ODESolver(rtol=point.tolerance, atol=point.tolerance, gradient="adjoint")
+    solver = solver_of(point.tolerance, "adjoint")
     followed = OverTheBasis(field) if point.divergence == "basis" else field
     divergence = Hutchinson() if point.divergence == "one probe" else Exact()
     flow = density(following(followed, divergence, solver))

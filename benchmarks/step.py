@@ -33,6 +33,7 @@ from benchmarks.flows import (
     ffjord_field,
     following,
     gradients,
+    solver_of,
     trained,
 )
 from benchmarks.settings import check_counts
@@ -189,7 +190,7 @@ def by_adjoint(
     field: VectorField, divergence: Divergence, x: torch.Tensor, tolerance: float
 ) -> Way:
     """A step with the adjoint."""
-    solver = ODESolver(rtol=tolerance, atol=tolerance, gradient="adjoint")
+    solver = solver_of(tolerance, "adjoint")
     return likelihood_step(density(following(field, divergence, solver)), x)
 
 
@@ -205,8 +206,7 @@ def our_ways(
     """A step by each way to a gradient, of the flow after a `change`, if that can be made."""
     ways = {}
     for gradient in gradients():
-        solver = ODESolver(rtol=tolerance, atol=tolerance, gradient=gradient)
-        flow = change(following(field, divergence, solver))
+        flow = change(following(field, divergence, solver_of(tolerance, gradient)))
         if flow is not None:
             ways[f"{name}, {gradient}"] = likelihood_step(density(flow), x)
     return ways

@@ -44,7 +44,7 @@ from cnf.vector_fields import PotentialField
 from experiments import ablation_report
 
 _REGULARIZERS = {part.name: part for part in (kinetic_energy, jacobian_frobenius, hjb_residual)}
-_EVALUATION = ODESolver(rtol=1e-5, atol=1e-5)
+_EVALUATION = ODESolver(rtol=1e-5, atol=1e-5, error_norm="points_and_ladj")
 _COST_ROWS = 2000
 
 

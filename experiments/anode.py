@@ -168,7 +168,7 @@ def run(name: str, augment: int, seed: int, settings: Settings) -> Run:
     task = TASKS[name]
     size = task.features + augment
     field = MLPField(size, hidden_features=(32, 32), layer="ignore", activation="tanh")
-    solver = ODESolver(rtol=1e-4, atol=1e-4, gradient="backprop")
+    solver = ODESolver(rtol=1e-4, atol=1e-4, error_norm="points")
     ode, head = NeuralODE(field, augment=augment, solver=solver), task.make_head(size)
     losses = train(nn.Sequential(ode, head), task, data, settings)
     seconds = time.perf_counter() - started

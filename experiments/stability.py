@@ -155,7 +155,7 @@ def look(name: str, flow: Flow, distance: float, settings: Settings) -> Ring:
 def jacobian(flow: Flow, x: Tensor) -> Tensor:
     """Of the way to the base, for each row."""
     x = x.clone().requires_grad_()
-    z = flow.using(solver=ODESolver(gradient="backprop")).to_base(x)
+    z = flow.using(solver=ODESolver(rtol=1e-5, atol=1e-5)).to_base(x)
     rows = [torch.autograd.grad(column.sum(), x, retain_graph=True)[0] for column in z.unbind(-1)]
     return torch.stack(rows, -2)
 

@@ -63,7 +63,7 @@ def test_a_spent_budget_of_the_adjoint_names_the_row_whose_gradient_is_rough():
         return (x + rough,)
 
     x = torch.randn(6, 2, requires_grad=True)
-    solver = ODESolver(rtol=1e-2, atol=1e-2, max_evaluations=60)
+    solver = ODESolver(rtol=1e-2, atol=1e-2, gradient="adjoint", max_evaluations=60)
     (states,) = solver.solve(rhs, (x,), torch.tensor([0.0, 1.0]))
     what = r"the backward solve .* spent its budget .* times the tolerance, in row 2\."
     with pytest.raises(ODEError, match=what):

@@ -1,5 +1,6 @@
 """Calibration of a flow: the steps of its solves, chosen once from rows, for a stated accuracy."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -107,7 +108,19 @@ def obstacle_to_calibration(chain: Chain, base: Base) -> str | None:
     return None if ode else "flow must have a ContinuousTransform to calibrate; got none."
 
 
+@functools.cache
+def _defaults() -> dict[str, ODESolver]:
+    """Return the default solvers, of this version and of the files of older ones, by gradient."""
+    older = ODESolver(rtol=1e-5, atol=1e-5, error_norm="points_and_ladj", gradient="adjoint")
+    return {solver.gradient: solver for solver in (ODESolver(), older)}
+
+
 def has_solver_by_hand(chain: Chain) -> bool:
-    """Return whether a solver is neither the default one nor from a calibration."""
+    """Return whether a solver is neither a default one nor from a calibration."""
     solvers = [part.solver for part in chain.modules() if isinstance(part, ContinuousTransform)]
-    return any(solver.accuracy is None and solver != ODESolver() for solver in solvers)
+    return any(before_calibration(solver) not in _defaults().values() for solver in solvers)
+
+
+def before_calibration(solver: ODESolver) -> ODESolver:
+    """Return the default solver that a calibration replaced; another solver as it is."""
+    return solver if solver.accuracy is None else _defaults().get(solver.gradient, ODESolver())

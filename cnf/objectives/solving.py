@@ -9,9 +9,9 @@ _FEW_FEATURES = 8
 
 
 def training_solver(solver: ODESolver | None) -> ODESolver:
-    """Return the checked solver of an objective; for None, dopri5 at tolerance 1e-3 by backprop."""
+    """Return the checked solver of an objective; for None, the default `ODESolver`."""
     if solver is None:
-        return ODESolver(rtol=1e-3, atol=1e-3, gradient="backprop")
+        return ODESolver()
     check_type("solver", solver, ODESolver, "use ODESolver(method=...)")
     return solver
 

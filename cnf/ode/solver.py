@@ -39,7 +39,7 @@ _ROUNDING = 1e-4
 """Part of a step that is due to rounding."""
 
 Gradient = Literal["adjoint", "backprop", "checkpoint"]
-ErrorNorm = Literal["points_and_ladj", "points"]
+ErrorNorm = Literal["largest", "points_and_ladj", "points"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,19 +58,20 @@ class ODESolver:
 
     Example:
         >>> ODESolver(method="rk4", steps=20).gradient
-        'adjoint'
+        'backprop'
     """
 
     method: str = "dopri5"
     """Any method of torchdiffeq; `methods()` lists them. Its Adams methods are of high order, and
     stable for small steps only: check them against another method."""
-    rtol: float = 1e-5
+    rtol: float = 1e-2
     """Relative tolerance of every part of the state, ladj included; for adaptive methods."""
-    atol: float = 1e-5
+    atol: float = 1e-2
     """Absolute tolerance of every part of the state; for adaptive methods."""
-    error_norm: ErrorNorm = "points_and_ladj"
-    """Error that sets the steps of an adaptive method: of the points and the ladj, or of the points
-    alone, if the ladj may be less precise."""
+    error_norm: ErrorNorm = "largest"
+    """Error that sets the steps of an adaptive method: the "largest" of any number in any row, so
+    that each keeps the tolerance; or a root mean square over all rows, of "points_and_ladj" apart
+    or of the "points" alone, for fewer steps where a few rows may be less precise."""
     first_step: float | None = None
     """First step of an adaptive method, in units of time, reduced if too large; None to choose it
     by one more evaluation, which gives a tiny step for a zero field."""
@@ -82,11 +83,11 @@ class ODESolver:
     accuracy: float | None = None
     """Accuracy of a log-density, in nats, for a solver with `times`: a row gets steps of half the
     size until it is reached. None for `times` as they are. `Flow.calibrate` chooses both."""
-    gradient: Gradient = "adjoint"
-    """Method of gradients. The "adjoint" solves a second ODE backwards, with constant memory and an
-    error of the order of the tolerance; "backprop" differentiates the steps, exactly and faster,
-    with memory for every step; "checkpoint" does the same but recomputes one step at a time, with
-    memory for the graph of one step."""
+    gradient: Gradient = "backprop"
+    """Method of gradients. "backprop" differentiates the steps, exactly and the fastest, with
+    memory for every step; "checkpoint" does the same but recomputes one step at a time, with memory
+    for the graph of one step; the "adjoint" solves a second ODE backwards, with constant memory and
+    an error of its own, which needs a tighter tolerance, such as 1e-5."""
     max_evaluations: int = 10_000
     """Largest number of evaluations of a solve, and of a backward pass; more raise an `ODEError`,
     before the solve if they are known to be needed."""
@@ -360,7 +361,8 @@ class ODESolver:
 
     def _arguments(self, monitor: SolveMonitor, grid: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """Return the other arguments of torchdiffeq."""
-        options: dict[str, Any] = {"norm": partial(_largest_rms, monitor.controlled)}
+        norm = _largest if self.error_norm == "largest" else _largest_rms
+        options: dict[str, Any] = {"norm": partial(norm, monitor.controlled)}
         if monitor.kind == "adaptive":
             # Dense output is as accurate as the steps with dopri5 only, and checkpoint recomputes
             # only steps.
@@ -427,9 +429,15 @@ def _without_rows(state: State, times: Tensor, dependencies: Sequence[Tensor]) -
 
 
 @torch.no_grad()
-def _largest_rms(count: int | None, parts: State) -> Tensor:
-    """Norm of a state for torchdiffeq: the largest root mean square of its tensors.
+def _largest(count: int | None, parts: State) -> Tensor:
+    """Norm of a state for torchdiffeq: the largest of its numbers.
 
     It has no graph, so step sizes are constants in backprop.
     """
+    return torch.stack([part.abs().max() for part in parts[:count]]).max()
+
+
+@torch.no_grad()
+def _largest_rms(count: int | None, parts: State) -> Tensor:
+    """Norm of a state for torchdiffeq: the largest root mean square of its tensors."""
     return torch.stack([part.square().mean().sqrt() for part in parts[:count]]).max()

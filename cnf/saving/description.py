@@ -31,6 +31,9 @@ _NEW_NAMES: dict[str, dict[str, str]] = {
 }
 """Settings renamed since older files, for each class: old name and new name."""
 
+_OLD_DEFAULTS: dict[str, dict[str, Any]] = {"ODESolver": {"error_norm": "points_and_ladj"}}
+"""Settings that older files leave out, for each class, with the values that they had then."""
+
 _REMEDY = "Save flow.state_dict() instead, and rebuild the flow in your own code."
 
 
@@ -100,7 +103,7 @@ def rebuild(description: Any, classes: Mapping[str, type], count_part: Callable[
             f"load(path, classes=[{name}])"
         )
     new_names: Mapping[Any, Any] = _NEW_NAMES.get(name, {})
-    settings = {
+    settings = _OLD_DEFAULTS.get(name, {}) | {
         new_names.get(key, key): rebuild(value, classes, count_part)
         for key, value in description.items()
         if key != "class"

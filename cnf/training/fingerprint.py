@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import StackDataset, TensorDataset
 
 from cnf.data.memmap import NpyRows
+from cnf.flows.calibration import before_calibration
 from cnf.flows.flow import Flow
 from cnf.ode import ODESolver
 from cnf.training.data import DatasetRows, PartOfRows, TrainingData
@@ -92,8 +93,8 @@ def _settings(place: str, part: nn.Module) -> dict[str, str]:
     told = {place: type(part).__qualname__}
     for name in inspect.signature(type(part)).parameters:
         value = vars(part).get(name)
-        if isinstance(value, ODESolver) and value.accuracy is not None:
-            value = ODESolver(gradient=value.gradient)  # a calibration is the end of a run
+        if isinstance(value, ODESolver):
+            value = before_calibration(value)  # a calibration is the end of a run
         if value is not None and not isinstance(value, Tensor | nn.Module):
             told[f"{name} of {place}"] = _stable(value)
     return told

@@ -14,6 +14,7 @@ from zoo import mlp, perturbed
 from benchmarks import (
     evaluation,
     flows,
+    foreign_loop,
     memory,
     scaling,
     solve_peers,
@@ -167,6 +168,23 @@ def test_scaling(tmp_path, capsys):
         ("features", "one probe"),
         ("features", "basis"),
     }
+
+
+@pytest.mark.slow
+def test_the_foreign_loop_from_the_command_line(run_program, tmp_path, capsys):
+    pytest.importorskip("zuko")
+    run_program("benchmarks.foreign_loop", "--quick", "--out", tmp_path)
+    content = json.loads((tmp_path / "results.json").read_text())
+    written = (tmp_path / "table.md").read_text()
+    assert written in capsys.readouterr().out
+    (rows,) = tables_of(written)
+    flows_seen = [foreign_loop.ZUKO, foreign_loop.OURS, foreign_loop.NARROW]
+    assert [row[4] for row in rows] == 4 * flows_seen  # two contexts, at the start and later
+    for row, record in zip(rows, content["records"], strict=True):
+        assert float(row[7]) == pytest.approx(record["ratio"], abs=0.006)
+    with pytest.raises(SystemExit):
+        run_program("benchmarks.foreign_loop", "--quick", "--rounds", 0)
+    assert "rounds must be at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.slow

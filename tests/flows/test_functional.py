@@ -190,7 +190,9 @@ def test_other_ways_to_a_gradient_are_refused_with_the_remedy(make, gradient):
 @pytest.mark.parametrize("method", ["dopri5", "implicit_adams", "scipy_solver"])
 def test_other_methods_are_refused_within_vmap_with_the_remedy(method):
     steps = {"steps": 8} if method == "implicit_adams" else {}
-    flow, x = user_flow(ODESolver(method=method, **steps)), torch.randn(3, 2)
+    gradient = "adjoint" if method == "scipy_solver" else "backprop"
+    solver = ODESolver(method=method, gradient=gradient, **steps)
+    flow, x = user_flow(solver), torch.randn(3, 2)
     with (
         torch.no_grad(),
         pytest.raises(ODEError, match=rf"'{method}' .* use ODESolver\(method='rk4'"),

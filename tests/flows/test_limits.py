@@ -56,7 +56,8 @@ def test_a_grid_of_exactly_the_budget_is_taken(method):
 @pytest.mark.parametrize("method", KINDS)
 def test_a_step_takes_at_least_the_evaluations_that_are_foreseen(method):
     steps = {"steps": 5} if KINDS[method] == "fixed" else {"rtol": 1e-1, "atol": 1e-1}
-    transform = moving(method=method, **steps)
+    gradient = "adjoint" if KINDS[method] == "external" else "backprop"
+    transform = moving(method=method, gradient=gradient, **steps)
     with count_evaluations(transform) as nfe:
         transform.trajectory(torch.randn(3, 2), torch.linspace(0, 1, 6))
     needless = method in ("dopri5", "scipy_solver")  # steps pass over times

@@ -50,7 +50,13 @@ def as_torchdiffeq(system, state, times, method, stops):
 
 
 def ours(system, state, times, method, gradient="backprop", tolerance=TOLERANCE):
-    solver = ODESolver(method=method, rtol=tolerance, atol=tolerance, gradient=gradient)
+    solver = ODESolver(
+        method=method,
+        rtol=tolerance,
+        atol=tolerance,
+        error_norm="points_and_ladj",
+        gradient=gradient,
+    )
     return solver.solve(system, state, times, dependencies=lambda: [system.weight])
 
 

@@ -82,6 +82,27 @@ def test_points_alone_do_where_the_ladj_is_as_smooth(method, times):
     assert ladj_error < 100 * tolerance
 
 
+@DIRECTION
+@pytest.mark.parametrize("rough", ["points", "ladj"])
+def test_a_rough_row_among_many_keeps_the_tolerance_by_the_largest_error_only(rough, times):
+    rows, tolerance = 10_000, 1e-4
+    waves = torch.zeros(rows, 1)
+    waves[7] = 30
+
+    def rhs(t, state):
+        wave = 5 * torch.cos(waves * t)
+        return (wave, 0 * wave[:, 0]) if rough == "points" else (0 * wave, wave[:, 0])
+
+    def error(error_norm):
+        solver = ODESolver(rtol=tolerance, atol=tolerance, error_norm=error_norm)
+        states = solver.solve(rhs, (torch.zeros(rows, 1), torch.zeros(rows)), torch.tensor(times))
+        moved = states[rough == "ladj"][-1].reshape(-1)[7]
+        return abs(float(moved) - (times[1] - times[0]) * 5 * math.sin(30) / 30)
+
+    assert error("largest") < 10 * tolerance
+    assert error("points_and_ladj") > 10 * tolerance
+
+
 def test_the_likelihood_of_a_flow_by_its_points_stays_close():
     flow = cnf()
     x = torch.randn(50, 2)
@@ -172,7 +193,8 @@ def test_the_adjoint_takes_the_first_step_too():
     x = torch.randn(10, 2)
 
     def backward_evaluations(first_step):
-        tried = flow.using(solver=ODESolver(rtol=1e-3, atol=1e-3, first_step=first_step))
+        solver = ODESolver(rtol=1e-3, atol=1e-3, first_step=first_step, gradient="adjoint")
+        tried = flow.using(solver=solver)
         loss = tried.log_prob(x).mean()
         with count_evaluations(tried) as nfe:
             loss.backward()

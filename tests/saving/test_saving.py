@@ -206,17 +206,30 @@ def test_a_file_with_settings_of_older_names_gives_the_numbers_that_it_gave():
     assert continuous.solver.error_norm == "points"
 
 
-def test_a_file_from_before_a_setting_of_the_solver_loads_with_its_default(saved):
+def test_a_file_from_before_a_setting_of_the_solver_loads_with_its_default_of_then(saved):
     description = description_of(saved)
     for name in ("error_norm", "first_step"):
         del description["flow"]["transforms"][-1]["solver"][name]
-    expected = load(saved).log_prob(torch.ones(2))
+    then = ODESolver(error_norm="points_and_ladj")
+    expected = load(saved).using(solver=then).log_prob(torch.ones(2))
     rewrite(saved, description=description)
 
     loaded = load(saved)
 
-    assert loaded.chain[-1].solver == ODESolver()
+    assert loaded.chain[-1].solver == then
     assert torch.equal(loaded.log_prob(torch.ones(2)), expected)
+
+
+def test_a_file_with_the_default_solver_of_before_keeps_it_until_fit_calibrates(path):
+    before = ODESolver(rtol=1e-5, atol=1e-5, error_norm="points_and_ladj", gradient="adjoint")
+    save(small_cnf().using(solver=before), path)
+    loaded = load(path)
+    assert loaded.only_ode.solver == before
+
+    fit(loaded, torch.randn(50, 2), TrainingConfig(steps=2, progress=False), validation=None)
+
+    assert loaded.accuracy == 1e-3
+    assert loaded.only_ode.solver.gradient == "adjoint"
 
 
 def test_a_loaded_flow_trains_on_as_the_saved_one_would(path):

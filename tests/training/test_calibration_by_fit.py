@@ -89,7 +89,7 @@ def test_more_training_makes_a_new_grid():
 
 @pytest.mark.parametrize(
     "solver",
-    [ODESolver(method="rk4", steps=3), ODESolver(rtol=1e-3), ODESolver(gradient="backprop")],
+    [ODESolver(method="rk4", steps=3), ODESolver(rtol=1e-3), ODESolver(gradient="adjoint")],
 )
 def test_a_solver_chosen_by_hand_stays(solver):
     flow = CNF(2, hidden_features=(8, 8), solver=solver)

@@ -85,7 +85,7 @@ class FailsAt(Watched):
         if fails and self.kind == "budget":
             self.solver = ODESolver(max_evaluations=3)
         if fails and self.kind == "budget of the backward pass":
-            precise = ODESolver(rtol=1e-9, atol=1e-9)
+            precise = ODESolver(rtol=1e-9, atol=1e-9, gradient="adjoint")
             with torch.no_grad(), count_evaluations(self.flow) as forward:
                 self.flow.using(solver=precise).log_prob(x, context)
             # The backward solve, of more and rougher parts, needs more.
