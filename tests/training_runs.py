@@ -25,7 +25,7 @@ def linear_flow(features=2, context_features=0):
 
 def small_cnf(**settings):
     """One that stays smooth when its weights are perturbed."""
-    settings = {"layer": "concatsquash", "time_features": 0, **settings}
+    settings = {"layer": "concatsquash", "time_features": 0, "skip": False, **settings}
     return CNF(2, hidden_features=(8, 8), **settings)
 
 

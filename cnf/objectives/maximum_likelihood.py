@@ -27,7 +27,7 @@ class MaximumLikelihood(Objective):
         flow: The flow to train.
         regularizers: Weight of each regularizer, such as
             ``{kinetic_energy: 0.01, jacobian_frobenius: 0.01}`` of `cnf.regularizers`.
-        solver: Solver in training; None for `ODESolver()`.
+        solver: Solver in training; None for `ODESolver(rtol=1e-2, atol=1e-2)`.
         divergence: Divergence in training; None for the flow's own if it has one, else `Exact` for
             a field with at most 8 features, or with a closed form and no regularizer that needs
             Jacobian products, else `Hutchinson` with one Rademacher probe.

@@ -43,7 +43,7 @@ class ReverseKL(Objective):
             transforms of the flow must map into it, as `Logit` does.
         draws: Number of draws in a step, for each context if there are contexts; None for 512, or
             for 1 of a conditional flow.
-        solver: Solver in training; None for `ODESolver()`.
+        solver: Solver in training; None for `ODESolver(rtol=1e-2, atol=1e-2)`.
         divergence: Divergence in training; None as for `MaximumLikelihood`.
 
     Raises:

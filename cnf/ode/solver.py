@@ -64,9 +64,9 @@ class ODESolver:
     method: str = "dopri5"
     """Any method of torchdiffeq; `methods()` lists them. Its Adams methods are of high order, and
     stable for small steps only: check them against another method."""
-    rtol: float = 1e-2
+    rtol: float = 1e-3
     """Relative tolerance of every part of the state, ladj included; for adaptive methods."""
-    atol: float = 1e-2
+    atol: float = 1e-3
     """Absolute tolerance of every part of the state; for adaptive methods."""
     error_norm: ErrorNorm = "largest"
     """Error that sets the steps of an adaptive method: the "largest" of any number in any row, so
