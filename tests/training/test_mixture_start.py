@@ -1,0 +1,116 @@
+"""A trained flow against a Gaussian mixture, and the initial weights against trained ones."""
+
+import pytest
+import torch
+from training_runs import affine_flow, config, small_cnf
+from zoo import perturbed
+
+from cnf import CNF, fit, load, recipe, save
+from cnf.bases import GaussianMixtureBase, StandardNormal
+from cnf.flows.mixture_start import WeightedRows, become_mixture_if_better
+
+
+def two_clusters(rows, seed=0):
+    x = torch.randn(rows, 2, generator=torch.Generator().manual_seed(seed))
+    x[::3] += 8
+    return 100 * x + 7
+
+
+def quick_recipe(monkeypatch, steps=3):
+    phases = recipe(matching_steps=steps, likelihood_steps=1, progress=False)
+    monkeypatch.setattr("cnf.training.phases.recipe", lambda *rows, **options: phases)
+
+
+def test_few_rows_end_as_a_mixture_with_a_zero_field(monkeypatch, tmp_path):
+    quick_recipe(monkeypatch)
+    x, held_out = two_clusters(60), two_clusters(300, seed=1)
+    flow = CNF(2, hidden_features=(8, 8))
+    fit(flow, x)
+    assert isinstance(flow.base, GaussianMixtureBase)
+    assert flow.likelihood == "exact"
+    assert flow.accuracy == 1e-3
+    z = flow.transforms[0].to_base(held_out)
+    assert torch.equal(flow.to_base(held_out), z)
+    mixture = GaussianMixtureBase.from_data(flow.transforms[0].to_base(x))
+    expected = mixture.log_prob(z) - flow.transforms[0].log_std.sum()
+    # Of all rows, those held out come last.
+    assert float((flow.log_prob(held_out) - expected).detach().mean()) == pytest.approx(0, abs=0.05)
+    assert ((flow.sample(50) > x.amin(0) - 500) & (flow.sample(50) < x.amax(0) + 500)).all()
+    fresh = CNF(2, hidden_features=(8, 8))
+    fresh.load_state_dict(flow.state_dict())
+    save(flow, tmp_path / "flow.safetensors")
+    for other in (fresh, load(tmp_path / "flow.safetensors")):
+        torch.testing.assert_close(other.log_prob(x), flow.log_prob(x))
+
+
+def test_too_few_rows_to_hold_any_out_end_as_a_mixture(monkeypatch):
+    quick_recipe(monkeypatch)
+    flow = CNF(2, hidden_features=(8, 8))
+    fit(flow, two_clusters(6))
+    assert isinstance(flow.base, GaussianMixtureBase)
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        ({}, {"config": config(1)}),
+        ({}, {"validation": None}),
+        ({}, {"validation": 0}),
+        ({"context_features": 1}, {}),
+        ({"augment": 1}, {}),
+    ],
+    ids=str,
+)
+def test_a_flow_stays_by_settings_without_validation_and_where_it_cannot_be_compared(
+    settings, options, monkeypatch
+):
+    quick_recipe(monkeypatch)
+    flow = small_cnf(**settings)
+    x = two_clusters(40)
+    context = torch.randn(40, 1)
+    fit(flow, (x, context) if flow.context_features else x, **options, accuracy=None)
+    assert isinstance(flow.base, StandardNormal)
+
+
+def test_the_better_density_of_held_out_rows_wins():
+    truth = perturbed(small_cnf(), 1.0)
+    for part in truth.transforms[:-1]:
+        part.keep_identity()
+    generator = torch.Generator().manual_seed(0)
+    rows, held_out = (
+        WeightedRows(truth.sample(150, generator=generator).detach()) for _ in range(2)
+    )
+    become_mixture_if_better(truth, rows, held_out, None)
+    assert isinstance(truth.base, StandardNormal)
+
+    wrong = perturbed(small_cnf(), 1.0)
+    become_mixture_if_better(wrong, rows, held_out, None)
+    assert isinstance(wrong.base, GaussianMixtureBase)
+    assert (truth.log_prob(held_out.x) - wrong.log_prob(held_out.x)).mean() < 0.5
+
+    # The rows that the truth explains best count for nothing.
+    gain = truth.log_prob(held_out.x) - wrong.log_prob(held_out.x)
+    worst = WeightedRows(held_out.x, (gain < gain.median()).to(gain))
+    become_mixture_if_better(truth, rows, worst, None)
+    assert isinstance(truth.base, GaussianMixtureBase)
+
+
+def test_rows_count_by_weight(monkeypatch):
+    quick_recipe(monkeypatch)
+    x = two_clusters(120)
+    weight = torch.ones(120)
+    weight[::3] = 1e-3
+    flow = CNF(2, hidden_features=(8, 8))
+    fit(flow, {"x": x, "weight": weight})
+    assert isinstance(flow.base, GaussianMixtureBase)
+    drawn = flow.sample(1000, generator=torch.Generator().manual_seed(0))
+    assert float((drawn.mean(-1) > 400).double().mean()) < 0.05
+
+
+def test_training_that_makes_the_validation_worse_ends_where_it_began():
+    x = torch.randn(40, 2)
+    flow = affine_flow()
+    start = -flow.log_prob(x).mean().item()
+    history = fit(flow, x + 5, config(3, learning_rate=5.0, gradient_clip=None), validation=x)
+    assert min(history.validation[-1:]) > start
+    assert -flow.log_prob(x).mean().item() == pytest.approx(start)
