@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
+from cnf.bases import GaussianMixtureBase
 from cnf.cli.options import (
     Assignments,
     DataFile,
@@ -163,6 +164,11 @@ def _report(
     print(f"NLL of {len(rows.x)} {which} rows, in nats:")
     nll = MeanAndError.of(-density.log_prob(flow, rows, progress=progress))
     print(f"  flow      {nll}{bound}")
+    if isinstance(flow.base, GaussianMixtureBase):
+        print(
+            f"            as a mixture of {flow.base.components} Gaussians: with so few rows a "
+            "trained flow was not clearly better"
+        )
     found = {"flow": nll.mean, "standard_error": nll.error, "gaussian": None}
     gaussian = _gaussian_nll(training, rows)
     if gaussian is None:

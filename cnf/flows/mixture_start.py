@@ -26,37 +26,43 @@ class WeightedRows(NamedTuple):
 
 @torch.no_grad()
 def become_mixture_if_better(
-    flow: Flow, rows: WeightedRows, held_out: WeightedRows | None, accuracy: float | None
+    flow: Flow,
+    rows: WeightedRows,
+    held_out: WeightedRows | None,
+    accuracy: float | None,
+    *,
+    refit: bool,
 ) -> None:
     """Give a flow a `GaussianMixtureBase` and a zero field, unless it is better by held-out rows.
 
     Only an unconditional flow is exchanged that ends in an `MLPField` and a standard normal, behind
     bijections of vectors. The mixture is of the rows where the ODE starts. It is compared with the
-    flow by the held-out rows, without which it was fitted, and then fitted to all rows. The flow
-    stays if its mean log-density is higher by two standard errors of the difference.
+    flow by the held-out rows, without which it was fitted. The flow stays if its mean log-density
+    is higher by two standard errors of the difference.
 
     Args:
         flow: A trained flow.
         rows: Training rows.
         held_out: Rows that the flow was not trained on; None or less than five for no comparison.
         accuracy: Accuracy of the solver that replaces a default one; None for no other solver.
+        refit: Whether a mixture that wins is fitted to the held-out rows too.
     """
     ode = flow.only_ode
     if ode is None or not _is_exchangeable(flow) or not isinstance(ode.vector_field, MLPField):
         return
     before = flow.transforms[:-1]
     z, weight = before.to_base(rows.x), rows.weight
+    mixture = GaussianMixtureBase.from_data(z, weight=weight)
     if held_out is not None:
         others, ladj = before.to_base_and_ladj(held_out.x)
-        if len(others) >= _LEAST_ROWS:
-            mixture = GaussianMixtureBase.from_data(z, weight=weight)
-            gain = flow.log_prob(held_out.x) - ladj - mixture.log_prob(others)
-            if _is_positive(gain.double(), held_out.weight):
-                return
-        z = torch.cat([z, others])
-        if weight is not None and held_out.weight is not None:
-            weight = torch.cat([weight, held_out.weight])
-    flow.base = GaussianMixtureBase.from_data(z, weight=weight)
+        gain = flow.log_prob(held_out.x) - ladj - mixture.log_prob(others)
+        if len(others) >= _LEAST_ROWS and _is_positive(gain.double(), held_out.weight):
+            return
+        if refit:
+            weights = [part for part in (weight, held_out.weight) if part is not None]
+            weight = torch.cat(weights) if len(weights) == 2 else None
+            mixture = GaussianMixtureBase.from_data(torch.cat([z, others]), weight=weight)
+    flow.base = mixture
     ode.vector_field.zero_()
     if accuracy is not None and not has_solver_by_hand(flow.transforms):
         ode.solver = ODESolver(

@@ -161,8 +161,9 @@ def _exchange(
     accuracy: float | None,
 ) -> None:
     """Make the flow a Gaussian mixture, unless it is the better density or is not validated."""
-    too_few = isinstance(validation, Real) and validation > 0  # to hold any out
-    if rows is None or rows.contexts or (held_out is None and not too_few):
+    is_part = isinstance(validation, Real) and validation > 0
+    # Too few rows to hold any out are too few for a flow.
+    if rows is None or rows.contexts or (held_out is None and not is_part):
         return
 
     def weighted(rows: TrainingData) -> WeightedRows:
@@ -170,7 +171,7 @@ def _exchange(
         return WeightedRows(x, weight)
 
     others = None if held_out is None else weighted(held_out)
-    become_mixture_if_better(flow, weighted(rows), others, accuracy)
+    become_mixture_if_better(flow, weighted(rows), others, accuracy, refit=is_part)
 
 
 def _calibrate(flow: Flow, sample: Sample, accuracy: float | None) -> None:

@@ -80,19 +80,33 @@ def test_the_better_density_of_held_out_rows_wins():
     rows, held_out = (
         WeightedRows(truth.sample(150, generator=generator).detach()) for _ in range(2)
     )
-    become_mixture_if_better(truth, rows, held_out, None)
+    become_mixture_if_better(truth, rows, held_out, None, refit=False)
     assert isinstance(truth.base, StandardNormal)
 
     wrong = perturbed(small_cnf(), 1.0)
-    become_mixture_if_better(wrong, rows, held_out, None)
+    become_mixture_if_better(wrong, rows, held_out, None, refit=False)
     assert isinstance(wrong.base, GaussianMixtureBase)
     assert (truth.log_prob(held_out.x) - wrong.log_prob(held_out.x)).mean() < 0.5
 
     # The rows that the truth explains best count for nothing.
     gain = truth.log_prob(held_out.x) - wrong.log_prob(held_out.x)
     worst = WeightedRows(held_out.x, (gain < gain.median()).to(gain))
-    become_mixture_if_better(truth, rows, worst, None)
+    become_mixture_if_better(truth, rows, worst, None, refit=False)
     assert isinstance(truth.base, GaussianMixtureBase)
+
+
+def test_only_a_part_of_the_data_is_fitted_to_after_the_comparison(monkeypatch):
+    quick_recipe(monkeypatch)
+    x, others = two_clusters(80), two_clusters(20, seed=1)
+    flow = CNF(2, hidden_features=(8, 8))
+    fit(flow, x, validation=others)
+    mixture = GaussianMixtureBase.from_data(flow.transforms[0].to_base(x))
+    assert torch.equal(flow.base.means, mixture.means)
+    flow = CNF(2, hidden_features=(8, 8))
+    fit(flow, x, validation=0.25)
+    order = torch.randperm(80, generator=torch.Generator().manual_seed(0))
+    z = flow.transforms[0].to_base(x[order[20:]]), flow.transforms[0].to_base(x[order[:20]])
+    assert torch.equal(flow.base.means, GaussianMixtureBase.from_data(torch.cat(z)).means)
 
 
 def test_rows_count_by_weight(monkeypatch):

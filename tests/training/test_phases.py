@@ -435,7 +435,7 @@ def test_a_flow_alone_is_trained_by_the_recipe_on_standardised_data(monkeypatch)
         lambda rows, patience: asked.append((rows, patience)) or phases,
     )
     module = sys.modules["cnf.training.fit"]
-    monkeypatch.setattr(module, "become_mixture_if_better", lambda *arguments: None)
+    monkeypatch.setattr(module, "become_mixture_if_better", lambda *_, **__: None)
     x = 100 + 10 * X
     flow = small_cnf()
     explicit = Flow([Standardize.from_data(x), copy.deepcopy(flow.chain[1])])
