@@ -92,7 +92,7 @@ def data_of(name: str, settings: Settings) -> tuple[TableRows, TableRows, Tensor
         truth.sample(count, generator=generator).double()
         for count in (settings.rows, settings.held_out)
     )
-    return TableRows(rows), TableRows(held_out), truth.log_prob(held_out.float()).double()
+    return TableRows(rows), TableRows(held_out), truth.log_prob(held_out)
 
 
 if __name__ == "__main__":

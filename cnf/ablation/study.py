@@ -203,8 +203,8 @@ class _Study:
         if replace:
             return None
         raise ValueError(
-            f"{str(path)!r} is of other data or settings. Choose another folder, or replace it by "
-            "replace=True."
+            f"{str(path)!r} is of other data or settings, or damaged. Choose another folder, or "
+            "replace it by replace=True."
         )
 
     def _keep(self, name: str, outcome: Mapping[str, Any]) -> None:

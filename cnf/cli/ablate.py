@@ -68,7 +68,8 @@ class Ablate(TableCommand):
         count = min(self.held_out, len(rows.x) // _SHARE)
         check_count(f"a fifth of the {len(rows.x)} rows of the table", count, least=2)
         training, held_out = rows.take(order[count:]), rows.take(order[:count])
-        print(f"{len(rows.x)} rows of {listed(columns.names)}, {count} held out", flush=True)
+        given = f" given {listed(columns.context_names)}" if columns.context_names else ""
+        print(f"{len(rows.x)} rows of {listed(columns.names)}{given}, {count} held out", flush=True)
         outcomes = []
         for outcome in ablate(
             training, held_out, settings, out / _FLOWS, replace=self.force, progress=self.progress
