@@ -44,7 +44,8 @@ class Outcome:
     log_prob: list[float] = field(default_factory=list)
     """Log-density of each held-out row in nats."""
     evaluations: float = 0.0
-    """Evaluations of the field that a held-out row takes on average, at the stated accuracy."""
+    """Evaluations of the field that a held-out row takes on average, at the stated accuracy;
+    0 after a failure."""
     adaptive_evaluations: int = 0
     """Evaluations of one adaptive solve of all held-out rows, by dopri5 at a tolerance of 1e-5."""
     costs: Mapping[str, float] = field(default_factory=dict)

@@ -19,7 +19,7 @@ def markdown(outcomes: Sequence[Outcome], reference: Tensor | None = None) -> st
             distance from the truth, else the negative log-likelihood.
     """
     good = [outcome for outcome in outcomes if outcome.failure is None]
-    costs = list(good[0].costs) if good else []
+    costs = list(dict.fromkeys(name for outcome in good for name in outcome.costs))
     heads = ["training", "penalty", "NLL" if reference is None else "gap", "more nats"]
     heads += ["evaluations", "ratio", "dopri5", *(f"∫ {name}" for name in costs), "CPU s"]
     plain = {outcome.run.training: outcome for outcome in good if not outcome.run.penalty}
@@ -33,7 +33,9 @@ def markdown(outcomes: Sequence[Outcome], reference: Tensor | None = None) -> st
             ratio = f"{outcome.evaluations / beside.evaluations:.2f}"
         cells = [run.training, penalty, _cell(_nats(outcome, reference)), more]
         cells += [f"{outcome.evaluations:.0f}", ratio, f"{outcome.adaptive_evaluations}"]
-        cells += [*(f"{outcome.costs[name]:.3g}" for name in costs), f"{outcome.seconds:.0f}"]
+        known = outcome.costs  # of the penalties when it was trained
+        cells += [f"{known[name]:.3g}" if name in known else "-" for name in costs]
+        cells += [f"{outcome.seconds:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     failed = [outcome for outcome in outcomes if outcome.failure is not None]
     lines += [f"\n{outcome.run} failed: {outcome.failure}" for outcome in failed]

@@ -144,7 +144,9 @@ def test_outcomes_of_other_settings_or_data_are_not_mixed_in(tmp_path):
     list(ablate(rows, held_out, settings, tmp_path))
     more = small(trainings=["scratch"], penalties=["jacobian-frobenius", "kinetic"])
     stamp = (tmp_path / "scratch_none.json").stat().st_mtime_ns
-    assert len(list(ablate(rows, held_out, more, tmp_path))) == 3
+    outcomes = list(ablate(rows, held_out, more, tmp_path))
+    assert len(outcomes) == 3
+    assert "| ∫ kinetic | ∫ jacobian-frobenius | CPU s |" in markdown(outcomes)
     assert (tmp_path / "scratch_none.json").stat().st_mtime_ns == stamp
     for other in (
         (rows, held_out, small(trainings=["scratch"], seed=1)),
