@@ -15,7 +15,6 @@ from cnf.tables.fit import TableRows
 from cnf.vector_fields import VectorField, count_evaluations
 from cnf.vector_fields.base import EvaluationCount
 
-_ADAPTIVE = ODESolver(rtol=1e-5, atol=1e-5, error_norm="points_and_ladj")
 _CALIBRATION_ROWS = 1000
 
 
@@ -93,8 +92,9 @@ def measure(
     flow.calibrate(some.x, some.context, accuracy=accuracy)
     with count_rows(flow) as by_row:
         log_prob = flow.log_prob(held_out.x, held_out.context)
+    adaptive_solver = ODESolver(rtol=1e-5, atol=1e-5, error_norm="points_and_ladj")
     with count_evaluations(flow) as adaptive:
-        flow.using(solver=_ADAPTIVE).log_prob(held_out.x, held_out.context)
+        flow.using(solver=adaptive_solver).log_prob(held_out.x, held_out.context)
     *_, costs = flow.transforms.to_base_with_costs(
         held_out.x, held_out.context, regularizers=list(penalties.values())
     )
