@@ -59,10 +59,10 @@ def plot_tradeoffs(points: Sequence[Tradeoff], *, nats: str, accuracy: float) ->
     figure, axes = figure_grid(len(rows), len(columns))
     for row, panels in zip(rows, axes, strict=True):
         for column, ax in zip(columns, panels, strict=True):
-            inside = [point for point in points if point[:2] == (row, column)]
-            _draw(ax, inside, names)
-            ax.sharex(panels[0])
-            ax.sharey(panels[0])
+            if ax is not panels[0]:  # before drawing, so that every point is inside
+                ax.sharex(panels[0])
+                ax.sharey(panels[0])
+            _draw(ax, [point for point in points if point[:2] == (row, column)], names)
             ax.set_title(f"{row}: {column}", fontsize=TITLE_SIZE, parse_math=False)
             ax.set_xlabel(f"evaluations a row, for {accuracy:g} nats", fontsize=TEXT_SIZE)
             ax.tick_params(labelsize=TEXT_SIZE)
@@ -105,6 +105,5 @@ def _draw(ax: Axes, points: Sequence[Tradeoff], names: Sequence[str]) -> None:
                 color=colour,
             )
     for point in plain:
-        ax.errorbar(
-            point.evaluations, point.nats, point.error, fmt="*", color=BLACK, label="no penalty"
-        )
+        look = {"color": BLACK, "marker": "*", "elinewidth": 0.9, "label": "no penalty"}
+        ax.errorbar(point.evaluations, point.nats, point.error, linestyle="", **look)

@@ -5,11 +5,11 @@ import pytest
 from cnf.plots import Tradeoff, plot_tradeoffs
 
 
-def points():
+def points(worse=0.0):
     return [
-        Tradeoff(row, column, name, strength, 100 - 40 * strength, 2 + strength, 0.1)
+        Tradeoff(row, column, name, strength, 100 - 40 * strength, 2 + strength + extra, 0.1)
         for row in ("rings", "a$b$")
-        for column in ("recipe", "scratch")
+        for column, extra in (("recipe", 0.0), ("scratch", worse))
         for name, strength in (("", 0.0), ("kinetic", 1.0), ("kinetic", 0.5), ("mine:Own", 0.5))
     ]
 
@@ -30,6 +30,17 @@ def test_a_line_goes_from_no_penalty_through_rising_strengths():
     assert {text.get_text() for text in legend.get_texts()} == {
         *("no penalty", "kinetic", "mine:Own")
     }
+
+
+def test_the_panels_of_a_row_have_one_scale_that_holds_every_point():
+    figure = plot_tradeoffs(points(worse=5.0), nats="held-out NLL", accuracy=1e-3)
+    for ax in figure.axes:
+        (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
+        assert (left, right, low, high) == (*figure.axes[0].get_xlim(), *figure.axes[0].get_ylim())
+        assert left < 60
+        assert right > 100
+        assert low < 2 - 0.1
+        assert high > 8 + 0.1
 
 
 def test_a_picture_without_points_is_refused():
