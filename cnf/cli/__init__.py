@@ -1,5 +1,6 @@
-"""The command line ``cnf``: fit, score, sample, certify and plot densities of tables.
+"""The command line ``cnf``: fit, score, sample, certify, plot and ablate densities of tables.
 
-tyro generates the options from the fields of the command classes here and of
-`cnf.tables.fit.DensitySettings`. `cnf.cli.main` is the entry point.
+tyro generates the options from the fields of the command classes here, of
+`cnf.tables.fit.DensitySettings` and of `cnf.ablation.AblationSettings`. `cnf.cli.main` is the entry
+point.
 """

@@ -10,6 +10,7 @@ from importlib.metadata import version
 import tyro
 from tyro.conf import FlagCreatePairsOff
 
+from cnf.cli.ablate import Ablate
 from cnf.cli.evaluate import Certify, Sample, Score
 from cnf.cli.fit import Fit
 from cnf.cli.options import Command
@@ -18,12 +19,13 @@ from cnf.cli.plot import Plot
 _FAILED, _MISUSED, _INTERRUPTED = 1, 2, 130
 
 _COMMANDS: dict[str, type[Command]] = {
-    command.__name__.lower(): command for command in (Fit, Score, Sample, Certify, Plot)
+    command.__name__.lower(): command for command in (Fit, Score, Sample, Certify, Plot, Ablate)
 }
 
 _OPTIONS = {
     "header=True": "--header",
     "header=False": "--no-header",
+    "replace=True": "--force",
     " (transforms_for in Python, --support NAME=integer of the command cnf)": (
         " (--support NAME=integer)"
     ),
@@ -44,7 +46,8 @@ commands:
   cnf fit data.csv --out model
   cnf score model new.csv --out scores.csv
   cnf sample model -n 1000 --out samples.csv
-  cnf plot model data.csv --out picture.png"""
+  cnf plot model data.csv --out picture.png
+  cnf ablate data.csv --out ablation"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

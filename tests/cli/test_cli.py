@@ -695,7 +695,7 @@ def test_a_damaged_model_is_refused(folder, tmp_path, capsys, name):
 @pytest.mark.parametrize("command", [[], ["fitt"]], ids=["none", "unknown"])
 def test_a_wrong_command_is_answered_by_those_there_are(capsys, command):
     said = error_of(capsys, *command, code=2)
-    assert "fit, score, sample, certify, plot" in said
+    assert "fit, score, sample, certify, plot, ablate" in said
 
 
 @pytest.mark.parametrize(
@@ -731,7 +731,7 @@ def test_wrong_options_are_answered_by_code_2(capsys, arguments, message):
     assert message in said
 
 
-@pytest.mark.parametrize("command", ["fit", "score", "sample", "certify", "plot"])
+@pytest.mark.parametrize("command", ["fit", "score", "sample", "certify", "plot", "ablate"])
 def test_every_option_is_explained(capsys, command):
     with pytest.raises(SystemExit) as leaving:
         main([command, "--help"])
@@ -745,7 +745,9 @@ def test_every_option_is_explained(capsys, command):
 def test_help_and_version_are_printed(capsys):
     assert main(["--help"]) == main(["-h"]) == 0
     said = capsys.readouterr().out
-    assert all(f"\n  {name} " in said for name in ("fit", "score", "sample", "certify", "plot"))
+    assert all(
+        f"\n  {name} " in said for name in ("fit", "score", "sample", "certify", "plot", "ablate")
+    )
     assert main(["--version"]) == 0
     assert capsys.readouterr().out[0].isdigit()
 
@@ -761,10 +763,10 @@ def test_the_commands_of_the_docs_run(folder, tmp_path, monkeypatch, capsys):
     text = (Path(__file__).parents[2] / "docs" / "command_line.md").read_text()
     blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
     commands = [shlex.split(line) for block in blocks for line in block.splitlines()]
-    assert len(commands) == 10
+    assert len(commands) == 11
     for program, name, *arguments in commands:
         assert program == "cnf"
-        assert run(name, *arguments, *(SMALL if name == "fit" else [])) == 0
+        assert run(name, *arguments, *{"fit": SMALL, "ablate": ["--quick"]}.get(name, [])) == 0
 
 
 @pytest.mark.parametrize("spaced", [False, True])
