@@ -27,7 +27,8 @@ class HybridObjective(Objective):
     .. math:: -\log p(y \mid z(x)) - \lambda \log p(x)
 
     from one evaluation of z and the ladj. With :math:`\lambda = 1` it is minus the joint
-    log-density of x and y; less favours the labels. `fit` takes ``(x, labels)``.
+    log-density of x and y; with less, the labels count more, for a density often has many more nats
+    to gain than a classifier. `fit` takes ``(x, labels)``.
 
     The head starts at zero, where all classes have the same probability. It is trained with the
     flow, and saved by `state_dict` of the objective.
@@ -35,7 +36,7 @@ class HybridObjective(Objective):
     Args:
         flow: The flow to train.
         classes: Number of classes; labels are integers from 0 to `classes` - 1.
-        likelihood_weight: The weight :math:`\lambda` of the log-density.
+        likelihood_weight: The weight :math:`\lambda` of the log-density; None for 1 / features.
         solver: Solver in training; None for `ODESolver()`.
         divergence: Divergence in training, as in `MaximumLikelihood`.
 
@@ -54,8 +55,8 @@ class HybridObjective(Objective):
         >>> from cnf.transforms import Affine
         >>> objective = HybridObjective(Flow([Affine(2)]), classes=3)
         >>> labels = torch.tensor([0, 1, 2, 1])
-        >>> objective(torch.zeros(4, 2), target=labels)  # log(3) + log(2 π)
-        tensor(2.9365, grad_fn=<MeanBackward0>)
+        >>> objective(torch.zeros(4, 2), target=labels)  # log(3) + log(2 π) / 2
+        tensor(2.0175, grad_fn=<MeanBackward0>)
         >>> objective.logits(torch.zeros(4, 2)).shape
         torch.Size([4, 3])
     """
@@ -67,7 +68,7 @@ class HybridObjective(Objective):
         flow: Flow,
         classes: int,
         *,
-        likelihood_weight: float = 1.0,
+        likelihood_weight: float | None = None,
         solver: ODESolver | None = None,
         divergence: Divergence | None = None,
     ) -> None:
@@ -75,7 +76,7 @@ class HybridObjective(Objective):
         self.classes = check_count("classes", classes, least=2)
         self.likelihood_weight = check_number(
             "likelihood_weight",
-            likelihood_weight,
+            1 / flow.features if likelihood_weight is None else likelihood_weight,
             "finite and at least 0",
             lambda number: 0 <= number < math.inf,
         )
