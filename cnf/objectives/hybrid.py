@@ -56,7 +56,7 @@ class HybridObjective(Objective):
         >>> objective = HybridObjective(Flow([Affine(2)]), classes=3)
         >>> labels = torch.tensor([0, 1, 2, 1])
         >>> objective(torch.zeros(4, 2), target=labels)  # log(3) + log(2 π) / 2
-        tensor(2.0175, grad_fn=<MeanBackward0>)
+        tensor(2.0176, grad_fn=<MeanBackward0>)
         >>> objective.logits(torch.zeros(4, 2)).shape
         torch.Size([4, 3])
     """
