@@ -193,7 +193,7 @@ def test_blocks_and_copies_that_follow_share_their_programs():
     average = Average(flow, decay=0.9)
     with torch.no_grad():
         flow.log_prob(torch.randn(4, 2))
-        average.flow.log_prob(torch.randn(4, 2))
+        average.module.log_prob(torch.randn(4, 2))
     assert programs.number == 1
 
 

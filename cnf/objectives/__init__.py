@@ -2,6 +2,7 @@
 
 from cnf.objectives.base import Objective, weighted_mean
 from cnf.objectives.flow_matching import FlowMatching
+from cnf.objectives.hybrid import HybridObjective
 from cnf.objectives.maximum_likelihood import MaximumLikelihood
 from cnf.objectives.pairings import IndependentPairing, OptimalTransport, Pairing
 from cnf.objectives.paths import LinearPath, ProbabilityPath, SmoothedPath, VariancePreservingPath
@@ -9,6 +10,7 @@ from cnf.objectives.reverse_kl import ReverseKL
 
 __all__ = [
     "FlowMatching",
+    "HybridObjective",
     "IndependentPairing",
     "LinearPath",
     "MaximumLikelihood",

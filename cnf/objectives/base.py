@@ -4,12 +4,13 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar, final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Generator, Tensor, nn
 
 from cnf._checks import (
     check_context,
     check_count,
+    check_dense,
     check_events,
     check_generator,
     check_support,
@@ -24,6 +25,11 @@ from cnf.flows.flow import Flow
 
 HOOKS = {"forward": "_loss(x, context, weight, draws, generator), which returns the loss"}
 """Hook of a subclass for the final method."""
+TARGETS_REMEDY = (
+    "Train an objective with takes_targets=True, such as HybridObjective for class labels; or a "
+    "conditional flow (context_features=...), whose contexts they are."
+)
+"""What to do with targets that are refused."""
 
 
 class Objective(nn.Module, ABC):
@@ -31,8 +37,9 @@ class Objective(nn.Module, ABC):
 
     `forward` is final: it checks the arguments. A subclass writes the hook `_loss`, which gets the
     rows, the context of each row, their weights, the number of draws and the generator (each may be
-    None), and returns the scalar loss; `weighted_mean` averages losses of rows. Parameters of the
-    objective itself are trained too.
+    None), and returns the scalar loss; `weighted_mean` averages losses of rows. An objective that
+    takes targets gets them as the keyword `target` too. Parameters of the objective itself are
+    trained too.
 
     Args:
         flow: The flow to train.
@@ -52,14 +59,18 @@ class Objective(nn.Module, ABC):
 
     takes_data: ClassVar[bool] = True
     """Whether the loss needs rows of data; if not, `fit` gives contexts alone, or nothing."""
+    takes_targets: ClassVar[bool] = False
+    """Whether the loss needs a target for each row of data, such as a label."""
     draws: int | None = None
     """Number of draws in a step, for an objective that draws its points. `fit` divides it among the
     parts of a step."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Refuse a class that overrides the final method."""
+        """Refuse a class that overrides the final method, or takes targets without rows."""
         super().__init_subclass__(**kwargs)
         refuse_overrides(cls, Objective, HOOKS)
+        if cls.takes_targets and not cls.takes_data:
+            raise TypeError(f"{cls.__name__}.takes_data must be True, because it takes targets.")
 
     def __init__(self, flow: Flow) -> None:
         super().__init__()
@@ -73,6 +84,7 @@ class Objective(nn.Module, ABC):
         x: Float[Tensor, "batch *event"] | None = None,
         context: Context | None = None,
         *,
+        target: Shaped[Tensor, "batch *target"] | None = None,
         weight: Float[Tensor, " batch"] | None = None,
         draws: int | None = None,
         generator: Generator | None = None,
@@ -82,6 +94,8 @@ class Objective(nn.Module, ABC):
         Args:
             x: Rows of data; None for an objective that takes no data.
             context: Context of a conditional flow.
+            target: Target of each row, for an objective that takes targets: integers (int64), or
+                numbers of the dtype of the flow.
             weight: Weight of each row, relative to a mean of 1; None for 1 each.
             draws: Number of draws in a part of a step, for an objective that draws its points; None
                 for `draws` of the objective.
@@ -114,7 +128,8 @@ class Objective(nn.Module, ABC):
             )
         else:
             check_count("draws", draws)
-        loss = self._loss(x, context, weight, draws, generator)
+        targets = self._check_target(target, x, like)
+        loss = self._loss(x, context, weight, draws, generator, **targets)
         if loss.ndim:
             raise ValueError(
                 f"{type(self).__name__}._loss must return a scalar; got shape {tuple(loss.shape)}."
@@ -130,7 +145,19 @@ class Objective(nn.Module, ABC):
         draws: Any,  # an int; None for an objective without
         generator: Generator | None,
     ) -> Tensor:
-        """Hook: the loss."""
+        """Hook: the loss; with the keyword `target` if the objective takes targets."""
+
+    def _check_target(self, target: Any, x: Any, like: Tensor) -> dict[str, Tensor]:
+        """Return the checked target as a keyword of the hook, or nothing."""
+        if self.takes_targets:
+            check_target("target", target, len(x), like=like)
+            return {"target": target}
+        if target is not None:
+            raise ValueError(
+                f"target must be None, because {type(self).__name__} takes no targets; got a "
+                f"{type(target).__name__}. {TARGETS_REMEDY}"
+            )
+        return {}
 
     def _validate(
         self, x: Any, context: Tensor | None, weight: Tensor | None, like: Tensor
@@ -174,3 +201,26 @@ def check_weight(name: str, weight: Tensor, rows: int, *, like: Tensor) -> None:
             f"{name} must have one entry for each row, shape ({rows},); got {tuple(weight.shape)}."
         )
     refuse_rows(name, weight < 0, "at least 0")
+
+
+def check_target(name: str, target: Any, rows: int, *, like: Tensor) -> None:
+    """Refuse targets that are not one for each row, of int64 or finite numbers like `like`."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(target).__name__}.")
+    check_dense(name, target)
+    if target.shape[:1] != (rows,):
+        raise ValueError(
+            f"{name} must have one entry for each row, shape ({rows}, ...); got "
+            f"{tuple(target.shape)}."
+        )
+    if target.is_floating_point():
+        check_events(name, target, target.shape[1:], like=like)
+    elif target.dtype != torch.int64:
+        raise ValueError(
+            f"{name} must have the dtype torch.int64, or {like.dtype}; got {target.dtype}. "
+            f"Convert labels with {name}.long()."
+        )
+    elif target.device != like.device:
+        raise ValueError(
+            f"{name} must be on the model's device {like.device}; got {target.device}."
+        )

@@ -12,33 +12,47 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, StackDataset,
 
 from cnf._checks import check_context, check_events, check_support, check_vectors, reference_tensor
 from cnf.flows.flow import Flow
-from cnf.objectives.base import check_weight
+from cnf.objectives.base import TARGETS_REMEDY, check_target, check_weight
 
 Data = Tensor | tuple[Tensor, Tensor] | Mapping[str, Tensor] | Dataset[Any]
 """Rows ``(rows, *event_shape)``; a pair of rows and contexts ``(rows, context_features)``; both
 by name, with weights ``(rows,)`` if wanted, ``{"x": ..., "context": ..., "weight": ...}``; or a
-`torch.utils.data.Dataset` whose items are one of these three for a single row."""
+`torch.utils.data.Dataset` whose items are one of these three for a single row.
+
+For an objective that takes targets, ``(rows, ...)`` of int64 or of the dtype of the flow: a pair of
+rows and targets; or by name, with the key "target". Targets never reach the flow."""
 
 _MOST_HELD_OUT = 1000
 _MOST_LOOKED_AT = 10_000
 _FORMS = "a tensor, a pair (x, context) or a dict with x and perhaps context and weight"
+_FORMS_WITH_TARGETS = "a pair (x, target) or a dict with x, target and perhaps context and weight"
 
 
 class Batch(NamedTuple):
-    """Rows, with contexts and weights if there are any; no rows without data."""
+    """Rows, with contexts, weights and targets if there are any; no rows without data."""
 
     x: Any = None
     context: Tensor | None = None
     weight: Tensor | None = None
+    target: Tensor | None = None
 
 
 class TrainingData(ABC):
-    """Rows for a flow, by index; `name` is the argument, and `contexts` says that x is missing."""
+    """Rows for a flow, by index; `name` is the argument.
 
-    def __init__(self, name: str, flow: Flow, *, contexts: bool) -> None:
+    `contexts` says that x is missing, and `targets` that each row has a target.
+    """
+
+    def __init__(self, name: str, flow: Flow, *, contexts: bool, targets: bool) -> None:
         self.name = name
         self.flow = flow
         self.contexts = contexts
+        self.targets = targets
+
+    @property
+    def forms(self) -> str:
+        """Forms of the data in words."""
+        return _FORMS_WITH_TARGETS if self.targets else _FORMS
 
     @abstractmethod
     def __len__(self) -> int:
@@ -62,26 +76,43 @@ class TrainingData(ABC):
     def _by_name(self, data: Any) -> dict[str, Any]:
         """Return data, or an item of a Dataset, as columns by name."""
         if isinstance(data, Mapping):
-            first = "context" if self.contexts else "x"
-            known = {"context"} if self.contexts else {"x", "context", "weight"}
-            if data.get(first) is None or not data.keys() <= known:
+            needed = {"context"} if self.contexts else {"x", "target"} if self.targets else {"x"}
+            known = needed if self.contexts else {"context", "weight"} | needed
+            found = {key: value for key, value in data.items() if value is not None}
+            if not needed <= found.keys() or not data.keys() <= known:
                 raise ValueError(
-                    f"{self.name} must have the key {first}, and no others than "
-                    f"{', '.join(sorted(known))}; got {', '.join(map(str, data))}."
+                    f"{self.name} must have the key {' and '.join(sorted(needed, reverse=True))}, "
+                    f"and no others than {', '.join(sorted(known))}; got "
+                    f"{', '.join(map(str, data))}."
+                    + (f" {TARGETS_REMEDY}" if "target" in data.keys() - known else "")
                 )
-            return {key: value for key, value in data.items() if value is not None}
+            return found
         if isinstance(data, tuple) and len(data) == 1:
             (data,) = data
         if isinstance(data, tuple) and len(data) > 2:
             raise ValueError(
-                f"{self.name} must hold {_FORMS}; got a tuple of {len(data)}. Name its parts: "
+                f"{self.name} must hold {self.forms}; got a tuple of {len(data)}. Name its parts: "
                 "{'x': x, 'context': context, 'weight': weight}."
             )
         if self.contexts:
             return {"context": data}
-        if isinstance(data, tuple | list) and len(data) == 2:
+        pair = isinstance(data, tuple | list) and len(data) == 2
+        if self.targets:
+            return self._with_target(data, pair)
+        if pair:
             return {"x": data[0]} if data[1] is None else {"x": data[0], "context": data[1]}
         return {"x": data}
+
+    def _with_target(self, data: Any, pair: bool) -> dict[str, Any]:
+        """Return a pair of rows and targets, for an unconditional flow, by name."""
+        if not pair or data[1] is None or self.flow.context_features:
+            why = "the flow takes contexts too" if pair else "the objective takes targets"
+            raise ValueError(
+                f"{self.name} must be {self.forms}, because {why}; got "
+                f"{'a pair' if pair else type(data).__name__}. Name the parts: "
+                "{'x': x, 'target': target, 'context': context}."
+            )
+        return {"x": data[0], "target": data[1]}
 
     def _check(self, columns: Mapping[str, Any]) -> None:
         """Refuse columns that do not fit the flow or each other."""
@@ -99,6 +130,11 @@ class TrainingData(ABC):
                 "got rows alone. Pass (x, context), with context of shape "
                 f"(rows, {flow.context_features})."
             )
+        if isinstance(context, Tensor) and not flow.context_features:
+            raise ValueError(
+                "context must be None, because the model has context_features=0; got a context of "
+                f"shape {tuple(context.shape)}. If it holds targets: {TARGETS_REMEDY}"
+            )
         check_context(context, flow.context_features, like=like)
         if x.ndim != 1 + len(shape) or len(x) == 0:
             expected = ", ".join(map(str, ("rows", *shape)))
@@ -113,13 +149,18 @@ class TrainingData(ABC):
             floating = isinstance(weight, Tensor) and weight.is_floating_point()
             like = x.new_empty(0, dtype=weight.dtype) if floating else x
             check_weight(f"the weights of {name}", weight, len(x), like=like)
+        if "target" in columns:
+            like = reference_tensor(flow)
+            check_target(f"the targets of {name}", columns["target"], len(x), like=like)
 
 
 class TensorRows(TrainingData):
     """Rows in tensors, checked once; rows of weight 0 are dropped, and the mean weight is 1."""
 
-    def __init__(self, name: str, data: Any, flow: Flow, *, contexts: bool = False) -> None:
-        super().__init__(name, flow, contexts=contexts)
+    def __init__(
+        self, name: str, data: Any, flow: Flow, *, contexts: bool = False, targets: bool = False
+    ) -> None:
+        super().__init__(name, flow, contexts=contexts, targets=targets)
         self.columns = self._by_name(data)
         self._check(self.columns)
         if "weight" in self.columns:
@@ -146,9 +187,15 @@ class DatasetRows(TrainingData):
     """
 
     def __init__(
-        self, name: str, dataset: Dataset[Any], flow: Flow, *, contexts: bool = False
+        self,
+        name: str,
+        dataset: Dataset[Any],
+        flow: Flow,
+        *,
+        contexts: bool = False,
+        targets: bool = False,
     ) -> None:
-        super().__init__(name, flow, contexts=contexts)
+        super().__init__(name, flow, contexts=contexts, targets=targets)
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             raise TypeError(
                 f"{name} must be a Dataset with a length and an item for each index; "
@@ -199,10 +246,12 @@ class DatasetRows(TrainingData):
         named = [self._by_name(item) for item in items]
         for key in dict.fromkeys(itertools.chain(*named)):
             values = [item[key] for item in named if key in item]
+            if key == "target":  # a label is often a Python number
+                values = [torch.as_tensor(v) if isinstance(v, int) else v for v in values]
             for value in values:
                 if not isinstance(value, Tensor):
                     raise TypeError(
-                        f"{self.name} must hold {_FORMS} for each row; got "
+                        f"{self.name} must hold {self.forms} for each row; got "
                         f"{type(value).__name__} for {key}."
                     )
             if len(values) < len(items) or len({value.shape for value in values}) > 1:
@@ -224,7 +273,7 @@ class PartOfRows(TrainingData):
     """Subset of other rows, at the indices `places`."""
 
     def __init__(self, rows: TrainingData, places: Tensor) -> None:
-        super().__init__(rows.name, rows.flow, contexts=rows.contexts)
+        super().__init__(rows.name, rows.flow, contexts=rows.contexts, targets=rows.targets)
         self.rows = rows
         self.places = places
 
@@ -252,7 +301,9 @@ def hold_out(rows: TrainingData, fraction: float) -> tuple[TrainingData, Trainin
     return PartOfRows(rows, order[count:]), validation
 
 
-def as_rows(name: str, data: Any, flow: Flow, *, contexts: bool = False) -> TrainingData:
+def as_rows(
+    name: str, data: Any, flow: Flow, *, contexts: bool = False, targets: bool = False
+) -> TrainingData:
     """Convert data of any form of `Data` to rows that fit the flow."""
     if isinstance(data, DataLoader):
         raise TypeError(
@@ -270,8 +321,8 @@ def as_rows(name: str, data: Any, flow: Flow, *, contexts: bool = False) -> Trai
             device = reference_tensor(flow).device
             data = tree_map(lambda part: part.to(device), parts)
     if isinstance(data, Dataset):
-        return DatasetRows(name, data, flow, contexts=contexts)
-    return TensorRows(name, data, flow, contexts=contexts)
+        return DatasetRows(name, data, flow, contexts=contexts, targets=targets)
+    return TensorRows(name, data, flow, contexts=contexts, targets=targets)
 
 
 def _over_mean(weight: Tensor, weights: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from cnf.data.memmap import NpyRows
 from cnf.flows.calibration import before_calibration
 from cnf.flows.flow import Flow
 from cnf.ode import ODESolver
-from cnf.training.data import DatasetRows, PartOfRows, TrainingData
+from cnf.training.data import Batch, DatasetRows, PartOfRows, TrainingData
 from cnf.training.distributed import Processes
 from cnf.training.optimization import Optimization
 from cnf.training.phases import Plan
@@ -120,7 +120,7 @@ def _describe(rows: TrainingData) -> str:
             for start in range(0, len(array), _ROWS_AT_ONCE):
                 content.update(_bytes_of(array[start : start + _ROWS_AT_ONCE]))
         return f"{len(rows)} rows of a Dataset with the hash {content.hexdigest()[:16]}"
-    for number in range(3):  # x, context and weight, in the order of older versions
+    for number in range(len(Batch._fields)):  # in the order of older versions, which had three
         for indices in torch.arange(len(rows)).split(_ROWS_AT_ONCE):
             column = rows.take(indices)[number]
             content.update(b"" if column is None else _bytes_of(column))

@@ -21,7 +21,7 @@ from cnf.flows.cnf import CNF
 from cnf.flows.flow import Flow
 from cnf.flows.mixture_start import WeightedRows, become_mixture_if_better
 from cnf.flows.references import LARGEST_ERROR, by_reference
-from cnf.objectives import MaximumLikelihood, Objective
+from cnf.objectives import HybridObjective, MaximumLikelihood, Objective
 from cnf.objectives.base import HOOKS
 from cnf.objectives.solving import for_training, training_solver
 from cnf.ode import ODEError
@@ -59,7 +59,9 @@ def fit(
     Args:
         objective: A flow, trained in the phases of `config`, or an `Objective`, whose own
             parameters are trained too. If its `takes_data` is False, `data` are contexts; without
-            contexts, each part of a step gets its part of the `draws` of the objective.
+            contexts, each part of a step gets its part of the `draws` of the objective. If its
+            `takes_targets` is True, `data` have targets, and the objective as a whole is averaged,
+            validated by its own loss, and left with its best weights.
         data: Training data, at any scale; `Data` lists the forms. `Standardize` and the like are
             initialised from at most 10 000 rows. Weights are scaled to a mean of 1, in a `Dataset`
             over at most 10 000 rows. A `Dataset` is read as needed, and may be larger than memory;
@@ -167,8 +169,8 @@ def _exchange(
         return
 
     def weighted(rows: TrainingData) -> WeightedRows:
-        x, _, weight = rows.some(_MOST_ROWS)
-        return WeightedRows(x, weight)
+        some = rows.some(_MOST_ROWS)
+        return WeightedRows(some.x, some.weight)
 
     others = None if held_out is None else weighted(held_out)
     become_mixture_if_better(flow, weighted(rows), others, accuracy, refit=is_part)
@@ -194,7 +196,7 @@ def _calibrate(flow: Flow, sample: Sample, accuracy: float | None) -> None:
 @torch.no_grad()
 def _check_solvers(plan: Plan, flow: Flow, sample: Sample, processes: Processes) -> None:
     """Warn if maximum likelihood was reached by the error of a solver chosen by hand."""
-    objectives = [each for each, _ in plan if isinstance(each, MaximumLikelihood)]
+    objectives = [each for each, _ in plan if isinstance(each, MaximumLikelihood | HybridObjective)]
     if sample.x is None or not objectives or not processes.is_first:
         return
     every = -(-len(sample.x) // _COMPARED_ROWS)
@@ -211,7 +213,7 @@ def _check_solvers(plan: Plan, flow: Flow, sample: Sample, processes: Processes)
 
 
 def _error_of_solvers(
-    objective: MaximumLikelihood, flow: Flow, x: Tensor, context: Tensor | None
+    objective: MaximumLikelihood | HybridObjective, flow: Flow, x: Tensor, context: Tensor | None
 ) -> str | None:
     """Return the error by the solver of the flow or of the objective in words, if too large."""
     by_hand = has_solver_by_hand(flow.transforms)
@@ -260,7 +262,8 @@ def _split(
             "Leave it out for a tenth of the rows, or set None for no validation."
         )
     if not isinstance(validation, Real) and getattr(validation, "ndim", None) != 0:
-        return rows, as_rows("validation", validation, flow)
+        targets = rows is not None and rows.targets
+        return rows, as_rows("validation", validation, flow, targets=targets)
     expected = "data, or a fraction of the rows in [0, 1)"
     fraction = check_number("validation", validation, expected, lambda part: 0 <= part < 1)
     return (rows, None) if rows is None or rows.contexts else hold_out(rows, fraction)

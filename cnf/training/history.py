@@ -41,7 +41,8 @@ class History:
     seconds: list[float] = field(default_factory=list)
     """Wall-clock time since the start of training, with validation, without interruptions."""
     validation: list[float] = field(default_factory=list)
-    """Negative log-likelihood of the validation data after the step, in nats, or NaN."""
+    """Negative log-likelihood of the validation data after the step, in nats, or NaN; the loss of
+    an objective that takes targets."""
 
     def __repr__(self) -> str:
         last = f", loss {self.loss[-1]:.4f}" if self.loss else ""

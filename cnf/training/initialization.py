@@ -33,7 +33,7 @@ def sample_of(rows: TrainingData | None) -> Sample:
     """Return training rows for statistics, evenly from first to last."""
     if rows is None:
         return Sample()
-    x, context, weight = rows.some(_ROWS)
+    x, context, weight, _ = rows.some(_ROWS)
     if x is None:
         return Sample(context=context)
     if weight is None or bool((weight == weight[0]).all()):

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from cnf.flows.flow import Flow
 from cnf.objectives import Objective
 from cnf.training.config import TrainingConfig
 from cnf.vector_fields.compiled import compile_alike
@@ -133,24 +132,24 @@ class Optimization:
 
 
 class Average:
-    """Copy of a flow with an exponential moving average of its weights, and its buffers.
+    """Copy of a module with an exponential moving average of its weights, and its buffers.
 
     The decay of step n is ``min(decay, (1 + n) / (10 + n))``, so the initial weights are soon
     forgotten.
     """
 
-    def __init__(self, flow: Flow, decay: float) -> None:
-        self.flow = copy.deepcopy(flow)
-        compile_alike(self.flow, flow)
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.module = copy.deepcopy(module)
+        compile_alike(self.module, module)
         self.decay = decay
         self.steps = 0
         # torch's AveragedModel looks the weights up at each step, noticeably in flow matching.
-        self._weights = [weight.detach() for weight in self.flow.parameters()]
-        self._followed = [weight.detach() for weight in flow.parameters()]
-        self._buffers = list(zip(self.flow.buffers(), flow.buffers(), strict=True))
+        self._weights = [weight.detach() for weight in self.module.parameters()]
+        self._followed = [weight.detach() for weight in module.parameters()]
+        self._buffers = list(zip(self.module.buffers(), module.buffers(), strict=True))
 
     def update(self) -> None:
-        """Average the weights of the flow in, and copy its buffers."""
+        """Average the weights of the module in, and copy its buffers."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         torch._foreach_lerp_(self._weights, self._followed, 1 - decay)
@@ -159,12 +158,12 @@ class Average:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averaged weights, and the number of steps."""
-        return {"steps": self.steps, "flow": self.flow.state_dict()}
+        return {"steps": self.steps, "flow": self.module.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a `state_dict`."""
         self.steps = state["steps"]
-        self.flow.load_state_dict(state["flow"])
+        self.module.load_state_dict(state["flow"])
 
 
 def _optimizer_of(

@@ -43,7 +43,7 @@ class Phase:
         self._now = list(self.objective.state_dict().values())
         self._started = time.perf_counter()
         self.optimization = Optimization(self.objective, config)
-        self.averaged = None if config.ema is None else Average(self.flow, config.ema)
+        self.averaged = None if config.ema is None else Average(kept_of(self.objective), config.ema)
         self.sampler = None
         if self.rows is not None:
             self.sampler = MinibatchSampler(
@@ -51,9 +51,9 @@ class Phase:
             )
 
     @property
-    def result(self) -> Flow:
-        """Flow to validate and keep: the averaged flow if there is one."""
-        return self.flow if self.averaged is None else self.averaged.flow
+    def result(self) -> nn.Module:
+        """Module to validate and keep: the average if there is one."""
+        return kept_of(self.objective) if self.averaged is None else self.averaged.module
 
     @property
     def is_out_of_patience(self) -> bool:
@@ -145,11 +145,11 @@ class Phase:
         coarse = self.config.precision == "bfloat16"
         total = 0.0
         with count_evaluations(self.flow) as nfe:
-            for part, share, (x, context, weight), some in self._parts():
+            for part, share, (x, context, weight, target), some in self._parts():
                 generator = draws(seed, phase=self.number, step=self.step, part=part, device=device)
                 with torch.autocast(device.type, torch.bfloat16, enabled=coarse):
                     loss = share * self.objective(
-                        x, context, weight=weight, draws=some, generator=generator
+                        x, context, target=target, weight=weight, draws=some, generator=generator
                     )
                 check_finite("loss", loss.item())
                 loss.backward()
@@ -174,6 +174,14 @@ class Phase:
         for number in mine:
             rows = indices.tensor_split(count)[number]
             yield number, len(rows) / len(indices), self.rows.take(rows), None
+
+
+def kept_of(objective: Objective) -> Flow | Objective:
+    """Return the part of an objective whose best weights are kept: all of it if it takes targets.
+
+    A flow and a classifier of its points, for example, belong together.
+    """
+    return objective if objective.takes_targets else objective.flow
 
 
 def check_finite(name: str, value: float) -> None:

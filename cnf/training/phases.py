@@ -176,11 +176,7 @@ def make_plan(
             if not isinstance(each, TrainingConfig):
                 raise _wrong_config(each, "or several")
             made = each.objective(objective)
-            if not isinstance(made, Objective) or made.flow is not objective:
-                raise TypeError(
-                    "the objective of a TrainingConfig must make a cnf.objectives.Objective whose "
-                    f"flow is the one given; got {type(made).__name__}."
-                )
+            _check_made(made, objective)
             plan.append((made, each))
     for made, _ in plan:
         if not any(parameter.requires_grad for parameter in made.parameters()):
@@ -201,7 +197,7 @@ def rows_for(plan: Plan, data: Any, flow: Flow) -> TrainingData | None:
                 f"{flow.context_features}), because the flow is conditional; got None."
             )
         return None
-    return as_rows("data", data, flow, contexts=contexts)
+    return as_rows("data", data, flow, contexts=contexts, targets=plan[0][0].takes_targets)
 
 
 def check_plan(
@@ -241,3 +237,18 @@ def check_plan(
 
 def _wrong_config(config: object, expected: str) -> TypeError:
     return TypeError(f"config must be a TrainingConfig {expected}; got {type(config).__name__}.")
+
+
+def _check_made(made: object, flow: Flow) -> None:
+    """Refuse an objective of a phase that is none of the flow, or that the user would lose."""
+    if not isinstance(made, Objective) or made.flow is not flow:
+        raise TypeError(
+            "the objective of a TrainingConfig must make a cnf.objectives.Objective whose "
+            f"flow is the one given; got {type(made).__name__}."
+        )
+    if made.takes_targets:  # the classifier in it would be lost
+        name = type(made).__name__
+        raise ValueError(
+            f"{name} takes targets, and must be given in place of the flow, not in a "
+            f"TrainingConfig: fit({name}(flow, ...), (x, target), config)."
+        )

@@ -7,10 +7,10 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from cnf._checks import NotFiniteError
@@ -24,9 +24,9 @@ from cnf.training.data import TrainingData
 from cnf.training.distributed import OtherProcessError, Processes
 from cnf.training.fingerprint import fingerprint
 from cnf.training.history import WHOLE, Callback, History, StepReport
-from cnf.training.phase import Phase, check_finite, copy_of_tensors
+from cnf.training.phase import Phase, check_finite, copy_of_tensors, kept_of
 from cnf.training.phases import Plan
-from cnf.training.validation import negative_log_likelihood
+from cnf.training.validation import validation_loss
 
 _FAILURES = (NotFiniteError, ODEError, OtherProcessError, TargetError)
 
@@ -93,7 +93,7 @@ class Run:
                     self._go_through(self.phase or self._begin())
                 self._write_checkpoint()
         finally:
-            self.flow.load_state_dict(self._weights_to_keep())
+            self._kept.load_state_dict(self._weights_to_keep())
             for objective, _ in self.plan:
                 objective.zero_grad()
             if self.folder is not None and self.processes.is_first:
@@ -106,7 +106,7 @@ class Run:
         self.finished_phases = state["finished_phases"]
         check_form("its objective", state["objective"], self._objective.state_dict())
         if state["best"] is not None:
-            check_form("its best weights", state["best"], self.flow.state_dict())
+            check_form("its best weights", state["best"], self._kept.state_dict())
         if state["phase"] is not None:
             self._begin().check_state(state["phase"])
         self.history = history
@@ -141,6 +141,11 @@ class Run:
         """Objective of the running phase, or of the last one."""
         return self.plan[min(self.finished_phases, len(self.plan) - 1)][0]
 
+    @property
+    def _kept(self) -> Flow | Objective:
+        """The flow or, if it takes targets, the objective: validated, and left at its best."""
+        return kept_of(self._objective)
+
     def _begin(self) -> Phase:
         objective, config = self.plan[self.finished_phases]
         number = self.finished_phases + 1
@@ -155,7 +160,7 @@ class Run:
                 self._take_step(phase, bar)
         keep_best = phase.is_out_of_patience
         weights = self._weights_to_keep() if keep_best else copy_of_tensors(phase.result)
-        self.flow.load_state_dict(weights)
+        self._kept.load_state_dict(weights)
         self.finished_phases = len(self.plan) if self.stopped else phase.number
         self.phase = None
 
@@ -179,10 +184,10 @@ class Run:
             self._write_checkpoint()
 
     def _validate(self, phase: Phase) -> float:
-        """Return the negative log-likelihood of validation data, or NaN; keep the best weights."""
+        """Return the loss of validation data, or NaN; keep the best weights."""
         if self.validation is None:
             return math.nan
-        nll = negative_log_likelihood(phase.result, self.validation, self.processes)
+        nll = validation_loss(phase.result, self.validation, self.processes)
         check_finite("validation loss", nll)
         if nll < self.best_nll:
             self.best, self.best_nll = copy_of_tensors(phase.result), nll
@@ -193,36 +198,39 @@ class Run:
         return nll
 
     def _validate_start(self) -> None:
-        """Count the initial weights among those to keep, if their likelihood is finite.
+        """Count the initial weights among those to keep, if their loss is finite.
 
         They do not count for early stopping: training by another objective may begin below them.
         """
         if self.validation is None:
             return
         with contextlib.suppress(*_FAILURES):
-            nll = negative_log_likelihood(self.flow, self.validation, self.processes)
+            nll = validation_loss(self._kept, self.validation, self.processes)
             if math.isfinite(nll):
-                self.best, self.best_nll = copy_of_tensors(self.flow), nll
+                self.best, self.best_nll = copy_of_tensors(self._kept), nll
 
     def _is_told_to_stop(self, phase: Phase) -> bool:
         if not self.callbacks:
             return False
         row = {name: column[-1] for name, column in self.history.columns.items()}
-        report = StepReport(phase.number, row["step"], MappingProxyType(row), phase.result)
+        report = StepReport(
+            phase.number, row["step"], MappingProxyType(row), _flow_of(phase.result)
+        )
         return self.processes.from_first(
             lambda: True in [bool(callback(report)) for callback in self.callbacks]
         )
 
     def _weights_to_keep(self) -> dict[str, Tensor]:
         """Return the best weights or, without validation, the present ones."""
-        return self.best or copy_of_tensors(self.flow if self.phase is None else self.phase.result)
+        return self.best or copy_of_tensors(self._kept if self.phase is None else self.phase.result)
 
     def _write_checkpoint(self) -> None:
         folder = self.folder
         if folder is not None:
-            kept = copy.deepcopy(self.flow)
+            kept = copy.deepcopy(self._kept)
             kept.load_state_dict(self._weights_to_keep())
-            self.processes.from_first(lambda: folder.write(self._state_dict(), self.history, kept))
+            best = _flow_of(kept)
+            self.processes.from_first(lambda: folder.write(self._state_dict(), self.history, best))
 
     @contextlib.contextmanager
     def _keeping_good_weights(self, phase: Phase) -> Iterator[None]:
@@ -243,6 +251,11 @@ class Run:
                 "or a tighter tolerance, and look for outliers in the data.",
                 self.history,
             ) from error
+
+
+def _flow_of(kept: nn.Module) -> Flow:
+    """Return the flow, which may be in its objective."""
+    return kept.flow if isinstance(kept, Objective) else cast(Flow, kept)
 
 
 def _in_words(config: TrainingConfig) -> str:

@@ -16,7 +16,17 @@ from sklearn.datasets import load_digits
 from cnf import History, load
 from cnf.data.toy import toy_density
 from cnf.metrics import bits_per_dim
-from experiments import ablation, anode, compare, digits, digits_data, recipe, stability, toy2d
+from experiments import (
+    ablation,
+    anode,
+    compare,
+    digits,
+    digits_data,
+    hybrid,
+    recipe,
+    stability,
+    toy2d,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -221,6 +231,40 @@ def test_digits_of_a_file_from_the_command_line(run_program, tmp_path, capsys):
     digits_file(tmp_path, x_test=None)
     with pytest.raises(SystemExit, match=r"^digits: [^\n]*x_test[^\n]*$"):
         run_program("experiments.digits", *arguments, file)
+
+
+@pytest.mark.slow
+def test_one_flow_classifies_digits_and_is_a_density_and_a_generator(tmp_path, capsys):
+    metrics = hybrid.main(hybrid.Settings(quick=True, out=tmp_path, progress=False))
+
+    folder = tmp_path / "quick"
+    assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((folder / "metrics.json").read_text()) == asdict(metrics)
+    assert metrics.accuracy > 0.5  # a chance is 0.1
+    assert abs(metrics.bits.mean - metrics.bits_without_labels.mean) < 0.1
+    assert str(metrics.bits) in capsys.readouterr().out
+    test = digits_data.read_scikit_learn().test
+    again = hybrid.bits_of(load(folder / "model.safetensors"), test, seed=9)
+    assert again.mean == pytest.approx(metrics.bits.mean, abs=metrics.bits.standard_error)
+
+
+def test_labels_belong_to_the_images(tmp_path):
+    images, labels = digits_data.read_scikit_learn(), digits_data.read_labels(None)
+    known = {tuple(x.tolist()): y for x, y in zip(*load_digits(return_X_y=True), strict=True)}
+    for part, of in zip(images, labels, strict=True):
+        assert [known[tuple(image.flatten().tolist())] for image in part] == of.tolist()
+    arrays = {"y_train": [0, 9], "y_val": [1], "y_test": [2]}
+    np.savez(tmp_path / "labels.npz", **{k: np.array(v, np.uint8) for k, v in arrays.items()})
+    read = digits_data.read_labels(tmp_path / "labels.npz")
+    assert [part.tolist() for part in read] == list(arrays.values())
+    assert read.train.dtype == torch.int64
+
+
+@pytest.mark.parametrize("labels", [[0, 10], [[1]], [0.5]], ids=str)
+def test_other_labels_are_refused(tmp_path, labels):
+    np.savez(tmp_path / "labels.npz", y_train=labels, y_val=[1], y_test=[2])
+    with pytest.raises(ValueError, match="y_train must hold a label from 0 to 9 for each image"):
+        digits_data.read_labels(tmp_path / "labels.npz")
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float64])

@@ -22,8 +22,9 @@ from training_runs import CHEAP, affine_flow, assert_same, config, weights
 
 from cnf import CNF, Flow, Standardize, fit
 from cnf.data import NpyRows
-from cnf.objectives import MaximumLikelihood
+from cnf.objectives import MaximumLikelihood, Objective, weighted_mean
 from cnf.training.data import as_rows
+from cnf.training.initialization import sample_of
 from cnf.transforms import Affine, Logit
 
 KINDS_OF_NUMBERS = (np.float32, np.float64, np.array, torch.tensor)
@@ -105,6 +106,109 @@ def test_a_dataset_may_hold_pairs_of_rows_and_contexts():
         for data in ((x, context), TensorDataset(x, context))
     ]
     assert losses[0] == losses[1]
+
+
+class Regression(Objective):
+    """The squared distance of the base points from the targets."""
+
+    takes_targets = True
+
+    def _loss(self, x, context, weight, draws, generator, target=None):
+        z = self.flow.to_base(x, context, generator=generator)
+        return weighted_mean((z - target.reshape(len(z), -1)).square().sum(-1), weight)
+
+
+def forms_with_targets(x, target):
+    """The same rows and targets in every form."""
+    return {
+        "pair": (x, target),
+        "dict": {"x": x, "target": target},
+        "tensors": TensorDataset(x, target),
+        "pairs": Listed(list(zip(x, target, strict=True))),
+        "dataset of dicts": Listed(
+            [{"x": row, "target": of} for row, of in zip(x, target, strict=True)]
+        ),
+        "stacked datasets": StackDataset(x=x, target=target),
+        "part of a dataset": Subset(TensorDataset(x, target), range(len(x))),
+    }
+
+
+@pytest.mark.parametrize("form", forms_with_targets(*torch.zeros(2, 1)))
+@pytest.mark.parametrize("shape", [(), (2,)], ids=str)
+def test_targets_of_every_form_are_the_same(form, shape):
+    x, target = torch.randn(20, 2), torch.randn(20, *shape)
+    settings = config(4, batch_size=8, validate_every=2)
+    expected, flow = affine_flow(), affine_flow()
+    history = fit(Regression(expected), (x, target), settings, validation=(x, target))
+    data = forms_with_targets(x, target)[form]
+
+    same = fit(Regression(flow), data, settings, validation=data)
+
+    assert same.loss == history.loss
+    assert str(same.validation) == str(history.validation)
+    assert_same(weights(flow), weights(expected))
+
+
+def test_labels_of_a_dataset_may_be_python_numbers():
+    x, labels = torch.randn(6, 2), [0, 1, 2, 0, 1, 2]
+    data = Listed(list(zip(x, labels, strict=True)))
+    rows = as_rows("data", data, affine_flow(), targets=True)
+    taken = rows.take(torch.tensor([2, 1])).target
+    assert taken.dtype == torch.int64
+    assert taken.tolist() == [2, 1]
+
+
+def test_targets_never_reach_the_flow():
+    """Statistics, the initialisation and the calibration see rows and contexts alone."""
+    torch.manual_seed(0)
+    flow = CNF(2, 3, hidden_features=(4, 4))
+    x, context, target = torch.randn(20, 2), torch.randn(20, 3), torch.randn(20, 2)
+    data = {"x": x, "context": context, "target": target}
+    fit(Regression(flow), data, config(2))
+    assert torch.equal(sample_of(as_rows("data", data, flow, targets=True)).context, context)
+    assert flow.log_prob(x, context).isfinite().all()
+
+
+TARGETS = torch.zeros(5, dtype=torch.int64)
+REMEDY = r"takes_targets=True, such as HybridObjective.*context_features"
+
+
+def test_targets_beside_an_objective_without_are_refused_with_the_remedy():
+    x = torch.zeros(5, 2)
+    with pytest.raises(ValueError, match=rf"context must be None.*\(5,\).*{REMEDY}"):
+        fit(affine_flow(), (x, TARGETS), config(1))
+    with pytest.raises(ValueError, match=rf"the key x, and no others .*got x, target.*{REMEDY}"):
+        fit(affine_flow(), {"x": x, "target": TARGETS}, config(1))
+
+
+def bad_targets():
+    x = torch.randn(5, 2)
+    return {
+        "none": (x, r"data must be a pair \(x, target\) or a dict.*objective takes targets"),
+        "none by name": ({"x": x}, r"data must have the key x and target"),
+        "NaN": ((x, torch.full((5,), math.nan)), r"the targets of data must be finite.*rows 0, 1"),
+        "too few": ((x, torch.zeros(4)), r"the targets of data must have one entry for each row"),
+        "other dtype": ((x, torch.zeros(5).float()), r"the targets of data must have the model's"),
+        "bytes": ((x, TARGETS.byte()), r"the targets of data .*int64.*\.long\(\)"),
+    }
+
+
+@pytest.mark.parametrize("kind", bad_targets())
+def test_bad_targets_are_refused(kind):
+    data, message = bad_targets()[kind]
+    with pytest.raises(ValueError, match=message):
+        fit(Regression(affine_flow()), data, config(1))
+
+
+def test_a_pair_for_a_conditional_flow_says_neither_context_nor_target():
+    flow = conditional_flow()
+    with pytest.raises(ValueError, match="because the flow takes contexts too; got a pair"):
+        fit(Regression(flow), (torch.zeros(5, 2), torch.zeros(5, 3)), config(1))
+
+
+def test_targets_given_to_an_objective_without_are_refused():
+    with pytest.raises(ValueError, match=f"MaximumLikelihood takes no targets.*{REMEDY}"):
+        MaximumLikelihood(affine_flow())(torch.zeros(5, 2), target=TARGETS)
 
 
 def test_a_weight_of_two_counts_as_two_rows():

@@ -43,7 +43,7 @@ from cnf.training import History, TrainingConfig, TrainingError, fit
 from cnf.training.data import as_rows
 from cnf.training.distributed import Processes
 from cnf.training.initialization import sample_of, warn_if_far_from_standard
-from cnf.training.validation import negative_log_likelihood
+from cnf.training.validation import validation_loss
 from cnf.transforms import (
     Affine,
     Augment,
@@ -256,12 +256,12 @@ def test_validation_draws_the_same_in_any_number_of_processes(monkeypatch):
     monkeypatch.setattr("cnf.training.validation._ROWS", 7)
     flow = perturbed(Flow([Augment(2, 1, hidden_features=(4,)), Affine(3)]))
     rows = as_rows("validation", torch.randn(50, 2), flow)
-    alone = negative_log_likelihood(flow, rows, Shared(0, 1))
+    alone = validation_loss(flow, rows, Shared(0, 1))
     for count in (2, 3, 10):
         before = (0.0, 1e-300)
         for rank in range(count):
             process = Shared(rank, count, before)
-            together = negative_log_likelihood(flow, rows, process)
+            together = validation_loss(flow, rows, process)
             before = process.total
         assert together == pytest.approx(alone, rel=1e-12)
 

@@ -31,17 +31,25 @@ class LipschitzAttention(ContractiveNetwork):
         - \frac{2}{\sqrt m} {\textstyle\sum_j} p_{ij} (q_j - \bar q_i)(q_j - q_i)^\top dq_j
 
     with the mean :math:`\bar q_i` and covariance :math:`C_i` of the queries by the weights of
-    token i. As :math:`\sum_j p_{ij} \|q_j - q_i\|^2 \le \sqrt m \, \varphi` with
-    :math:`\varphi \, e^{\varphi + 1} = n - 1` for n tokens, the three parts have norms of at most
-    :math:`\sqrt n`, :math:`2 \varphi` (a token's own place) and :math:`2 \varphi \sqrt n`. So the
-    network has a Lipschitz constant of at most
+    token i. For n tokens, :math:`\sum_j p_{ij} \|q_j - q_i\|^2 \le \sqrt m \, \varphi` with
+    :math:`\varphi \, e^{\varphi + 1} = n - 1`. So the second part, of a token's own place, has a
+    norm of at most :math:`2 \varphi`. The other two are blocks for the pairs of tokens, whose norms
+    have sums over j of at most :math:`1 + 2 \varphi`, and over i of at most
+    :math:`1 + (n - 1) c`: for :math:`i \ne j` and :math:`s = \|q_i - q_j\|^2 / \sqrt m` a block has
+    :math:`p_{ij} \le 1 / (1 + e^s)` and a norm of at most
 
-    .. math:: \frac{\sqrt n + 2 \varphi (1 + \sqrt n)}{\sqrt m} \,
+    .. math:: p_{ij} (1 + 2 \sqrt s (\sqrt s + \sqrt \varphi)) \le
+        \frac{1 + \varphi + 3 s}{1 + e^s} \le c = 3 \, W(e^{(\varphi - 2) / 3})
+
+    with Lambert's W. By Schur's test the norm of these blocks together is at most the geometric
+    mean of both sums, and so the network has a Lipschitz constant of at most
+
+    .. math:: \frac{2 \varphi + \sqrt{(1 + 2 \varphi) (1 + (n - 1) c)}}{\sqrt m} \,
         \sqrt{{\textstyle\sum_h} \|W_h\|^2 \, \|W_h^\top V_h\|^2} \; \|U\|
 
     in spectral norms, computed at each evaluation; where the bound exceeds the `coefficient`, the
-    result is scaled down. (The proof follows Kim et al., with a separate bound for each part of
-    the derivative.)
+    result is scaled down. (The derivative is as in Kim et al., whose constant is
+    :math:`\sqrt n (4 \varphi + 1)` in place of the first numerator.)
 
     The output matrix starts at zero, so that a new residual flow is the identity.
 
@@ -104,8 +112,10 @@ class LipschitzAttention(ContractiveNetwork):
 
     def _bound(self, mixed: Tensor) -> Float[Tensor, ""]:
         """Return the bound of the Lipschitz constant before the output is scaled down."""
-        spread, root = largest_spread(self.tokens), math.sqrt(self.tokens)
-        averaging = (root + 2 * spread * (1 + root)) / math.sqrt(self.query.shape[-1])
+        spread, others = largest_spread(self.tokens), self.tokens - 1
+        steepest = 3 * lambert_w(math.exp((spread - 2) / 3))
+        pairs = math.sqrt((1 + 2 * spread) * (1 + others * steepest))
+        averaging = (2 * spread + pairs) / math.sqrt(self.query.shape[-1])
         heads = torch.linalg.vector_norm(spectral_norm(self.query) * spectral_norm(mixed))
         bound: Tensor = averaging * heads * spectral_norm(self.output)
         return bound
@@ -115,15 +125,26 @@ def largest_spread(tokens: int) -> float:
     r"""Return the largest weighted mean of squared distances :math:`s_j`, weights :math:`e^{-s_j}`.
 
     One of the distances, of a token to itself, is 0. The mean is largest where the others are
-    equal: it is then the solution c of :math:`c \, e^{c + 1} = n - 1` for n `tokens`, by Newton's
-    method from above.
+    equal: it is then the solution c of :math:`c \, e^{c + 1} = n - 1` for n `tokens`.
 
     Example:
         >>> round(largest_spread(2), 4)
         0.2785
     """
-    spread = math.log(tokens)
+    return lambert_w((tokens - 1) / math.e)
+
+
+def lambert_w(value: float) -> float:
+    r"""Return Lambert's W of a `value` of at least 0: the solution w of :math:`w \, e^w` = `value`.
+
+    By Newton's method from above.
+
+    Example:
+        >>> lambert_w(math.e)
+        1.0
+    """
+    w = math.log1p(value)
     for _ in range(50):
-        growth = math.exp(spread + 1)
-        spread -= (spread * growth - (tokens - 1)) / (growth * (1 + spread))
-    return spread
+        growth = math.exp(w)
+        w -= (w * growth - value) / (growth * (1 + w))
+    return w
