@@ -66,7 +66,9 @@ def certify(
 
     Example:
         >>> from cnf import CNF
-        >>> report = certify(CNF(3), torch.randn(50, 3))
+        >>> flow, x = CNF(3), torch.randn(50, 3)
+        >>> flow.calibrate(x)
+        >>> report = certify(flow, x)
         >>> report.passed, report["round_trip"].verdict
         (True, 'pass')
     """

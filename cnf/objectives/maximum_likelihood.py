@@ -46,7 +46,7 @@ class MaximumLikelihood(Objective):
 
     Example:
         >>> from cnf import CNF
-        >>> MaximumLikelihood(CNF(2))(torch.zeros(3, 2))
+        >>> MaximumLikelihood(CNF(2, skip=False))(torch.zeros(3, 2))
         tensor(1.8379, grad_fn=<MeanBackward0>)
     """
 

@@ -57,7 +57,8 @@ class ReverseKL(Objective):
 
     Example:
         >>> from cnf import CNF
-        >>> objective = ReverseKL(CNF(2), lambda x: -0.5 * x.square().sum(-1), draws=4)
+        >>> flow = CNF(2, skip=False)
+        >>> objective = ReverseKL(flow, lambda x: -0.5 * x.square().sum(-1), draws=4)
         >>> objective()
         tensor(-1.8379, grad_fn=<MeanBackward0>)
     """

@@ -16,6 +16,7 @@ from cnf._building import Building
 from cnf._checks import check_count, check_number, is_positive, rows_inside
 from cnf._warnings import warn
 from cnf.bases import StandardNormal
+from cnf.flows.calibration import obstacle_to_calibration
 from cnf.flows.chunks import in_chunks, sample_in_chunks
 from cnf.flows.cnf import CNF
 from cnf.flows.flow import Flow
@@ -206,13 +207,16 @@ def _calibrate(flow: Flow, rows: TableRows, accuracy: float) -> None:
     generator = torch.Generator().manual_seed(0)
     if rows.weight is not None:
         rows = rows.take(by_weight(rows.weight, len(rows.x)))
-    try:
-        flow.calibrate(rows.x, rows.context, accuracy=accuracy, generator=generator)
-    except (ODEError, ValueError) as error:
-        for part in flow.modules():
-            if isinstance(part, ContinuousTransform):
-                part.solver = ODESolver(method="rk4", steps=GRID_STEPS)
-        warn(f"log-densities are computed in {GRID_STEPS} equal steps: {error}")
+    if not obstacle_to_calibration(flow.transforms, flow.base):
+        try:
+            flow.calibrate(rows.x, rows.context, accuracy=accuracy, generator=generator)
+        except ODEError as error:
+            warn(f"log-densities are computed in {GRID_STEPS} equal steps: {error}")
+        else:
+            return
+    for part in flow.modules():
+        if isinstance(part, ContinuousTransform):
+            part.solver = ODESolver(method="rk4", steps=GRID_STEPS)
 
 
 def _train(

@@ -183,6 +183,7 @@ def test_held_out_rows_and_the_others_are_all_rows():
 def test_held_out_rows_choose_the_weights(monkeypatch):
     monkeypatch.setattr("cnf.tables.fit.become_mixture_if_better", lambda *_, **__: None)
     x = torch.randn(40, 2)
+    x[::2] += 5
     training, held_out = hold_out(TableRows(x), settings(validation_fraction=0.5))
     flow, history = fit_density(
         [Standardize.from_data(x)],
