@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import cnf
+import cnf.baselines
 from cnf import metrics, plots
 from cnf.bases import GaussianMixtureBase, StandardNormal
 from cnf.data.toy import toy_density

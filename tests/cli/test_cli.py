@@ -284,7 +284,7 @@ def test_certify_fails_for_a_model_that_is_not_to_be_trusted(folder, tmp_path, c
         "--matching-steps",
         "0",
         "--likelihood-steps",
-        "8",
+        "40",
         "--learning-rate",
         "0.4",
         "--hidden-features",
