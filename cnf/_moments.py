@@ -59,12 +59,13 @@ def column_moments(name: str, x: Tensor, weight: Tensor | None = None) -> tuple[
     return mean, std
 
 
-def shrunk_correlation(scaled: Tensor, share: Tensor) -> Tensor:
+def shrunk_correlation(scaled: Tensor, share: Tensor, *, least: float = _LEAST_SHRINKAGE) -> Tensor:
     """Return the correlations, shrunk towards zero by the rule of Ledoit and Wolf.
 
     Args:
         scaled: Rows ``(rows, features)`` with columns of mean 0 and variance 1.
         share: Share of each row in their weight, ``(rows,)``.
+        least: Least shrinkage, from 0 to 1; two rows alone would have none.
 
     References:
         Ledoit and Wolf (2004), A well-conditioned estimator for large-dimensional covariance
@@ -78,7 +79,7 @@ def shrunk_correlation(scaled: Tensor, share: Tensor) -> Tensor:
     squares = scaled.square()
     error = ((share.unsqueeze(-1) * squares).T @ squares - correlation.square()).sum()
     shrinkage = min(1.0, float(error / effective_rows / distance)) if distance > 0 else 1.0
-    return torch.lerp(correlation, identity, max(shrinkage, _LEAST_SHRINKAGE))
+    return torch.lerp(correlation, identity, max(shrinkage, min(1.0, least)))
 
 
 def _refuse_beyond(name: str, std: Tensor, dtype: torch.dtype) -> None:

@@ -13,6 +13,8 @@ from cnf._shapes import BaseRows
 from cnf.bases.base import Base
 from cnf.bases.mixture_fit import Mixture, fit_mixture
 
+_NUMBERS_AT_ONCE = 4_000_000
+
 AnyMixture = TypeVar("AnyMixture", bound="GaussianMixtureBase")
 
 
@@ -106,8 +108,11 @@ class GaussianMixtureBase(Base):
         return Mixture(like.new_zeros(1), like.new_zeros(1, self.features), eye.unsqueeze(0))
 
     def _log_prob(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> Tensor:
-        log_prob = self._mixture().log_prob(z.reshape(-1, self.features))
-        return log_prob.reshape(z.shape[:-1])
+        # torch solves no linear systems in half precision.
+        dtype = z.dtype if z.dtype == torch.float64 else torch.float32
+        mixture = Mixture(*(part.to(dtype) for part in self._mixture()))
+        log_prob = mixture.log_prob(z.reshape(-1, self.features).to(dtype))
+        return log_prob.to(z.dtype).reshape(z.shape[:-1])
 
     def _rsample(
         self, shape: torch.Size, context: Tensor | None, generator: Generator | None
@@ -121,7 +126,11 @@ class GaussianMixtureBase(Base):
         weights = mixture.log_weights.exp()
         number = noise.numel() // self.features
         chosen = torch.multinomial(weights, number, replacement=True, generator=generator)
-        moved = mixture.scale_trils[chosen] @ noise.reshape(-1, self.features, 1)
+        rows = max(1, _NUMBERS_AT_ONCE // self.features**2)
+        parts = zip(
+            chosen.split(rows), noise.reshape(-1, self.features, 1).split(rows), strict=True
+        )
+        moved = torch.cat([mixture.scale_trils[index] @ part for index, part in parts])
         return (mixture.means[chosen] + moved.squeeze(-1)).reshape(size)
 
     def distribution(

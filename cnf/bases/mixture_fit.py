@@ -36,6 +36,7 @@ _SETTLED = 1e-3
 _LEAST_VARIANCE = 1e-6
 _ROWS_OF_THE_SINGLE = 5.0
 _LEAST_SHARE = 1e-3
+_NUMBERS_AT_ONCE = 4_000_000
 
 
 class Mixture(NamedTuple):
@@ -50,7 +51,10 @@ class Mixture(NamedTuple):
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Return the log-density of rows ``(rows, features)``, in nats."""
-        return self.log_joint(z).logsumexp(-1)
+        if torch.compiler.is_compiling():
+            return self.log_joint(z).logsumexp(-1)
+        rows = max(1, _NUMBERS_AT_ONCE // self.means.numel())
+        return torch.cat([self.log_joint(part).logsumexp(-1) for part in z.split(rows)])
 
     def log_joint(self, z: Tensor) -> Tensor:
         """Return the log-density of each row with each component, ``(rows, components)``.
@@ -108,7 +112,7 @@ def _stacked(rows: Tensor, share: Tensor, generator: Generator) -> Mixture:
     scores = []
     for candidate in candidates:
         fitted, is_regular = _fitted(candidate, rows, training, generator)
-        of_folds = fitted.log_prob(rows).where(is_regular.unsqueeze(-1), -math.inf)
+        of_folds = fitted.log_joint(rows).logsumexp(-1).where(is_regular.unsqueeze(-1), -math.inf)
         scores.append(of_folds.T[scored].gather(-1, fold[scored].unsqueeze(-1)).squeeze(-1))
     parts = []
     for weight, candidate in zip(
@@ -160,7 +164,12 @@ def _fitted(
         return _mixture(rows.new_zeros(len(share), 1), mean.unsqueeze(1), covariance.unsqueeze(1))
     std = covariance.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt().unsqueeze(-2)
     scaled = centred / std.clamp(min=_LEAST_VARIANCE)
-    correlation = torch.stack(list(map(shrunk_correlation, scaled, share)))
+    correlation = torch.stack(
+        [
+            shrunk_correlation(each, weight, least=1 / float(_effective_rows(weight)))
+            for each, weight in zip(scaled, share, strict=True)
+        ]
+    )
     shrunk = (std.mT * correlation * std).unsqueeze(1)
     if candidate.shrunk:
         return _mixture(rows.new_zeros(len(share), 1), mean.unsqueeze(1), shrunk)

@@ -118,7 +118,12 @@ def _defaults() -> dict[str, ODESolver]:
 def has_solver_by_hand(chain: Chain) -> bool:
     """Return whether a solver is neither a default one nor from a calibration."""
     solvers = [part.solver for part in chain.modules() if isinstance(part, ContinuousTransform)]
-    return any(before_calibration(solver) not in _defaults().values() for solver in solvers)
+    return any(is_by_hand(solver) for solver in solvers)
+
+
+def is_by_hand(solver: ODESolver) -> bool:
+    """Return whether a solver is neither a default one nor from a calibration."""
+    return before_calibration(solver) not in _defaults().values()
 
 
 def before_calibration(solver: ODESolver) -> ODESolver:

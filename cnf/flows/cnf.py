@@ -7,6 +7,7 @@ from cnf._checks import check_count, check_flag
 from cnf.bases import Base, GaussianMixtureBase, StandardNormal
 from cnf.divergence import Divergence
 from cnf.flows.flow import Flow
+from cnf.flows.mixture_start import OF_A_MIXTURE
 from cnf.ode import ODESolver
 from cnf.transforms import Augment, Chain, ContinuousTransform, Standardize, Transform
 from cnf.transforms.from_data.base import DataTransform
@@ -67,6 +68,8 @@ class CNF(Flow):
         torch.Size([10, 5, 2])
     """
 
+    chooses_base = False
+
     def __init__(  # noqa: PLR0913 - the settings of its parts, in one place
         self,
         features: int,
@@ -113,13 +116,26 @@ class CNF(Flow):
             for _ in range(blocks)
         ]
         super().__init__([*parts, *continuous], base)
+        self.chooses_base = base is None
+        """Whether `fit` may choose the base."""
         if not standardize:
             for scaling in context_scalings(self):
                 scaling.keep_identity()
 
+    def forget_mixture(self) -> None:
+        """Return from a mixture that `fit` chose to a standard normal base; the field is zero."""
+        if self.chooses_base and isinstance(self.base, GaussianMixtureBase):
+            self.base = StandardNormal(self.base.features).to(self.base.means)
+            for part in self.transforms:
+                if isinstance(part, ContinuousTransform) and part.solver == OF_A_MIXTURE:
+                    part.solver = ODESolver()
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if isinstance(self.base, StandardNormal) and f"{prefix}base.log_weights" in state_dict:
+        mixed = f"{prefix}base.log_weights" in state_dict
+        if isinstance(self.base, StandardNormal) and mixed:
             self.base = GaussianMixtureBase(self.base.features).to(self.base.loc)
+        elif not mixed:
+            self.forget_mixture()
         # A file saved before a CNF held a Standardize has one transform less.
         parts = list(enumerate(self.transforms))
         scalings = ((i, part) for i, part in parts if isinstance(part, Standardize))

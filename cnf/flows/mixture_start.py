@@ -6,15 +6,24 @@ import torch
 from torch import Tensor
 
 from cnf.bases import GaussianMixtureBase, StandardNormal
-from cnf.flows.calibration import has_solver_by_hand
+from cnf.flows.calibration import is_by_hand
 from cnf.flows.flow import Flow
 from cnf.ode import ODESolver
 from cnf.vector_fields import MLPField
 
 _ERRORS = 2.0
 """Standard errors by which a flow must be better than the mixture to be kept."""
-_LEAST_ROWS = 5
+_LEAST_COMPARED = 5
 """Held-out rows by which the two densities can be compared."""
+_LEAST_ROWS = 10
+"""Rows, by weight, for a mixture."""
+_FEW_ROWS = 50
+"""Rows too few for a flow, if no comparison says otherwise."""
+
+
+OF_A_MIXTURE = ODESolver(rtol=1e-5, atol=1e-5, first_step=1.0)
+"""One step for a field of zero, and precise if it is trained further: narrow components have large
+gradients of their log-density."""
 
 
 class WeightedRows(NamedTuple):
@@ -26,25 +35,20 @@ class WeightedRows(NamedTuple):
 
 @torch.no_grad()
 def become_mixture_if_better(
-    flow: Flow,
-    rows: WeightedRows,
-    held_out: WeightedRows | None,
-    accuracy: float | None,
-    *,
-    refit: bool,
+    flow: Flow, rows: WeightedRows, held_out: WeightedRows | None, *, refit: bool
 ) -> None:
     """Give a flow a `GaussianMixtureBase` and a zero field, unless it is better by held-out rows.
 
     Only an unconditional flow is exchanged that ends in an `MLPField` and a standard normal, behind
     bijections of vectors. The mixture is of the rows where the ODE starts. It is compared with the
     flow by the held-out rows, without which it was fitted. The flow stays if its mean log-density
-    is higher by two standard errors of the difference.
+    is higher by two standard errors of the difference. With less than five held-out rows, it stays
+    if there are 50 rows; and in any case if there are less than 10, by weight.
 
     Args:
         flow: A trained flow.
         rows: Training rows.
-        held_out: Rows that the flow was not trained on; None or less than five for no comparison.
-        accuracy: Accuracy of the solver that replaces a default one; None for no other solver.
+        held_out: Rows that the flow was not trained on, or None.
         refit: Whether a mixture that wins is fitted to the held-out rows too.
     """
     ode = flow.only_ode
@@ -52,11 +56,14 @@ def become_mixture_if_better(
         return
     before = flow.transforms[:-1]
     z, weight = before.to_base(rows.x), rows.weight
+    compared = held_out is not None and len(held_out.x) >= _LEAST_COMPARED
+    if _effective_rows(rows) < _LEAST_ROWS or not (compared or len(z) < _FEW_ROWS):
+        return
     mixture = GaussianMixtureBase.from_data(z, weight=weight)
     if held_out is not None:
         others, ladj = before.to_base_and_ladj(held_out.x)
         gain = flow.log_prob(held_out.x) - ladj - mixture.log_prob(others)
-        if len(others) >= _LEAST_ROWS and _is_positive(gain.double(), held_out.weight):
+        if compared and _is_positive(gain.double(), held_out.weight):
             return
         if refit:
             weights = [part for part in (weight, held_out.weight) if part is not None]
@@ -64,10 +71,8 @@ def become_mixture_if_better(
             mixture = GaussianMixtureBase.from_data(torch.cat([z, others]), weight=weight)
     flow.base = mixture
     ode.vector_field.zero_()
-    if accuracy is not None and not has_solver_by_hand(flow.transforms):
-        ode.solver = ODESolver(
-            method="rk4", times=(0.0, 0.5, 1.0), accuracy=accuracy, gradient=ode.solver.gradient
-        )
+    if not is_by_hand(ode.solver):
+        ode.solver = OF_A_MIXTURE
 
 
 def _is_exchangeable(flow: Flow) -> bool:
@@ -78,6 +83,13 @@ def _is_exchangeable(flow: Flow) -> bool:
         and flow.context_features == 0
         and len(flow.event_shape) == 1
     )
+
+
+def _effective_rows(rows: WeightedRows) -> float:
+    if rows.weight is None:
+        return len(rows.x)
+    share = rows.weight.double() / rows.weight.max()
+    return float(share.sum().square() / share.square().sum())
 
 
 def _is_positive(gain: Tensor, weight: Tensor | None) -> bool:

@@ -165,7 +165,7 @@ def fit_density(
     history = _train(flow, rows, validation, settings.phases(len(rows.x), progress=progress))
     if settings.validation_fraction > 0:
         others = None if validation is None else _some(validation)
-        become_mixture_if_better(flow, _some(rows), others, settings.accuracy, refit=False)
+        become_mixture_if_better(flow, _some(rows), others, refit=False)
     if isinstance(flow.base, StandardNormal):  # the field of a mixture is zero
         _calibrate(flow, rows, settings.accuracy)
     return flow, history

@@ -70,11 +70,14 @@ def fit(
         config: Settings; for a flow perhaps several, phase by phase. A phase starts from the final
             weights of the phase before, averaged if it has `ema`, or from the best weights so far
             after early stopping. None for the phases of `recipe` if `FlowMatching` can train the
-            flow, else for ``TrainingConfig()``, with a `patience` of 3.
+            flow, else for ``TrainingConfig()``, with a `patience` of 3. Then a `CNF` with a default
+            base and without a context becomes a `GaussianMixtureBase` with a zero field, unless the
+            validation rows show that the flow is the better density.
         validation: Validation data of the same form, or the fraction of the rows to hold out, at
             random and 1000 rows at most; None or 0 trains on all rows, and keeps the last weights.
             The flow ends with the weights that have the lowest negative log-likelihood of these
-            rows, by `log_prob`, over all phases, also after an interruption from the keyboard.
+            rows, by `log_prob`, over all phases, also after an interruption from the keyboard. A
+            mixture that they choose is fitted to them too, if they are a fraction of the rows.
         checkpoints: Folder and frequency of checkpoints; None for none.
         resume: Whether to resume the run in the folder, if there is one: with the same weights and
             history as without the interruption, bit for bit on a CPU. A finished run returns at
@@ -116,7 +119,7 @@ def fit(
         raise TypeError(f"callbacks must be a list of callables; got {callbacks!r}.")
     if accuracy is not None:
         accuracy = check_number("accuracy", accuracy, "positive and finite", is_positive)
-    flow = _flow_of(objective)
+    flow = _flow_of(objective, config)
     with torch.inference_mode(False), torch.enable_grad():
         check_trainable("objective", objective)
         plan = None if config is None and objective is flow else make_plan(objective, config)
@@ -136,14 +139,17 @@ def fit(
             run.keep_in(checkpoints, resume=resume)
         initialize(flow, sample)
         run.go()
-    if config is None and isinstance(objective, CNF):
-        _exchange(objective, rows, held_out, validation, accuracy)
+        if config is None:
+            _exchange(objective, rows, held_out, validation)
     _calibrate(flow, sample, accuracy)
     _check_solvers(plan, flow, sample, processes)
     return run.history
 
 
-def _flow_of(objective: object) -> Flow:
+def _flow_of(objective: object, config: object) -> Flow:
+    """Return the flow of an objective, or itself, without a mixture that `fit` may choose again."""
+    if isinstance(objective, CNF) and config is None:
+        objective.forget_mixture()
     if isinstance(objective, Flow):
         return objective
     if isinstance(objective, Objective):
@@ -156,16 +162,15 @@ def _flow_of(objective: object) -> Flow:
 
 
 def _exchange(
-    flow: CNF,
+    flow: Flow | Objective,
     rows: TrainingData | None,
     held_out: TrainingData | None,
     validation: Data | float | None,
-    accuracy: float | None,
 ) -> None:
     """Make the flow a Gaussian mixture, unless it is the better density or is not validated."""
     is_part = isinstance(validation, Real) and validation > 0
     # Too few rows to hold any out are too few for a flow.
-    if rows is None or rows.contexts or (held_out is None and not is_part):
+    if not isinstance(flow, CNF) or rows is None or (held_out is None and not is_part):
         return
 
     def weighted(rows: TrainingData) -> WeightedRows:
@@ -173,7 +178,7 @@ def _exchange(
         return WeightedRows(some.x, some.weight)
 
     others = None if held_out is None else weighted(held_out)
-    become_mixture_if_better(flow, weighted(rows), others, accuracy, refit=is_part)
+    become_mixture_if_better(flow, weighted(rows), others, refit=is_part)
 
 
 def _calibrate(flow: Flow, sample: Sample, accuracy: float | None) -> None:

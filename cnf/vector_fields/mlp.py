@@ -14,7 +14,7 @@ from cnf.vector_fields.conditioning import ContextScaling, scaled_context, waves
 from cnf.vector_fields.jacobian.perceptron import Perceptron
 from cnf.vector_fields.layers import LAYERS, make_zero, reset_layers
 from cnf.vector_fields.settings import check_activations, check_frequency, check_time_features
-from cnf.vector_fields.staged import LayeredField, Stage
+from cnf.vector_fields.staged import LayeredField, Stage, bottleneck_products
 
 _CLOSED_FORM_DEPTH = 2
 _WAVES = 8
@@ -79,6 +79,7 @@ class MLPField(LayeredField):
     """
 
     shares_times = True
+    skip = False
 
     def __init__(
         self,
@@ -135,8 +136,8 @@ class MLPField(LayeredField):
 
     @property
     def inner_widths(self) -> tuple[int, ...]:
-        """Widths of the hidden layers; none with a skip, which passes by them."""
-        return () if self.skip else self.hidden_features
+        """Widths of the hidden layers."""
+        return self.hidden_features
 
     @property
     def has_closed_form_divergence(self) -> bool:
@@ -147,6 +148,18 @@ class MLPField(LayeredField):
         self, t: Tensor, x: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         return self._network(t, context).velocity_and_divergence(x)
+
+    def _velocity_and_bottleneck_products(
+        self, t: Tensor, x: Tensor, probes: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        network = self._network(t, context)
+        stages = network._replace(skip=None).stages
+        velocity, products = bottleneck_products(stages, self.inner_widths, x, probes)
+        if network.skip is None:
+            return velocity, products
+        # Products along the probes, so that each adds the trace of the skip, exactly.
+        trace = network.skip.sum(-1, keepdim=True) / probes.square().sum(-1, keepdim=True)
+        return torch.addcmul(velocity, network.skip, x), products + trace * probes
 
     def _network(self, t: Tensor, context: Tensor | None) -> Perceptron:
         """Return the network at one time and context."""

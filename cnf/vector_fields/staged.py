@@ -102,10 +102,17 @@ class LayeredField(VectorField):
     def _velocity_and_bottleneck_products(
         self, t: Tensor, x: Tensor, probes: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        # From behind the narrowest stage to the velocity, then from x to the narrowest stage.
-        velocity, tangents = linearised(self.stages(t, x, context), x)
-        start = 1 + self.inner_widths.index(min(self.inner_widths))
-        return velocity, applied([*tangents[start:], *tangents[:start]], probes)
+        return bottleneck_products(self.stages(t, x, context), self.inner_widths, x, probes)
+
+
+def bottleneck_products(
+    stages: Iterable[Stage], inner_widths: Sequence[int], x: Tensor, probes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the value, and the products of the probes with the Jacobian, cut at the narrowest."""
+    # From behind the narrowest stage to the velocity, then from x to the narrowest stage.
+    velocity, tangents = linearised(stages, x)
+    start = 1 + inner_widths.index(min(inner_widths))
+    return velocity, applied([*tangents[start:], *tangents[:start]], probes)
 
 
 def linearised(stages: Iterable[Stage], x: Tensor) -> tuple[Tensor, list[Tangent]]:

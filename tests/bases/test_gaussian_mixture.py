@@ -125,6 +125,30 @@ def test_rows_without_a_density_are_refused(z, weight, message):
         fit_mixture(z, weight)
 
 
+def test_two_rows_are_not_on_a_line():
+    x = torch.randn(2, 3)
+    held_out = torch.randn(50, 3)
+    assert GaussianMixtureBase.from_data(x).log_prob(held_out).mean() > -1000
+
+
+def test_half_precision_and_few_rows_at_a_time_give_the_same(monkeypatch):
+    base = GaussianMixtureBase.from_data(two_clusters(100).float())
+    z = two_clusters(40, seed=1).bfloat16()
+    expected = base.log_prob(z.float())
+    half = base.bfloat16().log_prob(z)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), expected, rtol=0.05, atol=0.2)
+    whole = GaussianMixtureBase.from_data(two_clusters(100))
+    z = two_clusters(300, seed=1)
+    expected = whole.log_prob(z)
+    drawn = whole.rsample(torch.Size([30]), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr("cnf.bases.mixture_fit._NUMBERS_AT_ONCE", 1)
+    monkeypatch.setattr("cnf.bases.gaussian_mixture._NUMBERS_AT_ONCE", 1)
+    torch.testing.assert_close(whole.log_prob(z), expected)
+    again = whole.rsample(torch.Size([30]), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(again, drawn)
+
+
 def test_state_dicts_are_loaded_whatever_the_number_of_components():
     base = GaussianMixtureBase.from_data(two_clusters(100))
     z = torch.randn(4, 2)

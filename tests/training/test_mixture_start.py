@@ -5,7 +5,18 @@ import torch
 from training_runs import affine_flow, config, small_cnf
 from zoo import perturbed
 
-from cnf import CNF, fit, load, recipe, save
+from cnf import (
+    CNF,
+    Checkpoints,
+    FlowMatching,
+    MaximumLikelihood,
+    ODESolver,
+    TrainingConfig,
+    fit,
+    load,
+    recipe,
+    save,
+)
 from cnf.bases import GaussianMixtureBase, StandardNormal
 from cnf.flows.mixture_start import WeightedRows, become_mixture_if_better
 
@@ -28,7 +39,6 @@ def test_few_rows_end_as_a_mixture_with_a_zero_field(monkeypatch, tmp_path):
     fit(flow, x)
     assert isinstance(flow.base, GaussianMixtureBase)
     assert flow.likelihood == "exact"
-    assert flow.accuracy == 1e-3
     z = flow.transforms[0].to_base(held_out)
     assert torch.equal(flow.to_base(held_out), z)
     mixture = GaussianMixtureBase.from_data(flow.transforms[0].to_base(x))
@@ -43,11 +53,56 @@ def test_few_rows_end_as_a_mixture_with_a_zero_field(monkeypatch, tmp_path):
         torch.testing.assert_close(other.log_prob(x), flow.log_prob(x))
 
 
-def test_too_few_rows_to_hold_any_out_end_as_a_mixture(monkeypatch):
+@pytest.mark.parametrize(
+    ("rows", "held_out", "base"),
+    [
+        (6, 0.1, StandardNormal),  # two rows alone would have a singular covariance
+        (30, 0.1, GaussianMixtureBase),
+        (30, 3, GaussianMixtureBase),
+        (80, 3, StandardNormal),
+    ],
+)
+def test_without_a_comparison_only_few_rows_end_as_a_mixture(rows, held_out, base, monkeypatch):
     quick_recipe(monkeypatch)
     flow = CNF(2, hidden_features=(8, 8))
-    fit(flow, two_clusters(6))
-    assert isinstance(flow.base, GaussianMixtureBase)
+    validation = two_clusters(held_out, seed=1) if isinstance(held_out, int) else held_out
+    fit(flow, two_clusters(rows), validation=validation, accuracy=None)
+    assert isinstance(flow.base, base)
+
+
+def test_a_mixture_is_chosen_again_by_the_next_fit_and_left_by_an_older_state(
+    monkeypatch, tmp_path
+):
+    quick_recipe(monkeypatch)
+    x = two_clusters(60)
+    flow = CNF(2, hidden_features=(8, 8))
+    before = {name: value.clone() for name, value in flow.state_dict().items()}
+    checkpoints = Checkpoints(folder=tmp_path / "run")
+    with torch.inference_mode():
+        fit(flow, x, checkpoints=checkpoints)
+    flow.log_prob(x).sum().backward()
+    first = flow.log_prob(x).detach()
+    flow.zero_grad()
+    history = fit(flow, x, checkpoints=checkpoints, resume=True)
+    assert len(history.step) == 4
+    torch.testing.assert_close(flow.log_prob(x).detach(), first)
+    flow.load_state_dict(before)
+    assert isinstance(flow.base, StandardNormal)
+    assert flow.only_ode.solver == ODESolver()
+
+
+@pytest.mark.parametrize("objective", [MaximumLikelihood, FlowMatching])
+def test_a_mixture_trained_further_has_samples_of_its_log_prob(objective, monkeypatch):
+    quick_recipe(monkeypatch)
+    flow = CNF(2, hidden_features=(8, 8)).double()
+    x = two_clusters(60).double()
+    fit(flow, x)
+    phase = TrainingConfig(objective=objective, steps=10, learning_rate=0.02, progress=False)
+    fit(flow, torch.stack([x[:, 0], x[:, 0].square() / 100], -1), phase, validation=None)
+    z = flow.base.rsample(torch.Size([50]), generator=torch.Generator().manual_seed(0))
+    precise = flow.using(solver=ODESolver(rtol=1e-8, atol=1e-8))
+    error = (flow.to_data(z) - precise.to_data(z)) / flow.transforms[0].log_std.exp()
+    assert float(error.detach().abs().max()) < 0.05
 
 
 @pytest.mark.parametrize(
@@ -80,18 +135,18 @@ def test_the_better_density_of_held_out_rows_wins():
     rows, held_out = (
         WeightedRows(truth.sample(150, generator=generator).detach()) for _ in range(2)
     )
-    become_mixture_if_better(truth, rows, held_out, None, refit=False)
+    become_mixture_if_better(truth, rows, held_out, refit=False)
     assert isinstance(truth.base, StandardNormal)
 
     wrong = perturbed(small_cnf(), 1.0)
-    become_mixture_if_better(wrong, rows, held_out, None, refit=False)
+    become_mixture_if_better(wrong, rows, held_out, refit=False)
     assert isinstance(wrong.base, GaussianMixtureBase)
     assert (truth.log_prob(held_out.x) - wrong.log_prob(held_out.x)).mean() < 0.5
 
     # The rows that the truth explains best count for nothing.
     gain = truth.log_prob(held_out.x) - wrong.log_prob(held_out.x)
     worst = WeightedRows(held_out.x, (gain < gain.median()).to(gain))
-    become_mixture_if_better(truth, rows, worst, None, refit=False)
+    become_mixture_if_better(truth, rows, worst, refit=False)
     assert isinstance(truth.base, GaussianMixtureBase)
 
 
