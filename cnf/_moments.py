@@ -3,9 +3,28 @@
 import torch
 from torch import Tensor
 
-from cnf._checks import is_rounded_away
+from cnf._checks import check_events, check_vectors, is_rounded_away, refuse_rows
 
 _LEAST_SHRINKAGE = 1e-6
+
+
+def check_rows_and_weight(name: str, x: Tensor, weight: Tensor | None) -> None:
+    """Refuse all but finite floating rows ``(rows, features)``, and weights that are at least 0."""
+    if isinstance(x, Tensor) and x.ndim != 2:
+        raise ValueError(
+            f"{name} must have shape (rows, features) with at least 2 rows; got {tuple(x.shape)}."
+        )
+    size = x.shape[-1] if isinstance(x, Tensor) else 0
+    check_vectors(name, x, size, like=x if _is_floating(x) else torch.empty(0))
+    if weight is not None:
+        check_events("weight", weight, (), like=weight if _is_floating(weight) else x)
+        if weight.shape != x.shape[:1]:
+            raise ValueError(f"weight must have shape ({len(x)},); got {tuple(weight.shape)}.")
+        refuse_rows("weight", weight < 0, "at least 0")
+
+
+def _is_floating(x: object) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 def column_moments(name: str, x: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:

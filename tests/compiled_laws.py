@@ -41,7 +41,7 @@ pytestmark = [
 
 STEPPING = ("euler", "midpoint", "heun2", "heun3", "rk4")
 BACKPROP = ODESolver(method="midpoint", steps=2, gradient="backprop")
-ADJOINT = ODESolver(method="midpoint", steps=2)
+ADJOINT = ODESolver(method="midpoint", steps=2, gradient="adjoint")
 ONE_STEP = ODESolver(method="euler", steps=1, gradient="backprop")
 """The smallest program."""
 

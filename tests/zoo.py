@@ -140,7 +140,7 @@ MLP_FIELDS: dict[str, Callable[[], MLPField]] = {
     ),
     "default layers": lambda: perturbed(MLPField(2, hidden_features=(8, 8)), 0.1),
     "skip": lambda: mlp(3, skip=True),
-    "skip by layers without gates": lambda: mlp(2, 3, layer="concat", skip=True),
+    "skip by layers without gates with context": lambda: mlp(2, 3, layer="concat", skip=True),
     "time features": lambda: mlp(time_features=2),
     "time features with context": lambda: mlp(2, 3, time_features=2),
 }

@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 from torch.distributions import Categorical, Distribution, MixtureSameFamily, MultivariateNormal
 
 from cnf._checks import check_count
+from cnf._moments import check_rows_and_weight
 from cnf._shapes import BaseRows
 from cnf.bases.base import Base
 from cnf.bases.mixture_fit import Mixture, fit_mixture
@@ -72,9 +73,11 @@ class GaussianMixtureBase(Base):
             generator: Source of the initial components, on the CPU; None for a fixed seed.
 
         Raises:
-            ValueError: If there are less than two rows of positive weight, or a feature is
-                constant.
+            TypeError: If `z` is not a tensor.
+            ValueError: If `z` is not a finite floating tensor of shape ``(rows, features)``, there
+                are less than two rows of positive weight, or a feature is constant.
         """
+        check_rows_and_weight("z", z, weight)
         base = cls(z.shape[-1]).to(z)
         base._set(fit_mixture(z, weight, generator))
         return base

@@ -8,15 +8,18 @@ import signal
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from zoo import perturbed
 
-from cnf import Flow, History, TrainingError, load
+from cnf import CNF, Flow, History, ODESolver, TrainingError, load
 from cnf.cli.main import main
 from cnf.data.table_files import read_table, write_table
+from cnf.tables.model import TableModel
 
 pytestmark = pytest.mark.slow
 
@@ -279,22 +282,16 @@ def test_certify_prints_the_report(folder, capsys):
         assert "round_trip" in said
 
 
-def test_certify_fails_for_a_model_that_is_not_to_be_trusted(folder, tmp_path, capsys, monkeypatch):
-    wild = [
-        "--matching-steps",
-        "0",
-        "--likelihood-steps",
-        "40",
-        "--learning-rate",
-        "0.4",
-        "--hidden-features",
-        "16",
-        "16",
-        "--validation-fraction",  # with any, the better density of before is kept
-        "0",
-    ]
-    run("fit", folder / "data.csv", "--out", tmp_path / "m", "--columns", "mass", *wild)
-    assert run("certify", tmp_path / "m", folder / "data.csv") == 1
+def test_certify_fails_for_a_model_that_is_not_to_be_trusted(folder, tmp_path, capsys):
+    made = tmp_path / "m"
+    assert run("fit", folder / "data.csv", "--out", made, "--columns", "mass", *SMALL) == 0
+    model = TableModel.load(made)
+    coarse = ODESolver(method="euler", steps=1)
+    flow = perturbed(CNF(1, hidden_features=(8, 8)), 0.5).double().using(solver=coarse)
+    flow.transforms[0].keep_identity()
+    replace(model, flow=flow).save(made, History(), replace=True)
+    capsys.readouterr()
+    assert run("certify", made, folder / "data.csv") == 1
     assert "\nfail " in capsys.readouterr().out
 
 

@@ -189,7 +189,7 @@ def test_a_first_step_as_long_as_the_way_to_a_stop_misses_none(times, method, gr
 
 
 def test_the_adjoint_takes_the_first_step_too():
-    flow = perturbed(CNF(2, hidden_features=(8, 8)), 0.1)
+    flow = perturbed(CNF(2, hidden_features=(8, 8), skip=False), 0.1)
     x = torch.randn(10, 2)
 
     def backward_evaluations(first_step):
@@ -248,6 +248,6 @@ def test_no_row_is_blamed_where_no_errors_are_known(method, budget):
         return (1000 * torch.cos(1000 * t) * ROUGH.to(t) + 1e4 * FAST.to(t) + 0 * state[0],)
 
     with pytest.raises(ODEError, match="not known which rows limit the steps"):
-        ODESolver(method=method, max_evaluations=budget).solve(
+        ODESolver(method=method, gradient="adjoint", max_evaluations=budget).solve(
             rhs, (torch.ones(5, 2),), torch.tensor([0.0, 1.0])
         )

@@ -41,7 +41,7 @@ class Weighted(MaximumLikelihood):
 
 def conditional_flow():
     torch.manual_seed(0)
-    return CNF(2, 3, hidden_features=(4, 4), solver=CHEAP)
+    return CNF(2, 3, hidden_features=(4, 4), solver=CHEAP, skip=False)
 
 
 class Listed(Dataset):

@@ -91,6 +91,7 @@ def test_a_mixture_is_chosen_again_by_the_next_fit_and_left_by_an_older_state(
     assert flow.only_ode.solver == ODESolver()
 
 
+@pytest.mark.filterwarnings("ignore:log_prob of the trained flow")  # of rows 1000 nats away
 @pytest.mark.parametrize("objective", [MaximumLikelihood, FlowMatching])
 def test_a_mixture_trained_further_has_samples_of_its_log_prob(objective, monkeypatch):
     quick_recipe(monkeypatch)

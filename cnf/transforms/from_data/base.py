@@ -7,8 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from cnf._checks import check_events, check_vectors, refuse_rows
-from cnf._moments import column_moments
+from cnf._moments import check_rows_and_weight, column_moments
 from cnf.transforms.base import Transform
 
 _MOST_OF_ALL = 0.99
@@ -47,18 +46,7 @@ class DataTransform(Transform):
                 at least two rows, or a feature is constant, too large for its dtype, or varies by
                 less than a few of its rounding steps.
         """
-        if isinstance(x, Tensor) and x.ndim != 2:
-            raise ValueError(
-                f"x must have shape (rows, features) with at least 2 rows; got {tuple(x.shape)}."
-            )
-        default = torch.empty(0)
-        size = x.shape[-1] if isinstance(x, Tensor) else 0
-        check_vectors("x", x, size, like=x if _is_floating(x) else default)
-        if weight is not None:
-            check_events("weight", weight, (), like=weight if _is_floating(weight) else x)
-            if weight.shape != x.shape[:1]:
-                raise ValueError(f"weight must have shape ({len(x)},); got {tuple(weight.shape)}.")
-            refuse_rows("weight", weight < 0, "at least 0")
+        check_rows_and_weight("x", x, weight)
         transform = cls(x.shape[-1]).to(x)
         transform._set_from(x, weight)
         return transform
@@ -113,7 +101,3 @@ class DataTransform(Transform):
             mean: Mean of each feature.
             std: Standard deviation of each feature.
         """
-
-
-def _is_floating(x: object) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point()
