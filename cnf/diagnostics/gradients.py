@@ -110,7 +110,7 @@ def check_gradients(
     Example:
         >>> from cnf import CNF, ODESolver
         >>> solver = ODESolver(method="rk4", steps=8)
-        >>> report = check_gradients(CNF(2, solver=solver), torch.randn(20, 2))
+        >>> report = check_gradients(CNF(2, solver=solver, skip=False), torch.randn(20, 2))
         >>> report.passed, report["checkpoint"].nfe
         (True, 64)
     """

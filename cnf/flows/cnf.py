@@ -7,7 +7,7 @@ from cnf._checks import check_count, check_flag
 from cnf.bases import Base, GaussianMixtureBase, StandardNormal
 from cnf.divergence import Divergence
 from cnf.flows.flow import Flow
-from cnf.flows.mixture_start import OF_A_MIXTURE
+from cnf.flows.mixture_start import solver_of_a_mixture
 from cnf.ode import ODESolver
 from cnf.transforms import Augment, Chain, ContinuousTransform, Standardize, Transform
 from cnf.transforms.from_data.base import DataTransform
@@ -68,8 +68,6 @@ class CNF(Flow):
         torch.Size([10, 5, 2])
     """
 
-    chooses_base = False
-
     def __init__(  # noqa: PLR0913 - the settings of its parts, in one place
         self,
         features: int,
@@ -116,19 +114,20 @@ class CNF(Flow):
             for _ in range(blocks)
         ]
         super().__init__([*parts, *continuous], base)
-        self.chooses_base = base is None
-        """Whether `fit` may choose the base."""
         if not standardize:
             for scaling in context_scalings(self):
                 scaling.keep_identity()
 
     def forget_mixture(self) -> None:
         """Return from a mixture that `fit` chose to a standard normal base; the field is zero."""
-        if self.chooses_base and isinstance(self.base, GaussianMixtureBase):
+        ode = self.only_ode
+        if (
+            isinstance(self.base, GaussianMixtureBase)
+            and ode is not None
+            and ode.solver == solver_of_a_mixture()
+        ):
             self.base = StandardNormal(self.base.features).to(self.base.means)
-            for part in self.transforms:
-                if isinstance(part, ContinuousTransform) and part.solver == OF_A_MIXTURE:
-                    part.solver = ODESolver()
+            ode.solver = ODESolver()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         mixed = f"{prefix}base.log_weights" in state_dict

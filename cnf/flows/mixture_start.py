@@ -1,5 +1,6 @@
 """Choice between a trained flow and a Gaussian mixture, by held-out rows."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -21,16 +22,21 @@ _FEW_ROWS = 50
 """Rows too few for a flow, if no comparison says otherwise."""
 
 
-OF_A_MIXTURE = ODESolver(rtol=1e-5, atol=1e-5, first_step=1.0)
-"""One step for a field of zero, and precise if it is trained further: narrow components have large
-gradients of their log-density."""
-
-
 class WeightedRows(NamedTuple):
     """Rows ``(rows, features)``, and their weights if there are any."""
 
     x: Tensor
     weight: Tensor | None = None
+
+
+@functools.cache  # and not when imported: it loads torchdiffeq
+def solver_of_a_mixture() -> ODESolver:
+    """Return the solver of a flow that became a mixture.
+
+    It takes one step for a field of zero, and is precise if the field is trained further: narrow
+    components have large gradients of their log-density.
+    """
+    return ODESolver(rtol=1e-5, atol=1e-5, first_step=1.0)
 
 
 @torch.no_grad()
@@ -72,7 +78,7 @@ def become_mixture_if_better(
     flow.base = mixture
     ode.vector_field.zero_()
     if not is_by_hand(ode.solver):
-        ode.solver = OF_A_MIXTURE
+        ode.solver = solver_of_a_mixture()
 
 
 def _is_exchangeable(flow: Flow) -> bool:
