@@ -148,6 +148,8 @@ MLP_FIELDS: dict[str, Callable[[], MLPField]] = {
 BOTTLENECKS: dict[str, Callable[[], VectorField]] = {
     "bottleneck": lambda: mlp(5, hidden_features=(8, 3)),
     "bottleneck of one": lambda: mlp(4, hidden_features=(1,)),
+    "bottleneck with a skip": lambda: mlp(5, hidden_features=(8, 3), layer="concat", skip=True),
+    "bottleneck of gates with a skip": lambda: mlp(4, hidden_features=(3,), skip=True),
     "deep bottleneck with context": lambda: mlp(
         5, 3, hidden_features=(8, 3, 7), activation="tanh", time_features=1
     ),

@@ -157,9 +157,9 @@ class MLPField(LayeredField):
         velocity, products = bottleneck_products(stages, self.inner_widths, x, probes)
         if network.skip is None:
             return velocity, products
-        # Products along the probes, so that each adds the trace of the skip, exactly.
-        trace = network.skip.sum(-1, keepdim=True) / probes.square().sum(-1, keepdim=True)
-        return torch.addcmul(velocity, network.skip, x), products + trace * probes
+        # A multiple of the identity, with the trace of the skip.
+        part = network.skip.sum(-1, keepdim=True) / probes.shape[-1]
+        return torch.addcmul(velocity, network.skip, x), products + part * probes
 
     def _network(self, t: Tensor, context: Tensor | None) -> Perceptron:
         """Return the network at one time and context."""

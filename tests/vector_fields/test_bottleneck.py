@@ -45,7 +45,10 @@ def test_the_trace_at_the_bottleneck_is_the_divergence_and_has_its_gradients(
     )
 
 
-@pytest.mark.parametrize("make", BOTTLENECKS.values(), ids=BOTTLENECKS)
+WITHOUT_SKIP = {name: make for name, make in BOTTLENECKS.items() if "skip" not in name}
+
+
+@pytest.mark.parametrize("make", WITHOUT_SKIP.values(), ids=WITHOUT_SKIP)
 def test_the_matrix_at_the_bottleneck_has_the_eigenvalues_of_the_jacobian(make):
     """Those of AB and BA agree but for zeros."""
     field = make()
