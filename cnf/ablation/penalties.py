@@ -1,4 +1,4 @@
-"""Penalties by name: those of the package, sums of them, and a user's own."""
+"""Penalties by name: of the package, of a user, and sums."""
 
 import importlib
 import sys

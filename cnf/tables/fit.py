@@ -132,8 +132,8 @@ def fit_density(
     Returns:
         The flow, in float64 and calibrated for the training rows, and the history, with losses of
         the transformed rows. A `GaussianMixtureBase` replaces the trained field if it is the better
-        density of the validation rows, or if `validation_fraction` of the rows are too few to
-        compare by. Torch's global random state does not change.
+        density of the validation rows, or if these and the training rows are too few to compare
+        by. Torch's global random state does not change.
 
     Raises:
         ValueError: If the rows do not fit the transforms.

@@ -119,15 +119,14 @@ def fit(
         raise TypeError(f"callbacks must be a list of callables; got {callbacks!r}.")
     if accuracy is not None:
         accuracy = check_number("accuracy", accuracy, "positive and finite", is_positive)
-    flow = _flow_of(objective, config)
+    flow = _flow_of(objective)
     with torch.inference_mode(False), torch.enable_grad():
         check_trainable("objective", objective)
         plan = None if config is None and objective is flow else make_plan(objective, config)
         all_rows = as_rows("data", data, flow) if plan is None else rows_for(plan, data, flow)
         rows, held_out = _split(all_rows, validation, flow)
         if plan is None:
-            count = 0 if rows is None else len(rows)
-            plan = make_plan(flow, usual_phases(flow, count, validated=held_out is not None))
+            plan = _usual_plan(flow, rows, held_out)
         processes = Processes(reference_tensor(flow).device)
         check_plan(plan, flow, rows, held_out, processes)
         sample = sample_of(rows)
@@ -146,10 +145,15 @@ def fit(
     return run.history
 
 
-def _flow_of(objective: object, config: object) -> Flow:
-    """Return the flow of an objective, or itself, without a mixture that `fit` may choose again."""
-    if isinstance(objective, CNF) and config is None:
-        objective.forget_mixture()
+def _usual_plan(flow: Flow, rows: TrainingData | None, held_out: TrainingData | None) -> Plan:
+    """Return the phases of a flow without settings; a mixture is left, to be chosen again."""
+    if isinstance(flow, CNF):
+        flow.forget_mixture()
+    count = 0 if rows is None else len(rows)
+    return make_plan(flow, usual_phases(flow, count, validated=held_out is not None))
+
+
+def _flow_of(objective: object) -> Flow:
     if isinstance(objective, Flow):
         return objective
     if isinstance(objective, Objective):

@@ -86,6 +86,9 @@ def test_a_mixture_is_chosen_again_by_the_next_fit_and_left_by_an_older_state(
     history = fit(flow, x, checkpoints=checkpoints, resume=True)
     assert len(history.step) == 4
     torch.testing.assert_close(flow.log_prob(x).detach(), first)
+    with pytest.raises(ValueError, match=r"NaN|finite"):
+        fit(flow, x * torch.nan)
+    torch.testing.assert_close(flow.log_prob(x).detach(), first)
     flow.load_state_dict(before)
     assert isinstance(flow.base, StandardNormal)
     assert flow.only_ode.solver == ODESolver()
