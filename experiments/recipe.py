@@ -49,27 +49,29 @@ def _all(**change: Any) -> Variant:
 def _likelihood_alone(phases: Phases) -> Phases:
     matching, likelihood = phases
     more = matching.steps // MATCHING_STEPS_OF_A_LIKELIHOOD_STEP
-    return (
-        replace(likelihood, steps=likelihood.steps + more, learning_rate=matching.learning_rate),
-    )
+    return (replace(likelihood, steps=likelihood.steps + more, learning_rate=_RATE_OF_ADAM),)
 
+
+_RATE_OF_ADAM = TrainingConfig.learning_rate
 
 VARIANTS: dict[str, Variant] = {
     "the recipe": Variant(),
     "layers of FFJORD": Variant(flow={"layer": "concatsquash", "time_features": 0}),
     "no waves of time": Variant(flow={"time_features": 0}),
+    "two layers of 128": Variant(flow={"hidden_features": (128, 128)}),
     "silu in place of sin": Variant(flow={"activation": "silu"}),
     "uniform times": _matching(objective=partial(FlowMatching, times="uniform")),
     "logit-normal times": _matching(objective=partial(FlowMatching, times="logit_normal")),
     "optimal transport": _matching(
         objective=partial(FlowMatching, pairing=OptimalTransport(), times="late")
     ),
+    "Adam for matching": _matching(optimizer=None, learning_rate=_RATE_OF_ADAM),
     "no average": _all(ema=None),
     "constant rate": _all(schedule="constant"),
     "matching alone": Variant(phases=lambda phases: phases[:1]),
     "likelihood alone": Variant(phases=_likelihood_alone),
     "likelihood at the full rate": Variant(
-        phases=lambda phases: (phases[0], replace(phases[1], learning_rate=phases[0].learning_rate))
+        phases=lambda phases: (phases[0], replace(phases[1], learning_rate=_RATE_OF_ADAM))
     ),
 }
 

@@ -53,10 +53,10 @@ class Settings:
     """Steps of flow matching."""
     likelihood_steps: int = 300
     """Steps of maximum likelihood after them."""
-    batch_size: int = 512
+    batch_size: int = 1024
     """Rows of a minibatch."""
-    learning_rate: float = 4e-3
-    """Peak learning rate."""
+    learning_rate: float = 0.01
+    """Peak learning rate of matching."""
     patience: int = 2
     """Validations without a new best after which each of the two phases ends."""
     validation_rows: int = 2000

@@ -33,14 +33,14 @@ class Settings:
 
     data: Literal[TOY_NAMES] = "pinwheel"
     """Toy set."""
-    matching_steps: int = 12_000
+    matching_steps: int = 6000
     """Steps of flow matching."""
-    likelihood_steps: int = 200
+    likelihood_steps: int = 100
     """Steps of maximum likelihood after them."""
-    batch_size: int = 512
+    batch_size: int = 1024
     """Rows of a minibatch."""
-    learning_rate: float = 4e-3
-    """Peak learning rate."""
+    learning_rate: float = 0.01
+    """Peak learning rate of matching."""
     rows: int = 50_000
     """Rows to train on."""
     held_out: int = 20_000

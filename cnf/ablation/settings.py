@@ -13,7 +13,7 @@ from cnf.training import Recipe, TrainingConfig
 
 Training = Literal["recipe", "scratch", "transport"]
 
-_MATCHING_STEPS_OF_A_LIKELIHOOD_STEP = 50
+_MATCHING_STEPS_OF_A_LIKELIHOOD_STEP = 30
 """About as many steps of matching take as long as one of likelihood."""
 
 
@@ -43,8 +43,8 @@ class AblationSettings(Recipe):
     the penalty alone, as RNODE, from a field at rest."""
     scratch_steps: int | None = None
     """Steps of the training from scratch; None for about as long as the recipe takes."""
-    hidden_features: Sequence[int] = (128, 128)
-    """Widths of the hidden layers of the network."""
+    hidden_features: Sequence[int] | None = None
+    """Widths of the hidden layers of the network; None for those of `CNF`."""
     accuracy: float = 1e-3
     """Largest estimated error of the log-density of a row, in nats, at which evaluations are
     counted."""
@@ -71,7 +71,8 @@ class AblationSettings(Recipe):
             )
         if self.scratch_steps is not None:
             check_count("scratch_steps", self.scratch_steps)
-        check_widths("hidden_features", self.hidden_features)
+        if self.hidden_features is not None:
+            check_widths("hidden_features", self.hidden_features)
         check_number("accuracy", self.accuracy, "positive and finite", is_positive)
 
     @property
@@ -86,7 +87,8 @@ class AblationSettings(Recipe):
         if training == "scratch":
             more = matching.steps // _MATCHING_STEPS_OF_A_LIKELIHOOD_STEP
             steps = self.scratch_steps or likelihood.steps + more
-            return [replace(likelihood, steps=steps, learning_rate=matching.learning_rate)]
+            rate = TrainingConfig.learning_rate
+            return [replace(likelihood, steps=steps, learning_rate=rate)]
         if training == "transport":
             objective: Callable[..., Objective] = matching.objective
             paired = partial(objective, pairing=OptimalTransport())

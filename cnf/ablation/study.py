@@ -171,7 +171,7 @@ class _Study:
             network = CNF(
                 self.rows.x.shape[-1],
                 0 if context is None else context.shape[-1],
-                hidden_features=tuple(self.settings.hidden_features),
+                hidden_features=self.settings.hidden_features,
                 skip=skip,
             )
         return Flow(network.transforms[1:]).float()  # rows are standardised in float64

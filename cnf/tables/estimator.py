@@ -46,8 +46,9 @@ class CNFDensity(DensityMixin, BaseEstimator):
         likelihood_steps: Steps of maximum likelihood after them, and of each `partial_fit`; None
             likewise.
         batch_size: Rows of a minibatch; all rows if there are fewer.
-        learning_rate: Peak learning rate of flow matching; maximum likelihood has a quarter of it.
-        hidden_features: Widths of the hidden layers of the network.
+        learning_rate: Peak learning rate of flow matching; maximum likelihood has a twentieth of
+            it.
+        hidden_features: Widths of the hidden layers of the network; None for those of `cnf.CNF`.
         validation_fraction: Fraction of the rows held out for validation, to keep the best weights.
             With 0, or too few rows, the last weights are kept.
         accuracy: Largest estimated error of the log-density of a row, in nats, as in
@@ -83,7 +84,7 @@ class CNFDensity(DensityMixin, BaseEstimator):
         likelihood_steps: int | None = DensitySettings.likelihood_steps,
         batch_size: int = DensitySettings.batch_size,
         learning_rate: float = DensitySettings.learning_rate,
-        hidden_features: Sequence[int] = DensitySettings.hidden_features,
+        hidden_features: Sequence[int] | None = DensitySettings.hidden_features,
         validation_fraction: float = DensitySettings.validation_fraction,
         accuracy: float = DensitySettings.accuracy,
         random_state: int | RandomState | None = None,

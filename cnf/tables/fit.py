@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cnf._building import Building
-from cnf._checks import check_count, check_number, is_positive, rows_inside
+from cnf._checks import check_number, check_widths, is_positive, rows_inside
 from cnf._warnings import warn
 from cnf.bases import StandardNormal
 from cnf.flows.calibration import obstacle_to_calibration
@@ -54,8 +54,8 @@ class DensitySettings(Recipe):
         0.1
     """
 
-    hidden_features: Sequence[int] = (128, 128)
-    """Widths of the hidden layers of the network; two keep the density exact and fast."""
+    hidden_features: Sequence[int] | None = None
+    """Widths of the hidden layers of the network; None for those of `CNF`."""
     validation_fraction: float = 0.1
     """Fraction of the rows held out for validation, to keep the best weights; with 0 the last
     weights are kept."""
@@ -68,14 +68,12 @@ class DensitySettings(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         widths = self.hidden_features
-        if isinstance(widths, str | torch.Tensor) or not isinstance(widths, Iterable):
-            raise TypeError(
-                f"hidden_features must be widths such as (128, 128); got {self.hidden_features!r}."
-            )
-        for width in self.hidden_features:
-            check_count("each of hidden_features", width)
-        if not len(self.hidden_features):
-            raise ValueError("hidden_features must have at least one width; got none.")
+        if widths is not None:
+            if isinstance(widths, str | torch.Tensor) or not isinstance(widths, Iterable):
+                raise TypeError(
+                    f"hidden_features must be widths such as (128, 128), or None; got {widths!r}."
+                )
+            check_widths("hidden_features", tuple(widths))
         check_number(
             "validation_fraction", self.validation_fraction, "in [0, 1)", lambda part: 0 <= part < 1
         )
@@ -147,11 +145,12 @@ def fit_density(
         >>> flow.log_prob(x).shape
         torch.Size([200])
     """
+    widths = settings.hidden_features
     with Building(seed=settings.seed):
         network = CNF(
             rows.x.shape[-1],
             0 if rows.context is None else rows.context.shape[-1],
-            hidden_features=tuple(settings.hidden_features),
+            hidden_features=widths if widths is None else tuple(widths),
         ).float()
     # Drawn again in float32: the numbers drawn above depend on torch's default dtype.
     with Building(seed=settings.seed):

@@ -10,14 +10,15 @@ import torch
 from cnf._checks import check_count, check_number, check_seed, is_positive, reference_tensor
 from cnf.flows.flow import Flow
 from cnf.objectives import FlowMatching, MaximumLikelihood, Objective
+from cnf.soap import SOAP
 from cnf.training.config import TrainingConfig
 from cnf.training.data import TrainingData, as_rows
 from cnf.training.distributed import Processes
 from cnf.training.optimization import Optimization
 
 _VALIDATIONS = 5
-_MATCHING_STEPS = (50, 12_000)
-_LIKELIHOOD_STEPS = (5, 200)
+_MATCHING_STEPS = (50, 6000)
+_LIKELIHOOD_STEPS = (5, 100)
 _ROWS_OF_A_LIKELIHOOD_STEP = 60
 
 
@@ -27,8 +28,8 @@ class Recipe:
 
     A step of flow matching takes one evaluation of the network for each row, so it fits a flow
     roughly in little time; maximum likelihood, at a loose tolerance, then improves the reported
-    likelihood. Both learning rates decay to zero. There are five validations in each phase, if
-    there are validation data.
+    likelihood. Matching, a regression, is optimised by SOAP, likelihood by Adam. Both learning
+    rates decay to zero. There are five validations in each phase, if there are validation data.
 
     Raises:
         TypeError: If a count is not an int.
@@ -36,7 +37,8 @@ class Recipe:
 
     References:
         Lipman et al. (2023), Flow Matching for Generative Modeling.
-        https://arxiv.org/abs/2210.02747
+        https://arxiv.org/abs/2210.02747; Vyas et al. (2025), SOAP,
+        https://arxiv.org/abs/2409.11321
 
     Example:
         >>> [phase.steps for phase in Recipe(likelihood_steps=100).phases(3000)]
@@ -44,14 +46,14 @@ class Recipe:
     """
 
     matching_steps: int | None = None
-    """Steps of flow matching; 0 for none; None for one step for each row, from 50 to 12 000."""
+    """Steps of flow matching; 0 for none; None for one step for each row, from 50 to 6000."""
     likelihood_steps: int | None = None
-    """Steps of maximum likelihood, each as long as about fifty of flow matching; 0 for none; None
-    for one step for each 60 rows, from 5 to 200."""
-    batch_size: int = TrainingConfig.batch_size
+    """Steps of maximum likelihood, each as long as about thirty of flow matching; 0 for none; None
+    for one step for each 60 rows, from 5 to 100."""
+    batch_size: int = 1024
     """Rows of a minibatch; all rows if there are fewer."""
-    learning_rate: float = TrainingConfig.learning_rate
-    """Peak learning rate of flow matching; maximum likelihood has a quarter of it."""
+    learning_rate: float = 0.01
+    """Peak learning rate of flow matching; maximum likelihood has a twentieth of it."""
     seed: int = TrainingConfig.seed
     """Seed of the order of the rows and of the random numbers of the objectives."""
 
@@ -77,8 +79,8 @@ class Recipe:
         if likelihood is None:
             likelihood = _steps_for(rows, _LIKELIHOOD_STEPS, _ROWS_OF_A_LIKELIHOOD_STEP)
         phases = (
-            (partial(FlowMatching, times="late"), matching, self.learning_rate, 0.999),
-            (MaximumLikelihood, likelihood, self.learning_rate / 4, 0.99),
+            (partial(FlowMatching, times="late"), matching, SOAP, self.learning_rate, 0.999),
+            (MaximumLikelihood, likelihood, None, self.learning_rate / 20, 0.99),
         )
         return tuple(
             TrainingConfig(
@@ -86,13 +88,14 @@ class Recipe:
                 steps=steps,
                 batch_size=self.batch_size,
                 learning_rate=rate,
+                optimizer=optimizer,
                 ema=ema,
                 validate_every=max(1, steps // _VALIDATIONS),
                 patience=patience,
                 seed=self.seed,
                 progress=progress,
             )
-            for objective, steps, rate, ema in phases
+            for objective, steps, optimizer, rate, ema in phases
             if steps
         )
 
@@ -123,7 +126,7 @@ def recipe(
 
     Example:
         >>> [phase.steps for phase in recipe()]
-        [12000, 200]
+        [6000, 100]
         >>> [phase.steps for phase in recipe(3000, likelihood_steps=100)]
         [3000, 100]
     """

@@ -230,7 +230,7 @@ def test_settings_reach_the_training():
         progress=True
     )
     assert [phase.steps for phase in phases] == [7, 3]
-    assert [phase.learning_rate for phase in phases] == [1e-3, 0.25e-3]
+    assert [phase.learning_rate for phase in phases] == pytest.approx([1e-3, 0.05e-3])
     assert {(phase.batch_size, phase.seed, phase.progress) for phase in phases} == {(5, 2, True)}
     rows = TableRows(torch.randn(9, 1))
     flow, history = fit_density([], rows, settings=settings(**wanted))
@@ -247,7 +247,11 @@ def test_settings_reach_the_training():
     [
         ({"matching_steps": -1}, ValueError, "matching_steps must be at least 0; got -1"),
         ({"likelihood_steps": 1.5}, TypeError, "likelihood_steps must be an int; got 1.5"),
-        ({"hidden_features": ()}, ValueError, "hidden_features must have at least one width"),
+        (
+            {"hidden_features": ()},
+            ValueError,
+            "hidden_features must name at least one hidden layer",
+        ),
         ({"hidden_features": (0,)}, ValueError, "each of hidden_features must be at least 1"),
         ({"validation_fraction": 1.0}, ValueError, "validation_fraction must be in [0, 1); got"),
         (
