@@ -91,7 +91,7 @@ def test_a_row_is_scored_alone(model):
 
 
 def test_the_density_integrates_to_one(rows):
-    model = CNFDensity(**SMALL, accuracy=1e-4).fit(rows[:, :1])
+    model = CNFDensity(**{**SMALL, "accuracy": 1e-4}).fit(rows[:, :1])
     grid = np.linspace(-20, 26, 4001)
     density = np.exp(model.score_samples(grid[:, None]))
     assert density.sum() * (grid[1] - grid[0]) == pytest.approx(1, abs=1e-6)
