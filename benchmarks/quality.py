@@ -142,11 +142,11 @@ def main(settings: Settings) -> dict[str, Any]:
         settings = replace(
             settings,
             data=("8gaussians",),
-            seconds=0.5,
-            peer_seconds=0.5,
+            seconds=0.1,
+            peer_seconds=0.1,
             seeds=1,
-            rows=1000,
-            held_out=200,
+            rows=200,
+            held_out=50,
         )
     facts = machine()
     tasks = [
@@ -159,7 +159,8 @@ def main(settings: Settings) -> dict[str, Any]:
     if settings.jobs == 1:
         runs = list(itertools.starmap(measure, work))
     else:
-        with multiprocessing.get_context("spawn").Pool(settings.jobs, maxtasksperchild=1) as pool:
+        jobs = min(settings.jobs, len(work))
+        with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool:
             runs = pool.starmap(measure, work, chunksize=1)
     content = {"machine": facts, "settings": asdict(settings), "runs": runs}
     report(settings.out, content, "\n".join([*tables(runs, settings), describe(facts)]))

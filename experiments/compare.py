@@ -143,9 +143,9 @@ def made_quick(settings: Settings) -> Settings:
         toy=settings.toy[:1],
         parameters=500,
         steps=5,
-        seconds=0.3,
-        rows=500,
-        held_out=100,
+        seconds=0.1,
+        rows=200,
+        held_out=50,
         timed=20,
         out=settings.out / "quick",
     )

@@ -115,8 +115,8 @@ def main(settings: Settings) -> list[dict[str, Any]]:
             data=settings.data[:1],
             matching_steps=3,
             likelihood_steps=1,
-            rows=1000,
-            held_out=100,
+            rows=100,
+            held_out=50,
             out=settings.out / "quick",
         )
     runs = []

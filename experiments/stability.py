@@ -81,7 +81,7 @@ def main(settings: Settings) -> list[Ring]:
             steps=3,
             points=8,
             distances=(1.0, 4.0),
-            rows=500,
+            rows=100,
             out=settings.out / "quick",
         )
     x = toy_density(settings.data).sample(

@@ -119,8 +119,8 @@ def made_quick(settings: Settings) -> Settings:
         settings,
         matching_steps=20,
         likelihood_steps=2,
-        rows=2000,
-        held_out=1000,
+        rows=500,
+        held_out=500,
         out=settings.out / "quick",
     )
 
@@ -171,10 +171,10 @@ def draw(
 ) -> None:
     """Truth and model side by side, the paths between base and data, and the training curve."""
     generator = torch.Generator().manual_seed(seed)
-    extent, resolution = truth.extent, 40 if coarse else 150
+    extent, resolution = truth.extent, 20 if coarse else 150
     z = flow.base.rsample(torch.Size([150]), generator=generator)
     with torch.no_grad():
-        samples = flow.sample(2_000 if coarse else 50_000, generator=generator)
+        samples = flow.sample(500 if coarse else 50_000, generator=generator)
         states = flow.trajectory(z, torch.linspace(0, 1, 10 if coarse else 50))
     figure, ((a, b, c), (d, e, f)) = figure_grid(2, 3)
     plot_density(truth.log_prob, extent, resolution=resolution, ax=a, title="truth")

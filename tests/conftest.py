@@ -51,3 +51,10 @@ def run_program(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def coarse_integral(monkeypatch: pytest.MonkeyPatch) -> None:
     """`certify` integrates a density over fewer points, where precision does not count."""
     monkeypatch.setattr("cnf.diagnostics.checks._GRID", 61)
+
+
+@pytest.fixture
+def quick_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`calibrate` looks at fewer times and numbers of steps, for the same accuracy."""
+    monkeypatch.setattr("cnf.ode.calibration._INTERVALS", 8)
+    monkeypatch.setattr("cnf.ode.calibration._LEAST_STEPS", (8,))

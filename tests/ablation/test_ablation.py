@@ -25,6 +25,8 @@ from cnf.tables.fit import TableRows
 from cnf.transforms import ContinuousTransform
 from cnf.vector_fields import LinearField, MLPField
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked", "quick_calibration")  # whole trainings
+
 
 def linear_flow(weight, bias):
     field = LinearField(2)

@@ -14,6 +14,8 @@ from cnf import Hutchinson
 from cnf.data.toy import toy_density
 from cnf.vector_fields.layers import LAYERS
 
+pytestmark = pytest.mark.usefixtures("quick_calibration")
+
 
 @pytest.fixture(autouse=True)
 def _single_precision():

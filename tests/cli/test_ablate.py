@@ -7,7 +7,7 @@ import torch
 from cnf.cli.main import main
 from cnf.data.table_files import write_table
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_calibration")]
 
 OWN = """\
 class Speed:

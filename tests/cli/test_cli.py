@@ -21,7 +21,7 @@ from cnf.cli.main import main
 from cnf.data.table_files import read_table, write_table
 from cnf.tables.model import TableModel
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_calibration")]
 
 SMALL = [
     *("--matching-steps", "3", "--likelihood-steps", "1"),

@@ -29,6 +29,8 @@ from experiments import (
     toy2d,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_calibration")
+
 
 @pytest.fixture(autouse=True)
 def _single_precision():

@@ -8,6 +8,8 @@ import torch
 
 from experiments import league
 
+pytestmark = pytest.mark.usefixtures("quick_calibration")
+
 
 @pytest.fixture(autouse=True)
 def _single_precision():

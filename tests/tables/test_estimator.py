@@ -23,7 +23,7 @@ from cnf.data.degeneracy import DegenerateDataWarning
 from cnf.tables.estimator import CNFDensity
 from cnf.tables.fit import DensitySettings
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_calibration")]
 
 SMALL = {
     "matching_steps": 4,

@@ -36,16 +36,22 @@ pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # whole solves
 FINE = ODESolver(method="rk4", steps=400)
 
 
-def bent(rows=1500):
+def bent(rows=400):
     x = torch.randn(rows, 2, dtype=torch.float64)
     return torch.stack([x[:, 0], x[:, 0].square() + 0.2 * x[:, 1]], -1)
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    """Calibration tries fewer steps before it gives up."""
+    monkeypatch.setattr("cnf.ode.calibration._MOST_STEPS", 64)
 
 
 @pytest.fixture(scope="module")
 def fitted():
     torch.manual_seed(0)
-    flow = CNF(2, hidden_features=(64, 64)).double()
-    fit(flow, bent(), recipe(matching_steps=600, likelihood_steps=5, progress=False))
+    flow = CNF(2, hidden_features=(32, 32)).double()
+    fit(flow, bent(), recipe(matching_steps=300, likelihood_steps=3, progress=False))
     return flow
 
 
@@ -62,7 +68,7 @@ def test_log_densities_are_right_to_a_thousandth(fitted):
 
 
 def test_an_outlier_is_as_right_as_others_and_leaves_them_as_they_are(fitted):
-    x, outlier = bent(1000), torch.tensor([[-3.0, 40.0]])
+    x, outlier = bent(), torch.tensor([[-3.0, 40.0]])
     assert error(fitted, torch.cat([x, outlier]))[-1] < 1e-3 * max(
         1, fitted.to_base(outlier).square().mean() / 100
     )
@@ -71,7 +77,7 @@ def test_an_outlier_is_as_right_as_others_and_leaves_them_as_they_are(fitted):
 
 
 def test_a_fitted_flow_passes_its_certificate(fitted, coarse_integral):
-    assert certify(fitted, bent(200)).passed
+    assert certify(fitted, bent(100)).passed
 
 
 def test_the_grid_is_saved_with_the_flow(fitted, tmp_path):
@@ -115,7 +121,7 @@ def test_flows_that_cannot_be_calibrated_are_trained_without_a_word():
     assert without_data.accuracy is None
 
 
-def test_an_accuracy_out_of_reach_is_told_and_leaves_the_solver():
+def test_an_accuracy_out_of_reach_is_told_and_leaves_the_solver(few_steps):
     flow = CNF(2, hidden_features=(8, 8)).float()
     kept = pytest.warns(UserWarning, match="keeps its solver after training: calibration does not")
     coarse = pytest.warns(UserWarning, match="the mean in the loss of training is wrong")
@@ -142,7 +148,7 @@ def test_a_finished_run_returns_at_once_when_it_is_called_again(tmp_path):
     assert flow.only_ode.solver == solver
 
 
-def test_a_density_that_cannot_be_calibrated_again_gets_equal_steps():
+def test_a_density_that_cannot_be_calibrated_again_gets_equal_steps(few_steps):
     x = torch.randn(50, 2)
     settings = DensitySettings(
         matching_steps=3,
@@ -160,7 +166,7 @@ def test_a_density_that_cannot_be_calibrated_again_gets_equal_steps():
     assert flow.accuracy == 0.01
 
 
-def test_one_row_is_not_settled_by_being_the_only_one():
+def test_one_row_is_not_settled_by_being_the_only_one(few_steps):
     flow = CNF(1, hidden_features=(8, 8))
     settings = config(20, objective=FlowMatching)
     fit(flow, torch.randn(50, 1), settings, validation=None, accuracy=None)
@@ -188,12 +194,12 @@ def test_rows_are_chosen_as_often_as_they_count():
     assert index.bincount(minlength=5).tolist() == [0, 300, 100, 0, 400]
 
 
-def rings(rows=1000):
+def rings(rows=300):
     generator = torch.Generator().manual_seed(0)
     return toy_density("rings").sample(rows, generator=generator).to(torch.float64)
 
 
-def by_likelihood(flow, solver, steps=60):
+def by_likelihood(flow, solver, steps=40):
     settings = TrainingConfig(steps=steps, batch_size=256, learning_rate=0.01, progress=False)
     return fit(MaximumLikelihood(flow, solver=solver), rings(), settings, validation=None)
 
@@ -202,18 +208,18 @@ def steps_of(count):
     return ODESolver(method="rk4", steps=count, gradient="backprop")
 
 
-COARSE, EVEN = steps_of(4), steps_of(60)
+COARSE, EVEN = steps_of(4), steps_of(30)
 
 
 @pytest.mark.slow
 def test_a_likelihood_bought_from_a_coarse_grid_is_told_with_its_true_value(recwarn):
-    flow = CNF(2, hidden_features=(32, 32), solver=COARSE)
+    flow = CNF(2, hidden_features=(16, 16), solver=COARSE)
     by_likelihood(flow, COARSE)
     (told,) = recwarn
-    numbers = r"on 125 training rows the mean log-density is (\S+) nats, and (\S+) by a solver"
+    numbers = r"on 100 training rows the mean log-density is (\S+) nats, and (\S+) by a solver"
     found, true = map(float, re.search(numbers, str(told.message)).groups())
     with torch.no_grad():
-        x = rings()[::8]
+        x = rings()[::3]
         assert found == pytest.approx(flow.log_prob(x).mean().item(), rel=1e-3)
         assert true == pytest.approx(flow.using(solver=FINE).log_prob(x).mean().item(), rel=1e-3)
     assert true < found - 0.05
@@ -225,17 +231,17 @@ def test_a_likelihood_bought_from_a_coarse_grid_is_told_with_its_true_value(recw
 
 @pytest.mark.slow
 def test_a_likelihood_by_fine_steps_is_trained_without_a_word():
-    flow = CNF(2, hidden_features=(32, 32), solver=EVEN)
-    by_likelihood(flow, EVEN, steps=10)
-    assert (flow.log_prob(rings()) - flow.using(solver=FINE).log_prob(rings())).abs().max() < 0.01
+    flow = CNF(2, hidden_features=(16, 16), solver=EVEN)
+    by_likelihood(flow, EVEN, steps=5)
+    assert error(flow, rings(100)).max() < 0.01
 
 
 @pytest.mark.slow
 def test_a_coarse_grid_of_the_objective_alone_is_told_too():
-    flow = CNF(2, hidden_features=(32, 32))
+    flow = CNF(2, hidden_features=(16, 16))
     with pytest.warns(UserWarning, match="the mean in the loss of training is wrong"):
         by_likelihood(flow, COARSE)
-    assert (flow.log_prob(rings()) - flow.using(solver=FINE).log_prob(rings())).abs().max() < 0.01
+    assert error(flow, rings(100)).max() < 0.01
 
 
 class Rough(nn.Module):
@@ -252,6 +258,6 @@ class Rough(nn.Module):
 @pytest.mark.slow
 def test_a_field_too_rough_to_be_compared_is_told():
     solver = ODESolver(method="rk4", steps=1)
-    flow = Flow([ContinuousTransform(ModuleField(Rough(), 2), solver=solver)])
+    flow = Flow([ContinuousTransform(ModuleField(Rough(), 1), solver=solver)])
     with pytest.warns(UserWarning, match="could not be compared with another one: the solve"):
-        fit(flow, rings(50), config(1), validation=None)
+        fit(flow, torch.randn(20, 1), config(1), validation=None)

@@ -42,7 +42,7 @@ from cnf.transforms import (
 )
 from cnf.vector_fields.conditioning import ContextScaling
 
-pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # whole trainings
+pytestmark = pytest.mark.usefixtures("shapes_unchecked", "quick_calibration")  # whole trainings
 
 
 class Rowwise(Dataset):

@@ -20,6 +20,8 @@ from cnf import (
 from cnf.bases import GaussianMixtureBase, StandardNormal
 from cnf.flows.mixture_start import WeightedRows, become_mixture_if_better
 
+pytestmark = pytest.mark.usefixtures("shapes_unchecked", "quick_calibration")  # whole trainings
+
 
 def two_clusters(rows, seed=0):
     x = torch.randn(rows, 2, generator=torch.Generator().manual_seed(seed))
