@@ -1,10 +1,10 @@
 """A CNF beside every discrete flow, at the same number of parameters.
 
 Run as ``python -m experiments.compare``; ``--help`` lists the settings. Toy sets of the plane, a
-table if one is named, and digits of 8 x 8 pixels. Each flow is trained with Adam and a cosine
+table if one is named, and digits of 8 x 8 pixels. Each flow is trained with a cosine
 schedule, on the same rows, for as many CPU-seconds at most, and keeps the weights that are best on
-validation rows: the CNF by the recipe of `fit`, the others by maximum likelihood at the rate of the
-recipe, with an average of the weights, in as many steps as the seconds allow. Flows whose size
+validation rows: the CNF by the recipe of `fit`, the others by maximum likelihood with Adam, with an
+average of the weights, in as many steps as the seconds allow. Flows whose size
 is a number of components or layers (gf, gmm, planar, radial) keep their default, as it would take
 thousands.
 
@@ -47,6 +47,10 @@ WIDTHS = ("hidden layers", "channels")
 ROUND_TRIPS = 1000
 ROWS_AT_ONCE = 2000
 WIDTHS_TRIED = range(4, 513, 4)
+FEATURES_OF_DEEP_FIELDS = 3
+"""Most features for which the default field of `CNF` is deep and narrow."""
+SHARES_OF_THE_RECIPE = (0.6, 0.4)
+"""Shares of the seconds, of which the recipe takes about as much for matching and likelihood."""
 STEPS_TRIED = 20
 """To see how long a step takes."""
 
@@ -200,10 +204,11 @@ def build(name: str, task: Task, settings: Settings) -> Flow:
 
 
 def cnf_with(parameters: int, features: int) -> CNF:
-    """The CNF whose two hidden layers, of equal width, give about as many parameters."""
+    """The CNF with as many hidden layers as by default, whose width gives about the parameters."""
+    depth = 4 if features <= FEATURES_OF_DEEP_FIELDS else 2
 
     def flow_with(width: int) -> CNF:
-        return CNF(features, hidden_features=(width, width), standardize=False)  # the task does
+        return CNF(features, hidden_features=(width,) * depth, standardize=False)  # the task does
 
     def count(width: int) -> int:
         return sum(parameter.numel() for parameter in flow_with(width).parameters())
@@ -232,7 +237,12 @@ def train(flow: Flow, name: str, task: Task, settings: Settings) -> None:
     started = time.process_time()
     phases: Sequence[TrainingConfig]
     if name == CNF_NAME:
-        phases = recipe(len(task.train), seed=settings.seed, progress=False)
+        phases = [
+            replace(phase, max_seconds=share * settings.seconds)
+            for phase, share in zip(
+                recipe(seed=settings.seed, progress=False), SHARES_OF_THE_RECIPE, strict=True
+            )
+        ]
     else:
         steps = affordable_steps(flow, task, settings)
         phases = [TrainingConfig(steps=steps, ema=0.99, seed=settings.seed, progress=False)]

@@ -93,7 +93,7 @@ def test_penalties_act_in_the_likelihood_phase_alone():
     assert isinstance(matching.objective(flow).pairing, OptimalTransport)
     (alone,) = AblationSettings().configs("scratch", 20_000, progress=False)
     assert alone.objective is MaximumLikelihood
-    assert alone.steps == 200 + 12_000 // 50
+    assert alone.steps == 100 + 6000 // 30
 
 
 @pytest.mark.slow
