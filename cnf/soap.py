@@ -1,7 +1,7 @@
 """SOAP, an optimiser for regressions by small networks."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -58,13 +58,24 @@ class SOAP(Optimizer):
     ) -> None:
         super().__init__(params, {"lr": check_number("lr", lr, "positive and finite", is_positive)})
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Take a step."""
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take a step; return the loss of a `closure`, which computes it and the gradients."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     _step(parameter, parameter.grad, self.state[parameter], group["lr"])
+        return loss
 
 
 def _step(parameter: Tensor, gradient: Tensor, state: dict[str, Any], rate: float) -> None:

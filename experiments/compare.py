@@ -1,12 +1,11 @@
 """A CNF beside every discrete flow, at the same number of parameters.
 
 Run as ``python -m experiments.compare``; ``--help`` lists the settings. Toy sets of the plane, a
-table if one is named, and digits of 8 x 8 pixels. Each flow is trained with a cosine
-schedule, on the same rows, for as many CPU-seconds at most, and keeps the weights that are best on
-validation rows: the CNF by the recipe of `fit`, the others by maximum likelihood with Adam, with an
-average of the weights, in as many steps as the seconds allow. Flows whose size
-is a number of components or layers (gf, gmm, planar, radial) keep their default, as it would take
-thousands.
+table if one is named, and digits of 8 x 8 pixels. Each flow is trained with a cosine schedule, on
+the same rows, for as many CPU-seconds at most, and keeps the weights that are best on validation
+rows: the CNF by the recipe of `fit`, the others by maximum likelihood with Adam, with an average of
+the weights, in as many steps as the seconds allow. Flows whose size is a number of components or
+layers (gf, gmm, planar, radial) keep their default, as it would take thousands.
 
 What the likelihood of each is in training (exact, an estimate or a bound) stands beside it;
 residual flows are measured with exact log-determinants all the same. Times are CPU-seconds on one
@@ -47,10 +46,8 @@ WIDTHS = ("hidden layers", "channels")
 ROUND_TRIPS = 1000
 ROWS_AT_ONCE = 2000
 WIDTHS_TRIED = range(4, 513, 4)
-FEATURES_OF_DEEP_FIELDS = 3
-"""Most features for which the default field of `CNF` is deep and narrow."""
-SHARES_OF_THE_RECIPE = (0.6, 0.4)
-"""Shares of the seconds, of which the recipe takes about as much for matching and likelihood."""
+PARTS_OF_THE_RECIPE = (0.6, 0.4)
+"""Parts of the seconds for matching and for likelihood, about as in the recipe without a limit."""
 STEPS_TRIED = 20
 """To see how long a step takes."""
 
@@ -204,21 +201,27 @@ def build(name: str, task: Task, settings: Settings) -> Flow:
 
 
 def cnf_with(parameters: int, features: int) -> CNF:
-    """The CNF with as many hidden layers as by default, whose width gives about the parameters."""
-    depth = 4 if features <= FEATURES_OF_DEEP_FIELDS else 2
+    """The CNF of about as many parameters, with the depth of the default field, or two layers.
 
-    def flow_with(width: int) -> CNF:
+    Two layers, if a deeper field of the least width has more parameters than asked for. All hidden
+    layers have one width.
+    """
+
+    def flow_with(width: int, depth: int) -> CNF:
         return CNF(features, hidden_features=(width,) * depth, standardize=False)  # the task does
 
-    def count(width: int) -> int:
-        return sum(parameter.numel() for parameter in flow_with(width).parameters())
+    def count(width: int, depth: int) -> int:
+        return sum(parameter.numel() for parameter in flow_with(width, depth).parameters())
 
     with torch.random.fork_rng(devices=[]):
-        counts = {width: count(width) for width in WIDTHS_TRIED}
+        depth = len(CNF(features).transforms[-1].vector_field.hidden_features)
+        if count(WIDTHS_TRIED[0], depth) > parameters:
+            depth = 2
+        counts = {width: count(width, depth) for width in WIDTHS_TRIED}
     most = counts[WIDTHS_TRIED[-1]]
     if parameters > most:
         raise ValueError(f"parameters must be at most {most} for {features} features.")
-    return flow_with(min(counts, key=lambda width: abs(counts[width] - parameters)))
+    return flow_with(min(counts, key=lambda width: abs(counts[width] - parameters)), depth)
 
 
 def with_exact_log_dets(flow: Flow) -> Flow:
@@ -238,9 +241,9 @@ def train(flow: Flow, name: str, task: Task, settings: Settings) -> None:
     phases: Sequence[TrainingConfig]
     if name == CNF_NAME:
         phases = [
-            replace(phase, max_seconds=share * settings.seconds)
-            for phase, share in zip(
-                recipe(seed=settings.seed, progress=False), SHARES_OF_THE_RECIPE, strict=True
+            replace(phase, max_seconds=part * settings.seconds)
+            for phase, part in zip(
+                recipe(seed=settings.seed, progress=False), PARTS_OF_THE_RECIPE, strict=True
             )
         ]
     else:

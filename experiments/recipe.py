@@ -24,7 +24,8 @@ from cnf.data.toy import TOY_NAMES, toy_density
 from cnf.objectives import OptimalTransport
 
 Phases = tuple[TrainingConfig, ...]
-MATCHING_STEPS_OF_A_LIKELIHOOD_STEP = 50
+RATE_OF_ADAM = TrainingConfig.learning_rate
+MATCHING_STEPS_OF_A_LIKELIHOOD_STEP = 30
 """About as many steps of matching take as long as one of likelihood."""
 
 
@@ -49,10 +50,8 @@ def _all(**change: Any) -> Variant:
 def _likelihood_alone(phases: Phases) -> Phases:
     matching, likelihood = phases
     more = matching.steps // MATCHING_STEPS_OF_A_LIKELIHOOD_STEP
-    return (replace(likelihood, steps=likelihood.steps + more, learning_rate=_RATE_OF_ADAM),)
+    return (replace(likelihood, steps=likelihood.steps + more, learning_rate=RATE_OF_ADAM),)
 
-
-_RATE_OF_ADAM = TrainingConfig.learning_rate
 
 VARIANTS: dict[str, Variant] = {
     "the recipe": Variant(),
@@ -65,13 +64,13 @@ VARIANTS: dict[str, Variant] = {
     "optimal transport": _matching(
         objective=partial(FlowMatching, pairing=OptimalTransport(), times="late")
     ),
-    "Adam for matching": _matching(optimizer=None, learning_rate=_RATE_OF_ADAM),
+    "Adam for matching": _matching(optimizer=None, learning_rate=RATE_OF_ADAM),
     "no average": _all(ema=None),
     "constant rate": _all(schedule="constant"),
     "matching alone": Variant(phases=lambda phases: phases[:1]),
     "likelihood alone": Variant(phases=_likelihood_alone),
     "likelihood at the full rate": Variant(
-        phases=lambda phases: (phases[0], replace(phases[1], learning_rate=_RATE_OF_ADAM))
+        phases=lambda phases: (phases[0], replace(phases[1], learning_rate=RATE_OF_ADAM))
     ),
 }
 

@@ -75,8 +75,8 @@ def log_prob_walk() -> Walk:
 
 
 def evaluation_walk() -> Walk:
-    """The way of one evaluation of the default field of four features, with its divergence."""
-    field, t, x = CNF(4).transforms[-1].vector_field, torch.tensor(0.5), torch.zeros(4, 4)
+    """The way of one evaluation of the default field, with its divergence."""
+    field, t, x = CNF(2).transforms[-1].vector_field, torch.tensor(0.5), torch.zeros(4, 2)
     with torch.no_grad():
         field.velocity_and_divergence(t, x)
         return walk(lambda: field.velocity_and_divergence(t, x))

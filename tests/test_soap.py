@@ -127,6 +127,21 @@ def test_a_run_goes_on_from_its_state_bit_for_bit():
         assert torch.equal(one, two)
 
 
+def test_a_closure_gives_the_gradient_and_the_loss():
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = SOAP([weight], lr=0.1)
+
+    def loss_with_gradient():
+        optimizer.zero_grad()
+        loss = weight.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(loss_with_gradient).item() == 3
+    torch.testing.assert_close(weight.detach(), torch.full((3,), 0.9))
+    assert optimizer.step() is None
+
+
 @pytest.mark.parametrize(
     ("rate", "error", "message"),
     [(0.0, ValueError, "positive and finite; got 0"), ("x", TypeError, "lr must be a number")],

@@ -44,7 +44,7 @@ class AblationSettings(Recipe):
     scratch_steps: int | None = None
     """Steps of the training from scratch; None for about as long as the recipe takes."""
     hidden_features: Sequence[int] | None = None
-    """Widths of the hidden layers of the network; None for those of `CNF`."""
+    """Widths of the hidden layers of the network; None for the default of `CNF`."""
     accuracy: float = 1e-3
     """Largest estimated error of the log-density of a row, in nats, at which evaluations are
     counted."""

@@ -48,7 +48,8 @@ class CNFDensity(DensityMixin, BaseEstimator):
         batch_size: Rows of a minibatch; all rows if there are fewer.
         learning_rate: Peak learning rate of flow matching; maximum likelihood has a twentieth of
             it.
-        hidden_features: Widths of the hidden layers of the network; None for those of `cnf.CNF`.
+        hidden_features: Widths of the hidden layers of the network; None for the default of
+            `cnf.CNF`.
         validation_fraction: Fraction of the rows held out for validation, to keep the best weights.
             With 0, or too few rows, the last weights are kept.
         accuracy: Largest estimated error of the log-density of a row, in nats, as in

@@ -55,7 +55,7 @@ class DensitySettings(Recipe):
     """
 
     hidden_features: Sequence[int] | None = None
-    """Widths of the hidden layers of the network; None for those of `CNF`."""
+    """Widths of the hidden layers of the network; None for the default of `CNF`."""
     validation_fraction: float = 0.1
     """Fraction of the rows held out for validation, to keep the best weights; with 0 the last
     weights are kept."""

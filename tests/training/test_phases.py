@@ -35,6 +35,7 @@ from cnf import (
     recipe,
 )
 from cnf.objectives import MaximumLikelihood, Objective
+from cnf.soap import SOAP
 from cnf.training import TrainingError
 from cnf.training.data import as_rows, hold_out
 from cnf.training.phases import make_plan, usual_phases
@@ -551,3 +552,30 @@ def test_settings_that_do_not_fit_are_refused():
 def test_a_setting_out_of_range_is_refused(settings, error, message):
     with pytest.raises(error, match=message):
         TrainingConfig(**settings)
+
+
+def test_the_recipe_matches_by_soap_and_raises_the_likelihood_by_adam():
+    matching, likelihood = recipe(learning_rate=0.02)
+    assert (matching.optimizer, matching.learning_rate) == (SOAP, 0.02)
+    assert (likelihood.optimizer, likelihood.learning_rate) == (None, pytest.approx(0.001))
+
+
+@pytest.mark.parametrize("stopped", [3, 13, 26])
+def test_a_run_of_the_recipe_resumes_bit_for_bit(tmp_path, stopped):
+    """Stopped before SOAP's first basis, after it, and in the likelihood phase."""
+    phases = recipe(matching_steps=25, likelihood_steps=2, progress=False)
+
+    def run(name, **settings):
+        torch.manual_seed(0)
+        flow = CNF(2, hidden_features=(8, 8))
+        kept = Checkpoints(folder=tmp_path / name, every=1)
+        fit(flow, X, phases, accuracy=None, checkpoints=kept, **settings)
+        return weights(flow)
+
+    def fail(report):
+        if report.step == stopped:
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        run("stopped", callbacks=[fail])
+    assert_same(run("stopped", resume=True), run("whole"))

@@ -109,12 +109,7 @@ def jacobian_trace(weights: Sequence[Tensor], slopes: Sequence[Tensor]) -> Value
     if len(slopes) == 2:
         first, second, last = weights
         return (slopes[0] @ (second.T * (first @ last)) * slopes[1]).sum(-1)
-    return _trace_of_many_layers(weights, slopes)
-
-
-def _trace_of_many_layers(weights: Sequence[Tensor], slopes: Sequence[Tensor]) -> Tensor:
-    """Return the trace for three hidden layers or more, as a sum over features."""
-    first, second, *between, before, last = weights
+    first, second, *between, before, last = weights  # a sum over features
     meetings = slopes[0].new_zeros(())
     for entry, exit_ in zip(first.unbind(-1), last.unbind(), strict=True):
         tangents = slopes[0] @ (entry.unsqueeze(-1) * second.T)
