@@ -76,7 +76,7 @@ def test_an_outlier_is_as_right_as_others_and_leaves_them_as_they_are(fitted):
     torch.testing.assert_close(among, alone, rtol=0, atol=1e-9)
 
 
-def test_a_fitted_flow_passes_its_certificate(fitted, coarse_integral):
+def test_a_fitted_flow_passes_its_certificate(fitted):
     assert certify(fitted, bent(100)).passed
 
 
