@@ -53,7 +53,7 @@ class _CalibratingSolver(ODESolver):
             gradient=self.gradient,
             max_evaluations=self.max_evaluations,
         )
-        self.found[:] = [calibrated(plain, self.goal, rhs, solve, times, len(state[0]))]
+        self.found[:] = [calibrated(plain, self.goal, rhs, solve, times)]
         return solve(replace(self.found[0], accuracy=None), times)
 
 

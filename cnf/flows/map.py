@@ -35,7 +35,7 @@ from cnf.transforms.continuous import map_continuous
 from cnf.vector_fields import VectorField
 from cnf.vector_fields.compiled import Compilation
 
-_ROWS = 256
+_ROWS = 512
 """Most rows for a calibration."""
 
 AnyMap = TypeVar("AnyMap", bound="FlowMap")
@@ -138,7 +138,7 @@ class FlowMap(nn.Module):
         take the grid as it is. Calibrate again when parameters have changed.
 
         Args:
-            x: Rows such as the training rows; 256 of them are used, evenly from first to last.
+            x: Rows such as the training rows; 512 of them are used, evenly from first to last.
             context: Context of a conditional flow.
             accuracy: Largest estimated error of a log-density, in nats, for each ODE; for rows that
                 end far out at the base, the error may be in proportion to the log-density.

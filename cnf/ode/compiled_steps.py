@@ -141,7 +141,7 @@ def _step(rates: Rates, stages: tuple[tuple[float, ...], ...]) -> Callable[..., 
         t, here = start, state
         slopes: list[State] = []
         for weights in stages:
-            found = rates(field, t.to(state[0].dtype), here[0], *inputs)
+            found = rates(field, t, here[0].to(t.dtype), *inputs)
             slopes.append(tuple(map(torch.Tensor.type_as, found, state)))  # autocast lowers dtypes
             t = start + sum(weights) * size
             here = tuple(
