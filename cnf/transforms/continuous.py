@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from copy import copy
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar, cast
 
@@ -124,20 +125,38 @@ class ContinuousTransform(Transform):
         return end_time * (self.start_time + times * (1 - self.start_time))
 
     def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
-        if self.solver.accuracy is not None and not is_hidden(x):
-            return self._to_base_by_levels(x, context, generator)
-        z, ladj = self._solve(x, context, (1.0, 0.0), *self._draw(x, generator))
-        return z, ladj
+        return self._move(x, context, (1.0, 0.0), *self._draw(x, generator))
 
-    def _to_base_by_levels(
+    def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
+        return self._move(z, context, (0.0, 1.0), *self._draw(z, generator))
+
+    def _to_base_value(
         self, x: Tensor, context: Tensor | None, generator: Generator | None
+    ) -> Tensor:
+        return self._move(x, context, (1.0, 0.0), None, None)[0]
+
+    def _to_data_value(
+        self, z: Tensor, context: Tensor | None, generator: Generator | None
+    ) -> Tensor:
+        return self._move(z, context, (0.0, 1.0), None, None)[0]
+
+    def _move(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        way: tuple[float, float],
+        divergence: Divergence | None,
+        probes: Tensor | None,
     ) -> WithLadj:
-        divergence, probes = self._draw(x, generator)
+        """Return the moved points and the ladj, which is 0 without a divergence."""
+        if self.solver.accuracy is None or is_hidden(x):
+            return self._to_end(self.solver, x, context, way, divergence, probes)
         batch = x.shape[:-1]
         if context is not None:
             context = context.expand(*batch, -1).reshape(-1, context.shape[-1])
         if probes is not None:
             if probes.shape[1:-1] != batch:
+                assert divergence is not None  # noqa: S101 - for mypy: it has drawn them
                 raise ValueError(
                     f"{type(divergence).__name__}.draw_probes must draw probes for each row, of "
                     f"shape {('probes', *batch, 'features')}, for a solver with accuracy; got "
@@ -148,29 +167,33 @@ class ContinuousTransform(Transform):
 
         def solve(solver: ODESolver, rows: Tensor | None) -> State:
             if rows is None:
-                return self._solve(x, context, (1.0, 0.0), divergence, probes, solver=solver)
+                return self._to_end(solver, x, context, way, divergence, probes)
             some = x[rows], None if context is None else context[rows]
             few = None if probes is None else probes[:, rows]
             with rows_of_caller(lambda row: (int(rows[row[0]]),)):
-                return self._solve(*some, (1.0, 0.0), divergence, few, solver=solver)
+                return self._to_end(solver, *some, way, divergence, few)
 
+        # The gain is that of log-densities of data.
+        is_density = way[0] > way[1] and divergence is not None
+        solver = self.solver if is_density else replace(self.solver, gain=1.0)
         with rows_of_caller(lambda row: unflattened(row[0], batch)):
-            z, ladj = solve_by_levels(solve, self.solver)
-        return z.view(*batch, self.features), ladj.view(batch)
+            moved, ladj = solve_by_levels(solve, solver)
+        return moved.view(*batch, self.features), ladj.view(batch)
 
-    def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
-        x, ladj = self._solve(z, context, (0.0, 1.0), *self._draw(z, generator))
-        return x, ladj
-
-    def _to_base_value(
-        self, x: Tensor, context: Tensor | None, generator: Generator | None
-    ) -> Tensor:
-        return self._follow(x, (1.0, 0.0), torch.tensor([1.0, 0.0]).to(x), context)[-1]
-
-    def _to_data_value(
-        self, z: Tensor, context: Tensor | None, generator: Generator | None
-    ) -> Tensor:
-        return self._follow(z, (0.0, 1.0), torch.tensor([0.0, 1.0]).to(z), context)[-1]
+    def _to_end(
+        self,
+        solver: ODESolver,
+        x: Tensor,
+        context: Tensor | None,
+        way: tuple[float, float],
+        divergence: Divergence | None,
+        probes: Tensor | None,
+    ) -> WithLadj:
+        if divergence is None:
+            moved = self._follow(x, way, torch.tensor(way).to(x), context, solver=solver)[-1]
+            return moved, x.new_zeros(x.shape[:-1])
+        moved, ladj = self._solve(x, context, way, divergence, probes, solver=solver)
+        return moved, ladj
 
     def trajectory(
         self, x: Rows, times: Float[Tensor, " times"], context: Context | None = None
@@ -187,10 +210,16 @@ class ContinuousTransform(Transform):
                     "grid; use ODESolver(steps=...)."
                 )
             way = float(times[0]), float(times[-1])
-        return self._follow(x, way, times, context)
+        return self._follow(x, way, times, context, solver=self.solver)
 
     def _follow(
-        self, x: Tensor, way: tuple[float, float], times: Tensor, context: Tensor | None
+        self,
+        x: Tensor,
+        way: tuple[float, float],
+        times: Tensor,
+        context: Tensor | None,
+        *,
+        solver: ODESolver,
     ) -> Tensor:
         """Return the states at `times`, whose first and last are `way`."""
 
@@ -201,7 +230,7 @@ class ContinuousTransform(Transform):
         if self.vector_field.compilation is not None:
             programs = FieldSteps(self.vector_field, _velocity, (context,))
         dependencies = partial(self.vector_field.dependencies, context)
-        (states,) = self.solver.solve(
+        (states,) = solver.solve(
             rhs,
             (x,),
             self.field_times(times),
@@ -220,7 +249,9 @@ class ContinuousTransform(Transform):
     ) -> tuple[Tensor, Tensor, Tensor]:
         # The error norm leaves costs out, so they do not change the steps.
         drawn = self._draw(x, generator)
-        z, ladj, *costs = self._solve(x, context, (1.0, 0.0), *drawn, regularizers=regularizers)
+        z, ladj, *costs = self._solve(
+            x, context, (1.0, 0.0), *drawn, solver=self.solver, regularizers=regularizers
+        )
         return z, ladj, torch.stack(costs) if costs else x.new_zeros(0, *x.shape[:-1])
 
     def _draw(self, x: Tensor, generator: Generator | None) -> tuple[Divergence, Tensor | None]:
@@ -240,7 +271,7 @@ class ContinuousTransform(Transform):
         divergence: Divergence,
         probes: Tensor | None,
         *,
-        solver: ODESolver | None = None,
+        solver: ODESolver,
         regularizers: Sequence[CostRate] = (),
     ) -> State:
         """Return the final state: moved points, ladj and costs."""
@@ -261,7 +292,7 @@ class ContinuousTransform(Transform):
         if is_compiled and not regularizers and isinstance(divergence, Exact | Hutchinson):
             inputs = (divergence, probes, context)
             programs = FieldSteps(self.vector_field, _velocity_and_divergence, inputs)
-        solved = (solver or self.solver).solve(
+        solved = solver.solve(
             rhs,
             state,
             self.field_times(times),
