@@ -42,7 +42,7 @@ _FEW = 0.02
 _GAINS = tuple(2 ** (step / 2) for step in range(13))
 """From 1 to 64, of which 15 is the gain for small steps, and more that of extrapolation."""
 _MOST = 0.99
-_MARGIN, _LARGEST_FACTOR = 0.6, 4
+_MARGIN, _LARGEST_FACTOR = 0.6, 3
 """Errors of most of these rows, and the largest one, in accuracies; other rows' are larger."""
 
 Solve = Callable[[ODESolver, Tensor], State]
@@ -174,28 +174,43 @@ def _cheapest(
     ]
     assert pairs[-1] is not None  # noqa: S101 - for mypy: `_levels` sees to it
     best = extrapolated(*pairs[-1])
-    all_rows = torch.ones_like(best[1], dtype=torch.bool)
-    errors = [None if pair is None else _error(extrapolated(*pair), best) for pair in pairs]
-    sizes = [len(solver.times or ()) - 1 for solver in solvers]
+    unsolved = torch.full(best[1].shape, math.inf, dtype=torch.float64, device=best[1].device)
+    errors = torch.stack(
+        [unsolved if pair is None else _error(extrapolated(*pair), best) for pair in pairs]
+    )
+
+    def settled(gain: float) -> Tensor:
+        """Return the levels at which each row is done; the last one is for all rows."""
+        found = [
+            unsolved < 0 if pair is None else ~is_unsettled(*pair, gain * accuracy)
+            for pair in pairs[:-1]
+        ]
+        return torch.stack([*found, unsolved > 0])
+
+    sizes = unsolved.new_tensor([len(solver.times or ()) - 1 for solver in solvers])
+    by_change = settled(gain=1.0)
     found, least = solvers[-1], math.inf
     for gain in _GAINS:
-        unsettled = [
-            all_rows if pair is None else is_unsettled(*pair, gain * accuracy) for pair in pairs
-        ]
+        by_error = settled(gain)
         for start in range(len(pairs)):
-            still_open, cost = all_rows, float(sizes[start])
-            accepted = torch.zeros_like(best[1], dtype=torch.float64)
-            for size, error, goes_on in zip(
-                sizes[start + 1 :], errors[start:], unsettled[start:], strict=True
+            level = by_error[start:].int().argmax(0, keepdim=True)  # the first
+            cost = float((sizes[start] + sizes[start + 1 :].cumsum(0)[level]).mean())
+            error = errors[start:].gather(0, level)[0]
+            needs_gain = ~by_change[start:].gather(0, level)[0]
+            if (
+                cost < least
+                and _are_accurate(error, accuracy)
+                and _are_accurate(error[needs_gain], accuracy)
             ):
-                cost += size * float(still_open.double().mean())
-                if error is not None:
-                    accepted = accepted.where(goes_on | ~still_open, error)
-                still_open = still_open & goes_on
-            is_accurate = accepted.quantile(_MOST) <= _MARGIN * accuracy
-            if is_accurate and accepted.max() <= _LARGEST_FACTOR * accuracy and cost < least:
                 found, least = replace(solvers[start + 1], accuracy=accuracy, gain=gain), cost
     return found, least
+
+
+def _are_accurate(errors: Tensor, accuracy: float) -> bool:
+    if len(errors) == 0:
+        return True
+    most = errors.quantile(_MOST) <= _MARGIN * accuracy
+    return bool(most and errors.max() <= _LARGEST_FACTOR * accuracy)
 
 
 def _error(state: State, best: State) -> Tensor:

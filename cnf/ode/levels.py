@@ -12,7 +12,8 @@ The error in nats of the log-density of a row is estimated from two levels as
 
 where :math:`|z| |\Delta z|` is the change of a standard normal log-density at z, divided by the
 `gain` of the solver: how much smaller errors are than changes, at least 1, and more where steps are
-fine enough, as calibration measures. A row that ends at more than ten standard deviations may have
+fine enough, as calibration measures. For the points themselves, the gain is 1, and :math:`|z|` at
+least 1. A row that ends at more than ten standard deviations may have
 an error in proportion to its log-density, :math:`-|z|^2 / 2`.
 """
 
@@ -31,7 +32,9 @@ _ROUNDING = 16
 """Rounding errors of the numbers of a row that no finer steps remove."""
 
 
-def solve_by_levels(solve: Callable[[ODESolver, Tensor | None], State], solver: ODESolver) -> State:
+def solve_by_levels(
+    solve: Callable[[ODESolver, Tensor | None], State], solver: ODESolver, *, for_points: bool
+) -> State:
     """Return the moved points and the ladj of rows, by steps as small as each row needs.
 
     Where a grid is too coarse for a row to stay finite, all rows go on with finer steps.
@@ -40,6 +43,7 @@ def solve_by_levels(solve: Callable[[ODESolver, Tensor | None], State], solver: 
         solve: Solves with a solver from the rows of an index, or from all rows for None; returns
             points ``(rows, features)`` and ladj ``(rows,)``.
         solver: Solver with `times` and `accuracy`, for the second level.
+        for_points: Whether the points count, too, and not the log-density at the base alone.
 
     Raises:
         ODEError: If a row needs more evaluations than the solver's budget.
@@ -51,8 +55,8 @@ def solve_by_levels(solve: Callable[[ODESolver, Tensor | None], State], solver: 
             solve(solver.coarser(), None)  # raises the error
         before, now = now, _if_finite(solve, solver)
     z, ladj = extrapolated(before, now)
-    accuracy = solver.gain * (solver.accuracy or 0.0)
-    is_open = is_unsettled(before, now, accuracy)
+    accuracy = (1.0 if for_points else solver.gain) * (solver.accuracy or 0.0)
+    is_open = is_unsettled(before, now, accuracy, for_points=for_points)
     open_rows = is_open.nonzero().flatten()
     while len(open_rows):
         solver = solver.halved()
@@ -66,7 +70,7 @@ def solve_by_levels(solve: Callable[[ODESolver, Tensor | None], State], solver: 
         before, now = tuple(part[is_open] for part in now), solve(solver, open_rows)
         found = extrapolated(before, now)
         z, ladj = z.index_copy(0, open_rows, found[0]), ladj.index_copy(0, open_rows, found[1])
-        is_open = is_unsettled(before, now, accuracy)
+        is_open = is_unsettled(before, now, accuracy, for_points=for_points)
         open_rows = open_rows[is_open]
     return z, ladj
 
@@ -86,12 +90,15 @@ def extrapolated(coarse: State, fine: State) -> State:
 
 
 @torch.no_grad()
-def is_unsettled(coarse: State, fine: State, accuracy: float) -> Tensor:
+def is_unsettled(
+    coarse: State, fine: State, accuracy: float, *, for_points: bool = False
+) -> Tensor:
     """Return the mask of the rows that change by more than `accuracy`."""
     size = fine[0].norm(dim=-1)
     rounding = _ROUNDING * torch.finfo(size.dtype).eps * (1 + fine[1].abs() + size.square())
     limit = torch.maximum(rounding, accuracy * excess(fine))
-    return torch.gt(log_density_change(coarse, fine), limit)
+    change = log_density_change(coarse, fine, least_size=1.0 if for_points else 0.0)
+    return torch.gt(change, limit)
 
 
 def excess(state: State) -> Tensor:
@@ -101,8 +108,12 @@ def excess(state: State) -> Tensor:
 
 
 @torch.no_grad()
-def log_density_change(coarse: State, fine: State) -> Tensor:
-    """Return by how many nats the log-density of each row changes from one level to the next."""
-    size, moved = fine[0].norm(dim=-1), (fine[0] - coarse[0]).norm(dim=-1)
+def log_density_change(coarse: State, fine: State, least_size: float = 0.0) -> Tensor:
+    """Return by how many nats the log-density of each row changes from one level to the next.
+
+    A point nearer to 0 than `least_size` counts as one at this distance.
+    """
+    size = fine[0].norm(dim=-1).clamp(min=least_size)
+    moved = (fine[0] - coarse[0]).norm(dim=-1)
     change: Tensor = (fine[1] - coarse[1]).abs() + size * moved
     return change

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import replace
 from functools import partial
 from typing import TypeVar, cast
 
@@ -173,11 +172,9 @@ class ContinuousTransform(Transform):
             with rows_of_caller(lambda row: (int(rows[row[0]]),)):
                 return self._to_end(solver, *some, way, divergence, few)
 
-        # The gain is that of log-densities of data.
         is_density = way[0] > way[1] and divergence is not None
-        solver = self.solver if is_density else replace(self.solver, gain=1.0)
         with rows_of_caller(lambda row: unflattened(row[0], batch)):
-            moved, ladj = solve_by_levels(solve, solver)
+            moved, ladj = solve_by_levels(solve, self.solver, for_points=not is_density)
         return moved.view(*batch, self.features), ladj.view(batch)
 
     def _to_end(
