@@ -73,20 +73,23 @@ def calibrated(
             f"{solver.max_evaluations}."
         )
     grid = _grid(solver, rhs, solve, ends)
-    best, least = solver, math.inf
+    true: State | None = None
+    found, least = solver, math.inf
     for first in _LEAST_STEPS:
-        levels = _levels(solver, accuracy, grid, first, lambda by: solve(by, ends))
-        if levels is not None:
-            found, cost = _cheapest(*levels, accuracy)
+        solvers, pairs = _levels(solver, accuracy, grid, first, lambda by: solve(by, ends), true)
+        last = pairs[-1] if pairs else None
+        if last is not None:
+            true = extrapolated(*last) if true is None else true
+            best, cost = _cheapest(solvers, pairs, true, accuracy)
             if cost < least:
-                best, least = found, cost
+                found, least = best, cost
     if math.isinf(least):
         raise ODEError(
             f"calibration does not reach accuracy={accuracy} with {_most_steps(solver)} steps of "
             f"{solver.method} for all but {_FEW:.0%} of the rows. Ask for a larger accuracy, use "
             "float64, or train with kinetic_energy and jacobian_frobenius."
         )
-    return best
+    return found
 
 
 def _are_few(open_rows: Tensor) -> bool:
@@ -139,55 +142,62 @@ def _errors_of_steps(
     return np.asarray(errors[::-1])
 
 
-def _levels(
-    solver: ODESolver, accuracy: float, grid: Grid, first: int, solve: Callable[[ODESolver], State]
-) -> tuple[list[ODESolver], list[State | None]] | None:
-    """Return solvers with `first` steps, and twice as many each time, and their results.
+Pair = tuple[State, State] | None
+"""Points and ladj with some steps and with twice as many; None if a row needs more."""
 
-    The result of a solver with too few steps for a row is None. The last is the first that few rows
-    change; None if there is none.
+
+def _levels(
+    solver: ODESolver,
+    accuracy: float,
+    grid: Grid,
+    first: int,
+    solve: Callable[[ODESolver], State],
+    true: State | None,
+) -> tuple[list[ODESolver], list[Pair]]:
+    """Return solvers with `first` steps, and twice as many each time, and pairs of their results.
+
+    The last is the first pair that is settled, or true, for all but few rows; there are no pairs if
+    there is none.
     """
     solvers: list[ODESolver] = []
-    results: list[State | None] = []
+    pairs: list[Pair] = []
+    before: State | None = None
     steps = first
     while steps <= _most_steps(solver):
         solvers.append(replace(solver, steps=None, times=grid(steps)))
         try:
-            results.append(tuple(part[-1] for part in solve(solvers[-1])))
+            now = tuple(part[-1] for part in solve(solvers[-1]))
         except ODEError:
-            results.append(None)
-        if len(results) > 1:
-            before, now = results[-2:]
-            if before and now and _are_few(is_unsettled(before, now, accuracy)):
-                return solvers, results
-        steps *= 2
-    return None
+            now = None
+        if steps > first:
+            pairs.append(None if before is None or now is None else (before, now))
+        if before is not None and now is not None:
+            compared = (before, now) if true is None else (extrapolated(before, now), true)
+            if _are_few(is_unsettled(*compared, accuracy)):
+                return solvers, pairs
+        before, steps = now, 2 * steps
+    return solvers, []
 
 
 def _cheapest(
-    solvers: list[ODESolver], results: list[State | None], accuracy: float
+    solvers: list[ODESolver], pairs: list[Pair], true: State, accuracy: float
 ) -> tuple[ODESolver, float]:
     """Return the calibrated solver that takes the fewest steps, and their number for a row."""
-    pairs = [
-        None if before is None or now is None else (before, now)
-        for before, now in itertools.pairwise(results)
-    ]
-    assert pairs[-1] is not None  # noqa: S101 - for mypy: `_levels` sees to it
-    best = extrapolated(*pairs[-1])
-    unsolved = torch.full(best[1].shape, math.inf, dtype=torch.float64, device=best[1].device)
+    zero = torch.zeros(true[1].shape, dtype=torch.float64, device=true[1].device)
+    # Beyond the last level all rows are done.
     errors = torch.stack(
-        [unsolved if pair is None else _error(extrapolated(*pair), best) for pair in pairs]
+        [zero if pair is None else _error(extrapolated(*pair), true) for pair in pairs] + [zero]
     )
 
     def settled(gain: float) -> Tensor:
-        """Return the levels at which each row is done; the last one is for all rows."""
+        """Return the levels at which each row is done."""
         found = [
-            unsolved < 0 if pair is None else ~is_unsettled(*pair, gain * accuracy)
-            for pair in pairs[:-1]
+            zero > 0 if pair is None else ~is_unsettled(*pair, gain * accuracy) for pair in pairs
         ]
-        return torch.stack([*found, unsolved > 0])
+        return torch.stack([*found, zero == 0])
 
-    sizes = unsolved.new_tensor([len(solver.times or ()) - 1 for solver in solvers])
+    sizes = zero.new_tensor([len(solver.times or ()) - 1 for solver in solvers])
+    sizes = torch.cat([sizes, 2 * sizes[-1:]])
     by_change = settled(gain=1.0)
     found, least = solvers[-1], math.inf
     for gain in _GAINS:
@@ -196,12 +206,8 @@ def _cheapest(
             level = by_error[start:].int().argmax(0, keepdim=True)  # the first
             cost = float((sizes[start] + sizes[start + 1 :].cumsum(0)[level]).mean())
             error = errors[start:].gather(0, level)[0]
-            needs_gain = ~by_change[start:].gather(0, level)[0]
-            if (
-                cost < least
-                and _are_accurate(error, accuracy)
-                and _are_accurate(error[needs_gain], accuracy)
-            ):
+            by_gain = error[~by_change[start:].gather(0, level)[0]]
+            if cost < least and _are_accurate(error, accuracy) and _are_accurate(by_gain, accuracy):
                 found, least = replace(solvers[start + 1], accuracy=accuracy, gain=gain), cost
     return found, least
 
