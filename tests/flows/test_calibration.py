@@ -250,6 +250,18 @@ def test_samples_have_their_density_and_come_back():
     torch.testing.assert_close(alone, together, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-9], ids=["anywhere", "near 0"])
+def test_points_are_within_the_accuracy_too(size):
+    """Also near 0 at the base, where their distance hardly changes the log-density."""
+    flow = rough()
+    flow, fine = flow.using(solver=COARSE), flow.using(solver=FINE)
+    z = size * torch.randn(50, 2)
+    x = fine.to_data(z)
+    torch.testing.assert_close(flow.to_base(x), z, rtol=0, atol=1e-6)
+    torch.testing.assert_close(flow.to_data(z), x, rtol=0, atol=1e-6)
+    torch.testing.assert_close(flow.to_data_and_ladj(z)[0], x, rtol=0, atol=1e-6)
+
+
 def test_gradients_are_those_of_a_fine_solve():
     flow = rough(solver=ODESolver(gradient="backprop"))
     x, _ = rows(flow, 50)

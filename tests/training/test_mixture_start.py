@@ -55,6 +55,31 @@ def test_few_rows_end_as_a_mixture_with_a_zero_field(monkeypatch, tmp_path):
         torch.testing.assert_close(other.log_prob(x), flow.log_prob(x))
 
 
+def test_of_two_that_are_as_good_by_many_rows_the_flow_stays():
+    x, few, many = (torch.randn(rows, 2) for rows in (2000, 20, 10_000))
+    for held_out, base in ((few, GaussianMixtureBase), (many, StandardNormal)):
+        flow = CNF(2, hidden_features=(8, 8)).double()
+        flow.initialize(x)
+        flow.only_ode.vector_field.zero_()  # a normal density, as that of the rows
+        become_mixture_if_better(flow, WeightedRows(x), WeightedRows(held_out), refit=False)
+        assert isinstance(flow.base, base)
+
+
+def test_a_mixture_is_not_exchanged_for_a_worse_fit_of_more_rows(monkeypatch):
+    good = GaussianMixtureBase.from_data
+
+    def fitted_badly(z, **options):
+        return good(z if len(z) == 200 else 3 * z, **options)
+
+    monkeypatch.setattr(GaussianMixtureBase, "from_data", fitted_badly)
+    x, held_out = two_clusters(200).double(), two_clusters(50, seed=1).double()
+    flow = CNF(2, hidden_features=(8, 8)).double()
+    flow.initialize(x)
+    become_mixture_if_better(flow, WeightedRows(x), WeightedRows(held_out), refit=True)
+    expected = good(flow.transforms[0].to_base(x))
+    torch.testing.assert_close(flow.base.means, expected.means)
+
+
 @pytest.mark.parametrize(
     ("rows", "held_out", "base"),
     [
