@@ -59,8 +59,8 @@ def test_of_two_that_are_as_good_by_many_rows_the_flow_stays():
     x, few, many = (torch.randn(rows, 2) for rows in (2000, 20, 10_000))
     for held_out, base in ((few, GaussianMixtureBase), (many, StandardNormal)):
         flow = CNF(2, hidden_features=(8, 8)).double()
-        flow.initialize(x)
-        flow.only_ode.vector_field.zero_()  # a normal density, as that of the rows
+        flow.initialize(1.05 * x)
+        flow.only_ode.vector_field.zero_()  # a normal density, 0.005 nats worse than the best one
         become_mixture_if_better(flow, WeightedRows(x), WeightedRows(held_out), refit=False)
         assert isinstance(flow.base, base)
 
