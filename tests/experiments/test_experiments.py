@@ -17,7 +17,7 @@ from torch.distributions import MultivariateNormal
 from cnf import History, load
 from cnf.data.toy import toy_density
 from cnf.metrics import bits_per_dim
-from experiments import (
+from experiments import accuracy, (
     ablation,
     anode,
     compare,
@@ -103,6 +103,20 @@ def test_compare(tmp_path, capsys, monkeypatch):
             assert result.parameters < 5 * 500
     with pytest.raises(ValueError, match=r"flows must be among .*; got \['magic'\]"):
         compare.Settings(flows=("magic",))
+
+
+@pytest.mark.slow
+def test_accuracy(tmp_path, capsys):
+    (moons,) = accuracy.main(accuracy.Settings(quick=True, out=tmp_path))
+    written = (tmp_path / "quick" / "table.md").read_text()
+    assert capsys.readouterr().out.strip() in written
+    assert f"| {moons.evaluations:.0f} | {moons.error_99:.1e} | {moons.largest_error:.1e} |" in written
+    assert moons.error_99 <= moons.largest_error < 10 * moons.accuracy
+    assert max(moons.round_trip, moons.neighbours) < 1e-3
+    assert "tolerance" not in moons.failed
+    file = tmp_path / "quick" / "moons.json"
+    file.write_text(json.dumps({**asdict(moons), "evaluations": 123.0}))
+    assert accuracy.main(accuracy.Settings(quick=True, out=tmp_path))[0].evaluations == 123.0
 
 
 @pytest.mark.slow
