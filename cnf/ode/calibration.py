@@ -4,8 +4,8 @@ The error of a step is measured by two steps of half the size from the same stat
 order p it is proportional to :math:`h^{p+1}` for a step of size h, so steps in proportion to
 :math:`e(t)^{-1/(p+1)}` have equal errors. As this law holds for small steps only, errors are
 measured anew with the steps found, some times over: steps near a narrow density get a hundred times
-smaller than others. A tenth of the density of steps is uniform in time, for what these rows do not
-show.
+smaller than others. A twentieth of the density of steps is uniform in time, for what these rows do
+not show.
 
 The number of steps and the gain are those with which `solve_by_levels` takes the fewest evaluations
 for these rows, while the results that it would accept are as accurate as asked: 99 of 100 within
@@ -41,6 +41,10 @@ _FEW = 0.02
 """Share of the rows that may be left open; of 20 rows or more, one may."""
 _GAINS = tuple(2 ** (step / 2) for step in range(13))
 """From 1 to 64, of which 15 is the gain for small steps, and more that of extrapolation."""
+_LEAST_ROWS = 50
+"""Rows from which a gain can be learnt."""
+_LEAST_BY_GAIN = 10
+"""Rows that a gain must let through, to be known to be right."""
 _MOST = 0.99
 _MARGIN, _LARGEST_FACTOR = 0.6, 3
 """Errors of most of these rows, and the largest one, in accuracies; other rows' are larger."""
@@ -74,13 +78,15 @@ def calibrated(
         )
     grid = _grid(solver, rhs, solve, ends)
     true: State | None = None
+    is_known = torch.ones(0)
     found, least = solver, math.inf
     for first in _LEAST_STEPS:
         solvers, pairs = _levels(solver, accuracy, grid, first, lambda by: solve(by, ends), true)
         last = pairs[-1] if pairs else None
         if last is not None:
-            true = extrapolated(*last) if true is None else true
-            best, cost = _cheapest(solvers, pairs, true, accuracy)
+            if true is None:
+                true, is_known = extrapolated(*last), ~is_unsettled(*last, accuracy)
+            best, cost = _cheapest(solvers, pairs, true, is_known, accuracy)
             if cost < least:
                 found, least = best, cost
     if math.isinf(least):
@@ -137,7 +143,7 @@ def _errors_of_steps(
     for i, (start, end) in enumerate(itertools.pairwise(times)):
         found, _ = step(start, end, tuple(part[i] for part in states), ())
         change = log_density_change(found, tuple(part[i + 1] for part in states))
-        largest = change.double().nan_to_num(_LARGEST, posinf=_LARGEST).quantile(_LARGE_ERROR)
+        largest = change.cpu().double().nan_to_num(_LARGEST, posinf=_LARGEST).quantile(_LARGE_ERROR)
         errors.append(min(float(largest), _LARGEST))
     return np.asarray(errors[::-1])
 
@@ -166,7 +172,7 @@ def _levels(
     while steps <= _most_steps(solver):
         solvers.append(replace(solver, steps=None, times=grid(steps)))
         try:
-            now = tuple(part[-1] for part in solve(solvers[-1]))
+            now = tuple(part[-1].cpu() for part in solve(solvers[-1]))
         except ODEError:
             now = None
         if steps > first:
@@ -180,12 +186,15 @@ def _levels(
 
 
 def _cheapest(
-    solvers: list[ODESolver], pairs: list[Pair], true: State, accuracy: float
+    solvers: list[ODESolver], pairs: list[Pair], true: State, is_known: Tensor, accuracy: float
 ) -> tuple[ODESolver, float]:
-    """Return the calibrated solver that takes the fewest steps, and their number for a row."""
-    zero = torch.zeros(true[1].shape, dtype=torch.float64, device=true[1].device)
+    """Return the calibrated solver that takes the fewest steps, and their number for a row.
+
+    The true state is known for the rows of a mask.
+    """
+    zero = torch.zeros(true[1].shape, dtype=torch.float64)
     # Beyond the last level all rows are done.
-    errors = torch.stack(
+    errors = is_known * torch.stack(
         [zero if pair is None else _error(extrapolated(*pair), true) for pair in pairs] + [zero]
     )
 
@@ -200,13 +209,15 @@ def _cheapest(
     sizes = torch.cat([sizes, 2 * sizes[-1:]])
     by_change = settled(gain=1.0)
     found, least = solvers[-1], math.inf
-    for gain in _GAINS:
+    for gain in _GAINS if len(zero) >= _LEAST_ROWS else _GAINS[:1]:
         by_error = settled(gain)
         for start in range(len(pairs)):
             level = by_error[start:].int().argmax(0, keepdim=True)  # the first
             cost = float((sizes[start] + sizes[start + 1 :].cumsum(0)[level]).mean())
             error = errors[start:].gather(0, level)[0]
             by_gain = error[~by_change[start:].gather(0, level)[0]]
+            if 0 < len(by_gain) < _LEAST_BY_GAIN and gain > 1:
+                continue
             if cost < least and _are_accurate(error, accuracy) and _are_accurate(by_gain, accuracy):
                 found, least = replace(solvers[start + 1], accuracy=accuracy, gain=gain), cost
     return found, least

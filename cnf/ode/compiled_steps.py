@@ -77,6 +77,7 @@ class FieldSteps:
         grid: Tensor,
         times: Tensor,
         *,
+        dtype: torch.dtype,
         budget: int,
         fallback: Callable[[], State],
     ) -> State:
@@ -87,6 +88,7 @@ class FieldSteps:
             state: The state at the first time.
             grid: Starts and ends of steps, which include `times`.
             times: The times.
+            dtype: Dtype of the points that the field takes.
             budget: Largest number of evaluations.
             fallback: The same solve without these programs, with the error messages.
         """
@@ -94,7 +96,7 @@ class FieldSteps:
         if stages > budget or not _advances(grid.detach()):
             return fallback()
         try:
-            solution = self._follow(method, state, grid, set(times.tolist()))
+            solution = self._follow(method, state, grid, set(times.tolist()), dtype)
         except Exception as error:
             solution = fallback()  # which raises if the inputs are at fault
             self._do_without(error)
@@ -109,13 +111,15 @@ class FieldSteps:
     def _compilation(self) -> Compilation:
         return cast("Compilation", self.field.compilation)
 
-    def _follow(self, method: str, state: State, grid: Tensor, times: set[float]) -> State:
+    def _follow(
+        self, method: str, state: State, grid: Tensor, times: set[float], dtype: torch.dtype
+    ) -> State:
         key = type(self.field), self.rates, method
         step = self._compilation.step(key, lambda: _step(self.rates, _STAGES[method]))
         seen = [state]
         here = _uniform(state)
         # Copies, because a program depends on the base tensors of views, too.
-        marks = [t.clone() for t in grid]
+        marks = [t.clone() for t in grid.to(dtype)]
         for (start, end), time in zip(pairwise(marks), grid.tolist()[1:], strict=True):
             moved = step(self.field, start, end, here, self.inputs)
             # A CUDA graph overwrites its last result.

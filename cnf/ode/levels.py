@@ -62,8 +62,9 @@ def solve_by_levels(
         solver = solver.halved()
         if (solver.evaluations or 0) > solver.max_evaluations:
             bad = torch.zeros_like(ladj, dtype=torch.bool).index_fill(0, open_rows, True)
+            what = "the point" if for_points else "the log-density"
             raise ODEError(
-                f"the log-density does not settle within accuracy={solver.accuracy} in "
+                f"{what} does not settle within accuracy={solver.accuracy} in "
                 f"{name_rows(bad)} by max_evaluations={solver.max_evaluations}. The field may be "
                 "rough there: use a larger accuracy or a larger max_evaluations."
             )
@@ -98,7 +99,7 @@ def is_unsettled(
     rounding = _ROUNDING * torch.finfo(size.dtype).eps * (1 + fine[1].abs() + size.square())
     limit = torch.maximum(rounding, accuracy * excess(fine))
     change = log_density_change(coarse, fine, least_size=1.0 if for_points else 0.0)
-    return torch.gt(change, limit)
+    return ~(change <= limit)  # NaN too
 
 
 def excess(state: State) -> Tensor:

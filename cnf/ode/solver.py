@@ -278,13 +278,15 @@ class ODESolver:
                         state,
                         grid(times),
                         times,
+                        dtype=dtypes[0],
                         budget=self.max_evaluations,
                         fallback=solve,
                     )
                 else:
                     solution = solve()
+        solution = tuple(part.to(dtype) for part, dtype in zip(solution, dtypes, strict=True))
         monitor.check_end(solution, times)
-        return tuple(part.to(dtype) for part, dtype in zip(solution, dtypes, strict=True))
+        return solution
 
     def _by_adjoint(
         self,
@@ -387,7 +389,7 @@ class ODESolver:
         for start, end in itertools.pairwise(stops):
             # Hidden times are only two.
             first, last = (0.0, 1.0) if is_hidden(times) else _shares(times, start, end)
-            rounding = 8 * torch.finfo(stops.dtype).eps
+            rounding = 8 * torch.finfo(stops.dtype).eps * _magnitude(times)
             inner = stops.new_tensor(self._inner_steps(first, last, way, rounding))
             pieces.append(torch.cat([start + (end - start) * inner, end[None]]))
         return torch.cat(pieces)
@@ -426,6 +428,14 @@ def _checked_times(times: Sequence[float]) -> tuple[float, ...]:
     if not increasing or numbers[:1] != (0.0,) or numbers[-1:] != (1.0,):
         raise ValueError(f"times must increase from 0 to 1; got {numbers}.")
     return numbers
+
+
+def _magnitude(times: Tensor) -> float:
+    """Return the size of the times in their span, by which rounding errors of shares are larger."""
+    if is_hidden(times):
+        return 1.0
+    span = float((times[-1] - times[0]).detach().abs())
+    return max(1.0, float(times.detach().abs().max()) / span)
 
 
 def _shares(times: Tensor, start: Tensor, end: Tensor) -> tuple[float, float]:

@@ -238,6 +238,41 @@ def test_the_gain_is_what_errors_are_smaller_by_than_changes():
             replace(solver, gain=gain)
 
 
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_few_rows_are_too_few_to_learn_a_gain(number):
+    flow = rough()
+    x, _ = rows(flow, 200)
+    flow.calibrate(x[:number], accuracy=1e-3)
+    assert flow.only_ode.solver.gain == 1
+    error = (flow.log_prob(x) - flow.using(solver=FINE).log_prob(x)).abs()
+    assert error.quantile(0.99) < 1e-3
+
+
+@pytest.mark.parametrize("start_time", [0.9, 0.999])
+def test_a_short_span_of_late_times_is_calibrated(start_time):
+    """Whose shares float32 rounds more coarsely."""
+    flow = rough(start_time=start_time).float()
+    x = torch.randn(100, 2, dtype=torch.float32)
+    flow.calibrate(x)
+    error = flow.log_prob(x) - flow.using(solver=ODESolver(method="rk4", steps=50)).log_prob(x)
+    assert error.abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("times", [None, (0.0, 0.5, 1.0)])
+def test_what_overflows_its_dtype_is_refused(times):
+    accuracy = None if times is None else 0.1
+    steps = 4 if times is None else None
+    solver = ODESolver(method="rk4", steps=steps, times=times, accuracy=accuracy)
+
+    class Away(torch.nn.Module):
+        def forward(self, t, x, context=None):
+            return torch.full_like(x, -3e38)
+
+    flow = Flow([ContinuousTransform(ModuleField(Away(), 1), solver=solver)]).float()
+    with pytest.raises(ODEError, match="reached NaN or inf"):
+        flow.log_prob(torch.full((3, 1), 1e38, dtype=torch.float32))
+
+
 def test_samples_have_their_density_and_come_back():
     flow = rough()
     x, _ = rows(flow, 500)
