@@ -342,6 +342,17 @@ def test_compiled_steps_meet_the_times_of_a_trajectory(by_steps_alone):
     assert_same(once.transforms[0].trajectory(x, times), expected)
 
 
+def test_compiled_steps_take_points_of_single_and_times_of_double_precision(by_steps_alone):
+    flow = flow_along(mlp(), stepping()).float()
+    once, _ = compiled(flow, backend="eager")
+    x, times = torch.randn(4, 2, dtype=torch.float32), torch.tensor([1.0, 0.5, 0.0]).double()
+    expected = flow.transforms[0].trajectory(x, times)
+    by_steps_alone()
+    found = once.transforms[0].trajectory(x, times)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("gradient", [False, True], ids=["without gradient", "with gradient"])
 def test_one_program_serves_every_number_of_steps_batch_size_and_time(gradient, by_steps_alone):
     by_steps_alone()
