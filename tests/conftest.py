@@ -57,4 +57,5 @@ def coarse_integral(monkeypatch: pytest.MonkeyPatch) -> None:
 def quick_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
     """`calibrate` looks at fewer times and numbers of steps, for the same accuracy."""
     monkeypatch.setattr("cnf.ode.calibration._INTERVALS", 8)
+    monkeypatch.setattr("cnf.ode.calibration._ROUNDS", 1)
     monkeypatch.setattr("cnf.ode.calibration._LEAST_STEPS", (8,))
