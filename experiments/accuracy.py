@@ -1,9 +1,9 @@
 """What a log-density is worth after `fit` without settings.
 
 Run as ``python -m experiments.accuracy``; ``--help`` lists the settings. A `CNF` is fitted to rows
-of each toy set, and of a table if one is named. Errors are those of `log_prob`, at held-out rows,
-against a solve in float64 at a tolerance of 1e-9; evaluations are those of the field that a row
-takes on average. The round trip is the largest error of x -> z -> x in standard deviations, and
+of each toy set, and of a table if one is named. The error of a held-out row is the difference of
+its `log_prob` from that of a solve in float64 at a tolerance of 1e-9. Evaluations of the field are
+means over the rows. The round trip is the largest error of x -> z -> x in standard deviations, and
 rows alone differ from rows together by "neighbours". The last columns say whether `certify` passes,
 and how many seconds it takes to score rows, as calibrated and again for an accuracy of 0.01.
 

@@ -40,12 +40,14 @@ _MOST_STEPS = 1024
 _FEW = 0.02
 """Share of the rows that may be left open; of 20 rows or more, one may."""
 _GAINS = tuple(2 ** (step / 2) for step in range(13))
-"""From 1 to 64, of which 15 is the gain for small steps, and more that of extrapolation."""
+"""Gains to try, from 1 to 64. For small steps the change is 15 times the error of the finer ones,
+which extrapolation makes smaller still."""
 _LEAST_ROWS = 50
 """Rows from which a gain can be learnt."""
 _LEAST_BY_GAIN = 10
 """Rows that a gain must let through, to be known to be right."""
 _MOST = 0.99
+"""Share of the rows that are most of them."""
 _MARGIN, _LARGEST_FACTOR = 0.6, 3
 """Errors of most of these rows, and the largest one, in accuracies; other rows' are larger."""
 
@@ -231,6 +233,6 @@ def _are_accurate(errors: Tensor, accuracy: float) -> bool:
 
 
 def _error(state: State, best: State) -> Tensor:
-    """Return the error of the log-density of each row, in proportion to that of a far row."""
+    """Return the error of the log-density of each row, divided by its `excess`."""
     log_densities = (part[1] - 0.5 * part[0].double().square().sum(-1) for part in (state, best))
     return (next(log_densities) - next(log_densities)).abs() / excess(best)

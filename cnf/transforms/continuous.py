@@ -155,10 +155,9 @@ class ContinuousTransform(Transform):
             context = context.expand(*batch, -1).reshape(-1, context.shape[-1])
         if probes is not None:
             if probes.shape[1:-1] != batch:
-                assert divergence is not None  # noqa: S101 - for mypy: it has drawn them
                 raise ValueError(
-                    f"{type(divergence).__name__}.draw_probes must draw probes for each row, of "
-                    f"shape {('probes', *batch, 'features')}, for a solver with accuracy; got "
+                    f"{type(self.divergence).__name__}.draw_probes must draw probes for each row, "
+                    f"of shape {('probes', *batch, 'features')}, for a solver with accuracy; got "
                     f"{tuple(probes.shape)}."
                 )
             probes = probes.reshape(len(probes), -1, probes.shape[-1])

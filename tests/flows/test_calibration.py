@@ -220,7 +220,7 @@ def test_results_are_extrapolated_to_the_order_of_five():
 
 
 def test_the_gain_is_what_errors_are_smaller_by_than_changes():
-    """With it, rows other than those of the calibration are as accurate, in fewer evaluations."""
+    """Rows other than those that it was learnt from are as accurate."""
     accuracy = 1e-6
     flow = rough()
     x, _ = rows(flow, 500)
