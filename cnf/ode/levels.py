@@ -13,11 +13,13 @@ The error in nats of the log-density of a row is estimated from two levels as
 where :math:`|z| |\Delta z|` is the change of a standard normal log-density at z, divided by the
 `gain` of the solver: how much smaller errors are than changes, at least 1, and more where steps are
 fine enough, as calibration measures. For the points themselves, the gain is 1, and :math:`|z|` at
-least 1. A row that ends at more than ten standard deviations may have
+least 1; those at the base are ten times as precise, because the way back to the data stretches
+their errors. A row that ends at more than ten standard deviations may have
 an error in proportion to its log-density, :math:`-|z|^2 / 2`.
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,10 +32,15 @@ _FAR = 10.0
 """Standard deviations from 0 at the base up to which the error of a row is absolute."""
 _ROUNDING = 16
 """Rounding errors of the numbers of a row that no finer steps remove."""
+_SHARES = {"density": 1.0, "x": 1.0, "z": 0.1}
+"""Parts of the accuracy that errors may take."""
+
+Goal = Literal["density", "x", "z"]
+"""What is asked of a solve: the log-density, or the points at the data or at the base."""
 
 
 def solve_by_levels(
-    solve: Callable[[ODESolver, Tensor | None], State], solver: ODESolver, *, for_points: bool
+    solve: Callable[[ODESolver, Tensor | None], State], solver: ODESolver, goal: Goal
 ) -> State:
     """Return the moved points and the ladj of rows, by steps as small as each row needs.
 
@@ -43,7 +50,7 @@ def solve_by_levels(
         solve: Solves with a solver from the rows of an index, or from all rows for None; returns
             points ``(rows, features)`` and ladj ``(rows,)``.
         solver: Solver with `times` and `accuracy`, for the second level.
-        for_points: Whether the points count, too, and not the log-density at the base alone.
+        goal: What the accuracy is of.
 
     Raises:
         ODEError: If a row needs more evaluations than the solver's budget.
@@ -55,7 +62,8 @@ def solve_by_levels(
             solve(solver.coarser(), None)  # raises the error
         before, now = now, _if_finite(solve, solver)
     z, ladj = extrapolated(before, now)
-    accuracy = (1.0 if for_points else solver.gain) * (solver.accuracy or 0.0)
+    for_points = goal != "density"
+    accuracy = (1.0 if for_points else solver.gain) * _SHARES[goal] * (solver.accuracy or 0.0)
     is_open = is_unsettled(before, now, accuracy, for_points=for_points)
     open_rows = is_open.nonzero().flatten()
     while len(open_rows):

@@ -18,7 +18,7 @@ from cnf.bases import Likelihood
 from cnf.divergence import Divergence, Exact, Hutchinson
 from cnf.ode import ODEError, ODESolver, State
 from cnf.ode.compiled_steps import FieldSteps
-from cnf.ode.levels import solve_by_levels
+from cnf.ode.levels import Goal, solve_by_levels
 from cnf.regularizers import CostRate, needs_products
 from cnf.transforms.base import Transform, WithLadj
 from cnf.vector_fields import VectorField
@@ -171,9 +171,11 @@ class ContinuousTransform(Transform):
             with rows_of_caller(lambda row: (int(rows[row[0]]),)):
                 return self._to_end(solver, *some, way, divergence, few)
 
-        is_density = way[0] > way[1] and divergence is not None
+        goal: Goal = "x"
+        if way[0] > way[1]:
+            goal = "z" if divergence is None else "density"
         with rows_of_caller(lambda row: unflattened(row[0], batch)):
-            moved, ladj = solve_by_levels(solve, self.solver, for_points=not is_density)
+            moved, ladj = solve_by_levels(solve, self.solver, goal)
         return moved.view(*batch, self.features), ladj.view(batch)
 
     def _to_end(

@@ -49,7 +49,7 @@ class MLPField(LayeredField):
         activation: Name in `cnf.vector_fields.activations.ACTIVATIONS`, for all hidden layers, or
             one name for each; None for "sin" in the first and "silu" in the others.
         frequency: Initial standard deviation of the input weights of a sinusoidal first layer;
-            None for ``4 / sqrt(max(1, features - 1))``, which suits standardised data.
+            None for ``2 / sqrt(max(1, features - 1))``, which suits standardised data.
         time_features: Number m of waves; None for 8, or for 0 with the layer "ignore". Layers get
             ``sin(pi k t)`` and ``cos(pi k t)`` for k = 1 … m beside t, as part of the context. They
             shift the output of a layer, and scale it if its gate depends on the context; the gate

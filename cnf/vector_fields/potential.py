@@ -42,7 +42,7 @@ class PotentialField(VectorField):
         layer: Kind of the layer: a name in `cnf.vector_fields.layers.LAYERS`.
         activation: Activation of the velocity, "sin" or "tanh".
         frequency: Initial standard deviation of the weights of a sinusoidal layer; None for
-            ``4 / sqrt(max(1, features - 1))``, which suits standardised data.
+            ``2 / sqrt(max(1, features - 1))``, which suits standardised data.
 
     Raises:
         TypeError: If a size is not an int.

@@ -34,7 +34,7 @@ def check_frequency(frequency: float | None, features: int, activation: str) -> 
             )
         return None
     if frequency is None:
-        return 4.0 / math.sqrt(max(1, features - 1))
+        return 2.0 / math.sqrt(max(1, features - 1))
     return check_number("frequency", frequency, "positive and finite", is_positive)
 
 

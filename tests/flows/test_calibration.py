@@ -297,6 +297,17 @@ def test_points_are_within_the_accuracy_too(size):
     torch.testing.assert_close(flow.to_data_and_ladj(z)[0], x, rtol=0, atol=1e-6)
 
 
+def test_points_come_back_through_a_map_that_stretches():
+    class Away(torch.nn.Module):
+        def forward(self, t, x, context=None):
+            return 5 * x  # errors at the base grow by exp(5) on the way back
+
+    solver = ODESolver(method="rk4", times=torch.linspace(0, 1, 5).tolist(), accuracy=1e-3)
+    flow = Flow([ContinuousTransform(ModuleField(Away(), 2), solver=solver)])
+    x = torch.linspace(-1, 1, 100).unsqueeze(-1).expand(-1, 2)
+    torch.testing.assert_close(flow.to_data(flow.to_base(x)), x, rtol=0, atol=1e-3)
+
+
 def test_gradients_are_those_of_a_fine_solve():
     flow = rough(solver=ODESolver(gradient="backprop"))
     x, _ = rows(flow, 50)

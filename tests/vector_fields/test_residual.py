@@ -63,8 +63,8 @@ def test_the_input_layer_is_sinusoidal_unless_told_otherwise():
     field = ResidualField(5, hidden_features=1000)
     first = field.layers[0].linear
     assert field.activation == ("sin", "silu")
-    assert field.frequency == pytest.approx(2)
-    assert first.weight.std().item() == pytest.approx(2, rel=0.05)
+    assert field.frequency == pytest.approx(1)
+    assert first.weight.std().item() == pytest.approx(1, rel=0.05)
     assert first.bias.abs().max() <= math.pi
     assert ResidualField(2, activation="tanh").activation == ("tanh", "tanh")
     assert ResidualField(2, activation="tanh").frequency is None

@@ -350,7 +350,7 @@ def test_every_parameter_of_the_output_layer_but_a_gate_leaves_rest_by_gradient(
         assert inert == bool((parameter.grad == 0).all()), name
 
 
-@pytest.mark.parametrize(("features", "expected"), [(1, 4), (2, 4), (5, 2), (17, 1), (65, 0.5)])
+@pytest.mark.parametrize(("features", "expected"), [(1, 2), (2, 2), (5, 1), (17, 0.5), (65, 0.25)])
 def test_default_frequency_falls_with_the_features(features, expected):
     assert MLPField(features).frequency == pytest.approx(expected)
 
