@@ -40,8 +40,7 @@ from cnf.vector_fields.affine_map import AffineMap, of_rows
 from cnf.vector_fields.jacobian.autograd import standard_basis
 from cnf.vector_fields.staged import Activated, Stage, WithSkip, applied, linearised
 
-_BLOCK_BYTES = 2**18
-"""Size of the values of a layer in a block: several of them stay in the cache of a core."""
+_BLOCK_ROWS = 1024
 
 
 class Perceptron(NamedTuple):
@@ -73,11 +72,8 @@ class Perceptron(NamedTuple):
             velocity, tangents = linearised(self.stages, x)
             return velocity, (basis * applied(tangents, basis)).sum(-1).sum(0)
         on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
-        # The products of weights, which each block repeats, grow with the features.
-        widest = max(affine.weight.shape[-2] for affine in self.maps)
-        block_rows = max(_BLOCK_BYTES // (widest * x.element_size()), 8 * x.shape[-1])
-        if on_cpu and x.ndim == 2 and len(x) > block_rows:
-            return self._in_blocks(x, math.ceil(len(x) / block_rows))
+        if on_cpu and x.ndim == 2 and len(x) > max(_BLOCK_ROWS, 8 * x.shape[-1]):
+            return self._in_blocks(x)
         slopes, start = [], x
         for affine, activation in zip(hidden, self.activations, strict=True):
             x, slope = activation.value_and_slope(affine.value(x))
@@ -88,7 +84,8 @@ class Perceptron(NamedTuple):
             return velocity, trace
         return torch.addcmul(velocity, self.skip, start), trace + self.skip.sum(-1)
 
-    def _in_blocks(self, x: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+    def _in_blocks(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        blocks = math.ceil(len(x) / max(_BLOCK_ROWS, 8 * x.shape[-1]))
         edges = [len(x) * i // blocks for i in range(blocks + 1)]
         found = []
         for rows in itertools.starmap(slice, itertools.pairwise(edges)):
