@@ -42,6 +42,9 @@ _FEW = 0.02
 _GAINS = tuple(2 ** (step / 2) for step in range(13))
 """Gains to try, from 1 to 64. For small steps the change is 15 times the error of the finer ones,
 which extrapolation makes smaller still."""
+_SAFE_GAIN = 4
+"""A larger gain must be right for all rows, and not only for those that it lets through: where
+steps are not small, errors are as large as changes, and some rows are let through by chance."""
 _LEAST_ROWS = 50
 """Rows from which a gain can be learnt."""
 _LEAST_BY_GAIN = 10
@@ -200,6 +203,11 @@ def _cheapest(
         [zero if pair is None else _error(extrapolated(*pair), true) for pair in pairs] + [zero]
     )
 
+    safe = [
+        0.0 if pair is None else _gain_of_all(pair, error, accuracy)
+        for pair, error in zip(pairs, errors[:-1], strict=True)
+    ]
+
     def settled(gain: float) -> Tensor:
         """Return the levels at which each row is done."""
         found = [
@@ -218,11 +226,19 @@ def _cheapest(
             cost = float((sizes[start] + sizes[start + 1 :].cumsum(0)[level]).mean())
             error = errors[start:].gather(0, level)[0]
             by_gain = error[~by_change[start:].gather(0, level)[0]]
-            if 0 < len(by_gain) < _LEAST_BY_GAIN and gain > 1:
+            are_too_few = gain > 1 and 0 < len(by_gain) < _LEAST_BY_GAIN
+            if are_too_few or gain > max(_SAFE_GAIN, safe[start]):
                 continue
             if cost < least and _are_accurate(error, accuracy) and _are_accurate(by_gain, accuracy):
                 found, least = replace(solvers[start + 1], accuracy=accuracy, gain=gain), cost
     return found, least
+
+
+def _gain_of_all(pair: tuple[State, State], error: Tensor, accuracy: float) -> float:
+    """Return how many times smaller than its change each error is, also of rows that go on."""
+    change = log_density_change(*pair) / excess(pair[1])
+    gains = (change.double() / error)[error > _MARGIN * accuracy]
+    return float(gains.min()) if len(gains) else math.inf
 
 
 def _are_accurate(errors: Tensor, accuracy: float) -> bool:

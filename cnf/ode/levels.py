@@ -13,9 +13,9 @@ The error in nats of the log-density of a row is estimated from two levels as
 where :math:`|z| |\Delta z|` is the change of a standard normal log-density at z, divided by the
 `gain` of the solver: how much smaller errors are than changes, at least 1, and more where steps are
 fine enough, as calibration measures. For the points themselves, the gain is 1, and :math:`|z|` at
-least 1; those at the base are ten times as precise, because the way back to the data stretches
-their errors. A row that ends at more than ten standard deviations may have
-an error in proportion to its log-density, :math:`-|z|^2 / 2`.
+least 1. A point at the base must settle twice in a row, because the way back to the data stretches
+its error. A row that ends at more than ten standard deviations may have an error in proportion to
+its log-density, :math:`-|z|^2 / 2`.
 """
 
 from collections.abc import Callable
@@ -32,8 +32,6 @@ _FAR = 10.0
 """Standard deviations from 0 at the base up to which the error of a row is absolute."""
 _ROUNDING = 16
 """Rounding errors of the numbers of a row that no finer steps remove."""
-_SHARES = {"density": 1.0, "x": 1.0, "z": 0.1}
-"""Parts of the accuracy that errors may take."""
 
 Goal = Literal["density", "x", "z"]
 """What is asked of a solve: the log-density, or the points at the data or at the base."""
@@ -63,10 +61,15 @@ def solve_by_levels(
         before, now = now, _if_finite(solve, solver)
     z, ladj = extrapolated(before, now)
     for_points = goal != "density"
-    accuracy = (1.0 if for_points else solver.gain) * _SHARES[goal] * (solver.accuracy or 0.0)
-    is_open = is_unsettled(before, now, accuracy, for_points=for_points)
-    open_rows = is_open.nonzero().flatten()
-    while len(open_rows):
+    accuracy = (1.0 if for_points else solver.gain) * (solver.accuracy or 0.0)
+    open_rows = torch.arange(len(ladj), device=ladj.device)
+    settles_again = torch.full_like(ladj, goal != "z", dtype=torch.bool)  # points at the base
+    while True:
+        has_moved = is_unsettled(before, now, accuracy, for_points=for_points)
+        is_open = has_moved | ~settles_again
+        open_rows, settles_again = open_rows[is_open], ~has_moved[is_open] | (goal != "z")
+        if len(open_rows) == 0:
+            return z, ladj
         solver = solver.halved()
         if (solver.evaluations or 0) > solver.max_evaluations:
             bad = torch.zeros_like(ladj, dtype=torch.bool).index_fill(0, open_rows, True)
@@ -79,9 +82,6 @@ def solve_by_levels(
         before, now = tuple(part[is_open] for part in now), solve(solver, open_rows)
         found = extrapolated(before, now)
         z, ladj = z.index_copy(0, open_rows, found[0]), ladj.index_copy(0, open_rows, found[1])
-        is_open = is_unsettled(before, now, accuracy, for_points=for_points)
-        open_rows = open_rows[is_open]
-    return z, ladj
 
 
 def _if_finite(

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cnf._building import Building
 from cnf._checks import check_number, check_widths, is_positive, rows_inside
+from cnf._row_names import rows_of_caller
 from cnf._warnings import warn
 from cnf.bases import StandardNormal
 from cnf.flows.calibration import obstacle_to_calibration
@@ -32,9 +33,6 @@ from cnf.vector_fields.conditioning import context_scalings
 GRID_STEPS = 100
 """Equal steps of "rk4" for a density that cannot be calibrated. With an adaptive method, the
 log-density of a row would depend on the other rows of its batch."""
-
-NOISES = 8
-"""Number of draws of the dequantization noise of integers, to average the probability of a row."""
 
 _ROWS_AT_ONCE = 4096
 _MOST_ROWS = 10_000
@@ -271,24 +269,23 @@ def _split(fixed: Sequence[Transform]) -> tuple[list[Transform], list[Transform]
 def log_prob(flow: Flow, rows: TableRows, *, progress: bool = False) -> Float[Tensor, " rows"]:
     """Return the log-density of each row in nats, computed in chunks.
 
-    With integer columns, it is the log of the mean over `NOISES` draws of dequantization noise, the
-    same for every row, so that no row depends on the others.
+    With integer columns, it is the log of the mean over points that stand for the dequantization
+    noise, the same for every row, so that no row depends on the others.
 
     Raises:
         ValueError: If the rows do not fit the flow.
         ODEError: If the solve fails.
     """
-    transforms, noises = fixed_noise(flow.transforms, NOISES)
+    transforms, noises = fixed_noise(flow.transforms)
     noiseless = Flow(transforms, flow.base)
     generator = torch.Generator().manual_seed(0)  # for other transforms that draw
 
     def evaluate(index: slice) -> Tensor:
         part = rows.take(index)
-        each = [
-            noiseless.log_prob(part.x + noise, part.context, generator=generator)
-            for noise in noises
-        ]
-        log_prob = torch.stack(each).logsumexp(0) - math.log(len(each))
+        with rows_of_caller(itemgetter(slice(1, None))):  # all points of a row in one solve
+            points = part.x + noises.unsqueeze(1)
+            each = noiseless.log_prob(points, part.context, generator=generator)
+        log_prob = each.logsumexp(0) - math.log(len(each))
         return log_prob.where(rows_inside(part.x, flow.support), -math.inf)
 
     scores = rows.x.new_empty(len(rows.x))

@@ -1,5 +1,6 @@
 """Integer columns of a chain that begins with `Unconstrain`: precision and fixed noise."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -32,22 +33,45 @@ def split_off_noise(
     return [_without_noise(unconstrain), exact], [integers, noisy]
 
 
-def fixed_noise(
-    transforms: Iterable[Transform], draws: int
-) -> tuple[list[Transform], Float[Tensor, "draws features"]]:
-    """Return the chain without noise, and the noise to add before it: low-discrepancy draws.
+_POINTS = (5, 7, 11)
+"""Numbers of points of cubatures: odd primes, so that no two points share a coordinate."""
+_DRAWS = 8
 
-    The draws are the same in each call. Without integer columns, the chain is unchanged, and there
-    is a single draw, of zeros.
+
+def fixed_noise(
+    transforms: Iterable[Transform],
+) -> tuple[list[Transform], Float[Tensor, "points features"]]:
+    """Return the chain without noise, and points that stand for the noise to add before it.
+
+    The points are the same in each call. Without integer columns, the chain is unchanged, and there
+    is a single point, of zeros.
     """
     first, *others = transforms
     if not isinstance(first, Unconstrain) or first.is_bijective:
         return [first, *others], torch.zeros(1, first.features, dtype=torch.float64)
     whole = [i for i, column in enumerate(first.columns) if column == "integer"]
-    noise = torch.zeros(draws, first.features, dtype=torch.float64)
-    spread = SobolEngine(len(whole), scramble=True, seed=0).draw(draws, dtype=torch.float64)
-    noise[:, whole] = spread
+    points = uniform_points(len(whole))
+    noise = torch.zeros(len(points), first.features, dtype=torch.float64)
+    noise[:, whole] = points
     return [_without_noise(first), *others], noise
+
+
+def uniform_points(count: int) -> Float[Tensor, "points count"]:
+    """Return points in the unit cube that stand for a uniform distribution, equally weighted.
+
+    For up to ten coordinates they are a cubature of degree 2, exact means, variances and
+    covariances, of sines and cosines at an odd number of angles (as in Stroud 1957, Remarks on the
+    disposition of points in numerical integration formulas). For more, they are low-discrepancy
+    draws.
+    """
+    points = next((points for points in _POINTS if points > count), 0)
+    if not points:
+        return SobolEngine(count, scramble=True, seed=0).draw(_DRAWS, dtype=torch.float64)
+    multiples = torch.arange(1, points // 2 + 1, dtype=torch.float64)
+    shares = torch.arange(points, dtype=torch.float64) / points
+    angles = 2 * math.pi * torch.outer(shares, multiples) + math.pi / (4 * points)
+    waves = torch.stack([angles.cos(), angles.sin()], -1).flatten(-2)[:, :count]
+    return (1 + math.sqrt(2 / 3) * waves) / 2
 
 
 def _without_noise(unconstrain: Unconstrain) -> Unconstrain:

@@ -238,6 +238,25 @@ def test_the_gain_is_what_errors_are_smaller_by_than_changes():
             replace(solver, gain=gain)
 
 
+def test_a_large_gain_is_right_for_all_rows():
+    """Where a few rows meet a rougher field, rows like them may be accepted by chance."""
+
+    class RoughFarOut(torch.nn.Module):
+        def forward(self, t, x, context=None):
+            rough = torch.sin(30 * (x - 5)) * torch.sigmoid(8 * (x - 4))
+            return torch.sin(4 * x + 3 * t) + rough
+
+    flow = Flow([ContinuousTransform(ModuleField(RoughFarOut(), 1))])
+    x, far = torch.randn(490, 1).clamp(-2.5, 2.5), 5 + torch.rand(22, 1) - 0.5
+    gains = []
+    for some in (x, torch.cat([x, far])):
+        flow.only_ode.solver = ODESolver()
+        flow.calibrate(some, accuracy=1e-4)
+        gains.append(flow.only_ode.solver.gain)
+    assert gains[0] > 8
+    assert gains[1] <= 4
+
+
 @pytest.mark.parametrize("number", [1, 2, 5])
 def test_few_rows_are_too_few_to_learn_a_gain(number):
     flow = rough()

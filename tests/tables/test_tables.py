@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from cnf import Flow, ODESolver, Standardize, load, save
+from cnf import Flow, ODEError, ODESolver, Standardize, load, save
 from cnf.tables.fit import (
     DensitySettings,
     TableRows,
@@ -16,6 +16,7 @@ from cnf.tables.fit import (
     log_prob,
     sample,
 )
+from cnf.tables.integer_columns import uniform_points
 from cnf.transforms import Affine, transforms_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_calibration")]
@@ -104,6 +105,38 @@ def test_the_noise_of_a_row_is_its_own(monkeypatch):
     alone = torch.cat([log_prob(flow, TableRows(row[None])) for row in x[::7]])
     torch.testing.assert_close(alone, together[3::7], rtol=0, atol=1e-10)
     assert log_prob(flow, TableRows(x[:0])).shape == (0,)
+
+
+@pytest.mark.parametrize("count", range(1, 13))
+def test_points_of_the_noise_have_the_moments_of_a_uniform_distribution(count):
+    points = uniform_points(count)
+    assert points.min() > 0
+    assert points.max() < 1
+    for column in points.T:
+        assert len(column.round(decimals=9).unique()) == len(points)
+    if count <= 10:
+        assert len(points) in (5, 7, 11)
+        torch.testing.assert_close(points.mean(0), torch.full((count,), 0.5), rtol=0, atol=1e-14)
+        covariance = torch.eye(count) / 12
+        torch.testing.assert_close(points.T.cov(correction=0).view(count, count), covariance)
+
+
+def test_points_of_the_noise_integrate_a_wave_over_cells():
+    """Of a quarter of a period in four coordinates, better than as many draws do."""
+    points = uniform_points(4)
+    wave = (math.pi / 2 * (points - 0.5)).sum(-1).cos().mean()
+    exact = (math.sin(math.pi / 4) / (math.pi / 4)) ** 4
+    assert float(wave) == pytest.approx(exact, rel=0.05)
+
+
+def test_rows_of_whole_numbers_are_named_as_the_caller_counts_them():
+    x = torch.poisson(3 * torch.ones(20, 2))
+    flow, _ = fit_density(
+        transforms_for(x, ["integer", "integer"]), TableRows(x), settings=settings()
+    )
+    strict = ODESolver(method="rk4", times=(0.0, 0.5, 1.0), accuracy=1e-300, max_evaluations=8)
+    with pytest.raises(ODEError, match=r"in rows 0, 1, 2 by max_evaluations=8"):
+        log_prob(flow.using(solver=strict), TableRows(x[:3]))
 
 
 def test_a_probability_of_whole_numbers_is_nearly_the_integral_over_their_cells(monkeypatch):
