@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from cnf.flows.flow import Flow
 from cnf.flows.mixture_start import WeightedRows, become_mixture_if_better
 from cnf.ode import ODEError, ODESolver
 from cnf.tables.integer_columns import fixed_noise, split_off_noise
+from cnf.tables.starts import RACE_STEPS, starts, winner
 from cnf.training import History, Recipe, TrainingConfig, fit
 from cnf.training.initialization import by_weight
 from cnf.transforms import ContinuousTransform, Standardize, Transform, Unconstrain
@@ -119,7 +120,9 @@ def fit_density(
 
     Args:
         transforms: Transforms that standardise the rows, in float64, such as
-            ``[Standardize.from_data(x)]``.
+            ``[Standardize.from_data(x)]``. If they end so, there are 100 validation rows and 2000
+            steps of flow matching, `NormalScores` follow them where the validation rows show,
+            after 200 steps each, that this is the better start.
         rows: Training rows.
         validation: Validation rows, to keep the best weights; None to keep the last weights.
         settings: Settings.
@@ -143,6 +146,34 @@ def fit_density(
         >>> flow.log_prob(x).shape
         torch.Size([200])
     """
+    phases = settings.phases(len(rows.x), progress=progress)
+    chains = starts(
+        list(transforms),
+        rows.x,
+        rows.weight,
+        steps=phases[0].steps if settings.matching_steps != 0 else 0,
+        validated=0 if validation is None else len(validation.x),
+    )
+
+    def trial(chain: list[Transform]) -> Flow:
+        flow = _new_flow(chain, rows, settings)
+        _train(flow, rows, None, [replace(phases[0], steps=RACE_STEPS, ema=None, progress=False)])
+        return flow
+
+    if validation is not None:
+        chains = [winner(chains, trial, *validation)]
+    flow = _new_flow(chains[0], rows, settings)
+    history = _train(flow, rows, validation, phases)
+    if settings.validation_fraction > 0:
+        others = None if validation is None else _some(validation)
+        become_mixture_if_better(flow, _some(rows), others, refit=False)
+    if isinstance(flow.base, StandardNormal):  # the field of a mixture is zero
+        _calibrate(flow, rows, settings.accuracy)
+    return flow, history
+
+
+def _new_flow(chain: Sequence[Transform], rows: TableRows, settings: DensitySettings) -> Flow:
+    """Return a flow of transforms and an ODE of zero velocity, with the context of the rows."""
     widths = settings.hidden_features
     with Building(seed=settings.seed):
         network = CNF(
@@ -156,16 +187,10 @@ def fit_density(
             if isinstance(part, MLPField):
                 part.reset_parameters()
     _, *continuous = network.double().transforms  # the transforms standardise
-    flow = Flow([*transforms, *continuous])
+    flow = Flow([*chain, *continuous])
     for scaling in context_scalings(flow):
         scaling.initialize(rows.context, rows.weight)
-    history = _train(flow, rows, validation, settings.phases(len(rows.x), progress=progress))
-    if settings.validation_fraction > 0:
-        others = None if validation is None else _some(validation)
-        become_mixture_if_better(flow, _some(rows), others, refit=False)
-    if isinstance(flow.base, StandardNormal):  # the field of a mixture is zero
-        _calibrate(flow, rows, settings.accuracy)
-    return flow, history
+    return flow
 
 
 def _some(rows: TableRows) -> WeightedRows:

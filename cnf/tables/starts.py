@@ -1,0 +1,77 @@
+"""Race of starts: from standardised columns, or from their normal scores too."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from cnf.flows.flow import Flow
+from cnf.ode import ODEError, ODESolver
+from cnf.training import TrainingError
+from cnf.transforms import NormalScores, Standardize, Transform
+
+RACE_STEPS = 200
+"""Steps of flow matching of each start. On tables of 8 to 43 columns, the better of two after so
+many was the better in the end."""
+_SHARE = 0.2
+"""Share of the steps of flow matching that a race may take."""
+_LEAST_COMPARED = 100
+_MOST_COMPARED = 1000
+"""Validation rows to compare starts by."""
+
+
+def starts(
+    transforms: Sequence[Transform], x: Tensor, weight: Tensor | None, *, steps: int, validated: int
+) -> list[list[Transform]]:
+    """Return chains to start from, the given one first; others only if a race is worth its time.
+
+    Args:
+        transforms: A chain that standardises rows.
+        x: Training rows.
+        weight: Their weights.
+        steps: Steps of flow matching that follow.
+        validated: Number of validation rows.
+    """
+    given = list(transforms)
+    can_race = given and isinstance(given[-1], Standardize) and validated >= _LEAST_COMPARED
+    if not can_race or steps * _SHARE < 2 * RACE_STEPS:
+        return [given]
+    generator = torch.Generator().manual_seed(0)
+    standardised = Flow(given).double().to_base(x, generator=generator)
+    return [given, [*given, NormalScores.from_data(standardised, weight=weight)]]
+
+
+@torch.no_grad()
+def winner(
+    chains: Sequence[list[Transform]],
+    train: Callable[[list[Transform]], Flow],
+    x: Tensor,
+    context: Tensor | None,
+    weight: Tensor | None,
+) -> list[Transform]:
+    """Return the chain whose flow, after a short training, is the best density of validation rows.
+
+    Args:
+        chains: Chains to start from; a single one wins without a race.
+        train: Returns a flow with a chain, trained for a short time.
+        x: Validation rows.
+        context: Their contexts.
+        weight: Their weights.
+    """
+    if len(chains) == 1:
+        return chains[0]
+    some = slice(_MOST_COMPARED)
+    context = None if context is None else context[some]
+    shares = torch.ones_like(x[some, 0]) if weight is None else weight[some]
+
+    def worth(chain: list[Transform]) -> float:
+        generator = torch.Generator().manual_seed(0)
+        try:
+            flow = train(chain).using(solver=ODESolver())
+            log_prob = flow.log_prob(x[some], context, generator=generator)
+        except (ODEError, TrainingError):
+            return -math.inf
+        return float((shares / shares.sum()) @ log_prob)
+
+    return max(chains, key=worth)
