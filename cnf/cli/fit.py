@@ -160,7 +160,7 @@ def _report(
     """Print and return the NLL of the flow and of a Gaussian."""
     rows = training if held_out is None else held_out
     which = "training" if held_out is None else "held-out"
-    bound = " (at most)" if flow.likelihood == "lower_bound" else ""
+    bound = " (estimate)" if flow.likelihood == "lower_bound" else ""
     print(f"NLL of {len(rows.x)} {which} rows, in nats:")
     nll = MeanAndError.of(-density.log_prob(flow, rows, progress=progress))
     print(f"  flow      {nll}{bound}")

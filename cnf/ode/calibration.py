@@ -9,7 +9,8 @@ not show.
 
 The number of steps and the gain are those with which `solve_by_levels` takes the fewest evaluations
 for these rows, while the results that it would accept are as accurate as asked: 99 of 100 within
-the accuracy, and all within a few times as much.
+the accuracy, and all within a few times as much. A gain above 4 must be right for all rows, also
+for those that it would not accept.
 """
 
 import itertools

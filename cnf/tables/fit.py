@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ from cnf.flows.flow import Flow
 from cnf.flows.mixture_start import WeightedRows, become_mixture_if_better
 from cnf.ode import ODEError, ODESolver
 from cnf.tables.integer_columns import fixed_noise, split_off_noise
-from cnf.tables.starts import RACE_STEPS, starts, winner
+from cnf.tables.starts import RACE_STEPS, evenly, starts, winner
 from cnf.training import History, Recipe, TrainingConfig, fit
 from cnf.training.initialization import by_weight
 from cnf.transforms import ContinuousTransform, Standardize, Transform, Unconstrain
@@ -194,8 +194,7 @@ def _new_flow(chain: Sequence[Transform], rows: TableRows, settings: DensitySett
 
 
 def _some(rows: TableRows) -> WeightedRows:
-    count = min(len(rows.x), _MOST_ROWS)
-    some = rows.take(torch.arange(count) * len(rows.x) // count)
+    some = rows.take(evenly(len(rows.x), _MOST_ROWS))
     return WeightedRows(some.x, some.weight)
 
 
@@ -255,7 +254,13 @@ def _train(
 
     @torch.no_grad()
     def data(rows: TableRows) -> dict[str, Tensor]:
-        x = (Flow(exact).double().to_base(rows.x) if exact else rows.x).float()
+        x = rows.x.new_empty(rows.x.shape)
+        chain = Flow(exact).double() if exact else None
+
+        def standardise(index: slice) -> Tensor:
+            return rows.x[index] if chain is None else chain.to_base(rows.x[index])
+
+        x = in_chunks(standardise, x, chunk_size=_ROWS_AT_ONCE, progress=False).float()
         parts = {"x": x, "weight": rows.weight}
         if rows.context is not None:
             parts["context"] = (scalings[0](rows.context) if scalings else rows.context).float()
@@ -307,7 +312,7 @@ def log_prob(flow: Flow, rows: TableRows, *, progress: bool = False) -> Float[Te
 
     def evaluate(index: slice) -> Tensor:
         part = rows.take(index)
-        with rows_of_caller(itemgetter(slice(1, None))):  # all points of a row in one solve
+        with rows_of_caller(lambda row: row[-1:]):  # all points of a row in one solve
             points = part.x + noises.unsqueeze(1)
             each = noiseless.log_prob(points, part.context, generator=generator)
         log_prob = each.logsumexp(0) - math.log(len(each))

@@ -36,6 +36,8 @@ def split_off_noise(
 _POINTS = (5, 7, 11)
 """Numbers of points of cubatures: odd primes, so that no two points share a coordinate."""
 _DRAWS = 8
+_FINE = 4.0
+"""Least standard deviation of integers whose density is smooth within a cell."""
 
 
 def fixed_noise(
@@ -43,29 +45,33 @@ def fixed_noise(
 ) -> tuple[list[Transform], Float[Tensor, "points features"]]:
     """Return the chain without noise, and points that stand for the noise to add before it.
 
-    The points are the same in each call. Without integer columns, the chain is unchanged, and there
-    is a single point, of zeros.
+    The points are the same in each call: a cubature for integers of a standard deviation of at
+    least 4, and low-discrepancy draws where cells are coarser, because a density may fall near the
+    walls of a cell, where a cubature has no points. Without integer columns, the chain is
+    unchanged, and there is a single point, of zeros.
     """
     first, *others = transforms
     if not isinstance(first, Unconstrain) or first.is_bijective:
         return [first, *others], torch.zeros(1, first.features, dtype=torch.float64)
     whole = [i for i, column in enumerate(first.columns) if column == "integer"]
-    points = uniform_points(len(whole))
+    second = others[0] if others else None
+    is_fine = isinstance(second, Standardize) and bool((second.log_std[whole].exp() >= _FINE).all())
+    points = uniform_points(len(whole), cubature=is_fine)
     noise = torch.zeros(len(points), first.features, dtype=torch.float64)
     noise[:, whole] = points
     return [_without_noise(first), *others], noise
 
 
-def uniform_points(count: int) -> Float[Tensor, "points count"]:
+def uniform_points(count: int, *, cubature: bool) -> Float[Tensor, "points count"]:
     """Return points in the unit cube that stand for a uniform distribution, equally weighted.
 
-    For up to ten coordinates they are a cubature of degree 2, exact means, variances and
+    For up to ten coordinates, a cubature is of degree 2, with exact means, variances and
     covariances, of sines and cosines at an odd number of angles (as in Stroud 1957, Remarks on the
-    disposition of points in numerical integration formulas). For more, they are low-discrepancy
-    draws.
+    disposition of points in numerical integration formulas). For more, or without one, they are
+    low-discrepancy draws.
     """
     points = next((points for points in _POINTS if points > count), 0)
-    if not points:
+    if not points or not cubature:
         return SobolEngine(count, scramble=True, seed=0).draw(_DRAWS, dtype=torch.float64)
     multiples = torch.arange(1, points // 2 + 1, dtype=torch.float64)
     shares = torch.arange(points, dtype=torch.float64) / points

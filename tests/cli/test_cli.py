@@ -603,7 +603,7 @@ def test_control_c_between_chunks_leaves_no_file(
     given = [folder / "data.csv"] if first == "score" else ["-n", 60]
     arguments = [first, folder / "plain", *given, "--out", tmp_path / "x.csv"]
     assert error_of(capsys, *arguments, code=130) == "cnf: interrupted\n"
-    assert len(done[0]) == 20
+    assert 20 in done[0].shape
     assert list(tmp_path.iterdir()) == []
 
 

@@ -316,6 +316,17 @@ def test_points_are_within_the_accuracy_too(size):
     torch.testing.assert_close(flow.to_data_and_ladj(z)[0], x, rtol=0, atol=1e-6)
 
 
+def test_points_that_settle_once_within_the_budget_are_returned():
+    solver = ODESolver(
+        method="rk4", times=(0, 0.25, 0.5, 0.75, 1), accuracy=1e-2, max_evaluations=16
+    )
+    flow = CNF(2).using(solver=solver)
+    z = torch.randn(20, 2)
+    torch.testing.assert_close(flow.to_data(flow.to_base(z)), z, rtol=0, atol=1e-2)
+    with pytest.raises(ODEError, match=r"the point does not settle .* in row"):
+        rough().using(solver=replace(solver, accuracy=1e-9)).to_base(z)
+
+
 def test_points_come_back_through_a_map_that_stretches():
     class Away(torch.nn.Module):
         def forward(self, t, x, context=None):

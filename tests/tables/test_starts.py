@@ -66,6 +66,17 @@ def test_the_best_of_the_validation_rows_by_weight_wins(weight):
     assert best == (["first"] if weight is None else ["second"])
 
 
+def test_a_start_that_is_hardly_better_does_not_win():
+    values = {"first": 0.0, "second": 0.09, "third": 0.11}
+
+    def train(chain):
+        return Recorder(torch.full((2,), values[chain[0]]))
+
+    first, second, third = ["first"], ["second"], ["third"]
+    assert winner([first, second], train, torch.zeros(2, 1), None, None) == first
+    assert winner([first, second, third], train, torch.zeros(2, 1), None, None) == third
+
+
 def test_a_start_that_cannot_be_trained_loses():
     def train(chain):
         if chain == ["first"]:

@@ -16,7 +16,7 @@ from cnf.tables.fit import (
     log_prob,
     sample,
 )
-from cnf.tables.integer_columns import uniform_points
+from cnf.tables.integer_columns import fixed_noise, uniform_points
 from cnf.transforms import Affine, transforms_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_calibration")]
@@ -109,7 +109,7 @@ def test_the_noise_of_a_row_is_its_own(monkeypatch):
 
 @pytest.mark.parametrize("count", range(1, 13))
 def test_points_of_the_noise_have_the_moments_of_a_uniform_distribution(count):
-    points = uniform_points(count)
+    points = uniform_points(count, cubature=True)
     assert points.min() > 0
     assert points.max() < 1
     for column in points.T:
@@ -121,12 +121,39 @@ def test_points_of_the_noise_have_the_moments_of_a_uniform_distribution(count):
         torch.testing.assert_close(points.T.cov(correction=0).view(count, count), covariance)
 
 
-def test_points_of_the_noise_integrate_a_wave_over_cells():
-    """Of a quarter of a period in four coordinates, better than as many draws do."""
-    points = uniform_points(4)
-    wave = (math.pi / 2 * (points - 0.5)).sum(-1).cos().mean()
-    exact = (math.sin(math.pi / 4) / (math.pi / 4)) ** 4
-    assert float(wave) == pytest.approx(exact, rel=0.05)
+def test_points_of_the_noise_integrate_a_smooth_density_better_than_draws():
+    """An exponential of a slope of half a nat for a cell, in four columns."""
+    slopes = torch.tensor([[0.5, 0.5, -0.5, 0.5], [0.5, 0, 0, 0.5], [0.1, -0.5, 0.5, 0.2]])
+    exact = torch.where(slopes == 0, 1.0, slopes.expm1() / slopes).prod(-1)
+
+    def error(cubature):
+        means = (uniform_points(4, cubature=cubature) @ slopes.T).exp().mean(0)
+        return (means / exact).log().abs().max()
+
+    assert error(True) < 0.01
+    assert error(False) > 2 * error(True)
+
+
+def test_coarse_cells_are_averaged_over_their_whole_width():
+    """Binary columns: the probabilities of all rows add up to one, and NLL is above the entropy."""
+    x = torch.randint(2, (400, 2)).double()
+    transforms = transforms_for(x, ["integer", "integer"])
+    assert len(fixed_noise(transforms)[1]) == 8
+    assert len(fixed_noise([transforms[0], Standardize.from_data(16 * x)])[1]) == 5
+    assert len(fixed_noise([transforms[0]])[1]) == 8
+    settled = settings(matching_steps=300, learning_rate=0.01, accuracy=1e-2)
+    flow, _ = fit_density(transforms, TableRows(x), settings=settled)
+    every = torch.cartesian_prod(*[torch.arange(-1.0, 3.0)] * 2)
+    assert float(log_prob(flow, TableRows(every)).exp().sum()) == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize("column", ["integer", "real"])
+def test_a_context_that_is_not_finite_is_named_by_its_row(column):
+    x, context = torch.poisson(3 * torch.ones(20, 1)), torch.randn(20, 2)
+    flow, _ = fit_density(transforms_for(x, [column]), TableRows(x, context), settings=settings())
+    context[7] = math.nan
+    with pytest.raises(ValueError, match=r"context .* row 7"):
+        log_prob(flow, TableRows(x, context))
 
 
 def test_rows_of_whole_numbers_are_named_as_the_caller_counts_them():
