@@ -37,8 +37,9 @@ _LEAST_ROWS = 2  # for a standard deviation
 class CNFDensity(DensityMixin, BaseEstimator):
     """Density estimation by a continuous normalizing flow, with `KernelDensity`'s interface.
 
-    Columns are standardised, and may become normal scores, as `fit_density` says. Log-densities are in nats, computed in float64 by steps that are as
-    fine as the `accuracy` of each row needs, so the score of a row does not depend on the others.
+    Columns are standardised, and may become normal scores, as `fit_density` says. Log-densities are
+    in nats, computed in float64 by steps that are as fine as the `accuracy` of each row needs, so
+    the score of a row does not depend on the others.
 
     Args:
         matching_steps: Steps of flow matching of each `fit`; None for a number that depends on the
