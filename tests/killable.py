@@ -66,7 +66,7 @@ def train(folder: Path, **settings: object) -> tuple[Flow, History]:
     torch.manual_seed(0)
     x = torch.randn(60, 2) @ torch.tensor([[1.0, -0.8], [0.0, 0.5]])
     settings_of_flow = {"divergence": Hutchinson(), "solver": CHEAP, "standardize": False}
-    settings_of_flow["skip"] = False  # one step would not solve it
+    settings_of_flow |= {"skip": False, "frequency": 4.0}  # one step would not solve the skip
     flow = CNF(2, hidden_features=(8, 8), **settings_of_flow)
     checkpoints = Checkpoints(folder=folder, every=7, keep=3)
     data = {"validation": x[:20] + 1, "checkpoints": checkpoints, "resume": True}
