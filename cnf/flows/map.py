@@ -135,9 +135,9 @@ class FlowMap(nn.Module):
         result of a row does not depend on the others, except within `accuracy` if one of them
         overflows on the first two grids. The estimate is from the change between two grids, and
         how much smaller errors were for `x`; of 1000 rows a few have an error a few times as large.
-        `to_base`, `to_data` and `sample` refine a row until the change itself, with that of the
-        points, is at most half of `accuracy`, twice in a row at the base. Calibrate again when
-        parameters have changed.
+        `to_base`, `to_data` and `sample` refine a row until its point changes by at most half of
+        `accuracy`, and a point at the base twice in a row. Calibrate again when parameters have
+        changed.
 
         Args:
             x: Rows such as the training rows; 512 of them are used, evenly from first to last.

@@ -65,11 +65,12 @@ def solve_by_levels(
     for_points = goal != "density"
     accuracy = (_SHARE_OF_POINTS if for_points else solver.gain) * (solver.accuracy or 0.0)
     open_rows = torch.arange(len(ladj), device=ladj.device)
-    settles_again = torch.full_like(ladj, goal != "z", dtype=torch.bool)  # points at the base
+    # By the level before, which counts for points at the base alone.
+    had_settled = torch.full_like(ladj, goal != "z", dtype=torch.bool)
     while True:
         has_moved = is_unsettled(before, now, accuracy, for_points=for_points)
-        is_open = has_moved | ~settles_again
-        open_rows, settles_again = open_rows[is_open], ~has_moved[is_open] | (goal != "z")
+        is_open = has_moved | ~had_settled
+        open_rows, had_settled = open_rows[is_open], ~has_moved[is_open] | (goal != "z")
         if len(open_rows) == 0:
             return z, ladj
         solver = solver.halved()

@@ -254,13 +254,16 @@ def _train(
 
     @torch.no_grad()
     def data(rows: TableRows) -> dict[str, Tensor]:
-        x = rows.x.new_empty(rows.x.shape)
-        chain = Flow(exact).double() if exact else None
-
-        def standardise(index: slice) -> Tensor:
-            return rows.x[index] if chain is None else chain.to_base(rows.x[index])
-
-        x = in_chunks(standardise, x, chunk_size=_ROWS_AT_ONCE, progress=False).float()
+        x = rows.x
+        if exact:
+            chain = Flow(exact).double()
+            x = in_chunks(
+                lambda index: chain.to_base(rows.x[index]),
+                torch.empty_like(x),
+                chunk_size=_ROWS_AT_ONCE,
+                progress=False,
+            )
+        x = x.float()
         parts = {"x": x, "weight": rows.weight}
         if rows.context is not None:
             parts["context"] = (scalings[0](rows.context) if scalings else rows.context).float()

@@ -13,8 +13,8 @@ from cnf.training import TrainingError
 from cnf.transforms import NormalScores, Standardize, Transform
 
 RACE_STEPS = 200
-"""Steps of flow matching of each start. On tables of 8 to 43 columns, the better of two after so
-many was the better in the end."""
+"""Steps of flow matching of each start: on tables of 8 to 43 columns, the better of two after so
+many was the better in the end, or as good."""
 _SHARE = 0.2
 """Share of the steps of flow matching that a race may take."""
 _LEAST_COMPARED = 100
