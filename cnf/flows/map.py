@@ -136,8 +136,8 @@ class FlowMap(nn.Module):
         overflows on the first two grids. The estimate is from the change between two grids, and
         how much smaller errors were for `x`; of 1000 rows a few have an error a few times as large.
         `to_base`, `to_data` and `sample` refine a row until its point changes by at most half of
-        `accuracy`, and a point at the base twice in a row. Calibrate again when parameters have
-        changed.
+        `accuracy`: at the base twice in a row, at the data not if it changed 32 times as much
+        before. Calibrate again when parameters have changed.
 
         Args:
             x: Rows such as the training rows; 512 of them are used, evenly from first to last.

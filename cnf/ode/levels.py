@@ -13,11 +13,13 @@ The error in nats of the log-density of a row is estimated from two levels as
 where :math:`|z| |\Delta z|` is the change of a standard normal log-density at z, divided by the
 `gain` of the solver: how much smaller errors are than changes, at least 1, and more where steps are
 fine enough, as calibration measures. For the points themselves, the gain is 1/2, and :math:`|z|` at
-least 1. A point at the base must settle twice in a row, because the way back to the data stretches
-its error. A row that ends at more than ten standard deviations may have an error in proportion to
-its log-density, :math:`-|z|^2 / 2`.
+least 1. As one change may be small by chance, the change before counts too: a point at the base
+must settle twice in a row, because the way back to the data stretches its error, and the change
+before of a point at the data may be 32 times as large. A row that ends at more than ten standard
+deviations may have an error in proportion to its log-density, :math:`-|z|^2 / 2`.
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -32,6 +34,9 @@ _FAR = 10.0
 """Standard deviations from 0 at the base up to which the error of a row is absolute."""
 _SHARE_OF_POINTS = 0.5
 """Part of the accuracy by which points may change, so that there and back keep it."""
+_CHANGE_BEFORE = {"density": math.inf, "x": 32.0, "z": 1.0}
+"""Limit of the change before, in limits of the change. By steps of half the size, changes fall to a
+sixteenth; where one falls to less than half of that, it is small by chance."""
 _ROUNDING = 16
 """Rounding errors of the numbers of a row that no finer steps remove."""
 
@@ -55,22 +60,30 @@ def solve_by_levels(
     Raises:
         ODEError: If a row needs more evaluations than the solver's budget.
     """
+    for_points = goal != "density"
+    accuracy = (_SHARE_OF_POINTS if for_points else solver.gain) * (solver.accuracy or 0.0)
+    before_accuracy = _CHANGE_BEFORE[goal] * accuracy
+
+    earlier: State | None = None
+    if goal == "x" and len(solver.times or ()) > 3:
+        with torch.no_grad():
+            earlier = _if_finite(solve, solver.coarser().coarser())
     before, now = _if_finite(solve, solver.coarser()), _if_finite(solve, solver)
     while before is None or now is None:
         solver = solver.halved()
         if (solver.evaluations or 0) > solver.max_evaluations:
             solve(solver.coarser(), None)  # raises the error
-        before, now = now, _if_finite(solve, solver)
+        earlier, before, now = before, now, _if_finite(solve, solver)
     z, ladj = extrapolated(before, now)
-    for_points = goal != "density"
-    accuracy = (_SHARE_OF_POINTS if for_points else solver.gain) * (solver.accuracy or 0.0)
     open_rows = torch.arange(len(ladj), device=ladj.device)
-    # By the level before, which counts for points at the base alone.
-    had_settled = torch.full_like(ladj, goal != "z", dtype=torch.bool)
+    may_settle = torch.full_like(ladj, not for_points, dtype=torch.bool)
+    if earlier is not None:
+        may_settle |= ~is_unsettled(earlier, before, before_accuracy, for_points=for_points)
     while True:
         has_moved = is_unsettled(before, now, accuracy, for_points=for_points)
-        is_open = has_moved | ~had_settled
-        open_rows, had_settled = open_rows[is_open], ~has_moved[is_open] | (goal != "z")
+        is_open = has_moved | ~may_settle
+        may_settle = ~is_unsettled(before, now, before_accuracy, for_points=for_points)[is_open]
+        open_rows = open_rows[is_open]
         if len(open_rows) == 0:
             return z, ladj
         solver = solver.halved()

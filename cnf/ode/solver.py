@@ -170,14 +170,14 @@ class ODESolver:
         return (self.steps or len(self.times or ()) - 1) * evaluations_per_step(self.method)
 
     def coarser(self) -> "ODESolver":
-        """Return the solver with every second of its `times`, without `accuracy`.
+        """Return the solver with every second of its `times` and the last, without `accuracy`.
 
         Raises:
-            ValueError: If it has no `times` with an even number of steps.
+            ValueError: If it has no `times`.
         """
-        if len(self.times or ()) % 2 == 0:
-            raise ValueError(f"times must have an even number of steps; got {self.times}.")
-        return replace(self, times=(self.times or ())[::2], accuracy=None)
+        if self.times is None:
+            raise ValueError("a solver without times has no coarser ones; give times=.")
+        return replace(self, times=(*self.times[:-1:2], self.times[-1]), accuracy=None)
 
     def halved(self) -> "ODESolver":
         """Return the solver with steps of half the size.

@@ -316,6 +316,25 @@ def test_points_are_within_the_accuracy_too(size):
     torch.testing.assert_close(flow.to_data_and_ladj(z)[0], x, rtol=0, atol=1e-6)
 
 
+def test_a_change_that_is_small_by_chance_is_not_believed():
+    """Of many points on a coarse grid, some change little though they are not right yet."""
+
+    class Wave(torch.nn.Module):
+        def forward(self, t, x, context=None):
+            return 2 * torch.sin(20 * t + 3 * x)
+
+    times = torch.linspace(0, 1, 13).tolist()
+    solver = ODESolver(method="rk4", times=times, accuracy=1e-3)
+    plain, coarser = replace(solver, accuracy=None), solver.coarser()
+    flow = Flow([ContinuousTransform(ModuleField(Wave(), 1), solver=solver)])
+    z = torch.linspace(-1, 1, 4000).unsqueeze(-1)
+    x, before = (flow.using(solver=each).to_data(z) for each in (plain, coarser))
+    true = flow.using(solver=FINE).to_data(z)
+    is_by_chance = ((x - before).abs() < 5e-4) & ((x - true).abs() > 1e-3)
+    assert is_by_chance.sum() > 3
+    assert (flow.to_data(z) - true).abs().max() < 1e-3
+
+
 def test_points_that_settle_once_within_the_budget_are_returned():
     solver = ODESolver(
         method="rk4", times=(0, 0.25, 0.5, 0.75, 1), accuracy=1e-2, max_evaluations=16
