@@ -1,0 +1,1 @@
+"""Systems of the literature, each doing what its paper is for: a module for each."""
