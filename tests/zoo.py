@@ -16,11 +16,14 @@ from cnf import CNF, Flow, MLPField, ModuleField, NeuralODE, ODESolver, Standard
 from cnf.adapters import FromNflows, FromNormflows, FromTorch, FromZuko, NormflowsBase, TorchBase
 from cnf.baselines import build, glow
 from cnf.bases import Base, GaussianMixtureBase, StandardNormal
+from cnf.flows import MixtureOfFlows
 from cnf.transforms import (
     ActNorm,
     AdditiveCoupling,
+    AdjustedLangevin,
     Affine,
     AffineCoupling,
+    AnnealedDensity,
     Augment,
     Chain,
     ConditionalAffine,
@@ -29,15 +32,19 @@ from cnf.transforms import (
     Conv1x1,
     ConvConditioner,
     Dequantize,
+    Diffusion,
     EmergingConv,
     ExactLipschitz,
     ExactLogDet,
     FactorOut,
     Flatten,
+    HamiltonianMonteCarlo,
+    Langevin,
     LipschitzAttention,
     LipschitzConv,
     LipschitzMLP,
     Logit,
+    MetropolisHastings,
     MLPConditioner,
     NormalScores,
     PeriodicConv,
@@ -334,7 +341,24 @@ SURJECTIONS: dict[str, Callable[[], Transform]] = {
 }
 """Random on the way to the base, so that a likelihood is a lower bound."""
 
-TRANSFORMS = {**BIJECTIONS, **SURJECTIONS}
+
+def annealed(features: int = 2, share: float = 0.5) -> AnnealedDensity:
+    """A density between a normal and a mixture."""
+    target = GaussianMixtureBase.from_data(torch.randn(40, features).exp())
+    return AnnealedDensity(StandardNormal(features), target, share)
+
+
+KERNELS: dict[str, Callable[[], Transform]] = {
+    "metropolis hastings": lambda: MetropolisHastings(2, annealed(), steps=3),
+    "langevin": lambda: Langevin(2, annealed(share=0.0), steps=3),
+    "adjusted langevin": lambda: AdjustedLangevin(3, annealed(3), steps=2),
+    "hamiltonian monte carlo": lambda: HamiltonianMonteCarlo(2, annealed(), leapfrogs=2),
+    "diffusion": lambda: Diffusion(mlp(), perturbed(LinearField(2)), steps=3),
+    "diffusion with context": lambda: Diffusion(mlp(2, 3), mlp(2, 3), steps=2, noise=0.5),
+}
+"""Random in both directions."""
+
+TRANSFORMS = {**BIJECTIONS, **SURJECTIONS, **KERNELS}
 
 BASES: dict[str, Callable[[], Base]] = {
     "standard normal": lambda: StandardNormal(2),
@@ -342,6 +366,7 @@ BASES: dict[str, Callable[[], Base]] = {
     "torch": lambda: TorchBase(Independent(Gamma(torch.full((2,), 3.0), torch.full((2,), 2.0)), 1)),
     "normflows": lambda: NormflowsBase(normflows.distributions.GaussianMixture(3, 2).double()),
     "named": lambda: perturbed(build("gmm", 2, size=3).base),
+    "mixture of flows": lambda: perturbed(MixtureOfFlows([cnf(), Flow(couplings())])),
 }
 
 ESTIMATES: dict[str, Callable[[], Transform]] = {

@@ -21,7 +21,7 @@ from cnf._memory import check_fits
 from cnf._row_names import rows_of_caller
 from cnf._shapes import Context, Events
 from cnf.bases import Likelihood, weakest
-from cnf.flows.distribution import FlowDistribution
+from cnf.flows.as_torch.distribution import FlowDistribution
 from cnf.flows.map import FlowMap
 from cnf.flows.standard_error import to_base_with_error
 from cnf.transforms.chain import check_importance_samples

@@ -107,7 +107,10 @@ class FlowMap(nn.Module):
         self.transforms.initialize(x, context, generator=generator)
         if self.base.needs_initialization:
             z = self.transforms.to_base(x, context, generator=generator)
-            self.base.initialize(z.reshape(-1, self.base.features), generator=generator)
+            if context is not None:
+                context = context.expand(*z.shape[:-1], -1).reshape(-1, self.context_features)
+            z = z.reshape(-1, self.base.features)
+            self.base.initialize(z, context, generator=generator)
 
     @property
     def accuracy(self) -> float | None:

@@ -20,14 +20,20 @@ from cnf.transforms.residual.attention import LipschitzAttention
 from cnf.transforms.residual.contractions import ContractiveNetwork, LipschitzConv, LipschitzMLP
 from cnf.transforms.residual.log_det import ExactLogDet, RussianRoulette, TruncatedSeries
 from cnf.transforms.residual.residual_flow import ResidualFlow
+from cnf.transforms.stochastic.densities import AnnealedDensity
+from cnf.transforms.stochastic.diffusion import Diffusion
+from cnf.transforms.stochastic.kernels import MarkovKernel, MetropolisHastings
+from cnf.transforms.stochastic.langevin import AdjustedLangevin, HamiltonianMonteCarlo, Langevin
 from cnf.transforms.support.dequantize import Dequantize, Logit
 from cnf.transforms.support.unconstrain import Unconstrain, transforms_for
 
 __all__ = [
     "ActNorm",
     "AdditiveCoupling",
+    "AdjustedLangevin",
     "Affine",
     "AffineCoupling",
+    "AnnealedDensity",
     "Augment",
     "Chain",
     "ConditionalAffine",
@@ -37,17 +43,22 @@ __all__ = [
     "ConvConditioner",
     "Coupling",
     "Dequantize",
+    "Diffusion",
     "EmergingConv",
     "ExactLipschitz",
     "ExactLogDet",
     "FactorOut",
     "Flatten",
+    "HamiltonianMonteCarlo",
+    "Langevin",
     "Likelihood",
     "LipschitzAttention",
     "LipschitzConv",
     "LipschitzMLP",
     "Logit",
     "MLPConditioner",
+    "MarkovKernel",
+    "MetropolisHastings",
     "NormalScores",
     "PeriodicConv",
     "Permute",

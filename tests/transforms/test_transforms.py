@@ -10,6 +10,7 @@ from zoo import (
     BIJECTIONS,
     ESTIMATES,
     PRECISE,
+    SURJECTIONS,
     TRANSFORMS,
     UserNetwork,
     in_turn,
@@ -30,7 +31,9 @@ every_transform = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
 every_bijection = pytest.mark.parametrize("make", BIJECTIONS.values(), ids=BIJECTIONS)
 
 
-@pytest.mark.parametrize(("name", "batch"), in_turn(TRANSFORMS, [(), (4,), (3, 2)]), ids=str)
+@pytest.mark.parametrize(
+    ("name", "batch"), in_turn({**BIJECTIONS, **SURJECTIONS}, [(), (4,), (3, 2)]), ids=str
+)
 def test_to_data_undoes_to_base(name, batch):
     transform = TRANSFORMS[name]()
     to_data_undoes_to_base(transform, *rows_for(transform, *batch), atol=1e-6)

@@ -1,0 +1,1 @@
+"""Transforms that draw in both directions: Markov kernels."""
