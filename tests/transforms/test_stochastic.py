@@ -49,6 +49,8 @@ def test_the_density_stays_invariant(make):
     start = WIDE.sample((4000, 1))
     for way in ("to_base", "to_data"):
         moved = getattr(make(wide), way)(start, generator=seeded())
+        assert (moved != start).double().mean() > 0.5
+        assert kstest(moved.flatten().numpy(), norm(1, 2).cdf).pvalue > 1e-4
 
 
 @reversible
@@ -169,9 +171,8 @@ def test_the_same_generator_gives_the_same_path(make):
     x, context = rows_for(kernel, 5)
     paths = [kernel.to_base(x, context, generator=seeded()) for _ in range(2)]
     torch.testing.assert_close(*paths, rtol=0, atol=0)
-    assert not torch.equal(
-        paths[0], kernel.to_base(x, context, generator=torch.Generator().manual_seed(9))
-    )
+    other = torch.Generator().manual_seed(9)
+    assert not torch.equal(paths[0], kernel.to_base(x, context, generator=other))
 
 
 @pytest.mark.parametrize(
@@ -226,4 +227,4 @@ def test_a_normal_target_is_reached_from_another():
     assert weight.mean() == pytest.approx(1, abs=4 * float(weight.std()) / 2000**0.5)
     share = [float(w.sum().square() / w.square().sum() / 2000) for w in (plain, weight)]
     assert share[0] < 0.01
-    assert share[1] > 0.3
+    assert share[1] > 0.1
