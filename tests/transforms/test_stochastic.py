@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from scipy.stats import kstest, norm
 from torch.distributions import MultivariateNormal, Normal
 from zoo import KERNELS, annealed, mlp, perturbed, rows_for, seeded
 
