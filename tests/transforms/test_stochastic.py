@@ -167,6 +167,18 @@ def test_a_walk_leaves_where_the_density_is_zero_with_weight_zero():
     assert contribution.isfinite().all()
 
 
+def test_a_trajectory_that_overflows_is_rejected():
+    def steep(x):
+        assert x.isfinite().all()
+        return -x.square().square().sum(-1)
+
+    kernel = HamiltonianMonteCarlo(1, steep, steps=1, leapfrogs=20, step_size=5.0)
+    x = torch.randn(100, 1)
+    moved, contribution = kernel.to_data_and_ladj(x)
+    assert torch.equal(moved, x)
+    assert (contribution == 0).all()
+
+
 @pytest.mark.parametrize("make", KERNELS.values(), ids=KERNELS)
 def test_the_same_generator_gives_the_same_path(make):
     kernel = make()

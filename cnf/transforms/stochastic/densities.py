@@ -65,7 +65,12 @@ def check_log_density(name: str, density: LogDensity) -> LogDensity:
 
 
 def evaluated(density: LogDensity, x: Tensor) -> Float[Tensor, "*batch"]:
-    """Return the log-density of each row, after checks of what a user's function returns."""
+    """Return the log-density of each row, after checks of what a user's function returns.
+
+    It is -inf for a row that has overflowed, of which the function is not asked.
+    """
+    inside = x.detach().isfinite().all(-1)
+    x = torch.where(inside.unsqueeze(-1), x, 0.0)
     value = density.log_prob(x) if isinstance(density, Base) else density(x)
     if not isinstance(value, Tensor) or value.shape != x.shape[:-1]:
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -73,9 +78,7 @@ def evaluated(density: LogDensity, x: Tensor) -> Float[Tensor, "*batch"]:
             f"log_density must return a number for each row, of shape {tuple(x.shape[:-1])}; got "
             f"{found}."
         )
-    # A walk that overflowed is where the density is zero.
-    inside = x.detach().isfinite().all(-1)
-    bad = inside & (value.detach().isnan() | value.detach().isposinf())
+    bad = value.detach().isnan() | value.detach().isposinf()
     refuse_rows("log_density", bad, "finite or -inf")
     return torch.where(inside, value, -torch.inf)
 
