@@ -50,7 +50,7 @@ class AnnealedDensity(nn.Module):
         total = x.new_zeros(x.shape[:-1])
         for share, density in ((1 - self.share, self.initial), (self.share, self.target)):
             if share:
-                total = total + share * evaluated(density, x)
+                total = total + share * _shaped(density, x)
         return total
 
 
@@ -65,12 +65,30 @@ def check_log_density(name: str, density: LogDensity) -> LogDensity:
 
 
 def evaluated(density: LogDensity, x: Tensor) -> Float[Tensor, "*batch"]:
-    """Return the log-density of each row, after checks of what a user's function returns.
+    """Return the log-density of each row, after checks of what a user's function returns."""
+    value = _shaped(density, x)
+    bad = value.detach().isnan() | value.detach().isposinf()
+    refuse_rows("log_density", bad, "finite or -inf")
+    return value
 
-    It is -inf for a row that has overflowed, of which the function is not asked.
-    """
+
+def of_proposals(density: LogDensity, x: Tensor) -> Float[Tensor, "*batch"]:
+    """Return the log-density of each row; -inf, to reject it, where it is NaN or x overflowed."""
     inside = x.detach().isfinite().all(-1)
-    x = torch.where(inside.unsqueeze(-1), x, 0.0)
+    value = _shaped(density, torch.where(inside.unsqueeze(-1), x, 0.0))
+    return torch.where(inside & ~value.detach().isnan(), value, -torch.inf)
+
+
+def with_gradient(
+    density: LogDensity, x: Tensor, evaluate: Callable[[LogDensity, Tensor], Tensor] = evaluated
+) -> tuple[Tensor, Tensor]:
+    """Return the log-density of each row and its gradient in x, itself differentiable."""
+    value, pull, *_ = torch.func.vjp(lambda point: evaluate(density, point), x)
+    (gradient,) = pull(torch.ones_like(value))
+    return value, gradient
+
+
+def _shaped(density: LogDensity, x: Tensor) -> Tensor:
     value = density.log_prob(x) if isinstance(density, Base) else density(x)
     if not isinstance(value, Tensor) or value.shape != x.shape[:-1]:
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -78,13 +96,4 @@ def evaluated(density: LogDensity, x: Tensor) -> Float[Tensor, "*batch"]:
             f"log_density must return a number for each row, of shape {tuple(x.shape[:-1])}; got "
             f"{found}."
         )
-    bad = value.detach().isnan() | value.detach().isposinf()
-    refuse_rows("log_density", bad, "finite or -inf")
-    return torch.where(inside, value, -torch.inf)
-
-
-def with_gradient(density: LogDensity, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the log-density of each row and its gradient in x, itself differentiable."""
-    value, pull, *_ = torch.func.vjp(lambda point: evaluated(density, point), x)
-    (gradient,) = pull(torch.ones_like(value))
-    return value, gradient
+    return value

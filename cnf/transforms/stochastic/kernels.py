@@ -7,7 +7,12 @@ from torch import Generator, Tensor
 
 from cnf._checks import check_count, check_number, is_positive
 from cnf.transforms.base import Transform, WithLadj
-from cnf.transforms.stochastic.densities import LogDensity, check_log_density, evaluated
+from cnf.transforms.stochastic.densities import (
+    LogDensity,
+    check_log_density,
+    evaluated,
+    of_proposals,
+)
 
 
 class MarkovKernel(Transform, ABC):
@@ -110,7 +115,7 @@ class MetropolisHastings(MarkovKernel):
     def _propose(self, point: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:
         proposal = point + self.scale * normal_like(point, generator)
         density = self.log_density
-        return proposal, evaluated(density, proposal) - evaluated(density, point)
+        return proposal, of_proposals(density, proposal) - of_proposals(density, point)
 
 
 def normal_like(x: Tensor, generator: Generator | None) -> Tensor:

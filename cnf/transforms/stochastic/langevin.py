@@ -9,7 +9,7 @@ from cnf.transforms.base import Transform, WithLadj
 from cnf.transforms.stochastic.densities import (
     LogDensity,
     check_log_density,
-    evaluated,
+    of_proposals,
     with_gradient,
 )
 from cnf.transforms.stochastic.kernels import MarkovKernel, normal_like
@@ -117,10 +117,10 @@ class AdjustedLangevin(MarkovKernel):
 
     def _propose(self, point: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:
         step, width = self.step_size, math.sqrt(2 * self.step_size)
-        before, slope = with_gradient(self.log_density, point)
+        before, slope = with_gradient(self.log_density, point, of_proposals)
         noise = normal_like(point, generator)
         proposal = point + step * slope + width * noise
-        after, slope = with_gradient(self.log_density, proposal)
+        after, slope = with_gradient(self.log_density, proposal, of_proposals)
         back = (point - proposal - step * slope) / width
         return proposal, after - before + 0.5 * (noise.square() - back.square()).sum(-1)
 
@@ -167,12 +167,12 @@ class HamiltonianMonteCarlo(MarkovKernel):
 
     def _propose(self, point: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:
         momentum = normal_like(point, generator)
-        before, slope = with_gradient(self.log_density, point)
+        before, slope = with_gradient(self.log_density, point, of_proposals)
         energy = before - 0.5 * momentum.square().sum(-1)
         for _ in range(self.leapfrogs):
             momentum = momentum + 0.5 * self.step_size * slope
             point = point + self.step_size * momentum
-            _, slope = with_gradient(self.log_density, point)
+            _, slope = with_gradient(self.log_density, point, of_proposals)
             momentum = momentum + 0.5 * self.step_size * slope
-        after = evaluated(self.log_density, point)
+        after = of_proposals(self.log_density, point)
         return point, after - 0.5 * momentum.square().sum(-1) - energy
