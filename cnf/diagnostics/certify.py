@@ -36,7 +36,8 @@ def certify(
       a tenth of its tolerances; for a fixed grid, by an adaptive solver at a tight tolerance and
       with at least 106, and more than twice as many, equal steps. The limit is 0.05 nats or, if
       more, five times the stated accuracy of a calibrated flow;
-    - ``round_trip``: largest error of x -> z -> x, in standard deviations of each feature;
+    - ``round_trip``: largest error of x -> z -> x, in standard deviations of each feature; if x is
+      drawn given z, the error of the worst part, of z -> x -> z for a surjection;
     - ``ladj``: deviation of the ladj of a discrete bijection from its Jacobian by autograd, for the
       worst part and direction;
     - ``sampled_log_prob``: largest difference between the log-density returned with a sample and

@@ -1,7 +1,6 @@
 """Transforms between data and base."""
 
 from cnf.bases import Likelihood
-from cnf.transforms.augment import Augment
 from cnf.transforms.base import Transform
 from cnf.transforms.chain import Chain
 from cnf.transforms.conditioners import ConvConditioner, MLPConditioner
@@ -11,6 +10,7 @@ from cnf.transforms.elementwise import Affine, ConditionalAffine
 from cnf.transforms.exact_lipschitz import ExactLipschitz
 from cnf.transforms.factor_out import FactorOut
 from cnf.transforms.from_data import ActNorm, NormalScores, Standardize, Whiten
+from cnf.transforms.inverse import Inverse
 from cnf.transforms.linear.conv1x1 import Conv1x1
 from cnf.transforms.linear.convolutions import EmergingConv, PeriodicConv
 from cnf.transforms.linear.woodbury import WoodburyConv
@@ -20,10 +20,21 @@ from cnf.transforms.residual.attention import LipschitzAttention
 from cnf.transforms.residual.contractions import ContractiveNetwork, LipschitzConv, LipschitzMLP
 from cnf.transforms.residual.log_det import ExactLogDet, RussianRoulette, TruncatedSeries
 from cnf.transforms.residual.residual_flow import ResidualFlow
+from cnf.transforms.stochastic.permutation import StochasticPermutation
+from cnf.transforms.stochastic.vae import VAE
 from cnf.transforms.support.dequantize import Dequantize, Logit
 from cnf.transforms.support.unconstrain import Unconstrain, transforms_for
+from cnf.transforms.surjections.absolute import Abs
+from cnf.transforms.surjections.augment import Augment
+from cnf.transforms.surjections.maximum import Maximum, MaxPool2d
+from cnf.transforms.surjections.round import Round
+from cnf.transforms.surjections.slice import Slice
+from cnf.transforms.surjections.sort import LogGaps, Sort
+from cnf.transforms.surjections.transformed_base import TransformedBase
 
 __all__ = [
+    "VAE",
+    "Abs",
     "ActNorm",
     "AdditiveCoupling",
     "Affine",
@@ -42,22 +53,31 @@ __all__ = [
     "ExactLogDet",
     "FactorOut",
     "Flatten",
+    "Inverse",
     "Likelihood",
     "LipschitzAttention",
     "LipschitzConv",
     "LipschitzMLP",
+    "LogGaps",
     "Logit",
     "MLPConditioner",
+    "MaxPool2d",
+    "Maximum",
     "NormalScores",
     "PeriodicConv",
     "Permute",
     "Planar",
     "Radial",
     "ResidualFlow",
+    "Round",
     "RussianRoulette",
+    "Slice",
+    "Sort",
     "Squeeze",
     "Standardize",
+    "StochasticPermutation",
     "Transform",
+    "TransformedBase",
     "TruncatedSeries",
     "Unconstrain",
     "Whiten",

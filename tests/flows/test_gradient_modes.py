@@ -16,6 +16,7 @@ from zoo import (
     POTENTIAL_FIELDS,
     TRANSFORMS,
     UserNetwork,
+    base_rows_for,
     perturbed,
     rows_for,
     seeded,
@@ -205,7 +206,7 @@ def test_an_adaptive_solve_is_the_same_whoever_asks_for_gradients(batch, solver)
 def test_a_transform_gives_the_same_numbers_whoever_asks_for_gradients(make):
     transform = map_continuous(make(), lambda part: part.using(solver=coarse("adjoint")))
     x, context = rows_for(transform, 2, 3)
-    z = torch.randn(2, 3, transform.base_features)
+    z = base_rows_for(transform, 2, 3)
 
     def values(x, context):
         there = transform.to_base_and_ladj(x, context, generator=seeded())

@@ -1,0 +1,1 @@
+"""Stochastic transforms: drawn in both directions."""
