@@ -554,11 +554,7 @@ SURJECTIVE_FLOWS: dict[str, Callable[[], Flow]] = {
     "sorted and an ODE": lambda: cnf(4, transforms=[Sort(4, point_features=2), gaps()]),
     "largest": lambda: cnf(3, transforms=[Maximum(3)]),
     "pooled": lambda: cnf(8, transforms=[Flatten((1, 2, 4)), MaxPool2d((1, 2, 4))]),
-    "sliced with context": lambda: cnf(
-        4,
-        3,
-        transforms=[perturbed(Slice(4, 2, 3, dropped=ConditionalNormal(2, 5, hidden_features=())))],
-    ),
+    "sliced with context": lambda: cnf(4, 3, transforms=[gaussian_slice()]),
     "sliced by a flow with context": lambda: cnf(4, 3, transforms=[conditional_slice()]),
 }
 """Flows with an exact likelihood, whose data are drawn given z."""
@@ -567,6 +563,11 @@ SURJECTIVE_FLOWS: dict[str, Callable[[], Flow]] = {
 def gaps() -> LogGaps:
     """Gaps of points in the plane."""
     return LogGaps(4, point_features=2)
+
+
+def gaussian_slice() -> Slice:
+    """A slice by a Gaussian."""
+    return perturbed(Slice(4, 2, 3, dropped=ConditionalNormal(2, 5, hidden_features=())))
 
 
 def conditional_slice() -> Slice:
