@@ -45,6 +45,7 @@ from cnf.transforms import (
     ContractiveNetwork,
     Conv1x1,
     ConvConditioner,
+    ConvFunnel,
     Dequantize,
     EmergingConv,
     ExactLipschitz,
@@ -60,7 +61,9 @@ from cnf.transforms import (
     Maximum,
     MaxPool2d,
     MLPConditioner,
+    MLPFunnel,
     NormalScores,
+    Orthogonal,
     PeriodicConv,
     Permute,
     Planar,
@@ -346,6 +349,8 @@ BIJECTIONS: dict[str, Callable[[], Transform]] = {
         FromNormflows([normflows.flows.LULinearPermute(2, False)], 2).double(), 0.1
     ),
     "named": lambda: perturbed(build("realnvp", 2, size=6), 0.1).chain[0],
+    "orthogonal": lambda: perturbed(Orthogonal(3)),
+    "orthogonal of channels": lambda: perturbed(Orthogonal((3, 1, 2))),
     "logarithms of gaps": lambda: LogGaps(6, point_features=2),
     "inverse": lambda: Inverse(Chain([LogGaps(3), perturbed(Affine(3))])),
     "inverse with context": lambda: Inverse(perturbed(ConditionalAffine(2, 3))),
@@ -376,6 +381,12 @@ def distances(features: int, context_features: int) -> TransformedBase:
 
 INFERENCE_SURJECTIONS: dict[str, Callable[[], Transform]] = {
     "absolute values": lambda: Abs(2),
+    "convolutional funnel": lambda: perturbed(ConvFunnel((2, 2, 4), hidden_channels=(3,)), 0.1),
+    "convolutional funnel with context": lambda: perturbed(
+        ConvFunnel((1, 3, 3), 2, kernel_size=3), 0.1
+    ),
+    "funnel": lambda: perturbed(MLPFunnel(4, 2), 0.1),
+    "funnel with context": lambda: perturbed(MLPFunnel(3, 1, 2), 0.1),
     "maximum": lambda: Maximum(3),
     "maximum with context": lambda: Maximum(3, 2, offsets=distances(2, 3)),
     "max pooling": lambda: MaxPool2d((2, 2, 4), offsets=distances(12, 4)),
@@ -554,6 +565,9 @@ SURJECTIVE_FLOWS: dict[str, Callable[[], Flow]] = {
     "sorted and an ODE": lambda: cnf(4, transforms=[Sort(4, point_features=2), gaps()]),
     "largest": lambda: cnf(3, transforms=[Maximum(3)]),
     "pooled": lambda: cnf(8, transforms=[Flatten((1, 2, 4)), MaxPool2d((1, 2, 4))]),
+    "funnelled": lambda: cnf(
+        8, transforms=[ConvFunnel((1, 2, 4), hidden_channels=(3,)), MLPFunnel(2, 1)]
+    ),
     "sliced with context": lambda: cnf(4, 3, transforms=[gaussian_slice()]),
     "sliced by a flow with context": lambda: cnf(4, 3, transforms=[conditional_slice()]),
 }
@@ -603,6 +617,9 @@ STOCHASTIC_FLOWS: dict[str, Callable[[], Flow]] = {
     "dequantized and sliced": lambda: cnf(4, transforms=[Dequantize(4, 3), Slice(4, 2)]),
 }
 """Flows that draw both ways, whose likelihood is a lower bound."""
+
+UNDONE_FLOWS = {**EXACT_FLOWS, **BOUNDS}
+"""What the way to the data undoes."""
 
 EVERY_FLOW = {**EXACT_FLOWS, **SURJECTIVE_FLOWS, **BOUNDS, **STOCHASTIC_FLOWS}
 

@@ -13,6 +13,7 @@ from cnf.transforms.from_data import ActNorm, NormalScores, Standardize, Whiten
 from cnf.transforms.inverse import Inverse
 from cnf.transforms.linear.conv1x1 import Conv1x1
 from cnf.transforms.linear.convolutions import EmergingConv, PeriodicConv
+from cnf.transforms.linear.orthogonal import Orthogonal
 from cnf.transforms.linear.woodbury import WoodburyConv
 from cnf.transforms.planar import Planar, Radial
 from cnf.transforms.reshape import Flatten, Permute, Squeeze
@@ -26,6 +27,7 @@ from cnf.transforms.support.dequantize import Dequantize, Logit
 from cnf.transforms.support.unconstrain import Unconstrain, transforms_for
 from cnf.transforms.surjections.absolute import Abs
 from cnf.transforms.surjections.augment import Augment
+from cnf.transforms.surjections.funnels import ConvFunnel, MLPFunnel
 from cnf.transforms.surjections.maximum import Maximum, MaxPool2d
 from cnf.transforms.surjections.round import Round
 from cnf.transforms.surjections.slice import Slice
@@ -46,6 +48,7 @@ __all__ = [
     "ContractiveNetwork",
     "Conv1x1",
     "ConvConditioner",
+    "ConvFunnel",
     "Coupling",
     "Dequantize",
     "EmergingConv",
@@ -61,9 +64,11 @@ __all__ = [
     "LogGaps",
     "Logit",
     "MLPConditioner",
+    "MLPFunnel",
     "MaxPool2d",
     "Maximum",
     "NormalScores",
+    "Orthogonal",
     "PeriodicConv",
     "Permute",
     "Planar",

@@ -66,10 +66,12 @@ class Reduction(Transform):
                 f"dropped must have context_features={given} for {name}, the size of z and "
                 f"context, or 0; got {dropped.context_features}."
             )
-        if not covers(range_of_dropped, dropped.support):
+        wider = covers(range_of_dropped, dropped.support)
+        if not wider or not covers(dropped.support, range_of_dropped):
             raise ValueError(
                 f"dropped must have its density on {range_of_dropped} for {name}; it is on "
-                f"{dropped.support}. Choose HalfNormal, or "
+                f"{dropped.support}. Choose another base, such as ConditionalNormal for real "
+                "numbers; for numbers of at least 0 HalfNormal, or "
                 "TransformedBase([Unconstrain(['positive', ...])], ConditionalNormal(...))."
             )
         if dropped.likelihood not in ("exact", "estimate"):

@@ -308,8 +308,9 @@ def test_absolute_values_learn_four_corners_from_one():
         (
             lambda: Maximum(3, offsets=StandardNormal(2)),
             ValueError,
-            "must have its density on .* for Maximum.* Choose HalfNormal",
+            "must have its density on .* for Maximum.* at least 0 HalfNormal",
         ),
+        (lambda: Slice(3, 1, dropped=HalfNormal(2)), ValueError, "ConditionalNormal for real"),
         (lambda: MaxPool2d((1, 3, 4)), ValueError, "the last two even; got"),
         (lambda: Inverse(nn.Linear(2, 2)), TypeError, "transform must be a Transform"),
     ],
