@@ -565,9 +565,7 @@ SURJECTIVE_FLOWS: dict[str, Callable[[], Flow]] = {
     "sorted and an ODE": lambda: cnf(4, transforms=[Sort(4, point_features=2), gaps()]),
     "largest": lambda: cnf(3, transforms=[Maximum(3)]),
     "pooled": lambda: cnf(8, transforms=[Flatten((1, 2, 4)), MaxPool2d((1, 2, 4))]),
-    "funnelled": lambda: cnf(
-        8, transforms=[ConvFunnel((1, 2, 4), hidden_channels=(3,)), MLPFunnel(2, 1)]
-    ),
+    "funnelled": lambda: cnf(8, transforms=[ConvFunnel((1, 2, 4), hidden_channels=()), funnel()]),
     "sliced with context": lambda: cnf(4, 3, transforms=[gaussian_slice()]),
     "sliced by a flow with context": lambda: cnf(4, 3, transforms=[conditional_slice()]),
 }
@@ -577,6 +575,11 @@ SURJECTIVE_FLOWS: dict[str, Callable[[], Flow]] = {
 def gaps() -> LogGaps:
     """Gaps of points in the plane."""
     return LogGaps(4, point_features=2)
+
+
+def funnel() -> MLPFunnel:
+    """A funnel from two numbers to one."""
+    return MLPFunnel(2, 1, dropped=ConditionalNormal(1, 1, hidden_features=()))
 
 
 def gaussian_slice() -> Slice:
