@@ -218,6 +218,8 @@ def _describe(support: Constraint, x: Tensor) -> str:
             if not part.check(values).all()
         ]
         return ", ".join(columns)
+    if hasattr(support, "description"):
+        return str(support.description)
     low, high = (getattr(support, f"{side}_bound", None) for side in ("lower", "upper"))
     word = "integers" if support.is_discrete else "numbers"
     if low is None:

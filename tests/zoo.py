@@ -9,15 +9,32 @@ import normflows
 import torch
 import zuko
 from torch import Tensor, nn
-from torch.distributions import AffineTransform, ComposeTransform, ExpTransform, Gamma, Independent
+from torch.distributions import (
+    AffineTransform,
+    ComposeTransform,
+    ExpTransform,
+    Gamma,
+    Independent,
+    Poisson,
+)
 from torch.distributions.constraints import Constraint
 
 from cnf import CNF, Flow, MLPField, ModuleField, NeuralODE, ODESolver, Standardize, VectorField
 from cnf.adapters import FromNflows, FromNormflows, FromTorch, FromZuko, NormflowsBase, TorchBase
 from cnf.baselines import build, glow
-from cnf.bases import Base, GaussianMixtureBase, StandardNormal
+from cnf.bases import (
+    Base,
+    ConditionalNormal,
+    GaussianMixtureBase,
+    HalfNormal,
+    OrderedNormal,
+    StandardNormal,
+)
+from cnf.bases.ordered_normal import OrderedVector, sorted_points
 from cnf.flows import MixtureOfFlows
 from cnf.transforms import (
+    VAE,
+    Abs,
     ActNorm,
     AdditiveCoupling,
     AdjustedLangevin,
@@ -31,6 +48,7 @@ from cnf.transforms import (
     ContractiveNetwork,
     Conv1x1,
     ConvConditioner,
+    ConvFunnel,
     Dequantize,
     Diffusion,
     EmergingConv,
@@ -39,22 +57,33 @@ from cnf.transforms import (
     FactorOut,
     Flatten,
     HamiltonianMonteCarlo,
+    Inverse,
     Langevin,
     LipschitzAttention,
     LipschitzConv,
     LipschitzMLP,
+    LogGaps,
     Logit,
+    Maximum,
+    MaxPool2d,
     MetropolisHastings,
     MLPConditioner,
+    MLPFunnel,
     NormalScores,
+    Orthogonal,
     PeriodicConv,
     Permute,
     Planar,
     Radial,
     ResidualFlow,
+    Round,
     RussianRoulette,
+    Slice,
+    Sort,
     Squeeze,
+    StochasticPermutation,
     Transform,
+    TransformedBase,
     TruncatedSeries,
     Unconstrain,
     Whiten,
@@ -327,6 +356,11 @@ BIJECTIONS: dict[str, Callable[[], Transform]] = {
         FromNormflows([normflows.flows.LULinearPermute(2, False)], 2).double(), 0.1
     ),
     "named": lambda: perturbed(build("realnvp", 2, size=6), 0.1).chain[0],
+    "orthogonal": lambda: perturbed(Orthogonal(3)),
+    "orthogonal of channels": lambda: perturbed(Orthogonal((3, 1, 2))),
+    "logarithms of gaps": lambda: LogGaps(6, point_features=2),
+    "inverse": lambda: Inverse(Chain([LogGaps(3), perturbed(Affine(3))])),
+    "inverse with context": lambda: Inverse(perturbed(ConditionalAffine(2, 3))),
 }
 
 SURJECTIONS: dict[str, Callable[[], Transform]] = {
@@ -338,6 +372,10 @@ SURJECTIONS: dict[str, Callable[[], Transform]] = {
     "factor out of an augmented part": lambda: FactorOut(
         [perturbed(Augment(2, 1, hidden_features=(4, 4)))], 3
     ),
+    "inverse absolute values": lambda: Inverse(Abs(3)),
+    "inverse rounding": lambda: Inverse(Round(2)),
+    "inverse sorting": lambda: Inverse(Sort(4, point_features=2)),
+    "inverse slice with context": lambda: Inverse(perturbed(Slice(3, 2, 3))),
 }
 """Random on the way to the base, so that a likelihood is a lower bound."""
 
@@ -348,6 +386,34 @@ def annealed(features: int = 2, share: float = 0.5) -> AnnealedDensity:
     return AnnealedDensity(StandardNormal(features), target, share)
 
 
+def distances(features: int, context_features: int) -> TransformedBase:
+    """A conditional distribution of positive numbers."""
+    base = ConditionalNormal(features, context_features, hidden_features=(4,))
+    return perturbed(TransformedBase([Unconstrain(["positive"] * features)], base))
+
+
+INFERENCE_SURJECTIONS: dict[str, Callable[[], Transform]] = {
+    "absolute values": lambda: Abs(2),
+    "convolutional funnel": lambda: perturbed(ConvFunnel((2, 2, 4), hidden_channels=(3,)), 0.1),
+    "convolutional funnel with context": lambda: perturbed(
+        ConvFunnel((1, 3, 3), 2, kernel_size=3), 0.1
+    ),
+    "funnel": lambda: perturbed(MLPFunnel(4, 2), 0.1),
+    "funnel with context": lambda: perturbed(MLPFunnel(3, 1, 2), 0.1),
+    "maximum": lambda: Maximum(3),
+    "maximum with context": lambda: Maximum(3, 2, offsets=distances(2, 3)),
+    "max pooling": lambda: MaxPool2d((2, 2, 4), offsets=distances(12, 4)),
+    "rounding": lambda: Round(2),
+    "slice": lambda: perturbed(Slice(3, 2)),
+    "slice with context": lambda: perturbed(Slice(3, 1, 2)),
+    "slice by a flow with context": lambda: Slice(
+        4, 2, 3, dropped=perturbed(build("realnvp", 2, 5, size=6), 0.1)
+    ),
+    "sort": lambda: Sort(3),
+    "sort of points": lambda: Sort(6, point_features=2),
+}
+"""Random on the way to the data alone, so that a likelihood is exact."""
+
 KERNELS: dict[str, Callable[[], Transform]] = {
     "metropolis hastings": lambda: MetropolisHastings(2, annealed(), steps=3),
     "langevin": lambda: Langevin(2, annealed(share=0.0), steps=3),
@@ -356,9 +422,24 @@ KERNELS: dict[str, Callable[[], Transform]] = {
     "diffusion": lambda: Diffusion(mlp(), perturbed(LinearField(2)), steps=3),
     "diffusion with context": lambda: Diffusion(mlp(2, 3), mlp(2, 3), steps=2, noise=0.5),
 }
-"""Random in both directions."""
+"""Markov kernels."""
 
-TRANSFORMS = {**BIJECTIONS, **SURJECTIONS, **KERNELS}
+STOCHASTIC: dict[str, Callable[[], Transform]] = {
+    **KERNELS,
+    "permutation": lambda: StochasticPermutation(4, point_features=2),
+    "autoencoder": lambda: perturbed(
+        VAE(*(ConditionalNormal(*size, hidden_features=(4,)) for size in ((1, 3), (3, 1))))
+    ),
+    "autoencoder with context": lambda: perturbed(
+        VAE(*(ConditionalNormal(*size, hidden_features=()) for size in ((1, 4), (2, 3))))
+    ),
+}
+"""Random both ways."""
+
+UNDONE = {**BIJECTIONS, **SURJECTIONS}
+"""What the way to the data undoes."""
+
+TRANSFORMS = {**UNDONE, **INFERENCE_SURJECTIONS, **STOCHASTIC}
 
 BASES: dict[str, Callable[[], Base]] = {
     "standard normal": lambda: StandardNormal(2),
@@ -367,6 +448,11 @@ BASES: dict[str, Callable[[], Base]] = {
     "normflows": lambda: NormflowsBase(normflows.distributions.GaussianMixture(3, 2).double()),
     "named": lambda: perturbed(build("gmm", 2, size=3).base),
     "mixture of flows": lambda: perturbed(MixtureOfFlows([cnf(), Flow(couplings())])),
+    "half-normal": lambda: HalfNormal(2),
+    "sorted normal": lambda: OrderedNormal(4, point_features=2),
+    "transformed": lambda: TransformedBase(
+        [Unconstrain(["positive", "real"]), perturbed(Affine(2))], StandardNormal(2)
+    ),
 }
 
 ESTIMATES: dict[str, Callable[[], Transform]] = {
@@ -498,6 +584,39 @@ EXACT_FLOWS: dict[str, Callable[[], Flow]] = {
     ),
 }
 
+SURJECTIVE_FLOWS: dict[str, Callable[[], Flow]] = {
+    "absolute values": lambda: Flow([perturbed(Affine(2)), Abs(2)], HalfNormal(2)),
+    "sorted": lambda: Flow([perturbed(Affine(2)), Sort(2)], OrderedNormal(2)),
+    "sorted and an ODE": lambda: cnf(4, transforms=[Sort(4, point_features=2), gaps()]),
+    "largest": lambda: cnf(3, transforms=[Maximum(3)]),
+    "pooled": lambda: cnf(8, transforms=[Flatten((1, 2, 4)), MaxPool2d((1, 2, 4))]),
+    "funnelled": lambda: cnf(8, transforms=[ConvFunnel((1, 2, 4), hidden_channels=()), funnel()]),
+    "sliced with context": lambda: cnf(4, 3, transforms=[gaussian_slice()]),
+    "sliced by a flow with context": lambda: cnf(4, 3, transforms=[conditional_slice()]),
+}
+"""Flows with an exact likelihood, whose data are drawn given z."""
+
+
+def gaps() -> LogGaps:
+    """Gaps of points in the plane."""
+    return LogGaps(4, point_features=2)
+
+
+def funnel() -> MLPFunnel:
+    """A funnel from two numbers to one."""
+    return MLPFunnel(2, 1, dropped=ConditionalNormal(1, 1, hidden_features=()))
+
+
+def gaussian_slice() -> Slice:
+    """A slice by a Gaussian."""
+    return perturbed(Slice(4, 2, 3, dropped=ConditionalNormal(2, 5, hidden_features=())))
+
+
+def conditional_slice() -> Slice:
+    """A slice by a conditional flow."""
+    return Slice(4, 2, 3, dropped=perturbed(build("realnvp", 2, 5, size=6), 0.1))
+
+
 BOUNDS: dict[str, Callable[[], Flow]] = {
     "dequantized image": lambda: cnf(
         4, transforms=[Flatten((1, 2, 2)), Dequantize(4, 3), Logit(4)]
@@ -513,10 +632,24 @@ BOUNDS: dict[str, Callable[[], Flow]] = {
     "augmented inside": lambda: cnf(
         3, transforms=[FactorOut([Augment(2, 1, hidden_features=())], 3)]
     ),
+    "signs": lambda: cnf(transforms=[Inverse(Abs(2))]),
+    "integers": lambda: cnf(transforms=[Inverse(Round(2))]),
 }
 """Flows whose likelihood is a lower bound."""
 
-EVERY_FLOW = {**EXACT_FLOWS, **BOUNDS}
+STOCHASTIC_FLOWS: dict[str, Callable[[], Flow]] = {
+    "points in any order": lambda: cnf(4, transforms=[StochasticPermutation(4, point_features=2)]),
+    "autoencoder": lambda: cnf(
+        3, transforms=[VAE(*(ConditionalNormal(*size) for size in ((1, 3), (3, 1))))]
+    ),
+    "dequantized and sliced": lambda: cnf(4, transforms=[Dequantize(4, 3), Slice(4, 2)]),
+}
+"""Flows that draw both ways, whose likelihood is a lower bound."""
+
+UNDONE_FLOWS = {**EXACT_FLOWS, **BOUNDS}
+"""What the way to the data undoes."""
+
+EVERY_FLOW = {**EXACT_FLOWS, **SURJECTIVE_FLOWS, **BOUNDS, **STOCHASTIC_FLOWS}
 
 NEURAL_ODES: dict[str, Callable[[], NeuralODE]] = {
     "plain": lambda: NeuralODE(mlp(), solver=PRECISE),
@@ -542,8 +675,29 @@ def rows_for(
     return x, torch.randn(*batch, size) if size else None
 
 
+def base_rows_for(transform: Transform, *batch: int) -> Tensor:
+    """Random rows of the base side of a transform."""
+    return inside(transform.codomain, torch.randn(*batch, transform.base_features))
+
+
+def fitting_flow(transform: Transform) -> Flow:
+    """The transform, and a base that lives on its codomain."""
+    codomain = transform.codomain
+    if isinstance(codomain, OrderedVector):
+        size, points = transform.base_features, codomain.point_features
+        return Flow([transform], OrderedNormal(size, point_features=points))
+    while hasattr(codomain, "base_constraint"):
+        codomain = codomain.base_constraint
+    if getattr(codomain, "is_discrete", False):
+        return Flow([transform], TorchBase(Independent(Poisson(torch.ones(transform.features)), 1)))
+    positive = getattr(codomain, "lower_bound", None) == 0
+    return Flow([transform], HalfNormal(transform.base_features) if positive else None)
+
+
 def inside(support: Constraint | None, x: Tensor) -> Tensor:
     """Real numbers `x`, mapped into `support`; None is for all real numbers."""
+    if isinstance(support, OrderedVector):
+        return sorted_points(x, support.point_features)
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     if hasattr(support, "cseq"):

@@ -1,7 +1,19 @@
 """Base distributions of flows, at t = 0."""
 
 from cnf.bases.base import Base, Likelihood, weakest
+from cnf.bases.conditional_normal import ConditionalNormal
 from cnf.bases.gaussian_mixture import GaussianMixtureBase
+from cnf.bases.half_normal import HalfNormal
+from cnf.bases.ordered_normal import OrderedNormal
 from cnf.bases.standard_normal import StandardNormal
 
-__all__ = ["Base", "GaussianMixtureBase", "Likelihood", "StandardNormal", "weakest"]
+__all__ = [
+    "Base",
+    "ConditionalNormal",
+    "GaussianMixtureBase",
+    "HalfNormal",
+    "Likelihood",
+    "OrderedNormal",
+    "StandardNormal",
+    "weakest",
+]

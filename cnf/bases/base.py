@@ -103,8 +103,13 @@ class Base(nn.Module, ABC):
         Raises:
             ValueError: If the rows are unsuitable, such as too few.
         """
-        if self.needs_initialization:
-            self._initialize(z, context if self.context_features else None, generator)
+        if not self.needs_initialization:
+            return
+        if context is not None and self.context_features:
+            context = context.expand(*z.shape[:-1], -1).reshape(-1, self.context_features)
+        else:
+            context = None
+        self._initialize(z.reshape(-1, self.features), context, generator)
 
     @final
     def log_prob(

@@ -75,8 +75,7 @@ class Case:
     @property
     def scale(self) -> Tensor:
         """Standard deviation of each entry of x; 1 where it does not vary."""
-        std = self.x.std(0)
-        return torch.where(std > 0, std, torch.ones_like(std))
+        return scale_of(self.x)
 
     @property
     def exact(self) -> "Case":
@@ -97,6 +96,12 @@ class Case:
         kind = self.exact.flow.likelihood
         if kind != "exact":
             raise NotMeasuredError(f"the likelihood is {kind!r}, with any divergence")
+
+
+def scale_of(x: Tensor) -> Tensor:
+    """Return the standard deviation of each entry of x; 1 where it does not vary."""
+    std = x.std(0)
+    return torch.where(std > 0, std, torch.ones_like(std))
 
 
 class Outcome(NamedTuple):

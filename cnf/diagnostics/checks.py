@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal, constraints
 
-from cnf.diagnostics.case import Case, NotMeasuredError, Outcome, by_gradient
+from cnf.diagnostics.case import Case, NotMeasuredError, Outcome, by_gradient, scale_of
 from cnf.divergence import Hutchinson
+from cnf.flows.flow import Flow
 from cnf.flows.references import LARGEST_ERROR, by_reference
 from cnf.metrics import effective_sample_size
 from cnf.ode import methods
@@ -164,12 +165,48 @@ def _path_weights(case: Case) -> Outcome:
 
 
 def _round_trip(case: Case) -> Outcome:
-    z = case.flow.to_base(case.x, case.context, generator=case.generator)
-    back = case.flow.to_data(z, case.context, generator=case.generator)
+    if case.flow.transforms.stochastic_to_data:
+        return _round_trip_of_parts(case)
+    return _outcome_of_round_trip(_error_of_round_trip(case.flow, case.x, case), "x -> z -> x")
+
+
+def _round_trip_of_parts(case: Case) -> Outcome:
+    """Measure each part the way round that undoes itself: x -> z -> x, or z -> x -> z."""
+    x, found = case.x, []
+    for place, part in enumerate(case.flow.transforms):
+        if not part.stochastic_to_data:
+            way = f"x -> z -> x of part {place}, {type(part).__name__}"
+            found.append((_error_of_round_trip(part, x, case), way))
+        z = part.to_base(x, _context(part, case), generator=case.generator)
+        if part.stochastic_to_data and not part.stochastic_to_base:
+            way = f"z -> x -> z of part {place}, {type(part).__name__}"
+            found.append((_error_of_round_trip(part, z, case, from_base=True), way))
+        x = z
+    if not found:
+        raise NotMeasuredError("every part draws both ways")
+    return _outcome_of_round_trip(*max(found, key=itemgetter(0)))
+
+
+def _error_of_round_trip(
+    part: Flow | Transform, start: Tensor, case: Case, *, from_base: bool = False
+) -> float:
+    """Return the largest error of a way there and back, in standard deviations of each entry."""
+    context = _context(part, case)
+    moves = (part.to_data, part.to_base) if from_base else (part.to_base, part.to_data)
+    there = moves[0](start, context, generator=case.generator)
+    back = moves[1](there, context, generator=case.generator)
+    return float(((back - start).abs() / scale_of(start)).max())
+
+
+def _context(part: Flow | Transform, case: Case) -> Tensor | None:
+    return case.context if part.context_features else None
+
+
+def _outcome_of_round_trip(error: float, way: str) -> Outcome:
     return Outcome(
-        float(((back - case.x).abs() / case.scale).max()),
+        error,
         0.01,
-        "largest error of x -> z -> x, in standard deviations",
+        f"largest error of {way}, in standard deviations",
         "Solve more precisely (see tolerance), use float64, or regularise (see inverse_lipschitz); "
         "in a transform of your own, to_data must be the inverse of to_base.",
     )
@@ -197,7 +234,7 @@ def _ladj(case: Case) -> Outcome:
         raise NotMeasuredError(f"for at most {_MANY_FEATURES} features")
     x, found = case.x, []
     for place, part in enumerate(case.flow.transforms):
-        context = case.context if part.context_features else None
+        context = _context(part, case)
         follows_ode = any(isinstance(inner, ContinuousTransform) for inner in part.modules())
         if part.is_bijective and part.likelihood == "exact" and not follows_ode:
             found += [
@@ -259,6 +296,8 @@ def _integral(case: Case) -> Outcome:
 
 
 def _inverse_lipschitz(case: Case) -> Outcome:
+    if case.flow.transforms.stochastic_to_data:
+        raise NotMeasuredError("x is drawn given z, so that there is no inverse")
     if case.flow.features > _MANY_FEATURES:
         raise NotMeasuredError(f"for at most {_MANY_FEATURES} features")
     if any(methods()[part.solver.method] == "external" for part in case.continuous):

@@ -107,9 +107,6 @@ class FlowMap(nn.Module):
         self.transforms.initialize(x, context, generator=generator)
         if self.base.needs_initialization:
             z = self.transforms.to_base(x, context, generator=generator)
-            if context is not None:
-                context = context.expand(*z.shape[:-1], -1).reshape(-1, self.context_features)
-            z = z.reshape(-1, self.base.features)
             self.base.initialize(z, context, generator=generator)
 
     @property

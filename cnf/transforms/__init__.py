@@ -1,7 +1,6 @@
 """Transforms between data and base."""
 
 from cnf.bases import Likelihood
-from cnf.transforms.augment import Augment
 from cnf.transforms.base import Transform
 from cnf.transforms.chain import Chain
 from cnf.transforms.conditioners import ConvConditioner, MLPConditioner
@@ -11,8 +10,10 @@ from cnf.transforms.elementwise import Affine, ConditionalAffine
 from cnf.transforms.exact_lipschitz import ExactLipschitz
 from cnf.transforms.factor_out import FactorOut
 from cnf.transforms.from_data import ActNorm, NormalScores, Standardize, Whiten
+from cnf.transforms.inverse import Inverse
 from cnf.transforms.linear.conv1x1 import Conv1x1
 from cnf.transforms.linear.convolutions import EmergingConv, PeriodicConv
+from cnf.transforms.linear.orthogonal import Orthogonal
 from cnf.transforms.linear.woodbury import WoodburyConv
 from cnf.transforms.planar import Planar, Radial
 from cnf.transforms.reshape import Flatten, Permute, Squeeze
@@ -24,10 +25,22 @@ from cnf.transforms.stochastic.densities import AnnealedDensity
 from cnf.transforms.stochastic.diffusion import Diffusion
 from cnf.transforms.stochastic.kernels import MarkovKernel, MetropolisHastings
 from cnf.transforms.stochastic.langevin import AdjustedLangevin, HamiltonianMonteCarlo, Langevin
+from cnf.transforms.stochastic.permutation import StochasticPermutation
+from cnf.transforms.stochastic.vae import VAE
 from cnf.transforms.support.dequantize import Dequantize, Logit
 from cnf.transforms.support.unconstrain import Unconstrain, transforms_for
+from cnf.transforms.surjections.absolute import Abs
+from cnf.transforms.surjections.augment import Augment
+from cnf.transforms.surjections.funnels import ConvFunnel, MLPFunnel
+from cnf.transforms.surjections.maximum import Maximum, MaxPool2d
+from cnf.transforms.surjections.round import Round
+from cnf.transforms.surjections.slice import Slice
+from cnf.transforms.surjections.sort import LogGaps, Sort
+from cnf.transforms.surjections.transformed_base import TransformedBase
 
 __all__ = [
+    "VAE",
+    "Abs",
     "ActNorm",
     "AdditiveCoupling",
     "AdjustedLangevin",
@@ -41,6 +54,7 @@ __all__ = [
     "ContractiveNetwork",
     "Conv1x1",
     "ConvConditioner",
+    "ConvFunnel",
     "Coupling",
     "Dequantize",
     "Diffusion",
@@ -50,25 +64,36 @@ __all__ = [
     "FactorOut",
     "Flatten",
     "HamiltonianMonteCarlo",
+    "Inverse",
     "Langevin",
     "Likelihood",
     "LipschitzAttention",
     "LipschitzConv",
     "LipschitzMLP",
+    "LogGaps",
     "Logit",
     "MLPConditioner",
+    "MLPFunnel",
     "MarkovKernel",
+    "MaxPool2d",
+    "Maximum",
     "MetropolisHastings",
     "NormalScores",
+    "Orthogonal",
     "PeriodicConv",
     "Permute",
     "Planar",
     "Radial",
     "ResidualFlow",
+    "Round",
     "RussianRoulette",
+    "Slice",
+    "Sort",
     "Squeeze",
     "Standardize",
+    "StochasticPermutation",
     "Transform",
+    "TransformedBase",
     "TruncatedSeries",
     "Unconstrain",
     "Whiten",

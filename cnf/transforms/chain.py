@@ -10,6 +10,7 @@ from torch.distributions import constraints
 
 from cnf._checks import all_finite, check_count, non_finite_rows, reference_tensor, refuse_overflow
 from cnf.bases import Base, Likelihood, StandardNormal, weakest
+from cnf.bases.ordered_normal import OrderedVector
 from cnf.regularizers import CostRate
 from cnf.transforms.base import Transform, WithLadj
 from cnf.transforms.support.constraints import covers
@@ -241,9 +242,20 @@ def check_covered(parts: Sequence[Transform], name: str, support: constraints.Co
         return
     raise ValueError(
         f"{name} must have its density within the codomain of {type(last).__name__}, {codomain}; "
-        f"it is on {support}, so some would be lost. Choose a base with that support, or "
-        "put a transform between them that maps the codomain to the real numbers, such as Logit, "
-        "Unconstrain, or FromTorch of a torch transform."
+        f"it is on {support}, so some would be lost. {_remedy(codomain)}"
+    )
+
+
+def _remedy(codomain: constraints.Constraint) -> str:
+    """Return what may follow a transform with this codomain."""
+    if isinstance(codomain, OrderedVector):
+        return "Choose OrderedNormal as base, or put LogGaps between them."
+    base = "a base with that support"
+    if covers(codomain, constraints.nonnegative) and not covers(codomain, constraints.real):
+        base += ", such as HalfNormal"
+    return (
+        f"Choose {base}, or put a transform between them that maps the codomain to the real "
+        "numbers, such as Logit, Unconstrain, or FromTorch of a torch transform."
     )
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from nflows.transforms import ActNorm
 from torch import nn
+from torch.distributions import constraints
 from training_runs import CHEAP
-from zoo import BOUNDS, EXACT_FLOWS, cnf, perturbed, rows_for
+from zoo import BOUNDS, EXACT_FLOWS, STOCHASTIC_FLOWS, SURJECTIVE_FLOWS, cnf, perturbed, rows_for
 
 from cnf import (
     CNF,
@@ -22,13 +23,17 @@ from cnf import (
     count_evaluations,
 )
 from cnf.adapters.transforms import FromNflows
+from cnf.bases import HalfNormal
 from cnf.transforms import (
+    Abs,
     Affine,
     AffineCoupling,
     Augment,
     ContinuousTransform,
+    Inverse,
     MarkovKernel,
     ResidualFlow,
+    Slice,
     Transform,
     Whiten,
 )
@@ -222,6 +227,93 @@ def test_a_wrong_ladj_is_found():
     report = certify(Flow([Silent(2)]), torch.randn(20, 2))
     assert report["integral"].value == pytest.approx(0.75, abs=0.01)
     assert report["integral"].verdict == "fail"
+
+
+@pytest.mark.usefixtures("coarse_integral")
+@pytest.mark.parametrize("make", SURJECTIVE_FLOWS.values(), ids=SURJECTIVE_FLOWS)
+def test_an_exact_surjection_passes_without_a_round_trip_of_the_data(make):
+    torch.manual_seed(1)
+    flow = make()
+    report = certify(flow.using(solver=ACCURATE), *rows_for(flow, 20))
+    found = verdicts(report)
+    assert report.likelihood == "exact"
+    assert report.passed, report
+    assert found["round_trip"] == found["sampled_log_prob"] == "pass"
+    assert "of part" in report["round_trip"].meaning
+    assert found["inverse_lipschitz"] == "skip"
+
+
+@pytest.mark.parametrize("make", STOCHASTIC_FLOWS.values(), ids=STOCHASTIC_FLOWS)
+def test_a_flow_that_draws_both_ways_is_measured_where_it_can_be(make):
+    flow = make()
+    report = certify(flow.using(solver=ACCURATE), *rows_for(flow, 20))
+    found = verdicts(report)
+    assert report.likelihood == "lower_bound"
+    assert report.passed, report
+    assert found["sampled_log_prob"] == found["integral"] == found["inverse_lipschitz"] == "skip"
+
+
+class WrongAbs(Transform):
+    """Absolute values, wrong in one of three ways."""
+
+    codomain = constraints.independent(constraints.nonnegative, 1)
+    stochastic_to_data = True
+
+    def __init__(self, wrong):
+        super().__init__(2)
+        self.wrong = wrong
+
+    def _to_base(self, x, context, generator):
+        ladj = 0 if self.wrong == "contribution" else -2 * math.log(2)
+        return x.abs(), x.new_full(x.shape[:-1], ladj)
+
+    def _to_data(self, z, context, generator):
+        signs = torch.randint(0, 2, z.shape, generator=generator) * 2 - 1
+        ladj = 0 if self.wrong == "contribution" else 2 * math.log(2)
+        ladj = -ladj if self.wrong == "sign" else ladj
+        x = z * signs * (1.1 if self.wrong == "inverse" else 1)
+        return x, z.new_full(z.shape[:-1], ladj)
+
+
+@pytest.mark.usefixtures("coarse_integral")
+@pytest.mark.parametrize(
+    ("wrong", "fails"),
+    [
+        (None, set()),
+        ("contribution", {"integral"}),
+        ("sign", {"sampled_log_prob"}),
+        ("inverse", {"round_trip", "sampled_log_prob"}),
+    ],
+)
+def test_what_is_wrong_with_a_surjection_is_found(wrong, fails):
+    flow = Flow([WrongAbs(wrong)], HalfNormal(2))
+    report = certify(flow, torch.randn(100, 2))
+    assert {name for name, verdict in verdicts(report).items() if verdict == "fail"} == fails
+    assert report["round_trip"].meaning.startswith("largest error of z -> x -> z of part 0, WrongA")
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_wrong_bijection_beside_a_surjection_is_found(wrong):
+    class Halving(Transform):
+        def _to_base(self, x, context, generator):
+            return x / 2, x.new_full(x.shape[:-1], -3 * math.log(2))
+
+        def _to_data(self, z, context, generator):
+            return z * (2.1 if wrong else 2), z.new_full(z.shape[:-1], 3 * math.log(2))
+
+    report = certify(Flow([Halving(3), Slice(3, 1)]), torch.randn(20, 3))
+    assert report["round_trip"].verdict == ("fail" if wrong else "pass")
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_wrong_direction_of_a_bound_is_found(wrong):
+    class Signs(Inverse):
+        def _to_data_value(self, z, context, generator):
+            return super()._to_data_value(z, context, generator) + (0.1 if wrong else 0)
+
+    report = certify(Flow([Signs(Abs(2))]), torch.randn(20, 2).abs())
+    assert report.likelihood == "lower_bound"
+    assert report["round_trip"].verdict == ("fail" if wrong else "pass")
 
 
 @pytest.mark.usefixtures("coarse_integral")

@@ -4,7 +4,17 @@ import pickle
 
 import pytest
 import torch
-from zoo import ESTIMATES, EVERY_FLOW, FIELDS, TRANSFORMS, UserNetwork, perturbed, rows_for, seeded
+from zoo import (
+    ESTIMATES,
+    EVERY_FLOW,
+    FIELDS,
+    TRANSFORMS,
+    UserNetwork,
+    fitting_flow,
+    perturbed,
+    rows_for,
+    seeded,
+)
 
 from cnf import Flow, ModuleField, ODESolver, load, save
 from cnf.transforms import ContinuousTransform
@@ -29,7 +39,7 @@ SPECIMENS = {
         for name, make in FIELDS.items()
     },
     **{
-        name: lambda make=make: Flow([make()]).using(solver=GRID)
+        name: lambda make=make: fitting_flow(make()).using(solver=GRID)
         for name, make in {**TRANSFORMS, **ESTIMATES}.items()
     },
     **{

@@ -6,7 +6,17 @@ from functools import partial
 
 import pytest
 import torch
-from zoo import ESTIMATES, EVERY_FLOW, TRANSFORMS, lipschitz, perturbed, rows_for, seeded
+from zoo import (
+    ESTIMATES,
+    EVERY_FLOW,
+    TRANSFORMS,
+    base_rows_for,
+    fitting_flow,
+    lipschitz,
+    perturbed,
+    rows_for,
+    seeded,
+)
 
 from cnf import (
     CNF,
@@ -47,6 +57,25 @@ UNBOUNDED = {
     "augmented with context": "the same",
     "augmented without context in a conditional flow": "the same",
     "augmented inside": "the same",
+    "inverse slice with context": "the same",
+    "convolutional funnel": "the same",
+    "convolutional funnel with context": "the same",
+    "funnel": "the same",
+    "funnel with context": "the same",
+    "funnelled": "the same",
+    "maximum with context": "the same",
+    "max pooling": "the same",
+    "slice": "the same",
+    "slice with context": "the same",
+    "slice by a flow with context": "the same",
+    "sliced with context": "the same",
+    "sliced by a flow with context": "the same",
+    "autoencoder": "the same",
+    "autoencoder with context": "the same",
+    "dequantized and sliced": "the same",
+    "logarithms of gaps": "the exponential of 1e10 is infinite",
+    "inverse": "the same",
+    "sorted and an ODE": "the same",
 }
 """What has no finite value at 1e10, and why; everything else has one, and at smaller sizes."""
 
@@ -79,6 +108,8 @@ def obeys(name, flow, dtype):
             assert moved is None or moved.isfinite().all()
             z = z if moved is None else torch.cat([z, moved])
         for each in z.split(2):
+            if flow.chain.codomain is not None and not flow.chain.codomain.check(each).all():
+                continue
             made = answered(lambda z=each: flow.to_data_and_ladj(z, context, generator=seeded()))
             if made is not None:
                 assert made[0].isfinite().all()
@@ -89,7 +120,7 @@ def obeys(name, flow, dtype):
 @pytest.mark.parametrize("name", EVERY)
 @torch.no_grad()
 def test_every_transform_gives_finite_numbers_or_says_why_not(name, dtype):
-    obeys(name, Flow([EVERY[name]()]), dtype)
+    obeys(name, fitting_flow(EVERY[name]()), dtype)
 
 
 @pytest.mark.parametrize("name", EVERY_FLOW)
@@ -103,11 +134,11 @@ def test_every_flow_gives_finite_numbers_or_says_why_not(name):
 )
 @pytest.mark.parametrize("name", [name for name in EVERY if name not in UNBOUNDED])
 def test_derivatives_far_away_are_finite(name, dtype, size):
-    flow = Flow([EVERY[name]()]).to(dtype).using(solver=GRID)
+    flow = fitting_flow(EVERY[name]()).to(dtype).using(solver=GRID)
     x, context = rows_for(flow, 2)
     context = None if context is None else context.to(dtype)
     parameters = [part for part in flow.parameters() if part.requires_grad]
-    moves = {"to_data_and_ladj": torch.randn(2, flow.base.features)}
+    moves = {"to_data_and_ladj": base_rows_for(flow.chain, 2)}
     if flow.support.check(size * x).all():
         moves["to_base_and_ladj"] = x
     for move, rows in moves.items():

@@ -16,6 +16,7 @@ from zoo import (
     POTENTIAL_FIELDS,
     TRANSFORMS,
     UserNetwork,
+    base_rows_for,
     perturbed,
     rows_for,
     seeded,
@@ -205,7 +206,7 @@ def test_an_adaptive_solve_is_the_same_whoever_asks_for_gradients(batch, solver)
 def test_a_transform_gives_the_same_numbers_whoever_asks_for_gradients(make):
     transform = map_continuous(make(), lambda part: part.using(solver=coarse("adjoint")))
     x, context = rows_for(transform, 2, 3)
-    z = torch.randn(2, 3, transform.base_features)
+    z = base_rows_for(transform, 2, 3)
 
     def values(x, context):
         there = transform.to_base_and_ladj(x, context, generator=seeded())
@@ -224,7 +225,7 @@ def test_a_transform_gives_the_same_numbers_whoever_asks_for_gradients(make):
 def test_a_flow_gives_the_same_numbers_whoever_asks_for_gradients(make):
     flow = make().using(solver=coarse("adjoint"))
     x, context = rows_for(flow, 3)
-    z = torch.randn(3, flow.base.features)
+    z = base_rows_for(flow.chain, 3)
 
     def values(x, context):
         return flow.log_prob(x, context, generator=seeded()), flow.to_base(

@@ -47,7 +47,7 @@ def marginal(loc, covariance):
 def affine_q(gain, offset, log_std):
     """The Augment with ``q(e | x) = N(gain x + offset, exp(log_std)^2)``."""
     augment = Augment(gain.shape[1], gain.shape[0], hidden_features=())
-    (affine,) = augment.network
+    (affine,) = augment.q.network
     with torch.no_grad():
         affine.weight[: len(gain)] = gain
         affine.bias.copy_(torch.cat([offset, log_std]))
@@ -146,7 +146,7 @@ def test_the_ladj_is_minus_the_log_density_of_what_is_appended():
     augment = perturbed(Augment(2, 3, 1, hidden_features=(8,)))
     x, context = torch.randn(5, 2), torch.randn(1)
     z, ladj = augment.to_base_and_ladj(x, context)
-    mean, log_std = augment.network(torch.cat([x, context.expand(5, 1)], -1)).chunk(2, -1)
+    mean, log_std = augment.q.network(torch.cat([x, context.expand(5, 1)], -1)).chunk(2, -1)
     q = Independent(Normal(mean, log_std.exp()), 1)
     torch.testing.assert_close(ladj, -q.log_prob(z[:, 2:]))
     e = torch.randn(5, 3)
@@ -210,7 +210,7 @@ def test_training_brings_q_to_the_posterior():
         gap = (truth.log_prob(x) - flow.log_prob(x)).mean()
     assert gap.abs() < 0.02 * before
     gain, _, _ = posterior(loc, covariance)
-    torch.testing.assert_close(augment.network[0].weight[:1], gain, rtol=0, atol=0.05)
+    torch.testing.assert_close(augment.q.network[0].weight[:1], gain, rtol=0, atol=0.05)
 
 
 def test_each_weight_has_its_own_draws_and_rows_differ():

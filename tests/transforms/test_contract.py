@@ -7,13 +7,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributions import HalfNormal, Independent, Normal, TanhTransform, Uniform, constraints
-from zoo import BASES, ESTIMATES, EVERY_FLOW, FIELDS, TRANSFORMS, mlp, rows_for, seeded
+from zoo import (
+    BASES,
+    ESTIMATES,
+    EVERY_FLOW,
+    FIELDS,
+    TRANSFORMS,
+    base_rows_for,
+    mlp,
+    rows_for,
+    seeded,
+)
 
 from cnf import Exact, Flow, Hutchinson, Standardize
 from cnf.adapters import FromTorch, TorchBase
 from cnf.bases import Base, StandardNormal
 from cnf.saving.description import FAMILIES, own_classes
 from cnf.transforms import (
+    Abs,
     ActNorm,
     Affine,
     Augment,
@@ -22,25 +33,13 @@ from cnf.transforms import (
     FactorOut,
     Logit,
     Permute,
+    Round,
+    Sort,
     Transform,
     Unconstrain,
 )
 from cnf.transforms.continuous import map_continuous
 from cnf.transforms.support.constraints import covers
-
-
-class Abs(Transform):
-    """Absolute values; the signs are drawn on the way back."""
-
-    codomain = constraints.independent(constraints.nonnegative, 1)
-    stochastic_to_data = True
-
-    def _to_base(self, x, context, generator):
-        return x.abs(), x.new_full(x.shape[:-1], -self.features * math.log(2))
-
-    def _to_data(self, z, context, generator):
-        signs = torch.randint(0, 2, z.shape, generator=generator) * 2 - 1
-        return z * signs, z.new_full(z.shape[:-1], self.features * math.log(2))
 
 
 class Circle(Transform):
@@ -86,8 +85,13 @@ def mass(flow, reach=8.0):
 
 
 def test_absolute_values_of_a_normal_are_refused():
-    with pytest.raises(ValueError, match=r"base must have its density within the codomain of Abs"):
+    message = r"base must have its density within the codomain of Abs.* such as HalfNormal"
+    with pytest.raises(ValueError, match=message):
         Flow([Abs(2)])
+    with pytest.raises(ValueError, match=r"Choose OrderedNormal as base, or put LogGaps"):
+        Flow([Sort(2)])
+    with pytest.raises(ValueError, match=r"the codomain of Round"):
+        Flow([Round(2)])
     with pytest.raises(
         ValueError, match=r"Affine must have its density within the codomain of Abs"
     ):
@@ -173,8 +177,7 @@ def test_a_final_method_of_a_base_is_refused():
 def test_a_transform_draws_where_it_says_so(make):
     transform = make()
     context = torch.randn(transform.context_features) if transform.context_features else None
-    base = StandardNormal(transform.base_features).double()
-    z = base.rsample(torch.Size([20]), generator=seeded())
+    z = base_rows_for(transform, 20)
 
     x, again = (transform.to_data(z, context, generator=seeded()) for _ in range(2))
     torch.testing.assert_close(x, again)

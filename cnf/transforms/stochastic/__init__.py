@@ -1,1 +1,1 @@
-"""Transforms that draw in both directions: Markov kernels."""
+"""Transforms that draw in both directions."""

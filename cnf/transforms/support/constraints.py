@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from cnf.bases.ordered_normal import OrderedVector
+
 
 class OpenInterval(constraints.Constraint):
     """Numbers between two bounds, the bounds excluded."""
@@ -64,7 +66,7 @@ def _entries(constraint: constraints.Constraint) -> list[constraints.Constraint]
 
 def _covers(larger: constraints.Constraint, smaller: constraints.Constraint) -> bool:
     wide, narrow = _bounds(larger), _bounds(smaller)
-    if wide is None or narrow is None:
+    if wide is None or narrow is None or isinstance(larger, OrderedVector):
         return type(larger) is type(smaller) and repr(larger) == repr(smaller)
     if larger.is_discrete and not smaller.is_discrete:
         return False
@@ -73,6 +75,8 @@ def _covers(larger: constraints.Constraint, smaller: constraints.Constraint) -> 
 
 def _bounds(constraint: constraints.Constraint) -> tuple[Tensor, Tensor] | None:
     """Return the least and the largest number; None for constraints of another kind."""
+    if isinstance(constraint, OrderedVector):
+        return torch.tensor(-math.inf), torch.tensor(math.inf)
     bounded = hasattr(constraint, "lower_bound") or hasattr(constraint, "upper_bound")
     if not bounded and not isinstance(constraint, type(constraints.real) | Integers):
         return None

@@ -1,15 +1,15 @@
 """Augmentation: random features are appended to x, so that z is larger than x."""
 
-import itertools
-import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from cnf._checks import check_count, check_widths
+from cnf.bases import Base, ConditionalNormal, StandardNormal
 from cnf.transforms.base import Transform, WithLadj
-from cnf.vector_fields.conditioning import ContextScaling, scaled_context
+from cnf.vector_fields.conditioning import ContextScaling, beside, scaled_context
 
 
 class Augment(Transform):
@@ -60,9 +60,14 @@ class Augment(Transform):
         super().__init__(features, context_features)
         self.augment = check_count("augment", augment)
         self.hidden_features: tuple[int, ...] | None = None
+        self.q: Base = StandardNormal(self.augment)
         if hidden_features is not None:
             self.hidden_features = check_widths("hidden_features", hidden_features, least=0)
-            self.network = self._network(self.hidden_features)
+            self.q = ConditionalNormal(
+                self.augment,
+                self.features + self.context_features,
+                hidden_features=self.hidden_features,
+            )
             if self.context_features:
                 self.context_scaling = ContextScaling(self.context_features)
 
@@ -76,44 +81,27 @@ class Augment(Transform):
         return self.features + self.augment
 
     def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
-        mean, log_std = self._mean_and_log_std(x, context)
-        noise = torch.randn(
-            *x.shape[:-1], self.augment, generator=generator, dtype=x.dtype, device=x.device
-        )
-        z = torch.cat([x, mean + log_std.exp() * noise], -1)
-        return z, -_log_normal(noise, log_std)
+        given = self._given(x, context)
+        e = self.q.rsample(x.shape[:-1], given, generator=generator)
+        return torch.cat([x, e], -1), -self.q.log_prob(e, given)
 
     def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         x, e = z[..., : self.features], z[..., self.features :]
-        mean, log_std = self._mean_and_log_std(x, context)
-        return x, _log_normal((e - mean) * (-log_std).exp(), log_std)
+        return x, self.q.log_prob(e, self._given(x, context))
 
     def _to_data_value(
         self, z: Tensor, context: Tensor | None, generator: Generator | None
     ) -> Tensor:
         return z[..., : self.features]
 
-    def _mean_and_log_std(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _given(self, x: Tensor, context: Tensor | None) -> Tensor | None:
         if self.hidden_features is None:
-            zeros = x.new_zeros(*x.shape[:-1], self.augment)
-            return zeros, zeros
-        context = scaled_context(self, context)
-        if context is not None:
-            x = torch.cat([x, context.expand(*x.shape[:-1], self.context_features)], -1)
-        mean, log_std = self.network(x).to(x.dtype).chunk(2, -1)  # autocast lowers the dtype
-        return mean, log_std
+            return None
+        return beside(x, scaled_context(self, context))
 
-    def _network(self, hidden_features: Sequence[int]) -> nn.Sequential:
-        widths = [self.features + self.context_features, *hidden_features]
-        layers: list[nn.Module] = []
-        for inputs, outputs in itertools.pairwise(widths):
-            layers += [nn.Linear(inputs, outputs), nn.SiLU()]
-        last = nn.Linear(widths[-1], 2 * self.augment)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        return nn.Sequential(*layers, last)
-
-
-def _log_normal(noise: Tensor, log_std: Tensor) -> Tensor:
-    """Return the log-density of mean + std * noise, in nats."""
-    return (-0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # The network of q was one of this transform's own in older files.
+        for name in [name for name in state_dict if name.startswith(f"{prefix}network.")]:
+            renamed = name.removeprefix(prefix)
+            state_dict[f"{prefix}q.{renamed}"] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *args)

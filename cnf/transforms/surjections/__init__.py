@@ -1,0 +1,1 @@
+"""Surjections: transforms that are drawn in one of their directions."""
