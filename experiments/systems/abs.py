@@ -55,7 +55,8 @@ def reflections(x: Tensor) -> Tensor:
 def show(settings: Settings) -> str:
     """Train the three flows, and compare them with the truth."""
     generator = torch.Generator().manual_seed(settings.seed)
-    x, test = (draw(rows, generator) for rows in (300, settings.choose(5000, 500)))
+    sizes = (300, 100, settings.choose(5000, 500))
+    x, validation, test = (draw(rows, generator) for rows in sizes)
     config = TrainingConfig(
         steps=settings.choose(1500, 10), batch_size=256, learning_rate=2e-3, progress=False
     )
@@ -70,7 +71,7 @@ def show(settings: Settings) -> str:
         torch.manual_seed(settings.seed)
         first = [Abs(2), FromTorch(SoftplusTransform(), 2)] if symmetric else []
         flow = Flow([*first, Standardize(2), *build("nsf", 2, size=32).transforms])
-        fit(flow, train, config)
+        fit(flow, train, config, validation=reflections(validation))
         with torch.no_grad():
             log_prob = flow.log_prob(test)
         gap = truth - log_prob
