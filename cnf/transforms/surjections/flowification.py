@@ -150,11 +150,9 @@ class FlowifiedConv2d(Chain):
 def flowify(network: nn.Sequential, shape: Sequence[int]) -> Chain:
     """Turn a network of linear, convolution and leaky ReLU layers into transforms.
 
-    Each layer keeps its weights, as starting values.
-
-    The transforms compute what the network does, but for noise where a layer has more outputs than
-    inputs, overlapping patches or padding. Each layer that drops coordinates gets a network of its
-    own that models them; train the flow.
+    With the weights of the network they compute what it does, but for noise where a layer has more
+    outputs than inputs, overlapping patches or padding. A layer that drops coordinates gets a
+    network that models them. All of it is to be trained.
 
     Args:
         network: Layers from data to base, among `torch.nn.Linear`, `Conv2d`, `LeakyReLU`,

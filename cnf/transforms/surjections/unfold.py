@@ -146,7 +146,8 @@ class Unfold(Transform):
 
     def _fold(self, patches: Tensor) -> Tensor:
         """Return the sum of the copies of each pixel."""
-        sides = [side + 2 * self.padding for side in self.shape[1:]]
+        _, height, width = self.shape
+        sides = (height + 2 * self.padding, width + 2 * self.padding)
         columns = patches.unflatten(-1, (self.unfolded_shape[0], -1))
         return fold(columns, sides, self.kernel_size, stride=self.stride)
 
