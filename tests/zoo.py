@@ -401,6 +401,7 @@ INFERENCE_SURJECTIONS: dict[str, Callable[[], Transform]] = {
     ),
     "funnel": lambda: perturbed(MLPFunnel(4, 2), 0.1),
     "funnel with context": lambda: perturbed(MLPFunnel(3, 1, 2), 0.1),
+    "inverse augmentation": lambda: Inverse(perturbed(Augment(2, 1, hidden_features=(3,)))),
     "maximum": lambda: Maximum(3),
     "maximum with context": lambda: Maximum(3, 2, offsets=distances(2, 3)),
     "max pooling": lambda: MaxPool2d((2, 2, 4), offsets=distances(12, 4)),

@@ -57,6 +57,7 @@ UNBOUNDED = {
     "augmented with context": "the same",
     "augmented without context in a conditional flow": "the same",
     "augmented inside": "the same",
+    "inverse augmentation": "the same",
     "inverse slice with context": "the same",
     "convolutional funnel": "the same",
     "convolutional funnel with context": "the same",
