@@ -31,13 +31,16 @@ from cnf.bases import (
     StandardNormal,
 )
 from cnf.bases.ordered_normal import OrderedVector, sorted_points
+from cnf.flows import MixtureOfFlows
 from cnf.transforms import (
     VAE,
     Abs,
     ActNorm,
     AdditiveCoupling,
+    AdjustedLangevin,
     Affine,
     AffineCoupling,
+    AnnealedDensity,
     Augment,
     Chain,
     ConditionalAffine,
@@ -47,6 +50,7 @@ from cnf.transforms import (
     ConvConditioner,
     ConvFunnel,
     Dequantize,
+    Diffusion,
     EmergingConv,
     ExactLipschitz,
     ExactLogDet,
@@ -54,7 +58,9 @@ from cnf.transforms import (
     Flatten,
     FlowifiedConv2d,
     FlowifiedLinear,
+    HamiltonianMonteCarlo,
     Inverse,
+    Langevin,
     LeakyReLU,
     LipschitzAttention,
     LipschitzConv,
@@ -63,6 +69,7 @@ from cnf.transforms import (
     Logit,
     Maximum,
     MaxPool2d,
+    MetropolisHastings,
     MLPConditioner,
     MLPFunnel,
     NormalScores,
@@ -383,6 +390,12 @@ SURJECTIONS: dict[str, Callable[[], Transform]] = {
 """Random on the way to the base, so that a likelihood is a lower bound."""
 
 
+def annealed(features: int = 2, share: float = 0.5) -> AnnealedDensity:
+    """A density between a normal and a mixture."""
+    target = GaussianMixtureBase.from_data(torch.randn(40, features).exp())
+    return AnnealedDensity(StandardNormal(features), target, share)
+
+
 def distances(features: int, context_features: int) -> TransformedBase:
     """A conditional distribution of positive numbers."""
     base = ConditionalNormal(features, context_features, hidden_features=(4,))
@@ -416,10 +429,21 @@ INFERENCE_SURJECTIONS: dict[str, Callable[[], Transform]] = {
 }
 """Random on the way to the data alone, so that a likelihood is exact."""
 
+KERNELS: dict[str, Callable[[], Transform]] = {
+    "metropolis hastings": lambda: MetropolisHastings(2, annealed(), steps=3),
+    "langevin": lambda: Langevin(2, annealed(share=0.0), steps=3),
+    "adjusted langevin": lambda: AdjustedLangevin(3, annealed(3), steps=2),
+    "hamiltonian monte carlo": lambda: HamiltonianMonteCarlo(2, annealed(), leapfrogs=2),
+    "diffusion": lambda: Diffusion(mlp(), perturbed(LinearField(2)), steps=3),
+    "diffusion with context": lambda: Diffusion(mlp(2, 3), mlp(2, 3), steps=2, noise=0.5),
+}
+"""Markov kernels."""
+
 STOCHASTIC: dict[str, Callable[[], Transform]] = {
     "flowified overlapping convolution": lambda: perturbed(
         FlowifiedConv2d((1, 3, 3), 2, 3, stride=1, padding=1, hidden_channels=(3,)), 0.1
     ),
+    **KERNELS,
     "permutation": lambda: StochasticPermutation(4, point_features=2),
     "autoencoder": lambda: perturbed(
         VAE(*(ConditionalNormal(*size, hidden_features=(4,)) for size in ((1, 3), (3, 1))))
@@ -441,6 +465,7 @@ BASES: dict[str, Callable[[], Base]] = {
     "torch": lambda: TorchBase(Independent(Gamma(torch.full((2,), 3.0), torch.full((2,), 2.0)), 1)),
     "normflows": lambda: NormflowsBase(normflows.distributions.GaussianMixture(3, 2).double()),
     "named": lambda: perturbed(build("gmm", 2, size=3).base),
+    "mixture of flows": lambda: perturbed(MixtureOfFlows([cnf(), Flow(couplings())])),
     "half-normal": lambda: HalfNormal(2),
     "sorted normal": lambda: OrderedNormal(4, point_features=2),
     "transformed": lambda: TransformedBase(

@@ -8,7 +8,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from cnf.flows.distribution import FlowDistribution
+from cnf.flows.as_torch.distribution import FlowDistribution
 
 
 class PyroDistribution(TorchDistribution):

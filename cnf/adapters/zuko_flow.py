@@ -6,8 +6,8 @@ from zuko.lazy import Flow as TheirFlow
 from zuko.lazy import LazyDistribution, LazyTransform
 
 from cnf.bases import Base
+from cnf.flows.as_torch.torch_transform import FlowTransform
 from cnf.flows.flow import Flow
-from cnf.flows.torch_transform import FlowTransform
 
 
 class ZukoFlow(TheirFlow):

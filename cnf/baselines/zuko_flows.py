@@ -102,7 +102,7 @@ class NamedMixture(Base):
         """Whether `initialize` has yet to centre the components on data."""
         return not self.is_initialized
 
-    def _initialize(self, z: Tensor, generator: Generator | None) -> None:
+    def _initialize(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> None:
         # The covariance of all rows, narrower for more components: Silverman (1986), chapter 4.
         if len(z) < self.size:
             raise ValueError(

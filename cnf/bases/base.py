@@ -29,7 +29,7 @@ def weakest(kinds: Iterable[Likelihood]) -> Likelihood:
 _HOOKS = {
     "log_prob": "_log_prob(z, context, generator)",
     "rsample": "_rsample(shape, context, generator)",
-    "initialize": "_initialize(z, generator), which is called while needs_initialization is true",
+    "initialize": ("_initialize(z, context, generator), called while needs_initialization is true"),
 }
 """Hooks that a subclass writes in place of final methods."""
 
@@ -95,14 +95,21 @@ class Base(nn.Module, ABC):
 
     @final
     @torch.no_grad()
-    def initialize(self, z: BaseRows, *, generator: Generator | None = None) -> None:
+    def initialize(
+        self, z: BaseRows, context: Context | None = None, *, generator: Generator | None = None
+    ) -> None:
         """Initialise from these rows, once: later calls change nothing.
 
         Raises:
             ValueError: If the rows are unsuitable, such as too few.
         """
-        if self.needs_initialization:
-            self._initialize(z, generator)
+        if not self.needs_initialization:
+            return
+        if context is not None and self.context_features:
+            context = context.expand(*z.shape[:-1], -1).reshape(-1, self.context_features)
+        else:
+            context = None
+        self._initialize(z.reshape(-1, self.features), context, generator)
 
     @final
     def log_prob(
@@ -136,7 +143,7 @@ class Base(nn.Module, ABC):
     ) -> Tensor:
         """Hook: draw with batch shape `shape`."""
 
-    def _initialize(self, z: Tensor, generator: Generator | None) -> None:
+    def _initialize(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> None:
         """Hook: initialise from data."""
 
     def distribution(

@@ -96,7 +96,7 @@ class GaussianMixtureBase(Base):
         """Whether there are no components yet."""
         return self.components == 0
 
-    def _initialize(self, z: Tensor, generator: Generator | None) -> None:
+    def _initialize(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> None:
         self._set(fit_mixture(z))
 
     def _set(self, mixture: Mixture) -> None:

@@ -36,6 +36,8 @@ def certify(
       a tenth of its tolerances; for a fixed grid, by an adaptive solver at a tight tolerance and
       with at least 106, and more than twice as many, equal steps. The limit is 0.05 nats or, if
       more, five times the stated accuracy of a calibrated flow;
+    - ``path_weights``: distance from 1 of the mean weight of paths for a normal target, in standard
+      errors, where transforms draw on the way to the base;
     - ``round_trip``: largest error of x -> z -> x, in standard deviations of each feature; if x is
       drawn given z, the error of the worst part, of z -> x -> z for a surjection;
     - ``ladj``: deviation of the ladj of a discrete bijection from its Jacobian by autograd, for the

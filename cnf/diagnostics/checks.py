@@ -7,17 +7,23 @@ from operator import itemgetter
 
 import torch
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import Independent, Normal, constraints
 
 from cnf.diagnostics.case import Case, NotMeasuredError, Outcome, by_gradient, scale_of
 from cnf.divergence import Hutchinson
 from cnf.flows.flow import Flow
 from cnf.flows.references import LARGEST_ERROR, by_reference
+from cnf.metrics import effective_sample_size
 from cnf.ode import methods
 from cnf.transforms import ContinuousTransform, Transform
 from cnf.vector_fields import count_evaluations
 
 _PROBES = 8
+_DRAWS = 4000
+_SHARE_OF_SPREAD = 0.8
+"""Standard deviation of a target of weights, in those of the draws: less, so that weights are
+bounded, and not much less, so that they do not vary much."""
+_LEAST_EFFECTIVE = 100
 _MANY_FEATURES = 64
 _GRID = 201
 _FACTOR = 5
@@ -125,6 +131,36 @@ def _tolerance(case: Case) -> Outcome:
         "flow.calibrate(x, accuracy=...). If that does not help, the velocity has a short pulse, "
         "or the flow was trained on steps too coarse for it: train again with finer ones. Float64 "
         "helps against rounding.",
+    )
+
+
+def _path_weights(case: Case) -> Outcome:
+    flow = case.flow
+    if not flow.transforms.stochastic_to_base:
+        raise NotMeasuredError("no transform draws on the way to the base")
+    if flow.likelihood != "lower_bound":
+        raise NotMeasuredError(f"the likelihood is {flow.likelihood!r}, not 'lower_bound'")
+    if flow.support is not constraints.real_vector:
+        raise NotMeasuredError("for densities of real vectors only")
+    context = None if case.context is None else case.context[0]
+    generator = case.generator
+    points = flow.sample(_DRAWS, context, generator=generator)
+    spread = _SHARE_OF_SPREAD * points.std(0)
+    spread = spread.where(spread > 0, 1.0)
+    target = Independent(Normal(points.mean(0), spread, validate_args=False), 1)
+    _, log_weight = flow.rsample_and_log_weight(
+        lambda x, *_: target.log_prob(x), _DRAWS, context, generator=generator
+    )
+    weight = log_weight.double().exp()
+    if float(effective_sample_size(log_weight)) < _LEAST_EFFECTIVE:
+        raise NotMeasuredError("a few draws have nearly all of the weight")
+    error = float(weight.std()) / math.sqrt(_DRAWS)
+    return Outcome(
+        float((weight.mean() - 1).abs()) / (error + torch.finfo(points.dtype).eps),
+        5.0,
+        "distance of the mean weight of paths from 1, for a normal target, in standard errors",
+        "What a transform that draws returns beside x is not the log-ratio of the density of the "
+        "way back to that of the way there.",
     )
 
 
@@ -306,7 +342,15 @@ CHECKS: dict[str, Callable[[Case], Outcome]] = {
     measure.__name__.removeprefix("_"): measure
     for measure in (
         *(_hutchinson, _finite_differences, _standard_error, _gradient_modes, _tolerance),
-        *(_round_trip, _ladj, _sampled_log_prob, _integral, _inverse_lipschitz, _nfe),
+        *(
+            _path_weights,
+            _round_trip,
+            _ladj,
+            _sampled_log_prob,
+            _integral,
+            _inverse_lipschitz,
+            _nfe,
+        ),
     )
 }
 

@@ -1,9 +1,21 @@
 """Density models: a base distribution and a chain of transforms."""
 
+from cnf.flows.as_torch.distribution import FlowDistribution
 from cnf.flows.chunks import log_prob_in_chunks, sample_in_chunks
 from cnf.flows.cnf import CNF
-from cnf.flows.distribution import FlowDistribution
 from cnf.flows.flow import Flow
+from cnf.flows.importance import LogNormalizer, log_normalizer
+from cnf.flows.mixture_of_flows import MixtureOfFlows
 from cnf.flows.neural_ode import NeuralODE
 
-__all__ = ["CNF", "Flow", "FlowDistribution", "NeuralODE", "log_prob_in_chunks", "sample_in_chunks"]
+__all__ = [
+    "CNF",
+    "Flow",
+    "FlowDistribution",
+    "LogNormalizer",
+    "MixtureOfFlows",
+    "NeuralODE",
+    "log_normalizer",
+    "log_prob_in_chunks",
+    "sample_in_chunks",
+]

@@ -1,7 +1,7 @@
 """Flow: a density model made of a base distribution and a chain of transforms."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -21,9 +21,10 @@ from cnf._memory import check_fits
 from cnf._row_names import rows_of_caller
 from cnf._shapes import Context, Events
 from cnf.bases import Likelihood, weakest
-from cnf.flows.distribution import FlowDistribution
+from cnf.flows.as_torch.distribution import FlowDistribution
 from cnf.flows.map import FlowMap
 from cnf.flows.standard_error import to_base_with_error
+from cnf.flows.target import log_density_of_target
 from cnf.transforms.chain import check_importance_samples
 from cnf.transforms.support.constraints import row_before, select, spread
 
@@ -204,6 +205,50 @@ class Flow(FlowMap):
         z = self.base.rsample(shape, context, generator=generator)
         x, ladj = self.transforms.to_data_and_ladj(z, context, generator=generator)
         return x, self.base.log_prob(z, context, generator=generator) - ladj
+
+    def rsample_and_log_weight(
+        self,
+        log_density: Callable[..., Tensor],
+        sample_shape: int | Sequence[int] = (),
+        context: Context | None = None,
+        *,
+        generator: Generator | None = None,
+    ) -> tuple[Float[Tensor, "*shape_and_event"], Float[Tensor, "*shape"]]:
+        r"""Draw, with log importance weights for a target, along the same path; with gradients.
+
+        :math:`\log w = \log \tilde p(x) - \log \mathrm{base}(z)` plus the contributions of the
+        transforms on the way from z to x. The mean of w is the integral of the target, also where
+        transforms draw and the density of x is not known; but not where the divergence is an
+        estimate, as the exponential of an unbiased estimate is biased.
+
+        Args:
+            log_density: Unnormalised log-density of the target, in nats: ``log_density(x)``, or
+                ``log_density(x, context)`` for a conditional flow; it may be -inf.
+            sample_shape: Number or shape of the draws for each context.
+            context: Context of a conditional flow.
+            generator: Source of the draws.
+
+        Raises:
+            TypeError: If `log_density` returns no tensor.
+            ValueError: If it returns another shape, NaN or inf; or if the likelihood of the base is
+                a bound, whose draws have no weights.
+
+        References:
+            Wu, Koehler & Noe (2020), Stochastic Normalizing Flows, equation 8.
+            https://arxiv.org/abs/2002.06707
+        """
+        if not callable(log_density):
+            raise TypeError(f"log_density must be callable; got {type(log_density).__name__}.")
+        if self.base.likelihood not in ("exact", "estimate"):
+            raise ValueError(
+                "base must have a log-density of its draws to weigh them; its likelihood is "
+                f"{self.base.likelihood!r}."
+            )
+        shape = self._shape(sample_shape, context, generator)
+        z = self.base.rsample(shape, context, generator=generator)
+        x, ladj = self.transforms.to_data_and_ladj(z, context, generator=generator)
+        target = log_density_of_target(log_density, x, context, shape)
+        return x, target - self.base.log_prob(z, context, generator=generator) + ladj
 
     def _shape(
         self, sample_shape: int | Sequence[int], context: Tensor | None, generator: Generator | None

@@ -107,7 +107,7 @@ class FlowMap(nn.Module):
         self.transforms.initialize(x, context, generator=generator)
         if self.base.needs_initialization:
             z = self.transforms.to_base(x, context, generator=generator)
-            self.base.initialize(z.reshape(-1, self.base.features), generator=generator)
+            self.base.initialize(z, context, generator=generator)
 
     @property
     def accuracy(self) -> float | None:

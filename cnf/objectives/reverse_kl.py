@@ -7,10 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cnf._checks import check_count
-from cnf._row_names import name_rows
 from cnf._shapes import Context
 from cnf.divergence import Divergence
 from cnf.flows.flow import Flow
+from cnf.flows.target import refuse_targets
 from cnf.objectives.base import Objective
 from cnf.objectives.solving import for_training, training_divergence, training_solver
 from cnf.ode import ODESolver
@@ -18,9 +18,8 @@ from cnf.transforms import ContinuousTransform
 
 _DRAWS = 512
 
-
-class TargetError(ValueError):
-    """The log-density of a target is not finite at draws of the flow."""
+_WEIGHED = ("exact", "estimate", "lower_bound")
+"""Kinds of likelihood whose draws have weights."""
 
 
 class ReverseKL(Objective):
@@ -31,7 +30,9 @@ class ReverseKL(Objective):
 
     in nats, estimated from draws of the flow with reparametrised gradients. It needs no data: a
     target may be a posterior with known likelihood and prior. The loss is mode-seeking: it does not
-    see parts of p without mass of q. `log_weights` show the fit where q has mass.
+    see parts of p without mass of q. `log_weights` show the fit where q has mass. For a flow with
+    random steps, such as `Langevin`, the loss is minus the mean log-weight of its paths, a bound of
+    the divergence from above.
 
     Args:
         flow: The flow to train.
@@ -75,11 +76,12 @@ class ReverseKL(Objective):
         divergence: Divergence | None = None,
     ) -> None:
         super().__init__(flow)
-        if flow.likelihood not in ("exact", "estimate"):
+        if flow.likelihood not in _WEIGHED or flow.support.is_discrete:
+            kind = "discrete" if flow.support.is_discrete else f"{flow.likelihood!r}"
             raise ValueError(
-                "flow must have a log-density of its draws, exact or estimated without bias; its "
-                f"likelihood is {flow.likelihood!r}. Leave out transforms such as Augment and "
-                "Dequantize, and truncate no series: log_det=RussianRoulette()."
+                "flow must have weights of its draws, exact or estimated without bias, with "
+                f"gradients; it is {kind}. Leave out transforms such as Dequantize, and truncate "
+                "no series: log_det=RussianRoulette()."
             )
         if not callable(log_density):
             raise TypeError(f"log_density must be callable; got {type(log_density).__name__}.")
@@ -99,10 +101,11 @@ class ReverseKL(Objective):
         generator: torch.Generator | None,
     ) -> Tensor:
         flow = self.flow.map_continuous(self._for_training)
-        points, log_prob = flow.rsample_and_log_prob(draws, context, generator=generator)
-        target = self._target(points, log_prob, context)
-        _refuse(~target.detach().isfinite(), "finite")
-        return (log_prob - target).mean()
+        _, log_weight = flow.rsample_and_log_weight(
+            self.log_density, draws, context, generator=generator
+        )
+        refuse_targets(~log_weight.detach().isfinite(), "finite")
+        return (-log_weight).mean()
 
     @torch.no_grad()
     def log_weights(
@@ -114,7 +117,7 @@ class ReverseKL(Objective):
     ) -> Float[Tensor, "draws *batch"]:
         r"""Return log importance weights :math:`\log \tilde p(x) / q(x)` of new draws x, in nats.
 
-        They use the solver of the flow, and are unbiased only if its likelihood is exact. See
+        They are those of `Flow.rsample_and_log_weight`, with the solver of the flow. See
         `cnf.metrics.effective_sample_size`; `cnf.metrics.log_mean_exp` of them estimates log Z.
         Here the target may be zero at draws; the log-weight is then -inf.
 
@@ -125,34 +128,9 @@ class ReverseKL(Objective):
             ODEError: If the solve fails.
         """
         check_count("draws", draws)
-        x, log_prob = self.flow.sample_and_log_prob(draws, context, generator=generator)
-        target = self._target(x, log_prob, context)
-        _refuse(target.isnan() | target.isposinf(), "finite or -inf")
-        return target - log_prob
+        return self.flow.rsample_and_log_weight(
+            self.log_density, draws, context, generator=generator
+        )[1]
 
     def _for_training(self, transform: ContinuousTransform) -> ContinuousTransform:
         return for_training(transform, solver=self.solver, divergence=self.divergence)
-
-    def _target(self, x: Tensor, log_prob: Tensor, context: Tensor | None) -> Tensor:
-        """Return the log-density of the target at draws, in the shape of `log_prob`."""
-        given = () if context is None else (context.expand(*log_prob.shape, context.shape[-1]),)
-        # A network may be coarse in training; the target may not.
-        with torch.autocast(x.device.type, enabled=False):
-            value = self.log_density(x, *given)
-        if not isinstance(value, Tensor):
-            raise TypeError(f"log_density must return a tensor; got {type(value).__name__}.")
-        if value.shape != log_prob.shape:
-            raise ValueError(
-                f"log_density must return shape {tuple(log_prob.shape)} for x of shape "
-                f"{tuple(x.shape)}; got {tuple(value.shape)}."
-            )
-        return value
-
-
-def _refuse(bad: Tensor, expected: str) -> None:
-    if bad.any():
-        raise TargetError(
-            f"log_density must be {expected} wherever the flow draws; got other values in draws, "
-            f"{name_rows(bad)}. If the target has bounded support, put a transform such as Logit "
-            "first in the flow, so that its draws lie inside."
-        )

@@ -13,14 +13,14 @@ from cnf.bases import Base
 from cnf.divergence import Divergence
 from cnf.flows import Flow
 from cnf.ode import ODESolver
-from cnf.transforms import Chain, ContractiveNetwork, FactorOut, Transform
+from cnf.transforms import AnnealedDensity, Chain, ContractiveNetwork, FactorOut, Transform
 from cnf.transforms.conditioners import Conditioner
 from cnf.transforms.residual.log_det import LogDet
 from cnf.vector_fields import VectorField
 
 FAMILIES: tuple[type, ...] = (
     *(Flow, Base, Transform, VectorField, Divergence),
-    *(LogDet, ContractiveNetwork, Conditioner, ODESolver),
+    *(LogDet, ContractiveNetwork, Conditioner, ODESolver, AnnealedDensity),
 )
 """Base classes of the parts of a flow. Subclasses of these in cnf are saved and loaded by name."""
 

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from cnf._checks import NotFiniteError
 from cnf.flows.flow import Flow
+from cnf.flows.target import TargetError
 from cnf.objectives import Objective
-from cnf.objectives.reverse_kl import TargetError
 from cnf.ode import ODEError
 from cnf.training.checkpoint import Checkpoints, RunFolder, check_form
 from cnf.training.config import TrainingConfig

@@ -21,6 +21,10 @@ from cnf.transforms.residual.attention import LipschitzAttention
 from cnf.transforms.residual.contractions import ContractiveNetwork, LipschitzConv, LipschitzMLP
 from cnf.transforms.residual.log_det import ExactLogDet, RussianRoulette, TruncatedSeries
 from cnf.transforms.residual.residual_flow import ResidualFlow
+from cnf.transforms.stochastic.densities import AnnealedDensity
+from cnf.transforms.stochastic.diffusion import Diffusion
+from cnf.transforms.stochastic.kernels import MarkovKernel, MetropolisHastings
+from cnf.transforms.stochastic.langevin import AdjustedLangevin, HamiltonianMonteCarlo, Langevin
 from cnf.transforms.stochastic.permutation import StochasticPermutation
 from cnf.transforms.stochastic.vae import VAE
 from cnf.transforms.support.dequantize import Dequantize, Logit
@@ -41,8 +45,10 @@ __all__ = [
     "Abs",
     "ActNorm",
     "AdditiveCoupling",
+    "AdjustedLangevin",
     "Affine",
     "AffineCoupling",
+    "AnnealedDensity",
     "Augment",
     "Chain",
     "ConditionalAffine",
@@ -53,6 +59,7 @@ __all__ = [
     "ConvFunnel",
     "Coupling",
     "Dequantize",
+    "Diffusion",
     "EmergingConv",
     "ExactLipschitz",
     "ExactLogDet",
@@ -60,7 +67,9 @@ __all__ = [
     "Flatten",
     "FlowifiedConv2d",
     "FlowifiedLinear",
+    "HamiltonianMonteCarlo",
     "Inverse",
+    "Langevin",
     "LeakyReLU",
     "Likelihood",
     "LipschitzAttention",
@@ -70,8 +79,10 @@ __all__ = [
     "Logit",
     "MLPConditioner",
     "MLPFunnel",
+    "MarkovKernel",
     "MaxPool2d",
     "Maximum",
+    "MetropolisHastings",
     "NormalScores",
     "Orthogonal",
     "PeriodicConv",

@@ -4,7 +4,8 @@ Points lie on an arc in the positive quarter of the plane, and have random signs
 behind `Abs` learns the arc alone; the same flow without it must learn four arcs that do not touch.
 A third flow is trained on all four reflections of each row, the usual answer without `Abs`.
 
-Claim: behind `Abs` the flow is nearer to the truth than without, and exactly symmetric. References: Nielsen et al. (2020), SurVAE Flows. https://arxiv.org/abs/2007.02731
+Claim: behind `Abs` the flow is nearer to the truth than without, and exactly symmetric.
+References: Nielsen et al. (2020), SurVAE Flows. https://arxiv.org/abs/2007.02731
 """
 
 import math

@@ -28,8 +28,10 @@ from cnf.transforms import (
     Abs,
     Affine,
     AffineCoupling,
+    Augment,
     ContinuousTransform,
     Inverse,
+    MarkovKernel,
     ResidualFlow,
     Slice,
     Transform,
@@ -46,6 +48,7 @@ NAMES = [
     "standard_error",
     "gradient_modes",
     "tolerance",
+    "path_weights",
     "round_trip",
     "ladj",
     "sampled_log_prob",
@@ -536,3 +539,29 @@ def test_a_wrong_ladj_is_told_of_with_its_part_and_direction(features, wrong, wh
         assert check.value == pytest.approx(0.5 * features * math.log(2))
     check = certify(Flow([Doubling(features, None)]), torch.randn(10, features))["ladj"]
     assert (check.verdict, check.value) == ("pass", pytest.approx(0, abs=1e-9))
+
+
+class Steps(MarkovKernel):
+    """Steps that leave a normal density with a given variance invariant, or claim to."""
+
+    def __init__(self, variance: float, claimed: float) -> None:
+        super().__init__(2, lambda x: -x.square().sum(-1) / (2 * claimed), steps=1)
+        self.variance = variance
+
+    def _propose(self, point, generator):
+        noise = torch.randn(point.shape, generator=generator, dtype=point.dtype)
+        proposal = point + noise
+        change = point.square().sum(-1) - proposal.square().sum(-1)
+        return proposal, change / (2 * self.variance)
+
+
+def test_wrong_weights_of_paths_are_found():
+    x = torch.randn(50, 2)
+    right = certify(Flow([perturbed(Affine(2)), Steps(2.0, 2.0), perturbed(Affine(2))]), x)
+    assert right["path_weights"].verdict == "pass"
+    wrong = certify(Flow([perturbed(Affine(2)), Steps(2.0, 1.0), perturbed(Affine(2))]), x)
+    assert wrong["path_weights"].verdict == "fail"
+    assert not wrong.passed
+    assert "log-ratio" in wrong["path_weights"].remedy
+    assert verdicts(certify(Flow([perturbed(Augment(2, 1))]), x))["path_weights"] == "pass"
+    assert verdicts(certify(Flow([Affine(2)]), x))["path_weights"] == "skip"

@@ -21,9 +21,24 @@ from cnf import (
     count_evaluations,
     fit,
 )
+from cnf.bases import StandardNormal
+from cnf.flows import MixtureOfFlows, log_normalizer
 from cnf.metrics import effective_sample_size, log_mean_exp
 from cnf.training import TrainingError
-from cnf.transforms import Affine, ContinuousTransform, Logit
+from cnf.transforms import (
+    AdjustedLangevin,
+    Affine,
+    AnnealedDensity,
+    Augment,
+    ConditionalAffine,
+    ContinuousTransform,
+    Dequantize,
+    Langevin,
+    LipschitzMLP,
+    Logit,
+    ResidualFlow,
+    TruncatedSeries,
+)
 from cnf.vector_fields import LinearField
 
 pytestmark = pytest.mark.usefixtures("shapes_unchecked")  # whole solves
@@ -334,9 +349,16 @@ def test_training_without_data_finds_the_target():
             r"flow must be a cnf\.Flow; got Linear",
         ),
         (
-            lambda: ReverseKL(CNF(2, augment=1), normal_target),
+            lambda: ReverseKL(Flow([Dequantize(2, 4), Logit(2)]), normal_target),
             ValueError,
-            r"flow must have a log-density.*is 'lower_bound'.*Augment",
+            r"flow must have weights of its draws.*is discrete.*Dequantize",
+        ),
+        (
+            lambda: ReverseKL(
+                Flow([ResidualFlow(LipschitzMLP(2), log_det=TruncatedSeries())]), normal_target
+            ),
+            ValueError,
+            r"is 'biased_estimate'.*RussianRoulette",
         ),
         (lambda: ReverseKL(CNF(2), TARGET), TypeError, "log_density must be callable; got Multi"),
         (lambda: ReverseKL(CNF(2), normal_target, draws=0), ValueError, "draws must be at least 1"),
@@ -361,7 +383,7 @@ def test_wrong_settings_are_refused(make, error, message):
         (
             lambda x: x.sum(-1) * math.nan,
             ValueError,
-            r"must be finite wherever the flow draws; got other.*draws, rows 0, 1, 2.*Logit",
+            r"must be finite or -inf wherever the flow draws; got.*draws, rows 0, 1, 2.*Logit",
         ),
         (lambda x: x.sum(-1) - math.inf, ValueError, "must be finite wherever the flow draws"),
     ],
@@ -384,3 +406,96 @@ def test_a_missing_context_and_no_draws_are_refused():
         ReverseKL(CNF(2, 3), normal_target)()
     with pytest.raises(ValueError, match="draws must be at least 1; got 0"):
         ReverseKL(CNF(2), normal_target).log_weights(0)
+
+
+def test_the_loss_of_random_steps_bounds_the_divergence_and_falls_with_them():
+    """Minus the mean log-weight of paths is at least -log Z, and annealed steps bring it nearer."""
+    target = MultivariateNormal(torch.tensor([1.5, 0.0]), torch.eye(2))
+
+    def log_density(x):
+        return target.log_prob(x) + LOG_Z
+
+    shares = torch.linspace(1, 0.2, 5).tolist()
+    kernels = [
+        AdjustedLangevin(2, AnnealedDensity(StandardNormal(2), log_density, share), step_size=0.5)
+        for share in shares
+    ]
+    with torch.no_grad():
+        plain, annealed = (
+            ReverseKL(Flow([Affine(2), *parts]), log_density, draws=4000)(generator=seeded())
+            for parts in ([], kernels)
+        )
+    assert plain == pytest.approx(1.5**2 / 2 - LOG_Z, abs=0.1)
+    assert -LOG_Z < annealed < -LOG_Z + 0.6 * (plain + LOG_Z)
+
+
+def test_unadjusted_steps_are_trained_through():
+    """The gradient of the loss is that of finite differences, draw by draw."""
+    affine = perturbed(Affine(2))
+    flow = Flow([affine, Langevin(2, StandardNormal(2), steps=2, step_size=0.1)])
+    objective = ReverseKL(flow, normal_target, draws=20)
+
+    def loss(loc):
+        values = {"flow.transforms.0.loc": loc}
+        return torch.func.functional_call(objective, values, kwargs={"generator": seeded()})
+
+    assert torch.autograd.gradcheck(loss, (affine.loc.detach().requires_grad_(),))
+
+
+def test_an_augmented_flow_learns_a_target_by_its_joint_weights():
+    augmented = Flow([Augment(2, 1), perturbed(Affine(3))])
+    log_z = log_normalizer(normal_target, augmented, 40_000, generator=seeded())
+    assert abs(log_z.log_z - LOG_Z) < 4 * log_z.standard_error + 0.01
+    assert torch.isfinite(ReverseKL(augmented, normal_target)())
+
+
+def test_the_normalizer_has_its_standard_error():
+    """Over 200 repetitions: z-scores with variance 1, within 4.5 of their standard errors."""
+    flow = Flow([Affine(2)])
+    target = MultivariateNormal(torch.tensor([0.3, 0.0]), 0.5 * torch.eye(2))
+    generator = seeded()
+    found = [log_normalizer(target.log_prob, flow, 500, generator=generator) for _ in range(200)]
+    scores = torch.stack([each.log_z / each.standard_error for each in found])
+    assert abs(scores.square().mean() - 1) < 4.5 * (2 / 200) ** 0.5
+    assert all(1 < each.effective_sample_size < 500 for each in found)
+
+
+def test_a_proposal_with_lighter_tails_is_warned_of():
+    narrow = Flow([Affine(1)])
+    nn.init.constant_(narrow.transforms[0].log_scale, math.log(0.4))
+    target = Normal(0.0, 1.0)
+    with pytest.warns(UserWarning, match="lighter tails than log_density"):
+        log_normalizer(lambda x: target.log_prob(x).sum(-1), narrow, 2000, generator=seeded())
+
+
+def test_the_normalizer_of_each_context():
+    flow = Flow([perturbed(ConditionalAffine(2, 3))])
+    found = log_normalizer(
+        lambda x, context: normal_given_context(x, context) + context[..., 0],
+        flow,
+        40_000,
+        context := torch.randn(3, 3) / 3,
+        generator=seeded(),
+    )
+    assert found.log_z.shape == (3,)
+    assert ((found.log_z - context[:, 0]).abs() < 4.5 * found.standard_error + 0.01).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: log_normalizer(normal_target, Affine(2), 10), TypeError, "proposal must be"),
+        (lambda: log_normalizer(normal_target, CNF(2), 1), ValueError, "draws must be at least 2"),
+        (lambda: log_normalizer(3, CNF(2), 10), TypeError, "log_density must be callable"),
+        (
+            lambda: Flow(
+                [], MixtureOfFlows([Flow([Augment(2, 1), Affine(3)])])
+            ).rsample_and_log_weight(normal_target),
+            ValueError,
+            "base must have a log-density of its draws",
+        ),
+    ],
+)
+def test_wrong_arguments_of_the_normalizer_are_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -1,1 +1,1 @@
-"""Stochastic transforms: drawn in both directions."""
+"""Transforms that draw in both directions."""

@@ -6,7 +6,6 @@ from torch.distributions import constraints
 from cnf._checks import check_type
 from cnf.bases import Base, Likelihood, weakest
 from cnf.transforms.base import Transform, WithLadj
-from cnf.transforms.surjections.transformed_base import initialize_given
 from cnf.vector_fields.conditioning import ContextScaling, beside, scaled_context
 
 
@@ -97,8 +96,8 @@ class VAE(Transform):
             self.context_scaling.initialize(context)
         context = scaled_context(self, context)
         z = self.encoder.rsample(x.shape[:-1], beside(x, context), generator=generator)
-        initialize_given(self.encoder, z, beside(x, context), generator)
-        initialize_given(self.decoder, x, beside(z, context), generator)
+        self.encoder.initialize(z, beside(x, context), generator=generator)
+        self.decoder.initialize(x, beside(z, context), generator=generator)
 
     def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         context = scaled_context(self, context)

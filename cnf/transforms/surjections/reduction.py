@@ -10,7 +10,7 @@ from cnf.bases import Base, Likelihood, weakest
 from cnf.transforms.base import Transform, WithLadj
 from cnf.transforms.chain import Chain
 from cnf.transforms.support.constraints import covers
-from cnf.transforms.surjections.transformed_base import TransformedBase, initialize_given
+from cnf.transforms.surjections.transformed_base import TransformedBase
 from cnf.vector_fields.conditioning import ContextScaling, beside, scaled_context
 
 
@@ -105,7 +105,7 @@ class Reduction(Transform):
         if self.context_features:
             self.context_scaling.initialize(context)
         z, y, _ = self._split(x)
-        initialize_given(self.dropped, y, self._given(z, context), generator)
+        self.dropped.initialize(y, self._given(z, context), generator=generator)
 
     def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         z, y, ladj = self._split(x)

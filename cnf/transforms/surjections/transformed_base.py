@@ -58,8 +58,11 @@ class TransformedBase(Base):
         """Whether a part needs initialization."""
         return self.transforms.needs_initialization or self.base.needs_initialization
 
-    def _initialize(self, z: Tensor, generator: Generator | None) -> None:
-        initialize_given(self, z, None, generator)
+    def _initialize(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> None:
+        self.transforms.initialize(z, context, generator=generator)
+        if self.base.needs_initialization:
+            z = self.transforms.to_base(z, context, generator=generator)
+            self.base.initialize(z, context, generator=generator)
 
     def _log_prob(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> Tensor:
         z, ladj = self.transforms.to_base_and_ladj(z, context, generator=generator)
@@ -70,17 +73,3 @@ class TransformedBase(Base):
     ) -> Tensor:
         z = self.base.rsample(shape, context, generator=generator)
         return self.transforms.to_data(z, context, generator=generator)
-
-
-@torch.no_grad()
-def initialize_given(
-    base: Base, x: Tensor, context: Tensor | None, generator: Generator | None
-) -> None:
-    """Initialise a base from rows of its distribution and their contexts."""
-    if not isinstance(base, TransformedBase):
-        base.initialize(x.reshape(-1, base.features), generator=generator)
-        return
-    base.transforms.initialize(x, context, generator=generator)
-    if base.base.needs_initialization:
-        z = base.transforms.to_base(x, context, generator=generator)
-        initialize_given(base.base, z, context, generator)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributions import Transform, constraints
 from torch.distributions.transforms import _InverseTransform
 
-from cnf.flows.bound import BoundFlow, Flow
+from cnf.flows.as_torch.bound import BoundFlow, Flow
 
 
 class FlowTransform(Transform):

@@ -15,8 +15,8 @@ from cnf._checks import (
     joint_batch_shape,
     reference_tensor,
 )
-from cnf.flows.bound import BoundFlow, Flow
-from cnf.flows.torch_transform import FlowTransform
+from cnf.flows.as_torch.bound import BoundFlow, Flow
+from cnf.flows.as_torch.torch_transform import FlowTransform
 
 
 class FlowDistribution(Distribution):
