@@ -56,9 +56,12 @@ from cnf.transforms import (
     ExactLogDet,
     FactorOut,
     Flatten,
+    FlowifiedConv2d,
+    FlowifiedLinear,
     HamiltonianMonteCarlo,
     Inverse,
     Langevin,
+    LeakyReLU,
     LipschitzAttention,
     LipschitzConv,
     LipschitzMLP,
@@ -86,6 +89,7 @@ from cnf.transforms import (
     TransformedBase,
     TruncatedSeries,
     Unconstrain,
+    Unfold,
     Whiten,
     WoodburyConv,
 )
@@ -356,6 +360,9 @@ BIJECTIONS: dict[str, Callable[[], Transform]] = {
         FromNormflows([normflows.flows.LULinearPermute(2, False)], 2).double(), 0.1
     ),
     "named": lambda: perturbed(build("realnvp", 2, size=6), 0.1).chain[0],
+    "leaky relu": lambda: LeakyReLU(3, negative_slope=0.3),
+    "patches": lambda: Unfold((2, 2, 4), 2),
+    "flowified square layer": lambda: perturbed(FlowifiedLinear(3, 3)),
     "orthogonal": lambda: perturbed(Orthogonal(3)),
     "orthogonal of channels": lambda: perturbed(Orthogonal((3, 1, 2))),
     "logarithms of gaps": lambda: LogGaps(6, point_features=2),
@@ -372,6 +379,9 @@ SURJECTIONS: dict[str, Callable[[], Transform]] = {
     "factor out of an augmented part": lambda: FactorOut(
         [perturbed(Augment(2, 1, hidden_features=(4, 4)))], 3
     ),
+    "overlapping patches": lambda: perturbed(Unfold((1, 3, 4), 2, stride=1, padding=1)),
+    "flowified wide layer": lambda: perturbed(FlowifiedLinear(2, 4)),
+    "flowified wide convolution": lambda: perturbed(FlowifiedConv2d((1, 2, 2), 5, 2)),
     "inverse absolute values": lambda: Inverse(Abs(3)),
     "inverse rounding": lambda: Inverse(Round(2)),
     "inverse sorting": lambda: Inverse(Sort(4, point_features=2)),
@@ -398,8 +408,13 @@ INFERENCE_SURJECTIONS: dict[str, Callable[[], Transform]] = {
     "convolutional funnel with context": lambda: perturbed(
         ConvFunnel((1, 3, 3), 2, kernel_size=3), 0.1
     ),
+    "flowified layer": lambda: perturbed(FlowifiedLinear(4, 2, hidden_features=(3,))),
+    "flowified convolution": lambda: perturbed(
+        FlowifiedConv2d((1, 2, 4), 2, 2, hidden_channels=(3,))
+    ),
     "funnel": lambda: perturbed(MLPFunnel(4, 2), 0.1),
     "funnel with context": lambda: perturbed(MLPFunnel(3, 1, 2), 0.1),
+    "inverse augmentation": lambda: Inverse(perturbed(Augment(2, 1, hidden_features=(3,)))),
     "maximum": lambda: Maximum(3),
     "maximum with context": lambda: Maximum(3, 2, offsets=distances(2, 3)),
     "max pooling": lambda: MaxPool2d((2, 2, 4), offsets=distances(12, 4)),
@@ -425,6 +440,9 @@ KERNELS: dict[str, Callable[[], Transform]] = {
 """Markov kernels."""
 
 STOCHASTIC: dict[str, Callable[[], Transform]] = {
+    "flowified overlapping convolution": lambda: perturbed(
+        FlowifiedConv2d((1, 3, 3), 2, 3, stride=1, padding=1, hidden_channels=(3,)), 0.1
+    ),
     **KERNELS,
     "permutation": lambda: StochasticPermutation(4, point_features=2),
     "autoencoder": lambda: perturbed(
@@ -612,6 +630,12 @@ def gaussian_slice() -> Slice:
     return perturbed(Slice(4, 2, 3, dropped=ConditionalNormal(2, 5, hidden_features=())))
 
 
+def flowified() -> Chain:
+    """A convolution, and a layer with more outputs."""
+    convolution = FlowifiedConv2d((1, 2, 4), 2, 2, hidden_channels=(3,))
+    return perturbed(Chain([convolution, LeakyReLU(4), FlowifiedLinear(4, 5)]), 0.1)
+
+
 def conditional_slice() -> Slice:
     """A slice by a conditional flow."""
     return Slice(4, 2, 3, dropped=perturbed(build("realnvp", 2, 5, size=6), 0.1))
@@ -642,6 +666,7 @@ STOCHASTIC_FLOWS: dict[str, Callable[[], Flow]] = {
     "autoencoder": lambda: cnf(
         3, transforms=[VAE(*(ConditionalNormal(*size) for size in ((1, 3), (3, 1))))]
     ),
+    "flowified": lambda: Flow([flowified()]),
     "dequantized and sliced": lambda: cnf(4, transforms=[Dequantize(4, 3), Slice(4, 2)]),
 }
 """Flows that draw both ways, whose likelihood is a lower bound."""

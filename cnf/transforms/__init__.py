@@ -6,7 +6,7 @@ from cnf.transforms.chain import Chain
 from cnf.transforms.conditioners import ConvConditioner, MLPConditioner
 from cnf.transforms.continuous import ContinuousTransform
 from cnf.transforms.coupling import AdditiveCoupling, AffineCoupling, Coupling
-from cnf.transforms.elementwise import Affine, ConditionalAffine
+from cnf.transforms.elementwise import Affine, ConditionalAffine, LeakyReLU
 from cnf.transforms.exact_lipschitz import ExactLipschitz
 from cnf.transforms.factor_out import FactorOut
 from cnf.transforms.from_data import ActNorm, NormalScores, Standardize, Whiten
@@ -31,12 +31,14 @@ from cnf.transforms.support.dequantize import Dequantize, Logit
 from cnf.transforms.support.unconstrain import Unconstrain, transforms_for
 from cnf.transforms.surjections.absolute import Abs
 from cnf.transforms.surjections.augment import Augment
+from cnf.transforms.surjections.flowification import FlowifiedConv2d, FlowifiedLinear, flowify
 from cnf.transforms.surjections.funnels import ConvFunnel, MLPFunnel
 from cnf.transforms.surjections.maximum import Maximum, MaxPool2d
 from cnf.transforms.surjections.round import Round
 from cnf.transforms.surjections.slice import Slice
 from cnf.transforms.surjections.sort import LogGaps, Sort
 from cnf.transforms.surjections.transformed_base import TransformedBase
+from cnf.transforms.surjections.unfold import Unfold
 
 __all__ = [
     "VAE",
@@ -63,9 +65,12 @@ __all__ = [
     "ExactLogDet",
     "FactorOut",
     "Flatten",
+    "FlowifiedConv2d",
+    "FlowifiedLinear",
     "HamiltonianMonteCarlo",
     "Inverse",
     "Langevin",
+    "LeakyReLU",
     "Likelihood",
     "LipschitzAttention",
     "LipschitzConv",
@@ -96,7 +101,9 @@ __all__ = [
     "TransformedBase",
     "TruncatedSeries",
     "Unconstrain",
+    "Unfold",
     "Whiten",
     "WoodburyConv",
+    "flowify",
     "transforms_for",
 ]

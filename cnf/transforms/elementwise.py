@@ -1,4 +1,4 @@
-"""Elementwise affine transforms: learned, conditional, and standardisation."""
+"""Elementwise transforms: affine ones, learned and conditional, and the leaky rectifier."""
 
 import math
 from abc import abstractmethod
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor, nn
 
-from cnf._checks import check_count, check_vector_or_image_shape
+from cnf._checks import check_count, check_number, check_vector_or_image_shape, is_positive
 from cnf.transforms.base import Transform, WithLadj
 from cnf.vector_fields.conditioning import ContextScaling, scaled_context
 
@@ -105,3 +105,41 @@ class ConditionalAffine(ElementwiseAffine):
         channels = self.layer(scaled_context(self, context)).to(dtype)  # autocast lowers the dtype
         loc, log_scale = channels.repeat_interleave(self.pixels, -1).chunk(2, -1)
         return loc, log_scale
+
+
+class LeakyReLU(Transform):
+    """Leaky rectifier of each feature, an invertible activation: z is x, or slope * x if x < 0.
+
+    Args:
+        features: Size of x.
+        negative_slope: The slope for negative numbers, positive.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> LeakyReLU(2, negative_slope=0.5).to_base(torch.tensor([-1.0, 1.0]))
+        tensor([-0.5000,  1.0000])
+    """
+
+    def __init__(self, features: int, *, negative_slope: float = 0.01) -> None:
+        super().__init__(features)
+        self.negative_slope = check_number(
+            "negative_slope", negative_slope, "positive and finite", is_positive
+        )
+
+    def extra_repr(self) -> str:
+        """Slope for negative numbers."""
+        return f"negative_slope={self.negative_slope}"
+
+    def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
+        z = torch.where(x < 0, self.negative_slope * x, x)
+        return z, self._contributions(x, context).sum(-1)
+
+    def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
+        x = torch.where(z < 0, z / self.negative_slope, z)
+        return x, -self._contributions(z, context).sum(-1)
+
+    def _contributions(self, x: Tensor, context: Tensor | None) -> Tensor:
+        return (x < 0).to(x.dtype) * math.log(self.negative_slope)

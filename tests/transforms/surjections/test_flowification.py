@@ -1,0 +1,154 @@
+"""Laws of flowification: the flow computes what the network does, and counts every dimension."""
+
+import pytest
+import torch
+from torch import nn
+from torch.distributions import MultivariateNormal
+from zoo import perturbed, seeded
+
+from cnf import Flow
+from cnf.transforms import FlowifiedConv2d, FlowifiedLinear, LeakyReLU, Planar, Unfold, flowify
+
+
+def images(*batch):
+    return torch.randn(*batch, 1, 4, 4)
+
+
+EXACT = {
+    "square": (nn.Sequential(nn.Linear(4, 4), nn.LeakyReLU(0.3)), [4]),
+    "narrow": (nn.Sequential(nn.Linear(6, 4), nn.LeakyReLU(0.3), nn.Linear(4, 1)), [6]),
+    "convolutions": (
+        nn.Sequential(
+            nn.Conv2d(1, 3, 2, stride=2),
+            nn.LeakyReLU(0.2),
+            nn.Sequential(nn.Conv2d(3, 5, 2, stride=2, bias=False), nn.Flatten()),
+            nn.Linear(5, 2),
+        ),
+        [1, 4, 4],
+    ),
+    "nothing": (nn.Sequential(nn.Identity()), [3]),
+}
+
+
+@pytest.mark.parametrize(("network", "shape"), EXACT.values(), ids=EXACT)
+def test_without_noise_the_flow_computes_what_the_network_does(network, shape):
+    network = network.double()
+    chain = flowify(network, shape)
+    x = torch.randn(5, *shape)
+    torch.testing.assert_close(chain.to_base(x), network(x).flatten(1), rtol=0, atol=1e-9)
+    assert chain.likelihood == "exact"
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(3, 5), nn.Conv2d(1, 2, 3, padding=1)], ids=str)
+def test_with_noise_it_does_so_on_average_and_undoes_it(layer):
+    layer, shape = layer.double(), [3] if isinstance(layer, nn.Linear) else [1, 4, 4]
+    chain = flowify(nn.Sequential(layer), shape)
+    x = torch.randn(*shape)
+    draws = chain.to_base(x.expand(20_000, *shape), generator=seeded())
+    expected = layer(x).flatten()
+    error = draws.std(0) / len(draws) ** 0.5
+    assert ((draws.mean(0) - expected).abs() < 4.5 * error).all()  # of 32: 2e-4
+    assert chain.likelihood == "lower_bound"
+    if isinstance(layer, nn.Linear):
+        torch.testing.assert_close(chain.to_data(draws[:3]), x.expand(3, 3), rtol=0, atol=1e-9)
+
+
+def test_patches_without_noise_are_those_of_a_convolution():
+    patches = Unfold((2, 4, 4), 3, stride=1, padding=1)
+    with torch.no_grad():
+        patches.log_std.fill_(-40.0)
+    x = torch.randn(3, 2, 4, 4)
+    expected = nn.functional.unfold(x, 3, padding=1).flatten(1)
+    torch.testing.assert_close(patches.to_base(x.flatten(1)), expected, rtol=0, atol=1e-12)
+
+
+def test_the_noise_of_patches_is_orthogonal_to_the_copies():
+    patches = perturbed(Unfold((1, 4, 4), 2, stride=1))
+    x = torch.randn(3, 16)
+    z = patches.to_base(x)
+    u = z - patches._unfold(x.reshape(-1, 1, 4, 4))
+    assert u.abs().max() > 0.1
+    torch.testing.assert_close(patches._fold(u), torch.zeros(3, 1, 4, 4), rtol=0, atol=1e-12)
+
+
+def test_the_contribution_of_copies_is_that_of_their_square_map():
+    """One pixel of three is in two patches: (x, u) goes to z, with u along the unit (1, -1)."""
+    patches = perturbed(Unfold((1, 1, 1), 1))
+    assert patches.likelihood == "exact"
+    patches = perturbed(Unfold((1, 3, 3), 2, stride=1))
+    x = torch.randn(9)
+    z, ladj = patches.to_base_and_ladj(x)
+    spread = torch.autograd.functional.jacobian(lambda x: patches._unfold(x.view(1, 1, 3, 3))[0], x)
+    basis = torch.linalg.svd(spread.T).Vh[9:]  # orthonormal directions of u
+    square = torch.cat([spread, basis.T], 1)
+    u = basis @ z
+    std = patches.log_std.exp().detach()
+    log_q = MultivariateNormal(torch.zeros(7), std**2 * torch.eye(7)).log_prob(u)
+    expected = torch.linalg.slogdet(square).logabsdet - log_q
+    torch.testing.assert_close(ladj, expected, rtol=0, atol=1e-9)
+
+
+def test_a_narrow_layer_has_the_jacobian_of_its_square_map():
+    layer = perturbed(FlowifiedLinear(4, 2, hidden_features=(3,)))
+    turn, slice_, mix = layer
+    x = torch.randn(4)
+    z, ladj = layer.to_base_and_ladj(x)
+    turned = turn.to_base(x)
+    expected = mix.matrix.log_abs_det() + slice_.dropped.log_prob(turned[2:], turned[:2])
+    torch.testing.assert_close(ladj, expected, rtol=0, atol=1e-9)
+    again = layer.to_base(layer.to_data(z))
+    torch.testing.assert_close(again, z, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: FlowifiedLinear(1, 3), lambda: FlowifiedConv2d((1, 1, 2), 4, 2, stride=1, padding=1)],
+    ids=["linear", "convolution"],
+)
+def test_the_bound_lies_below_the_marginal_and_rises(make):
+    """The flow is linear, and x a function of z, so that x is Gaussian."""
+    torch.manual_seed(0)
+    flow = Flow([perturbed(make(), 0.1)])
+    z = torch.zeros(flow.base.features)
+    matrix = torch.autograd.functional.jacobian(flow.to_data, z)
+    truth = MultivariateNormal(flow.to_data(z).detach(), matrix @ matrix.T)
+    x, gaps = truth.mean + 0.5, []
+    for count in (1, 32):
+        with torch.no_grad():
+            bound = flow.log_prob(x.expand(4000, -1), importance_samples=count, generator=seeded())
+        gap = truth.log_prob(x) - bound
+        assert gap.mean() > -4 * gap.std() / 4000**0.5  # 4 standard errors: 3e-5
+        gaps.append(gap.mean())
+    assert gaps[1] < 0.7 * gaps[0]
+
+
+def test_transforms_are_taken_as_activations():
+    chain = flowify(nn.Sequential(nn.Linear(3, 2), Planar(2)).double(), [3])
+    assert [type(part).__name__ for part in chain] == ["FlowifiedLinear", "Planar"]
+    assert LeakyReLU(2).is_bijective
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+@pytest.mark.parametrize(
+    ("layers", "shape", "message"),
+    [
+        ([nn.Linear(3, 2), nn.ReLU()], [3], r"network\[1\] is ReLU\(\). Take nn.LeakyReLU"),
+        ([nn.Sequential(nn.Dropout())], [3], r"network\[0\]\[0\] is Dropout"),
+        ([nn.MaxPool2d(2)], [1, 4, 4], r"network\[0\] is MaxPool2d"),
+        ([nn.Linear(3, 2)], [4], r"network\[0\] must get the shape \(3,\); got \(4,\)"),
+        ([nn.Conv2d(1, 2, 2)], [4], r"must get images of 1 channels; got \(4,\)"),
+        ([nn.Conv2d(2, 2, 2, groups=2)], [2, 4, 4], "without groups and dilation"),
+        ([nn.Conv2d(1, 2, 2, stride=3)], [1, 4, 4], "stride must be at most 2; got 3"),
+        ([nn.Conv2d(1, 2, 2, stride=2)], [1, 3, 3], "that the patches cover to the end"),
+    ],
+)
+def test_a_layer_without_likelihood_is_refused_by_name(layers, shape, message):
+    with pytest.raises(ValueError, match=message):
+        flowify(nn.Sequential(*layers), shape)
+
+
+def test_a_weight_without_full_rank_is_refused():
+    network = nn.Sequential(nn.Linear(3, 2))
+    nn.init.ones_(network[0].weight)
+    with pytest.raises(ValueError, match=r"network\[0\] has no likelihood: .* full rank 2"):
+        flowify(network, [3])
