@@ -209,6 +209,8 @@ def refuse_rows(name: str, bad: Tensor, expected: str) -> None:
 
 def _describe(support: Constraint, x: Tensor) -> str:
     """Describe a support; for a support by columns, the columns where x is outside."""
+    if hasattr(support, "manifold"):
+        return f"on {support.manifold}"
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     if hasattr(support, "cseq"):

@@ -15,7 +15,15 @@ from torch.distributions.constraints import Constraint
 from cnf import CNF, Flow, MLPField, ModuleField, NeuralODE, ODESolver, Standardize, VectorField
 from cnf.adapters import FromNflows, FromNormflows, FromTorch, FromZuko, NormflowsBase, TorchBase
 from cnf.baselines import build, glow
-from cnf.bases import Base, GaussianMixtureBase, StandardNormal
+from cnf.bases import (
+    Base,
+    GaussianMixtureBase,
+    ProductBase,
+    StandardNormal,
+    UniformOnManifold,
+    VonMisesFisherMixture,
+)
+from cnf.manifolds import Euclidean, Manifold, Product, Sphere, Torus
 from cnf.transforms import (
     ActNorm,
     AdditiveCoupling,
@@ -53,7 +61,7 @@ from cnf.transforms import (
     Whiten,
     WoodburyConv,
 )
-from cnf.vector_fields import ConvField, LinearField, PotentialField, ResidualField
+from cnf.vector_fields import ConvField, LinearField, PotentialField, ResidualField, TangentField
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.layers import LAYERS
 
@@ -176,6 +184,20 @@ POTENTIAL_FIELDS: dict[str, Callable[[], PotentialField]] = {
     "potential of one feature": lambda: potential(1),
 }
 
+MANIFOLDS: dict[str, Manifold] = {
+    "circle": Torus(1),
+    "torus": Torus(2),
+    "sphere": Sphere(3),
+    "sphere in four dimensions": Sphere(4),
+    "sphere, circle and line": Product([Sphere(3), Torus(1), Euclidean(1)]),
+}
+
+
+def tangent(manifold: Manifold, context_features: int = 0, **settings: object) -> TangentField:
+    """A small field tangent to a manifold."""
+    return TangentField(mlp(manifold.embedded_features, context_features, **settings), manifold)
+
+
 FIELDS: dict[str, Callable[[], VectorField]] = {
     **MLP_FIELDS,
     **POTENTIAL_FIELDS,
@@ -183,6 +205,15 @@ FIELDS: dict[str, Callable[[], VectorField]] = {
     "residual": lambda: residual(activation=None, frequency=1.0),
     "residual with context": lambda: residual(2, 3, blocks=1, time_features=1),
     "blending residual with context": lambda: residual(2, 3, layer="blend"),
+    **{
+        f"tangent to the {name}": lambda manifold=manifold: tangent(manifold)
+        for name, manifold in MANIFOLDS.items()
+    },
+    "tangent to the sphere with context": lambda: tangent(Sphere(3), 2, hidden_features=(8, 7, 6)),
+    "tangent to the plane": lambda: tangent(Euclidean(2)),
+    "user on the sphere": lambda: TangentField(
+        perturbed(ModuleField(UserNetwork(3), 3)), Sphere(3)
+    ),
     "conv": lambda: conv((2, 2, 2)),
     "conv with context": lambda: conv((1, 2, 3), 3),
     "blending conv with context": lambda: conv((1, 3, 2), 3, layer="blend"),
@@ -277,6 +308,10 @@ BIJECTIONS: dict[str, Callable[[], Transform]] = {
     "continuous between other times": lambda: ContinuousTransform(
         potential(), solver=PRECISE, start_time=-0.3, end_time=0.8
     ),
+    "continuous on the sphere": lambda: ContinuousTransform(tangent(Sphere(3)), solver=PRECISE),
+    "continuous on the torus with context": lambda: ContinuousTransform(
+        tangent(Torus(2), 3), solver=PRECISE
+    ),
     "continuous rk4": lambda: ContinuousTransform(mlp(), solver=ODESolver(method="rk4", steps=20)),
     "logit": lambda: Logit(3),
     "unconstrain": lambda: Unconstrain(
@@ -336,12 +371,26 @@ SURJECTIONS: dict[str, Callable[[], Transform]] = {
 
 TRANSFORMS = {**BIJECTIONS, **SURJECTIONS}
 
+
+def von_mises_fisher(manifold: Manifold) -> VonMisesFisherMixture:
+    """A mixture of a wide and a narrow component."""
+    base = VonMisesFisherMixture(manifold, 2)
+    means = manifold.project(torch.randn(2, manifold.features))
+    base.set_components(torch.randn(2), means, torch.tensor([[0.3], [4.0]]).expand(-1, base.angles))
+    return base
+
+
 BASES: dict[str, Callable[[], Base]] = {
     "standard normal": lambda: StandardNormal(2),
     "gaussian mixture": lambda: GaussianMixtureBase.from_data(torch.randn(40, 2).exp()),
     "torch": lambda: TorchBase(Independent(Gamma(torch.full((2,), 3.0), torch.full((2,), 2.0)), 1)),
     "normflows": lambda: NormflowsBase(normflows.distributions.GaussianMixture(3, 2).double()),
     "named": lambda: perturbed(build("gmm", 2, size=3).base),
+    "uniform on the sphere": lambda: UniformOnManifold(Sphere(3)),
+    "uniform on the torus": lambda: UniformOnManifold(Torus(2)),
+    "side by side": lambda: ProductBase([UniformOnManifold(Torus(1)), StandardNormal(2)]),
+    "mixture on the sphere": lambda: von_mises_fisher(Sphere(3)),
+    "mixture on the torus": lambda: von_mises_fisher(Torus(2)),
 }
 
 ESTIMATES: dict[str, Callable[[], Transform]] = {
@@ -461,6 +510,9 @@ EXACT_FLOWS: dict[str, Callable[[], Flow]] = {
     **FLOWS,
     "logit": lambda: cnf(transforms=[Logit(2)]),
     "unconstrain": lambda: cnf(transforms=[Unconstrain(["positive", ("periodic", -1, 1)])]),
+    "sphere with context": lambda: cnf(3, 2, manifold=Sphere(3)),
+    "torus": lambda: cnf(2, manifold=Torus(2), base=von_mises_fisher(Torus(2))),
+    "sphere, circle and line": lambda: cnf(5, manifold=MANIFOLDS["sphere, circle and line"]),
     "image": lambda: cnf(4, transforms=[Flatten((1, 2, 2)), Permute([3, 1, 0, 2])]),
     "couplings": lambda: perturbed(Flow(couplings())),
     "glow with context": lambda: perturbed(
@@ -519,6 +571,8 @@ def rows_for(
 
 def inside(support: Constraint | None, x: Tensor) -> Tensor:
     """Real numbers `x`, mapped into `support`; None is for all real numbers."""
+    if hasattr(support, "manifold"):
+        return support.manifold.project(x)
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     if hasattr(support, "cseq"):

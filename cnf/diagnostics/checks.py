@@ -12,6 +12,7 @@ from torch.distributions import constraints
 from cnf.diagnostics.case import Case, NotMeasuredError, Outcome, by_gradient
 from cnf.divergence import Hutchinson
 from cnf.flows.references import LARGEST_ERROR, by_reference
+from cnf.manifolds import Manifold, OnManifold
 from cnf.ode import methods
 from cnf.transforms import ContinuousTransform, Transform
 from cnf.vector_fields import count_evaluations
@@ -19,6 +20,7 @@ from cnf.vector_fields import count_evaluations
 _PROBES = 8
 _MANY_FEATURES = 64
 _GRID = 201
+_DRAWS = 10_000
 _FACTOR = 5
 """Largest error of a row, in accuracies of a calibrated flow."""
 
@@ -203,6 +205,8 @@ def _deviations_of_ladj(
 
 def _integral(case: Case) -> Outcome:
     case.need_density()
+    if isinstance(case.flow.support, OnManifold):
+        return _integral_on_manifold(case, case.flow.support.manifold)
     if case.flow.event_shape != (2,) or case.flow.support is not constraints.real_vector:
         raise NotMeasuredError("for densities of the whole plane only")
     flow = case.exact.flow
@@ -219,6 +223,27 @@ def _integral(case: Case) -> Outcome:
         0.02,
         f"distance of the integral from 1, on {_GRID} x {_GRID} points",
         "Solve more precisely (see tolerance); or the density has details finer than the grid.",
+    )
+
+
+def _integral_on_manifold(case: Case, manifold: Manifold) -> Outcome:
+    """Draw half of the points uniformly, and half from the flow: no weight is larger than 2."""
+    if manifold.log_volume == math.inf:
+        raise NotMeasuredError("for compact manifolds only")
+    flow = case.exact.flow.map_continuous(_to_a_hundredth)
+    context = None if case.context is None else case.context[0]
+    shape, generator = torch.Size([_DRAWS]), case.generator
+    uniform = manifold.rand(shape, like=case.x, generator=generator)
+    x = torch.cat([uniform, flow.sample(shape, context, generator=generator)])
+    log_prob = flow.log_prob(x, context).double()
+    ratios = 2 * (log_prob + manifold.log_volume).sigmoid()
+    error = float((ratios[:_DRAWS].var() + ratios[_DRAWS:].var()).sqrt()) / 2 / _DRAWS**0.5
+    return Outcome(
+        float((ratios.mean() - 1).abs()),
+        max(0.02, 4 * error),
+        f"distance of the integral from 1, by {2 * _DRAWS} draws",
+        "Solve more precisely (see tolerance); or the divergence of the field is not the one on "
+        "the manifold: use a TangentField.",
     )
 
 
