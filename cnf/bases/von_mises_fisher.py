@@ -1,7 +1,7 @@
 """Mixture of von Mises-Fisher distributions, on the sphere, the circle and the torus."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +12,13 @@ from torch.distributions import Distribution, constraints
 from cnf._checks import check_count, check_type
 from cnf._shapes import BaseRows
 from cnf.bases.base import Base
+from cnf.bases.directional import (
+    circle_constant,
+    concentration_of,
+    draw_angles,
+    draw_directions,
+    sphere_constant,
+)
 from cnf.bases.distribution import BaseDistribution
 from cnf.manifolds import Manifold, Sphere, Torus
 
@@ -157,9 +164,9 @@ class VonMisesFisherMixture(Base):
         y = self.manifold.embed(z.double())
         centres = self.manifold.embed(means)
         if not isinstance(self.manifold, Torus):
-            constant = log_weights + _sphere_constant(concentrations[:, 0])
+            constant = log_weights + sphere_constant(concentrations[:, 0])
             return y @ (concentrations * centres).T + (constant - concentrations[:, 0])
-        constant = log_weights + (_circle_constant(concentrations) - concentrations).sum(-1)
+        constant = log_weights + (circle_constant(concentrations) - concentrations).sum(-1)
         return y @ (concentrations.repeat(1, 2) * centres).T + constant
 
     def _log_prob(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> Tensor:
@@ -181,7 +188,7 @@ class VonMisesFisherMixture(Base):
             self.log_weights.exp(), shape.numel(), replacement=True, generator=generator
         )
         means, concentrations = self.means[chosen], self.concentrations[chosen]
-        draw = _draw_angles if isinstance(self.manifold, Torus) else _draw_directions
+        draw = draw_angles if isinstance(self.manifold, Torus) else draw_directions
         drawn = self.manifold.project(draw(means, concentrations, generator))
         return drawn.reshape(*shape, self.features)
 
@@ -198,54 +205,6 @@ class VonMisesFisherMixture(Base):
             for name, buffer in empty.named_buffers():
                 setattr(self, name, buffer)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _sphere_constant(concentration: Tensor) -> Tensor:
-    r"""Return the logarithm of :math:`\kappa / (2 \pi (1 - e^{-2 \kappa}))`."""
-    some = concentration.clamp(min=1e-6)
-    large = some.log() - torch.log(-torch.expm1(-2 * some))
-    small = concentration - math.log(2)
-    return torch.where(concentration < 1e-6, small, large) - math.log(2 * math.pi)
-
-
-def _circle_constant(concentration: Tensor) -> Tensor:
-    r"""Return the logarithm of :math:`1 / (2 \pi e^{-\kappa} I_0(\kappa))`."""
-    scaled: Tensor = torch.special.i0e(concentration)
-    return -scaled.log() - math.log(2 * math.pi)
-
-
-def _draw_directions(means: Tensor, concentrations: Tensor, generator: Generator | None) -> Tensor:
-    """Draw unit vectors: the cosine of the angle from the mean by its inverse distribution."""
-    size = (len(means), 1)
-    share = torch.rand(size, generator=generator, dtype=means.dtype, device=means.device)
-    some = concentrations.clamp(min=1e-6)
-    fall = (-torch.log1p(share * torch.expm1(-2 * some)) / some).clamp(0, 2)
-    noise = torch.randn(means.shape, generator=generator, dtype=means.dtype, device=means.device)
-    aside = noise - (noise * means).sum(-1, keepdim=True) * means
-    aside = torch.nn.functional.normalize(aside, dim=-1)
-    return (1 - fall) * means + (fall * (2 - fall)).sqrt() * aside
-
-
-def _draw_angles(means: Tensor, concentrations: Tensor, generator: Generator | None) -> Tensor:
-    """Draw angles by rejection from a wrapped Cauchy distribution (Best and Fisher, 1979)."""
-    # At 1e-6 the distribution is uniform up to rounding; the method divides by it.
-    kappa = concentrations.clamp(min=1e-6).double()
-    tau = 1 + (1 + 4 * kappa.square()).sqrt()
-    rho = (tau - (2 * tau).sqrt()) / (2 * kappa)
-    ratio = (1 + rho.square()) / (2 * rho)
-    drawn, is_open = torch.zeros_like(kappa), torch.ones_like(kappa, dtype=torch.bool)
-    while is_open.any():
-        first, second, third = torch.rand(
-            (3, *kappa.shape), generator=generator, dtype=torch.float64, device=means.device
-        )
-        cosine = (math.pi * first).cos()
-        tilt = (1 + ratio * cosine) / (ratio + cosine)
-        limit = kappa * (ratio - tilt)
-        accepted = (limit * (2 - limit) > second) | ((limit / second).log() + 1 >= limit)
-        angle = tilt.clamp(-1, 1).arccos() * torch.where(third < 0.5, -1.0, 1.0)
-        drawn = torch.where(is_open & accepted, angle, drawn)
-        is_open &= ~accepted
-    return means + drawn.to(means.dtype)
 
 
 def _fitted(
@@ -275,26 +234,14 @@ def _maximised(
     total = (counts + _PRIOR_ROWS).unsqueeze(-1)
     if not isinstance(mixture.manifold, Torus):
         size = sums.norm(dim=-1, keepdim=True)
-        concentrations = _solved(size / total, 3, lambda k: 1 / torch.tanh(k) - 1 / k)
+        concentrations = concentration_of(size / total, 3, lambda k: 1 / torch.tanh(k) - 1 / k)
         return total[:, 0].log(), mixture.manifold.project(sums), concentrations
     across, up = sums.chunk(2, -1)
     size = torch.hypot(across, up)
-    concentrations = _solved(size / total, 2, lambda k: torch.special.i1e(k) / torch.special.i0e(k))
+    concentrations = concentration_of(
+        size / total, 2, lambda k: torch.special.i1e(k) / torch.special.i0e(k)
+    )
     return total[:, 0].log(), torch.atan2(up, across), concentrations
-
-
-def _solved(length: Tensor, dimension: int, mean: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return the concentration at which the mean cosine is `length`, by Newton's method.
-
-    The start is Banerjee's, and the steps are Sra's (2012).
-    """
-    length = length.clamp(1e-9, 1 - 1e-9)
-    kappa = length * (dimension - length.square()) / (1 - length.square())
-    for _ in range(3):
-        found = mean(kappa)
-        slope = 1 - found.square() - (dimension - 1) / kappa * found
-        kappa = (kappa - (found - length) / slope).clamp(min=1e-9)
-    return kappa
 
 
 def _nearest_of_random_rows(y: Tensor, components: int, generator: Generator) -> Tensor:

@@ -37,8 +37,8 @@ class TangentField(VectorField):
         >>> with torch.no_grad():
         ...     _ = north.bias.copy_(torch.tensor([0.0, 0.0, 1.0]))
         >>> field, pole = TangentField(north, Sphere(3)), torch.tensor([0.0, 0.0, 1.0])
-        >>> field.velocity_and_divergence(torch.tensor(0.0), pole)[1]
-        tensor(-2.)
+        >>> field.velocity_and_divergence(torch.tensor(0.0), pole)[1].item()
+        -2.0
     """
 
     def __init__(self, vector_field: VectorField, manifold: Manifold) -> None:

@@ -28,7 +28,7 @@ from cnf.manifolds import Sphere
 from cnf.plots import save_figure
 from experiments.systems.settings import Settings
 
-_PLACES = {"volcano": (5, 500), "earthquake": (5, 2500), "fire": (5, 2500), "cities": (1, 2500)}
+_PLACES = {"earthquake": (5, 1000), "fire": (5, 1000), "volcano": (5, 300), "cities": (1, 1000)}
 """Sets of places, each with the number of splits, and of steps of training."""
 _MODELS = ("EM mixture", "kernels", "flow", "flow and kernels")
 
@@ -127,18 +127,17 @@ def _scores(
 
 
 def _flow(split: _Split, steps: int) -> CNF:
-    """Train a flow from a uniform base; the validation rows choose among its weights."""
-    solver = ODESolver(rtol=1e-4, atol=1e-4)
+    """Train a flow from a uniform base."""
+    solver = ODESolver(rtol=1e-3, atol=1e-3, error_norm="points_and_ladj")
     flow = CNF(3, manifold=_SPHERE, hidden_features=(256, 256, 256), frequency=12.0, solver=solver)
     config = TrainingConfig(
         objective=partial(FlowMatching, times="late"),
         steps=steps,
         learning_rate=2e-3,
-        ema=0.998,
-        validate_every=-(-steps // 2),
+        ema=0.99,
         progress=False,
     )
-    fit(flow, split.training, config, validation=split.validation)
+    fit(flow, split.training, config, validation=None, accuracy=None)
     return flow
 
 
@@ -190,7 +189,7 @@ def _draw(
     maps: dict[str, tuple[Tensor, list[VonMisesFisherMixture | CNF]]], settings: Settings
 ) -> None:
     """Draw the test rows and the densities of each set on maps of the whole sphere."""
-    size = settings.choose(90, 10)
+    size = settings.choose(60, 10)
     latitude = math.pi * ((torch.arange(size) + 0.5) / size - 0.5)
     longitude = math.pi * ((torch.arange(2 * size) + 0.5) / size - 1)
     grid = torch.meshgrid(latitude, longitude, indexing="ij")
