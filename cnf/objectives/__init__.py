@@ -12,6 +12,7 @@ from cnf.objectives.paths import (
     SmoothedPath,
     VariancePreservingPath,
 )
+from cnf.objectives.prescribed_conditional import PrescribedConditional
 from cnf.objectives.reverse_kl import ReverseKL
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Objective",
     "OptimalTransport",
     "Pairing",
+    "PrescribedConditional",
     "ProbabilityPath",
     "ReverseKL",
     "SmoothedPath",
