@@ -69,7 +69,7 @@ def show(settings: Settings) -> str:
     for name, make in bodies.items():
         torch.manual_seed(settings.seed)
         body = list(make())
-        steps = settings.choose(1000, 4)
+        steps = settings.choose(600, 4)
         fitted = fit_digits(body, images, steps=steps, seed=settings.seed)
         rows.append([*fitted.row(name), fitted.flow.chain[3:].likelihood])
         generator = torch.Generator().manual_seed(settings.seed)
