@@ -16,7 +16,7 @@ from torch import nn
 from benchmarks.timing import markdown
 from cnf.plots import figure_grid, save_figure
 from cnf.plots.figures import TITLE_SIZE
-from cnf.transforms import ActNorm, Affine, Squeeze, Transform, Whiten, flowify
+from cnf.transforms import ActNorm, Affine, Squeeze, Standardize, Transform, Whiten, flowify
 from experiments.digits_fit import HEADINGS, IMAGE, PIXELS, coupling_steps, digits, fit_digits
 from experiments.systems.settings import Settings
 
@@ -51,6 +51,12 @@ def overlapping() -> nn.Sequential:
     )
 
 
+def standardised(network: nn.Sequential) -> list[Transform]:
+    """The flowified network, with standardised pixels before it and results behind it."""
+    chain = flowify(network, IMAGE)[1:]
+    return [Standardize(PIXELS), *chain, Standardize(chain.base_features)]
+
+
 def couplings() -> list[Transform]:
     """A flow of couplings."""
     return [Squeeze(IMAGE), *coupling_steps((4, 4, 4), 6, (32, 32)), ActNorm((4, 4, 4))]
@@ -60,8 +66,8 @@ def show(settings: Settings) -> str:
     """Train the flowified networks and their rivals, and draw from them."""
     images = digits(settings.data)
     bodies = {
-        "flowified, patches that do not overlap": lambda: flowify(non_overlapping(), IMAGE)[1:],
-        "flowified, 3 x 3 and padding": lambda: flowify(overlapping(), IMAGE)[1:],
+        "flowified, patches that do not overlap": lambda: standardised(non_overlapping()),
+        "flowified, 3 x 3 and padding": lambda: standardised(overlapping()),
         "Gaussian": lambda: [Whiten(PIXELS), Affine(PIXELS)],
         "couplings": couplings,
     }
@@ -69,7 +75,7 @@ def show(settings: Settings) -> str:
     for name, make in bodies.items():
         torch.manual_seed(settings.seed)
         body = list(make())
-        steps = settings.choose(600, 4)
+        steps = settings.choose(1000, 4)
         fitted = fit_digits(body, images, steps=steps, seed=settings.seed)
         rows.append([*fitted.row(name), fitted.flow.chain[3:].likelihood])
         generator = torch.Generator().manual_seed(settings.seed)
