@@ -5,8 +5,8 @@ with a 3 x 3 convolution with padding, whose copies of pixels and padding are no
 Both end in linear layers, and drop coordinates on the way, each given the others. Beside them stand
 a Gaussian with full covariance, and a flow of coupling steps with about as many parameters.
 
-Claim: an ordinary network, flowified, is a density model that learns digits, better than a
-Gaussian; a flow that was designed as one stays ahead. References: Máté et al. (2022),
+Claim: an ordinary network, flowified, is a density model that learns to draw digits. In as many
+steps, a flow that was designed as one is better, and so is the Gaussian. References: Máté et al. (2022),
 Flowification. https://arxiv.org/abs/2205.15209
 """
 
