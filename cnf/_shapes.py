@@ -9,6 +9,8 @@ Events: TypeAlias = Float[Tensor, "*batch_and_event"]
 """Data points: vectors, or events of another shape such as images."""
 Rows: TypeAlias = Float[Tensor, "*batch features"]
 """Vectors."""
+EmbeddedRows: TypeAlias = Float[Tensor, "*batch embedded_features"]
+"""Vectors of the space in which a manifold is embedded."""
 BaseRows: TypeAlias = Float[Tensor, "*batch base_features"]
 """Base points, which are vectors."""
 Context: TypeAlias = Float[Tensor, "*c_batch context_features"]

@@ -28,10 +28,14 @@ from cnf.bases import (
     GaussianMixtureBase,
     HalfNormal,
     OrderedNormal,
+    ProductBase,
     StandardNormal,
+    UniformOnManifold,
+    VonMisesFisherMixture,
 )
 from cnf.bases.ordered_normal import OrderedVector, sorted_points
 from cnf.flows import MixtureOfFlows
+from cnf.manifolds import Euclidean, Manifold, Product, Sphere, Torus
 from cnf.transforms import (
     VAE,
     Abs,
@@ -93,7 +97,7 @@ from cnf.transforms import (
     Whiten,
     WoodburyConv,
 )
-from cnf.vector_fields import ConvField, LinearField, PotentialField, ResidualField
+from cnf.vector_fields import ConvField, LinearField, PotentialField, ResidualField, TangentField
 from cnf.vector_fields.activations import ACTIVATIONS
 from cnf.vector_fields.layers import LAYERS
 
@@ -216,6 +220,20 @@ POTENTIAL_FIELDS: dict[str, Callable[[], PotentialField]] = {
     "potential of one feature": lambda: potential(1),
 }
 
+MANIFOLDS: dict[str, Manifold] = {
+    "circle": Torus(1),
+    "torus": Torus(2),
+    "sphere": Sphere(3),
+    "sphere in four dimensions": Sphere(4),
+    "sphere, circle and line": Product([Sphere(3), Torus(1), Euclidean(1)]),
+}
+
+
+def tangent(manifold: Manifold, context_features: int = 0, **settings: object) -> TangentField:
+    """A small field tangent to a manifold."""
+    return TangentField(mlp(manifold.embedded_features, context_features, **settings), manifold)
+
+
 FIELDS: dict[str, Callable[[], VectorField]] = {
     **MLP_FIELDS,
     **POTENTIAL_FIELDS,
@@ -223,6 +241,15 @@ FIELDS: dict[str, Callable[[], VectorField]] = {
     "residual": lambda: residual(activation=None, frequency=1.0),
     "residual with context": lambda: residual(2, 3, blocks=1, time_features=1),
     "blending residual with context": lambda: residual(2, 3, layer="blend"),
+    **{
+        f"tangent to the {name}": lambda manifold=manifold: tangent(manifold)
+        for name, manifold in MANIFOLDS.items()
+    },
+    "tangent to the sphere with context": lambda: tangent(Sphere(3), 2, hidden_features=(8, 7, 6)),
+    "tangent to the plane": lambda: tangent(Euclidean(2)),
+    "user on the sphere": lambda: TangentField(
+        perturbed(ModuleField(UserNetwork(3), 3)), Sphere(3)
+    ),
     "conv": lambda: conv((2, 2, 2)),
     "conv with context": lambda: conv((1, 2, 3), 3),
     "blending conv with context": lambda: conv((1, 3, 2), 3, layer="blend"),
@@ -316,6 +343,10 @@ BIJECTIONS: dict[str, Callable[[], Transform]] = {
     ),
     "continuous between other times": lambda: ContinuousTransform(
         potential(), solver=PRECISE, start_time=-0.3, end_time=0.8
+    ),
+    "continuous on the sphere": lambda: ContinuousTransform(tangent(Sphere(3)), solver=PRECISE),
+    "continuous on the torus with context": lambda: ContinuousTransform(
+        tangent(Torus(2), 3), solver=PRECISE
     ),
     "continuous rk4": lambda: ContinuousTransform(mlp(), solver=ODESolver(method="rk4", steps=20)),
     "logit": lambda: Logit(3),
@@ -432,7 +463,7 @@ INFERENCE_SURJECTIONS: dict[str, Callable[[], Transform]] = {
 KERNELS: dict[str, Callable[[], Transform]] = {
     "metropolis hastings": lambda: MetropolisHastings(2, annealed(), steps=3),
     "langevin": lambda: Langevin(2, annealed(share=0.0), steps=3),
-    "adjusted langevin": lambda: AdjustedLangevin(3, annealed(3), steps=2),
+    "adjusted langevin": lambda: AdjustedLangevin(2, annealed(), steps=2),
     "hamiltonian monte carlo": lambda: HamiltonianMonteCarlo(2, annealed(), leapfrogs=2),
     "diffusion": lambda: Diffusion(mlp(), perturbed(LinearField(2)), steps=3),
     "diffusion with context": lambda: Diffusion(mlp(2, 3), mlp(2, 3), steps=2, noise=0.5),
@@ -459,6 +490,15 @@ UNDONE = {**BIJECTIONS, **SURJECTIONS}
 
 TRANSFORMS = {**UNDONE, **INFERENCE_SURJECTIONS, **STOCHASTIC}
 
+
+def von_mises_fisher(manifold: Manifold) -> VonMisesFisherMixture:
+    """A mixture of a wide and a narrow component."""
+    base = VonMisesFisherMixture(manifold, 2)
+    means = manifold.project(torch.randn(2, manifold.features))
+    base.set_components(torch.randn(2), means, torch.tensor([[0.3], [4.0]]).expand(-1, base.angles))
+    return base
+
+
 BASES: dict[str, Callable[[], Base]] = {
     "standard normal": lambda: StandardNormal(2),
     "gaussian mixture": lambda: GaussianMixtureBase.from_data(torch.randn(40, 2).exp()),
@@ -471,6 +511,11 @@ BASES: dict[str, Callable[[], Base]] = {
     "transformed": lambda: TransformedBase(
         [Unconstrain(["positive", "real"]), perturbed(Affine(2))], StandardNormal(2)
     ),
+    "uniform on the sphere": lambda: UniformOnManifold(Sphere(3)),
+    "uniform on the torus": lambda: UniformOnManifold(Torus(2)),
+    "side by side": lambda: ProductBase([UniformOnManifold(Torus(1)), StandardNormal(2)]),
+    "mixture on the sphere": lambda: von_mises_fisher(Sphere(3)),
+    "mixture on the torus": lambda: von_mises_fisher(Torus(2)),
 }
 
 ESTIMATES: dict[str, Callable[[], Transform]] = {
@@ -590,6 +635,9 @@ EXACT_FLOWS: dict[str, Callable[[], Flow]] = {
     **FLOWS,
     "logit": lambda: cnf(transforms=[Logit(2)]),
     "unconstrain": lambda: cnf(transforms=[Unconstrain(["positive", ("periodic", -1, 1)])]),
+    "sphere with context": lambda: cnf(3, 2, manifold=Sphere(3)),
+    "torus": lambda: cnf(2, manifold=Torus(2), base=von_mises_fisher(Torus(2))),
+    "sphere, circle and line": lambda: cnf(5, manifold=MANIFOLDS["sphere, circle and line"]),
     "image": lambda: cnf(4, transforms=[Flatten((1, 2, 2)), Permute([3, 1, 0, 2])]),
     "couplings": lambda: perturbed(Flow(couplings())),
     "glow with context": lambda: perturbed(
@@ -666,6 +714,9 @@ STOCHASTIC_FLOWS: dict[str, Callable[[], Flow]] = {
     "autoencoder": lambda: cnf(
         3, transforms=[VAE(*(ConditionalNormal(*size) for size in ((1, 3), (3, 1))))]
     ),
+    "random steps": lambda: Flow(
+        [part for part in (make() for make in KERNELS.values()) if not part.context_features]
+    ),
     "flowified": lambda: Flow([flowified()]),
     "dequantized and sliced": lambda: cnf(4, transforms=[Dequantize(4, 3), Slice(4, 2)]),
 }
@@ -723,6 +774,8 @@ def inside(support: Constraint | None, x: Tensor) -> Tensor:
     """Real numbers `x`, mapped into `support`; None is for all real numbers."""
     if isinstance(support, OrderedVector):
         return sorted_points(x, support.point_features)
+    if hasattr(support, "manifold"):
+        return support.manifold.project(x)
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
     if hasattr(support, "cseq"):

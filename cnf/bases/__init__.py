@@ -6,6 +6,8 @@ from cnf.bases.gaussian_mixture import GaussianMixtureBase
 from cnf.bases.half_normal import HalfNormal
 from cnf.bases.ordered_normal import OrderedNormal
 from cnf.bases.standard_normal import StandardNormal
+from cnf.bases.uniform import ProductBase, UniformOnManifold, base_on
+from cnf.bases.von_mises_fisher import VonMisesFisherMixture
 
 __all__ = [
     "Base",
@@ -14,6 +16,10 @@ __all__ = [
     "HalfNormal",
     "Likelihood",
     "OrderedNormal",
+    "ProductBase",
     "StandardNormal",
+    "UniformOnManifold",
+    "VonMisesFisherMixture",
+    "base_on",
     "weakest",
 ]

@@ -44,7 +44,8 @@ def certify(
       worst part and direction;
     - ``sampled_log_prob``: largest difference between the log-density returned with a sample and
       `log_prob` of the sample;
-    - ``integral``: distance from 1 of the integral of the density over a grid, in 2-D;
+    - ``integral``: distance from 1 of the integral of the density: over a grid in 2-D, and by draws
+      on a compact manifold;
     - ``inverse_lipschitz``: Lipschitz constant of the inverse near the data, against the limit of
       the rounding errors of the dtype;
     - ``nfe``: evaluations of the vector fields for one `log_prob` of all rows.

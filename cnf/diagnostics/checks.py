@@ -13,6 +13,7 @@ from cnf.diagnostics.case import Case, NotMeasuredError, Outcome, by_gradient, s
 from cnf.divergence import Hutchinson
 from cnf.flows.flow import Flow
 from cnf.flows.references import LARGEST_ERROR, by_reference
+from cnf.manifolds import Manifold, OnManifold
 from cnf.metrics import effective_sample_size
 from cnf.ode import methods
 from cnf.transforms import ContinuousTransform, Transform
@@ -26,6 +27,7 @@ bounded, and not much less, so that they do not vary much."""
 _LEAST_EFFECTIVE = 100
 _MANY_FEATURES = 64
 _GRID = 201
+_POINTS = 10_000
 _FACTOR = 5
 """Largest error of a row, in accuracies of a calibrated flow."""
 
@@ -276,6 +278,8 @@ def _deviations_of_ladj(
 
 def _integral(case: Case) -> Outcome:
     case.need_density()
+    if isinstance(case.flow.support, OnManifold):
+        return _integral_on_manifold(case, case.flow.support.manifold)
     if case.flow.event_shape != (2,) or case.flow.support is not constraints.real_vector:
         raise NotMeasuredError("for densities of the whole plane only")
     flow = case.exact.flow
@@ -292,6 +296,27 @@ def _integral(case: Case) -> Outcome:
         0.02,
         f"distance of the integral from 1, on {_GRID} x {_GRID} points",
         "Solve more precisely (see tolerance); or the density has details finer than the grid.",
+    )
+
+
+def _integral_on_manifold(case: Case, manifold: Manifold) -> Outcome:
+    """Draw half of the points uniformly, and half from the flow: no weight is larger than 2."""
+    if manifold.log_volume == math.inf:
+        raise NotMeasuredError("for compact manifolds only")
+    flow = case.exact.flow.map_continuous(_to_a_hundredth)
+    context = None if case.context is None else case.context[0]
+    shape, generator = torch.Size([_POINTS]), case.generator
+    uniform = manifold.rand(shape, like=case.x, generator=generator)
+    x = torch.cat([uniform, flow.sample(shape, context, generator=generator)])
+    log_prob = flow.log_prob(x, context).double()
+    ratios = 2 * (log_prob + manifold.log_volume).sigmoid()
+    error = float((ratios[:_POINTS].var() + ratios[_POINTS:].var()).sqrt()) / 2 / _POINTS**0.5
+    return Outcome(
+        float((ratios.mean() - 1).abs()),
+        max(0.02, 4 * error),
+        f"distance of the integral from 1, by {2 * _POINTS} draws",
+        "Solve more precisely (see tolerance); or the divergence of the field is not the one on "
+        "the manifold: use a TangentField.",
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Generator, Tensor
 
-from cnf.bases import Base, StandardNormal
+from cnf.bases import Base, ProductBase, StandardNormal, UniformOnManifold
 from cnf.ode import ODESolver, RightHandSide, State
 from cnf.ode.calibration import calibrated
 from cnf.ode.compiled_steps import FieldSteps
@@ -91,9 +91,10 @@ def calibrate(
 
 def obstacle_to_calibration(chain: Chain, base: Base) -> str | None:
     """Return why the error of the end of an ODE is not the error of the log-density, or None."""
-    if not isinstance(base, StandardNormal):
+    parts = base.bases if isinstance(base, ProductBase) else [base]
+    if not all(isinstance(part, StandardNormal | UniformOnManifold) for part in parts):
         return (
-            "calibrate estimates errors at a StandardNormal base; got "
+            "calibrate estimates errors at a StandardNormal or UniformOnManifold base; got "
             f"{type(base).__name__}. Choose a solver by hand, with using(solver=...)."
         )
     ode = False

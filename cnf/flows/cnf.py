@@ -3,15 +3,16 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from cnf._checks import check_count, check_flag
+from cnf._checks import check_count, check_flag, check_type
 from cnf.bases import Base, GaussianMixtureBase, StandardNormal
 from cnf.divergence import Divergence
 from cnf.flows.flow import Flow
 from cnf.flows.mixture_start import solver_of_a_mixture
+from cnf.manifolds import Manifold
 from cnf.ode import ODESolver
 from cnf.transforms import Augment, Chain, ContinuousTransform, Standardize, Transform
 from cnf.transforms.from_data.base import DataTransform
-from cnf.vector_fields import MLPField
+from cnf.vector_fields import MLPField, TangentField, VectorField
 from cnf.vector_fields.conditioning import context_scalings
 
 _FEW_FEATURES = 3
@@ -48,7 +49,7 @@ class CNF(Flow):
         divergence: How the divergence is computed; None for `Exact`.
         solver: How the ODE is solved; None for `ODESolver()`.
         blocks: Number of vector fields in a row.
-        base: Distribution at t = 0; None for a standard normal.
+        base: Distribution at t = 0; None for a standard normal, or `base_on` a manifold.
         transforms: Transforms between data and ODE, such as ``[Logit(2)]``.
         standardize: Whether data and context are scaled as above. `Standardize` is left out if
             `transforms` end with one, or with a `NormalScores` or `Whiten`.
@@ -56,7 +57,11 @@ class CNF(Flow):
             likelihood is a lower bound.
         skip: Whether each velocity has a multiple of x, which flow matching starts from; see
             `MLPField`. None for a skip, unless there are several blocks, which flow matching cannot
-            train, or `layer` is "ignore".
+            train, or `layer` is "ignore"; none on a manifold.
+        manifold: Manifold that the data are on, such as ``Sphere(3)`` for unit vectors or
+            ``Torus(2)`` for two angles: the density is with respect to its volume, the field is a
+            `TangentField`, data are not standardised, and `transforms` and `augment` are refused.
+            None for real numbers.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -93,8 +98,12 @@ class CNF(Flow):
         standardize: bool = True,
         augment: int = 0,
         skip: bool | None = None,
+        manifold: Manifold | None = None,
     ) -> None:
         check_count("blocks", blocks)
+        if manifold is not None:
+            standardize, skip = False, False
+            _check_manifold(manifold, features, [*transforms], augment)
         parts = Chain(transforms, check_count("features", features)).transforms
         if check_flag("standardize", standardize) and not (
             parts and isinstance(parts[-1], DataTransform)
@@ -103,30 +112,33 @@ class CNF(Flow):
         if check_count("augment", augment, least=0):
             parts.append(Augment(parts[-1].base_features if parts else features, augment))
         size = parts[-1].base_features if parts else features
+        if manifold is not None:
+            size = manifold.embedded_features
         few = size <= _FEW_FEATURES
         if hidden_features is None:
             hidden_features = (64, 64, 64, 64) if few else (128, 128)
         if activation is None and not few and frequency is None:
             activation = "silu"
-        continuous = [
-            ContinuousTransform(
-                MLPField(
-                    size,
-                    context_features,
-                    hidden_features=hidden_features,
-                    layer=layer,
-                    activation=activation,
-                    frequency=frequency,
-                    time_features=time_features,
-                    skip=blocks == 1 and layer != "ignore" if skip is None else skip,
-                ),
-                divergence=divergence,
-                solver=solver,
+        fields: list[VectorField] = [
+            MLPField(
+                size,
+                context_features,
+                hidden_features=hidden_features,
+                layer=layer,
+                activation=activation,
+                frequency=frequency,
+                time_features=time_features,
+                skip=blocks == 1 and layer != "ignore" if skip is None else skip,
             )
             for _ in range(blocks)
         ]
+        if manifold is not None:
+            fields = [TangentField(field, manifold) for field in fields]
+        continuous = [
+            ContinuousTransform(field, divergence=divergence, solver=solver) for field in fields
+        ]
         super().__init__([*parts, *continuous], base)
-        if not standardize:
+        if not standardize and manifold is None:
             for scaling in context_scalings(self):
                 scaling.keep_identity()
 
@@ -162,3 +174,17 @@ class CNF(Flow):
             for key, value in identity.state_dict().items():
                 state_dict[names[place] + key] = value
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _check_manifold(
+    manifold: Manifold, features: int, transforms: Sequence[Transform], augment: int
+) -> None:
+    """Refuse a manifold, or arguments that do not go with it."""
+    check_type("manifold", manifold, Manifold, "use Sphere(3) or Torus(2)")
+    if features != manifold.features:
+        raise ValueError(f"features must be the {manifold.features} of {manifold}; got {features}.")
+    if augment or transforms:
+        raise ValueError(
+            "transforms and augment must be left out with a manifold, because points would leave "
+            "it; compose a Flow of transforms and a ContinuousTransform of a TangentField instead."
+        )

@@ -39,7 +39,8 @@ class Flow(FlowMap):
 
     Args:
         transforms: Transforms from data to base.
-        base: Base distribution; None for a standard normal. If it is a flow, its transforms are
+        base: Base distribution; None for a standard normal, or where the transforms end on a
+            manifold for `base_on` it. If it is a flow, its transforms are
             appended to `transforms`, and its base is used.
 
     Raises:

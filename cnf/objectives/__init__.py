@@ -5,11 +5,18 @@ from cnf.objectives.flow_matching import FlowMatching
 from cnf.objectives.hybrid import HybridObjective
 from cnf.objectives.maximum_likelihood import MaximumLikelihood
 from cnf.objectives.pairings import IndependentPairing, OptimalTransport, Pairing
-from cnf.objectives.paths import LinearPath, ProbabilityPath, SmoothedPath, VariancePreservingPath
+from cnf.objectives.paths import (
+    GeodesicPath,
+    LinearPath,
+    ProbabilityPath,
+    SmoothedPath,
+    VariancePreservingPath,
+)
 from cnf.objectives.reverse_kl import ReverseKL
 
 __all__ = [
     "FlowMatching",
+    "GeodesicPath",
     "HybridObjective",
     "IndependentPairing",
     "LinearPath",

@@ -12,7 +12,7 @@ from cnf.bases import StandardNormal
 from cnf.flows.flow import Flow
 from cnf.objectives.base import Objective, weighted_mean
 from cnf.objectives.pairings import IndependentPairing, Pairing
-from cnf.objectives.paths import LinearPath, ProbabilityPath
+from cnf.objectives.paths import GeodesicPath, LinearPath, ProbabilityPath
 from cnf.objectives.stable_target import mean_velocity
 from cnf.transforms import Chain, ContinuousTransform
 
@@ -46,7 +46,7 @@ class FlowMatching(Objective):
     Args:
         flow: The flow to train. Its transforms between data and ODE map the data to the ends of
             paths; the base, and the transforms between it and the ODE, draw the starts.
-        path: Path between two points; None for `LinearPath`.
+        path: Path between two points; None for `LinearPath`, or on a manifold for `GeodesicPath`.
         pairing: Pairing of base points with rows of data; None for `IndependentPairing`.
         target: Velocity that the field is compared with at a state: "pair" for the velocity of its
             own path, "stable" for the mean over the paths that may lead there from the base to the
@@ -67,6 +67,8 @@ class FlowMatching(Objective):
     References:
         Lipman et al. (2023), Flow Matching for Generative Modeling.
         https://arxiv.org/abs/2210.02747
+        Chen and Lipman (2024), Flow Matching on General Geometries,
+        https://arxiv.org/abs/2302.03660, for manifolds.
         Esser et al. (2024), Scaling Rectified Flow Transformers for High-Resolution Image
         Synthesis, https://arxiv.org/abs/2403.03206, for logit-normal times.
         Xu, Tong and Jaakkola (2023), Stable Target Field for Reduced Variance Score Estimation in
@@ -90,8 +92,14 @@ class FlowMatching(Objective):
         super().__init__(flow)
         # In a tuple, so that they are not registered as modules beside the flow.
         self._parts = _around_the_ode(flow)
-        self.path = LinearPath() if path is None else path
+        manifold = self._parts[1].vector_field.manifold
+        usual = LinearPath() if manifold is None else GeodesicPath(manifold)
+        self.path = usual if path is None else path
         check_type("path", self.path, ProbabilityPath, "use LinearPath()")
+        if manifold is not None and self.path != usual:
+            raise ValueError(
+                f"path must stay on the manifold of the flow, as {usual} does; got {self.path}."
+            )
         self.pairing = IndependentPairing() if pairing is None else pairing
         check_type("pairing", self.pairing, Pairing, "use OptimalTransport()")
         self.times = check_choice("times", times, _TIMES)

@@ -8,6 +8,7 @@ import torch
 
 from cnf._checks import check_number, is_positive
 from cnf._shapes import Rows, Times
+from cnf.manifolds import Manifold
 
 
 class ProbabilityPath(ABC):
@@ -128,3 +129,30 @@ class SmoothedPath(ProbabilityPath):
         noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=x0.device)
         velocity = x1 - x0
         return x0 + t.unsqueeze(-1) * velocity + self.sigma * noise, velocity
+
+
+@dataclass(frozen=True)
+class GeodesicPath(ProbabilityPath):
+    """Geodesic on a manifold, at constant speed: Riemannian flow matching.
+
+    `FlowMatching` takes it for a flow on a manifold.
+
+    References:
+        Chen and Lipman (2024), Flow Matching on General Geometries.
+        https://arxiv.org/abs/2302.03660
+
+    Example:
+        >>> from cnf.manifolds import Torus
+        >>> t, x0, x1 = torch.tensor([0.5]), torch.tensor([[3.0]]), torch.tensor([[-3.0]])
+        >>> GeodesicPath(Torus(1)).state_and_velocity(t, x0, x1)[1]
+        tensor([[0.2832]])
+    """
+
+    manifold: Manifold
+    """The manifold."""
+
+    def state_and_velocity(
+        self, t: Times, x0: Rows, x1: Rows, *, generator: torch.Generator | None = None
+    ) -> tuple[Rows, Rows]:
+        """Return point and velocity of the geodesic at time `t`."""
+        return self.manifold.geodesic(t, x0, x1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cnf.bases import Base
 from cnf.divergence import Divergence
 from cnf.flows import Flow
+from cnf.manifolds import Manifold
 from cnf.ode import ODESolver
 from cnf.transforms import AnnealedDensity, Chain, ContractiveNetwork, FactorOut, Transform
 from cnf.transforms.conditioners import Conditioner
@@ -20,7 +21,7 @@ from cnf.vector_fields import VectorField
 
 FAMILIES: tuple[type, ...] = (
     *(Flow, Base, Transform, VectorField, Divergence),
-    *(LogDet, ContractiveNetwork, Conditioner, ODESolver, AnnealedDensity),
+    *(LogDet, ContractiveNetwork, Conditioner, ODESolver, AnnealedDensity, Manifold),
 )
 """Base classes of the parts of a flow. Subclasses of these in cnf are saved and loaded by name."""
 

@@ -9,8 +9,9 @@ from torch import Generator, Tensor, nn
 from torch.distributions import constraints
 
 from cnf._checks import all_finite, check_count, non_finite_rows, reference_tensor, refuse_overflow
-from cnf.bases import Base, Likelihood, StandardNormal, weakest
+from cnf.bases import Base, Likelihood, StandardNormal, base_on, weakest
 from cnf.bases.ordered_normal import OrderedVector
+from cnf.manifolds import OnManifold
 from cnf.regularizers import CostRate
 from cnf.transforms.base import Transform, WithLadj
 from cnf.transforms.support.constraints import covers
@@ -208,12 +209,16 @@ def as_list(transforms: Iterable[Transform]) -> list[Transform]:
 
 
 def base_for(transforms: Sequence[Transform], base: Base | None) -> Base:
-    """Return `base`, after checks that it fits the transforms; for None a standard normal."""
+    """Return `base`, after checks that it fits; for None a standard normal, or `base_on`."""
     if base is None:
         if not transforms:
             raise ValueError("transforms must not be empty when base is None.")
         like = reference_tensor(nn.ModuleList(transforms))
-        base = StandardNormal(transforms[-1].base_features).to(like)
+        codomain = _codomain(transforms)
+        if isinstance(codomain, OnManifold):
+            base = base_on(codomain.manifold).to(like)
+        else:
+            base = StandardNormal(transforms[-1].base_features).to(like)
     if not isinstance(base, Base):
         raise TypeError(
             f"base must be a cnf.bases.Base, such as StandardNormal; got {type(base).__name__}."

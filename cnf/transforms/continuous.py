@@ -9,6 +9,7 @@ from typing import TypeVar, cast
 import torch
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
+from torch.distributions import constraints
 
 from cnf._checks import check_flag, check_number, check_type, is_hidden, is_positive
 from cnf._row_names import rows_of_caller, unflattened
@@ -89,6 +90,17 @@ class ContinuousTransform(Transform):
             self.log_end_time = nn.Parameter(torch.tensor(math.log(end_time)))
 
     @property
+    def support(self) -> constraints.Constraint:
+        """Real vectors, or the manifold that the field is tangent to."""
+        manifold = self.vector_field.manifold
+        return constraints.real_vector if manifold is None else manifold.support
+
+    @property
+    def codomain(self) -> constraints.Constraint:
+        """The same as `support`."""
+        return self.support
+
+    @property
     def likelihood(self) -> Likelihood:
         """Exact to solver tolerance, or an unbiased estimate."""
         return "exact" if self.divergence is None or self.divergence.is_exact else "estimate"
@@ -148,6 +160,23 @@ class ContinuousTransform(Transform):
         probes: Tensor | None,
     ) -> WithLadj:
         """Return the moved points and the ladj, which is 0 without a divergence."""
+        moved, ladj = self._solve_rows(x, context, way, divergence, probes)
+        return self._restore(moved, x), ladj
+
+    def _restore(self, moved: Tensor, start: Tensor) -> Tensor:
+        """Return the moved points on their manifold, without the drift of the solver."""
+        manifold = self.vector_field.manifold
+        return moved if manifold is None else manifold.restore(moved, start)
+
+    def _solve_rows(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        way: tuple[float, float],
+        divergence: Divergence | None,
+        probes: Tensor | None,
+    ) -> WithLadj:
+        """Solve all rows alike, or each to the accuracy of the solver."""
         if self.solver.accuracy is None or is_hidden(x):
             return self._to_end(self.solver, x, context, way, divergence, probes)
         batch = x.shape[:-1]
@@ -250,6 +279,7 @@ class ContinuousTransform(Transform):
         z, ladj, *costs = self._solve(
             x, context, (1.0, 0.0), *drawn, solver=self.solver, regularizers=regularizers
         )
+        z = self._restore(z, x)
         return z, ladj, torch.stack(costs) if costs else x.new_zeros(0, *x.shape[:-1])
 
     def _draw(self, x: Tensor, generator: Generator | None) -> tuple[Divergence, Tensor | None]:

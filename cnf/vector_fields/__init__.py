@@ -8,6 +8,7 @@ from cnf.vector_fields.mlp import MLPField
 from cnf.vector_fields.module import ModuleField
 from cnf.vector_fields.potential import PotentialField
 from cnf.vector_fields.residual import ResidualField
+from cnf.vector_fields.tangent import TangentField
 
 __all__ = [
     "ContextScaling",
@@ -17,6 +18,7 @@ __all__ = [
     "ModuleField",
     "PotentialField",
     "ResidualField",
+    "TangentField",
     "VectorField",
     "count_evaluations",
 ]

@@ -4,13 +4,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from cnf._checks import check_count, functions_are_transformed, is_exporting, refuse_overrides
 from cnf._shapes import Context, NarrowProbes, Probes, Rows, Times, Values
+from cnf.manifolds import Manifold
 from cnf.vector_fields.compiled import Compilation
 from cnf.vector_fields.jacobian.autograd import (
     derivative_along,
@@ -58,7 +59,7 @@ class VectorField(nn.Module, ABC):
 
     compilation: Compilation | None = None
     """Compiled programs of the hooks; None until `compile`."""
-    has_programs: ClassVar[bool] = False
+    has_programs: bool = False
     """Whether the hooks of divergence and products can be compiled: reverse mode cannot."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -71,6 +72,11 @@ class VectorField(nn.Module, ABC):
         super().__init__()
         self.features = check_count("features", features)
         self.context_features = check_count("context_features", context_features, least=0)
+
+    @property
+    def manifold(self) -> Manifold | None:
+        """Manifold that the field is tangent to; None for Euclidean space."""
+        return None
 
     @property
     def shares_times(self) -> bool:

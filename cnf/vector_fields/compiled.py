@@ -51,7 +51,7 @@ class Compilation:
     def run(self, hook: Callable[..., Result], *inputs: Tensor | None) -> Result:
         """Return the result of a hook of a field, by a program if one can be compiled and run."""
         field, name = hook.__self__, hook.__name__  # type: ignore[attr-defined]
-        if not self.is_active() or not (name == VELOCITY or type(field).has_programs):
+        if not self.is_active() or not (name == VELOCITY or field.has_programs):
             return hook(*inputs)
         key = type(field), name
         if key not in self.evaluations:

@@ -255,7 +255,8 @@ def test_rows_that_share_a_time_have_the_loss_of_each_at_that_time(make, monkeyp
 @pytest.mark.parametrize("times", ["uniform", "late", "logit_normal"])
 def test_the_generator_decides_the_loss_and_spares_the_global_one(make, times):
     flow = make()
-    objective = FlowMatching(flow, SmoothedPath(0.1), OptimalTransport(), times=times)
+    path = SmoothedPath(0.1) if field_of(flow).manifold is None else None
+    objective = FlowMatching(flow, path, OptimalTransport(), times=times)
     x, context = rows_for(flow, 6)
     before = torch.get_rng_state()
     losses = [objective(x, context, generator=seeded()).item() for _ in range(2)]

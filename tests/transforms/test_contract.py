@@ -278,9 +278,17 @@ def test_a_base_draws_from_its_density(make):
     assert base.support.check(draws).all()
     assert base.likelihood == "exact"
 
-    # E[q / p] = 1 under p for a density q: here a narrow normal where the draws are.
-    q = Independent(Normal(draws.mean(0), draws.std(0) / 2), 1)
-    ratio = (q.log_prob(draws) - base.log_prob(draws)).exp()
+    # E[q / p] = 1 under p for a density q: here a narrow normal where the draws are, and uniform on
+    # compact manifolds.
+    def log_q(factor, part):
+        if getattr(factor, "log_volume", math.inf) < math.inf:
+            return part.new_full(part.shape[:-1], -factor.log_volume)
+        return Independent(Normal(part.mean(0), part.std(0) / 2), 1).log_prob(part)
+
+    manifold = getattr(base.support, "manifold", None)
+    factors = getattr(manifold, "factors", [manifold])
+    parts = manifold.split(draws) if len(factors) > 1 else [draws]
+    ratio = (sum(map(log_q, factors, parts)) - base.log_prob(draws)).exp()
     error = ratio.std() / len(ratio) ** 0.5
     assert abs(ratio.mean() - 1) < 4 * error + 1e-3  # 4 standard errors: 6e-5
 

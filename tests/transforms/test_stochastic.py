@@ -180,6 +180,18 @@ def test_a_trajectory_that_overflows_is_rejected():
     assert (contribution == 0).all()
 
 
+def test_gradients_are_finite_beside_trajectories_that_diverge():
+    def steep(x):
+        return -x.square().square().sum(-1)
+
+    kernel = HamiltonianMonteCarlo(1, steep, steps=3, leapfrogs=10, step_size=0.3)
+    x = torch.linspace(-1, 20, 200).unsqueeze(-1).requires_grad_()
+    moved, contribution = kernel.to_data_and_ladj(x, generator=seeded())
+    assert 0.1 < (moved == x).double().mean() < 0.9
+    (moved.sum() + contribution.sum()).backward()
+    assert x.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("make", KERNELS.values(), ids=KERNELS)
 def test_the_same_generator_gives_the_same_path(make):
     kernel = make()

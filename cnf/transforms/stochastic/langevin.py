@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Generator, Tensor
 
 from cnf._checks import check_count, check_number, is_positive
@@ -13,6 +14,9 @@ from cnf.transforms.stochastic.densities import (
     with_gradient,
 )
 from cnf.transforms.stochastic.kernels import MarkovKernel, normal_like
+
+_DIVERGED = 1000.0
+"""Change of the energy of a trajectory, in nats, from which it is not followed any more."""
 
 
 class Langevin(Transform):
@@ -166,13 +170,19 @@ class HamiltonianMonteCarlo(MarkovKernel):
         self.step_size = check_number("step_size", step_size, "positive and finite", is_positive)
 
     def _propose(self, point: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:
-        momentum = normal_like(point, generator)
-        before, slope = with_gradient(self.log_density, point, of_proposals)
-        energy = before - 0.5 * momentum.square().sum(-1)
+        start, momentum = point, normal_like(point, generator)
+        value, slope = with_gradient(self.log_density, point, of_proposals)
+        energy = value - 0.5 * momentum.square().sum(-1)
+        change = torch.zeros_like(energy)
         for _ in range(self.leapfrogs):
             momentum = momentum + 0.5 * self.step_size * slope
             point = point + self.step_size * momentum
-            _, slope = with_gradient(self.log_density, point, of_proposals)
+            # A trajectory that diverges is rejected, and stopped before its gradients overflow.
+            goes_on = (change > -_DIVERGED).unsqueeze(-1)
+            inside = torch.where(goes_on, point, start)
+            value, slope = with_gradient(self.log_density, inside, of_proposals)
+            slope = torch.where(goes_on, slope, 0.0)
             momentum = momentum + 0.5 * self.step_size * slope
-        after = of_proposals(self.log_density, point)
-        return point, after - 0.5 * momentum.square().sum(-1) - energy
+            now = value - 0.5 * momentum.square().sum(-1) - energy
+            change = torch.where(goes_on.squeeze(-1) & (now > -_DIVERGED), now, -torch.inf)
+        return point, change
