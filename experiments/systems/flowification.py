@@ -6,7 +6,8 @@ Both end in linear layers, and drop coordinates on the way, each given the other
 a Gaussian with full covariance, and a flow of coupling steps with about as many parameters.
 
 Claim: an ordinary network, flowified, is a density model that learns to draw digits. In as many
-steps, a flow that was designed as one is better, and so is the Gaussian. References: Máté et al. (2022),
+steps, a flow that was designed as one is better, and so is the Gaussian.
+References: Máté et al. (2022),
 Flowification. https://arxiv.org/abs/2205.15209
 """
 
@@ -82,7 +83,8 @@ def show(settings: Settings) -> str:
         draws[name] = fitted.flow.sample(20, generator=generator)
     figure, (axes,) = figure_grid(1, len(draws))
     for ax, (title, each) in zip(axes, draws.items(), strict=True):
-        ax.imshow(each.reshape(4, 5, 8, 8).transpose(1, 2).reshape(32, 40), cmap="gray_r")
+        sheet = each.reshape(4, 5, 8, 8).transpose(1, 2).reshape(32, 40)
+        ax.imshow(sheet.numpy(), cmap="gray_r")
         ax.set_title(title, fontsize=TITLE_SIZE)
         ax.set_axis_off()
     save_figure(figure, settings.out / "flowification.png")

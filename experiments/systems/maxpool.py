@@ -54,7 +54,8 @@ def show(settings: Settings) -> str:
         draws[name] = fitted.flow.sample(20, generator=generator)
     figure, (axes,) = figure_grid(1, len(draws))
     for ax, (title, each) in zip(axes, draws.items(), strict=True):
-        ax.imshow(each.reshape(4, 5, 8, 8).transpose(1, 2).reshape(32, 40), cmap="gray_r")
+        sheet = each.reshape(4, 5, 8, 8).transpose(1, 2).reshape(32, 40)
+        ax.imshow(sheet.numpy(), cmap="gray_r")
         ax.set_title(title, fontsize=TITLE_SIZE)
         ax.set_axis_off()
     save_figure(figure, settings.out / "maxpool.png")
