@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor, nn
 
-from cnf._checks import check_count, check_widths
+from cnf._checks import check_count, check_number, check_widths, is_positive
 from cnf.bases.base import Base
 
 
@@ -25,6 +25,8 @@ class ConditionalNormal(Base):
             map.
         conditioner: Module in place of that network, with ``2 * features`` outputs, such as
             `cnf.transforms.ConvConditioner`.
+        bound: Bound c on the logarithms s of the standard deviations, ``s = c tanh(r / c)``, so
+            that draws do not explode far from the data; None for no bound.
 
     Raises:
         TypeError: If a size is not an int.
@@ -43,10 +45,15 @@ class ConditionalNormal(Base):
         *,
         hidden_features: Sequence[int] = (64, 64),
         conditioner: nn.Module | None = None,
+        bound: float | None = None,
     ) -> None:
         super().__init__(features, check_count("context_features", context_features))
         self.hidden_features = check_widths("hidden_features", hidden_features, least=0)
         self.conditioner = conditioner
+        self.bound = bound
+        if bound is not None:
+            expected = "positive and finite, or None"
+            self.bound = check_number("bound", bound, expected, is_positive)
         self.network: nn.Module | None = None
         if conditioner is None:
             self.network = self._make_network()
@@ -80,6 +87,8 @@ class ConditionalNormal(Base):
         network = self.conditioner if self.network is None else self.network
         # Autocast lowers the dtype.
         mean, log_std = network(context).to(like.dtype).chunk(2, -1)  # type: ignore[misc]
+        if self.bound is not None:
+            log_std = self.bound * (log_std / self.bound).tanh()
         return mean, log_std
 
     def _make_network(self) -> nn.Sequential:

@@ -19,6 +19,10 @@ from cnf.transforms.surjections.augment import Augment
 from cnf.transforms.surjections.slice import Slice
 from cnf.transforms.surjections.unfold import Unfold
 
+_BOUND = 3.0
+"""Bound on the logarithms of standard deviations of dropped coordinates, that of couplings: draws
+pass through many layers."""
+
 
 class FlowifiedLinear(Chain):
     r"""Linear layer ``z = W x + b`` with a stochastic inverse and its likelihood contribution.
@@ -61,7 +65,7 @@ class FlowifiedLinear(Chain):
         dropped = None
         if in_features > out_features:
             dropped = ConditionalNormal(
-                in_features - out_features, out_features, hidden_features=widths
+                in_features - out_features, out_features, hidden_features=widths, bound=_BOUND
             )
         super().__init__(_linear_parts((in_features, 1, 1), out_features, dropped))
         self.in_features = in_features
@@ -126,7 +130,7 @@ class FlowifiedConv2d(Chain):
             image = (out_channels, *tiles)
             network = ConvConditioner(image, 2 * others, hidden_channels=widths)
             dropped = ConditionalNormal(
-                others * math.prod(tiles), math.prod(image), conditioner=network
+                others * math.prod(tiles), math.prod(image), conditioner=network, bound=_BOUND
             )
         linear = _linear_parts(patches.unfolded_shape, out_channels, dropped)
         super().__init__([patches, *linear])
