@@ -37,6 +37,8 @@ _FINEST = math.radians(0.1)
 """Standard deviation of the narrowest kernel: about 11 km."""
 _NEIGHBOURS = (1, 2, 4, 8, 16, 32, 64, 128)
 _LEAST_SHARE = 0.01
+_MOST_ROWS = 13_000
+"""Most rows of a set: of more, a part is drawn at random."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,9 @@ def _sets(settings: Settings) -> Iterator[tuple[str, int, list[_Split]]]:
     with np.load(settings.data) as file:
         for name, (splits, steps) in _PLACES.items():
             latitude, longitude = torch.as_tensor(np.radians(file[name])).unbind(-1)
+            some = np.random.RandomState(settings.seed).permutation(len(latitude))[:_MOST_ROWS]
             x = _directions(latitude, longitude).float()
+            x = x[torch.as_tensor(some)] if len(x) > _MOST_ROWS else x
             yield name, steps, [_split(x, settings.seed + seed) for seed in range(splits)]
 
 
@@ -155,9 +159,10 @@ def _kernels(training: Tensor, validation: Tensor) -> VonMisesFisherMixture:
     The width of a kernel is the distance of a neighbour, or half of it, or the narrowest one. The
     shares of the widths, and of a uniform density, maximise the likelihood of the validation rows.
     """
-    distances = torch.cdist(training.double(), training.double()).sort(-1).values
-    last = len(training) - 1
-    near = distances[:, [min(number, last) for number in _NEIGHBOURS]]
+    most = min(_NEIGHBOURS[-1] + 1, len(training))
+    distances = torch.cdist(training.double(), training.double())
+    nearest = distances.topk(most, largest=False).values
+    near = nearest[:, [min(number, most - 1) for number in _NEIGHBOURS]]
     widths = torch.cat([near, near / 2, torch.zeros_like(near[:, :1])], -1).clamp(min=_FINEST)
     concentrations = 1 / widths.square()
     uniform = validation.new_full((len(validation),), -_SPHERE.log_volume)

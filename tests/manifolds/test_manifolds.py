@@ -105,9 +105,9 @@ def test_density_on_the_torus_integrates_to_one():
 
 def test_density_of_an_angle_and_a_number_integrates_to_one():
     flow = cnf(2, manifold=Product([Torus(1), Euclidean(1)]))
-    line = torch.linspace(-12, 12, 201)
+    line = torch.linspace(-12, 12, 101)
     with torch.no_grad():
-        density = flow.log_prob(torch.cartesian_prod(angles(), line)).exp().view(40, 201)
+        density = flow.log_prob(torch.cartesian_prod(angles(), line)).exp().view(40, 101)
     assert abs(float(torch.trapezoid(density, line).mean()) * 2 * math.pi - 1) < 1e-3
 
 
