@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from cnf._checks import check_choice, check_count, check_image_shape, check_widths
 from cnf._shapes import Context, Rows, Times
 from cnf.vector_fields.activations import ACTIVATIONS
-from cnf.vector_fields.affine_map import AffineMap
 from cnf.vector_fields.conditioning import ContextScaling, scaled_context
+from cnf.vector_fields.jacobian.affine_map import AffineMap
 from cnf.vector_fields.layers import LAYERS, reset_layers
 from cnf.vector_fields.staged import Activated, LayeredField, Stage, Tangent
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from cnf._shapes import Context, Times
-from cnf.vector_fields.affine_map import AffineMap
 from cnf.vector_fields.conditioning import beside
+from cnf.vector_fields.jacobian.affine_map import AffineMap
 
 
 class ConditionLinear(nn.Linear):

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from cnf._checks import check_choice, check_count
 from cnf._shapes import Context, Rows, Times, Values
 from cnf.vector_fields.activations import ACTIVATIONS, ANTIDERIVATIVES
-from cnf.vector_fields.affine_map import AffineMap
 from cnf.vector_fields.base import VectorField
 from cnf.vector_fields.conditioning import ContextScaling, beside, scaled_context
+from cnf.vector_fields.jacobian.affine_map import AffineMap
 from cnf.vector_fields.jacobian.autograd import derivative_along
 from cnf.vector_fields.layers import LAYERS
 from cnf.vector_fields.settings import check_frequency

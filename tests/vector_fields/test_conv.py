@@ -10,8 +10,8 @@ from zoo import conv, perturbed, rows_for
 
 from cnf.transforms import ContinuousTransform
 from cnf.vector_fields import ConvField
-from cnf.vector_fields.affine_map import AffineMap
 from cnf.vector_fields.conv import Convolution
+from cnf.vector_fields.jacobian.affine_map import AffineMap
 from cnf.vector_fields.layers import LAYERS
 
 AFFINE_MAPS = {

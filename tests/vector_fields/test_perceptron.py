@@ -11,7 +11,7 @@ from zoo import mlp, rows_for
 
 from cnf._memory import LiveBytes
 from cnf.vector_fields.activations import ACTIVATIONS
-from cnf.vector_fields.affine_map import AffineMap
+from cnf.vector_fields.jacobian.affine_map import AffineMap
 from cnf.vector_fields.jacobian.autograd import standard_basis
 from cnf.vector_fields.jacobian.perceptron import Perceptron, jacobian_trace
 from cnf.vector_fields.layers import LAYERS

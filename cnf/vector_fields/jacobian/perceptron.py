@@ -36,7 +36,7 @@ from torch import Tensor
 
 from cnf._shapes import Rows, Values
 from cnf.vector_fields.activations import Activation
-from cnf.vector_fields.affine_map import AffineMap, of_rows
+from cnf.vector_fields.jacobian.affine_map import AffineMap, of_rows
 from cnf.vector_fields.jacobian.autograd import standard_basis
 from cnf.vector_fields.staged import Activated, Stage, WithSkip, applied, linearised
 
