@@ -63,7 +63,6 @@ def show(settings: Settings) -> str:
             nll = [-float(score.mean()) for score in scores]
             of_splits.append([100 * repeated, *nll, *(-float(s[is_new].mean()) for s in scores)])
             maps.setdefault(name, (split.test, densities))
-            print(name, seed, *(f"{value:.3f}" for value in of_splits[-1]), flush=True)
         repeated, *values = zip(*of_splits, strict=True)
         cells = [_mean_and_spread(value) for value in values]
         new = [f"{float(np.mean(value)):.2f}" for value in values[len(_MODELS) :]]
@@ -210,10 +209,13 @@ def _draw(
             panel.set_title(title, fontsize=9)
             panel.set(xticks=[], yticks=[])
         east = torch.atan2(test[:, 1], test[:, 0])
-        axes[0].scatter(east, test[:, 2].clamp(-1, 1).arcsin(), s=1, linewidths=0)
+        north = test[:, 2].clamp(-1, 1).arcsin()
+        axes[0].scatter(east.numpy(), north.numpy(), s=1, linewidths=0)
         for panel, density in zip(axes[1:], densities, strict=True):
             with torch.no_grad():
                 log_prob = density.log_prob(points).view(size, 2 * size)
             shown = log_prob.clamp(-6, 4).numpy()
-            panel.pcolormesh(longitude, latitude, shown, cmap="magma", rasterized=True)
+            panel.pcolormesh(
+                longitude.numpy(), latitude.numpy(), shown, cmap="magma", rasterized=True
+            )
     save_figure(figure, settings.out / "sphere.png")
