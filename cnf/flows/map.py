@@ -147,8 +147,9 @@ class FlowMap(nn.Module):
             generator: Source of random numbers of transforms and estimates.
 
         Raises:
-            ValueError: If the rows do not fit; the flow follows no ODE; its base is not a
-                `StandardNormal`; or a transform behind an ODE changes what an error is worth.
+            ValueError: If the rows do not fit; the flow follows no ODE; its base is neither a
+                `StandardNormal` nor uniform on a manifold; or a transform behind an ODE changes
+                what an error is worth.
             ODEError: If the accuracy is out of reach.
         """
         accuracy = check_number("accuracy", accuracy, "positive and finite", is_positive)

@@ -37,6 +37,8 @@ _FINEST = math.radians(0.1)
 """Standard deviation of the narrowest kernel: about 11 km."""
 _NEIGHBOURS = (1, 2, 4, 8, 16, 32, 64, 128)
 _LEAST_SHARE = 0.01
+_MOST_ROWS = 13_000
+"""Most rows of a set: of more, a part is drawn at random."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,6 @@ def show(settings: Settings) -> str:
             nll = [-float(score.mean()) for score in scores]
             of_splits.append([100 * repeated, *nll, *(-float(s[is_new].mean()) for s in scores)])
             maps.setdefault(name, (split.test, densities))
-            print(name, seed, *(f"{value:.3f}" for value in of_splits[-1]), flush=True)
         repeated, *values = zip(*of_splits, strict=True)
         cells = [_mean_and_spread(value) for value in values]
         new = [f"{float(np.mean(value)):.2f}" for value in values[len(_MODELS) :]]
@@ -80,7 +81,9 @@ def _sets(settings: Settings) -> Iterator[tuple[str, int, list[_Split]]]:
     with np.load(settings.data) as file:
         for name, (splits, steps) in _PLACES.items():
             latitude, longitude = torch.as_tensor(np.radians(file[name])).unbind(-1)
+            some = np.random.RandomState(settings.seed).permutation(len(latitude))[:_MOST_ROWS]
             x = _directions(latitude, longitude).float()
+            x = x[torch.as_tensor(some)] if len(x) > _MOST_ROWS else x
             yield name, steps, [_split(x, settings.seed + seed) for seed in range(splits)]
 
 
@@ -155,9 +158,10 @@ def _kernels(training: Tensor, validation: Tensor) -> VonMisesFisherMixture:
     The width of a kernel is the distance of a neighbour, or half of it, or the narrowest one. The
     shares of the widths, and of a uniform density, maximise the likelihood of the validation rows.
     """
-    distances = torch.cdist(training.double(), training.double()).sort(-1).values
-    last = len(training) - 1
-    near = distances[:, [min(number, last) for number in _NEIGHBOURS]]
+    most = min(_NEIGHBOURS[-1] + 1, len(training))
+    distances = torch.cdist(training.double(), training.double())
+    nearest = distances.topk(most, largest=False).values
+    near = nearest[:, [min(number, most - 1) for number in _NEIGHBOURS]]
     widths = torch.cat([near, near / 2, torch.zeros_like(near[:, :1])], -1).clamp(min=_FINEST)
     concentrations = 1 / widths.square()
     uniform = validation.new_full((len(validation),), -_SPHERE.log_volume)
@@ -205,10 +209,13 @@ def _draw(
             panel.set_title(title, fontsize=9)
             panel.set(xticks=[], yticks=[])
         east = torch.atan2(test[:, 1], test[:, 0])
-        axes[0].scatter(east, test[:, 2].clamp(-1, 1).arcsin(), s=1, linewidths=0)
+        north = test[:, 2].clamp(-1, 1).arcsin()
+        axes[0].scatter(east.numpy(), north.numpy(), s=1, linewidths=0)
         for panel, density in zip(axes[1:], densities, strict=True):
             with torch.no_grad():
                 log_prob = density.log_prob(points).view(size, 2 * size)
             shown = log_prob.clamp(-6, 4).numpy()
-            panel.pcolormesh(longitude, latitude, shown, cmap="magma", rasterized=True)
+            panel.pcolormesh(
+                longitude.numpy(), latitude.numpy(), shown, cmap="magma", rasterized=True
+            )
     save_figure(figure, settings.out / "sphere.png")

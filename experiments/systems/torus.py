@@ -34,7 +34,10 @@ def show(settings: Settings) -> str:
 
     torch.manual_seed(settings.seed)
     flow = CNF(2, manifold=_TORUS, frequency=2.0)
-    steps = settings.choose({}, {"matching_steps": 20, "likelihood_steps": 1})
+    steps = settings.choose(
+        {"matching_steps": 1500, "likelihood_steps": 20},
+        {"matching_steps": 20, "likelihood_steps": 1},
+    )
     fit(flow, training, recipe(progress=False, **steps), validation=validation, accuracy=1e-2)
 
     figure, axes = figure_grid(1, 3)

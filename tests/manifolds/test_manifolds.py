@@ -61,6 +61,7 @@ def test_a_geodesic_leads_from_start_to_end_on_the_manifold_at_constant_speed(ma
 def test_geodesics_of_the_sphere_are_precise_near_and_at_antipodes(distance):
     x0, ahead = torch.eye(3)[:2]
     x1 = math.cos(distance) * x0 + math.sin(distance) * ahead
+    x1 = -x0 if distance == math.pi else x1
     middle, velocity = Sphere(3).geodesic(torch.tensor(0.5), x0.float(), x1.float())
     assert abs(float(velocity.norm()) - distance) < 1e-6
     assert abs(float(middle.norm()) - 1) < 1e-6
@@ -105,9 +106,9 @@ def test_density_on_the_torus_integrates_to_one():
 
 def test_density_of_an_angle_and_a_number_integrates_to_one():
     flow = cnf(2, manifold=Product([Torus(1), Euclidean(1)]))
-    line = torch.linspace(-12, 12, 201)
+    line = torch.linspace(-12, 12, 101)
     with torch.no_grad():
-        density = flow.log_prob(torch.cartesian_prod(angles(), line)).exp().view(40, 201)
+        density = flow.log_prob(torch.cartesian_prod(angles(), line)).exp().view(40, 101)
     assert abs(float(torch.trapezoid(density, line).mean()) * 2 * math.pi - 1) < 1e-3
 
 
