@@ -24,7 +24,7 @@ from cnf.bases import Likelihood, weakest
 from cnf.flows.as_torch.distribution import FlowDistribution
 from cnf.flows.map import FlowMap
 from cnf.flows.standard_error import to_base_with_error
-from cnf.flows.target import log_density_of_target
+from cnf.flows.unnormalized.target import log_density_of_target
 from cnf.transforms.chain import check_importance_samples
 from cnf.transforms.support.constraints import row_before, select, spread
 

@@ -10,7 +10,7 @@ from cnf._checks import check_count
 from cnf._shapes import Context
 from cnf.divergence import Divergence
 from cnf.flows.flow import Flow
-from cnf.flows.target import refuse_targets
+from cnf.flows.unnormalized.target import refuse_targets
 from cnf.objectives.base import Objective
 from cnf.objectives.solving import for_training, training_divergence, training_solver
 from cnf.ode import ODESolver

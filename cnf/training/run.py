@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from cnf._checks import NotFiniteError
 from cnf.flows.flow import Flow
-from cnf.flows.target import TargetError
+from cnf.flows.unnormalized.target import TargetError
 from cnf.objectives import Objective
 from cnf.ode import ODEError
 from cnf.training.checkpoint import Checkpoints, RunFolder, check_form

@@ -1,0 +1,1 @@
+"""Densities without a known integral: targets of a user, importance weights, energies."""
