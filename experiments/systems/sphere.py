@@ -1,10 +1,11 @@
 """Flows on the sphere: places on the Earth, beside mixtures without a network.
 
 Claim: a continuous flow on the sphere, trained by Riemannian flow matching from a uniform base,
-learns densities with sharp features. Beside it stand two models without a network: a mixture of von
-Mises-Fisher distributions by expectation-maximisation, and kernels around the training rows, which
-say how much of a likelihood comes from places that repeat. The last model is the mixture of the
-flow and the kernels, with the share of the flow that the validation rows like best.
+learns densities with sharp features. Beside it stand two models without a network, which may be
+better: a mixture of von Mises-Fisher distributions by expectation-maximisation, and kernels around
+the training rows, which say how much of a likelihood comes from places that repeat. The last model
+is the mixture of the flow and the kernels, with the share of the flow that is best for the
+validation rows.
 
 ``--data`` is an .npz file with arrays of latitudes and longitudes in degrees, a row for each place,
 named as in `_PLACES`; without one, the density is a spiral. The splits are random, 80/10/10, by
