@@ -114,7 +114,7 @@ def _spiral(rows: int, seed: int) -> Tensor:
 def _scores(
     split: _Split, steps: int, settings: Settings
 ) -> tuple[list[Tensor], list[VonMisesFisherMixture | CNF]]:
-    """Return the log-densities of the test rows by each of `_MODELS`, and three models."""
+    """Return the log-densities of the test rows by each of `_MODELS`, and kernels and flow."""
     sizes = settings.choose((50, 200), (8,))
     mixtures = [VonMisesFisherMixture.from_data(split.training, _SPHERE, size) for size in sizes]
     mixture = max(mixtures, key=lambda model: float(model.log_prob(split.validation).mean()))
@@ -127,7 +127,7 @@ def _scores(
         )
     shares = _shares(held_out[1:])
     both = (scores[1:] + shares.log().unsqueeze(-1)).logsumexp(0)
-    return [*scores, both], [mixture, kernels, flow]
+    return [*scores, both], [kernels, flow]
 
 
 def _flow(split: _Split, steps: int) -> CNF:
@@ -199,12 +199,12 @@ def _draw(
     longitude = math.pi * ((torch.arange(2 * size) + 0.5) / size - 1)
     grid = torch.meshgrid(latitude, longitude, indexing="ij")
     points = _SPHERE.project(_directions(*grid)).flatten(0, 1)
-    figure = matplotlib.figure.Figure(figsize=(12, 2.1 * len(maps)), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(9, 2.1 * len(maps)), layout="constrained")
     for row, (name, (test, densities)) in enumerate(maps.items()):
-        titles = (f"{name}: test rows", *_MODELS[:3])
+        titles = (f"{name}: test rows", *_MODELS[1:3])
         axes = [
-            figure.add_subplot(len(maps), 4, 4 * row + column, projection="mollweide")
-            for column in range(1, 5)
+            figure.add_subplot(len(maps), 3, 3 * row + column, projection="mollweide")
+            for column in range(1, 4)
         ]
         for panel, title in zip(axes, titles, strict=True):
             panel.set_title(title, fontsize=9)

@@ -1,9 +1,9 @@
 """Flow on the torus: pairs of angles, beside a mixture of von Mises distributions.
 
-Claim: a continuous flow on the torus learns how two angles depend on each other, which a mixture of
-products of von Mises distributions must tile with many components. The angles are made up, in the
-manner of the dihedral angles of a protein: one bent ridge across the seam, a tilted ellipse and a
-small round cluster. The density of the truth is not known; the rows held out compare the two.
+Claim: a continuous flow on the torus learns how two angles depend on each other, across the seam
+too, as well as a mixture of products of von Mises distributions, which must tile what is bent or
+tilted with many components. The angles are made up, in the manner of the dihedral angles of a
+protein: one bent ridge across the seam, a tilted ellipse and a small round cluster.
 """
 
 import math
