@@ -26,8 +26,9 @@ _NUMBERS_AT_ONCE = 8_000_000
 _ITERATIONS = 200
 _SETTLED = 1e-5
 """Least gain of an iteration, in nats for each row."""
-_PRIOR_ROWS = 1.0
-"""Rows of the uniform distribution that each component counts beside its own."""
+_PRIOR_ROWS = 0.01
+"""Part of a row of the uniform distribution that each component counts beside its own: of n rows,
+no concentration is larger than about n / 0.01."""
 
 AnyMixture = TypeVar("AnyMixture", bound="VonMisesFisherMixture")
 
@@ -92,8 +93,8 @@ class VonMisesFisherMixture(Base):
     ) -> AnyMixture:
         """Return a mixture fitted by expectation-maximisation.
 
-        A component counts one row of the uniform distribution beside its own, so that it cannot
-        collapse to a point.
+        A component counts a hundredth of a row of the uniform distribution beside its own, so that
+        it cannot collapse to a point.
 
         Args:
             z: Rows on the manifold, ``(rows, features)``.
