@@ -48,6 +48,7 @@ from cnf.transforms import (
     Augment,
     Chain,
     ConditionalAffine,
+    ConformalEmbedding,
     ContinuousTransform,
     ContractiveNetwork,
     Conv1x1,
@@ -80,13 +81,16 @@ from cnf.transforms import (
     Orthogonal,
     PeriodicConv,
     Permute,
+    PiecewiseConformal,
     Planar,
     Radial,
     ResidualFlow,
     Round,
     RussianRoulette,
+    Similarity,
     Slice,
     Sort,
+    SpecialConformal,
     Squeeze,
     StochasticPermutation,
     Transform,
@@ -306,6 +310,21 @@ def residual_flow(network: ContractiveNetwork, **settings: object) -> ResidualFl
     return ResidualFlow(network, **{"tolerance": 1e-11, **settings})
 
 
+CONFORMAL_MAPS: dict[str, Callable[[], Transform]] = {
+    "similarity": lambda: perturbed(Similarity(3)),
+    "special conformal": lambda: perturbed(SpecialConformal(3), 0.1),
+    "piecewise conformal": lambda: perturbed(PiecewiseConformal(3)),
+}
+"""Conformal maps, beside `Orthogonal` and `Permute`."""
+
+
+def conformal_embedding(features: int = 3, base_features: int = 2) -> ConformalEmbedding:
+    """A curved surface."""
+    maps = [Similarity, Orthogonal, SpecialConformal, PiecewiseConformal]
+    parts = [perturbed(each(features), 0.2) for each in maps]
+    return ConformalEmbedding(parts, base_features)
+
+
 BIJECTIONS: dict[str, Callable[[], Transform]] = {
     "affine": lambda: perturbed(Affine(2)),
     "actnorm": lambda: perturbed(ActNorm(2)),
@@ -396,6 +415,7 @@ BIJECTIONS: dict[str, Callable[[], Transform]] = {
     "flowified square layer": lambda: perturbed(FlowifiedLinear(3, 3)),
     "orthogonal": lambda: perturbed(Orthogonal(3)),
     "orthogonal of channels": lambda: perturbed(Orthogonal((3, 1, 2))),
+    **CONFORMAL_MAPS,
     "logarithms of gaps": lambda: LogGaps(6, point_features=2),
     "inverse": lambda: Inverse(Chain([LogGaps(3), perturbed(Affine(3))])),
     "inverse with context": lambda: Inverse(perturbed(ConditionalAffine(2, 3))),
@@ -485,10 +505,17 @@ STOCHASTIC: dict[str, Callable[[], Transform]] = {
 }
 """Random both ways."""
 
+EMBEDDINGS: dict[str, Callable[[], Transform]] = {
+    "conformal embedding": conformal_embedding,
+    "conformal curve": lambda: conformal_embedding(2, 1),
+    "factor out of an embedded part": lambda: FactorOut([conformal_embedding()], 5),
+}
+"""Onto a surface alone."""
+
 UNDONE = {**BIJECTIONS, **SURJECTIONS}
 """What the way to the data undoes."""
 
-TRANSFORMS = {**UNDONE, **INFERENCE_SURJECTIONS, **STOCHASTIC}
+TRANSFORMS = {**UNDONE, **INFERENCE_SURJECTIONS, **STOCHASTIC, **EMBEDDINGS}
 
 
 def von_mises_fisher(manifold: Manifold) -> VonMisesFisherMixture:
@@ -748,7 +775,12 @@ def rows_for(
     x = torch.randn(*batch, *getattr(module, "event_shape", (module.features,)))
     x = inside(getattr(module, "support", None), x)
     size = module.context_features
-    return x, torch.randn(*batch, size) if size else None
+    context = torch.randn(*batch, size) if size else None
+    if getattr(module, "likelihood", None) == "on_manifold":
+        start = x.to(next(module.parameters()).dtype)
+        with torch.no_grad():
+            x = module.to_data(module.to_base(start, context), context).to(x.dtype)
+    return x, context
 
 
 def base_rows_for(transform: Transform, *batch: int) -> Tensor:
