@@ -27,6 +27,7 @@ from cnf.bases import (
     ConditionalNormal,
     GaussianMixtureBase,
     HalfNormal,
+    NarrowNormal,
     OrderedNormal,
     ProductBase,
     StandardNormal,
@@ -34,7 +35,7 @@ from cnf.bases import (
     VonMisesFisherMixture,
 )
 from cnf.bases.ordered_normal import OrderedVector, sorted_points
-from cnf.flows import MixtureOfFlows
+from cnf.flows import MixtureOfFlows, PseudoInvertibleEncoder
 from cnf.manifolds import Euclidean, Manifold, Product, Sphere, Torus
 from cnf.transforms import (
     VAE,
@@ -46,6 +47,7 @@ from cnf.transforms import (
     AffineCoupling,
     AnnealedDensity,
     Augment,
+    AutoencoderCoupling,
     Chain,
     ConditionalAffine,
     ConformalEmbedding,
@@ -318,6 +320,13 @@ CONFORMAL_MAPS: dict[str, Callable[[], Transform]] = {
 """Conformal maps, beside `Orthogonal` and `Permute`."""
 
 
+def autoencoder() -> AutoencoderCoupling:
+    """A small autoencoder that is a bijection."""
+    sizes = {"encoder": (3, 4), "decoder": (2, 6)}
+    networks = {name: MLPConditioner(*size, hidden_features=(6,)) for name, size in sizes.items()}
+    return perturbed(AutoencoderCoupling(5, 2, **networks))
+
+
 def conformal_embedding(features: int = 3, base_features: int = 2) -> ConformalEmbedding:
     """A curved surface."""
     maps = [Similarity, Orthogonal, SpecialConformal, PiecewiseConformal]
@@ -416,6 +425,7 @@ BIJECTIONS: dict[str, Callable[[], Transform]] = {
     "orthogonal": lambda: perturbed(Orthogonal(3)),
     "orthogonal of channels": lambda: perturbed(Orthogonal((3, 1, 2))),
     **CONFORMAL_MAPS,
+    "autoencoder coupling": autoencoder,
     "logarithms of gaps": lambda: LogGaps(6, point_features=2),
     "inverse": lambda: Inverse(Chain([LogGaps(3), perturbed(Affine(3))])),
     "inverse with context": lambda: Inverse(perturbed(ConditionalAffine(2, 3))),
@@ -534,6 +544,7 @@ BASES: dict[str, Callable[[], Base]] = {
     "named": lambda: perturbed(build("gmm", 2, size=3).base),
     "mixture of flows": lambda: perturbed(MixtureOfFlows([cnf(), Flow(couplings())])),
     "half-normal": lambda: HalfNormal(2),
+    "narrow normal": lambda: NarrowNormal(3, 1, std=0.2),
     "sorted normal": lambda: OrderedNormal(4, point_features=2),
     "transformed": lambda: TransformedBase(
         [Unconstrain(["positive", "real"]), perturbed(Affine(2))], StandardNormal(2)
@@ -667,6 +678,7 @@ EXACT_FLOWS: dict[str, Callable[[], Flow]] = {
     "sphere, circle and line": lambda: cnf(5, manifold=MANIFOLDS["sphere, circle and line"]),
     "image": lambda: cnf(4, transforms=[Flatten((1, 2, 2)), Permute([3, 1, 0, 2])]),
     "couplings": lambda: perturbed(Flow(couplings())),
+    "pseudo-invertible encoder": lambda: perturbed(PseudoInvertibleEncoder(couplings(), 1)),
     "glow with context": lambda: perturbed(
         Flow(glow((1, 4, 4), 3, levels=2, steps=1, hidden_channels=(4, 3))), 0.1
     ),

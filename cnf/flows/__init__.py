@@ -7,6 +7,7 @@ from cnf.flows.flow import Flow
 from cnf.flows.importance import LogNormalizer, log_normalizer
 from cnf.flows.mixture_of_flows import MixtureOfFlows
 from cnf.flows.neural_ode import NeuralODE
+from cnf.flows.pseudo_invertible import PseudoInvertibleEncoder
 
 __all__ = [
     "CNF",
@@ -15,6 +16,7 @@ __all__ = [
     "LogNormalizer",
     "MixtureOfFlows",
     "NeuralODE",
+    "PseudoInvertibleEncoder",
     "log_normalizer",
     "log_prob_in_chunks",
     "sample_in_chunks",

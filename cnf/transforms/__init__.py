@@ -1,6 +1,7 @@
 """Transforms between data and base."""
 
 from cnf.bases import Likelihood
+from cnf.transforms.autoencoder import AutoencoderCoupling
 from cnf.transforms.base import Transform
 from cnf.transforms.chain import Chain
 from cnf.transforms.conditioners import ConvConditioner, MLPConditioner
@@ -52,6 +53,7 @@ __all__ = [
     "AffineCoupling",
     "AnnealedDensity",
     "Augment",
+    "AutoencoderCoupling",
     "Chain",
     "ConditionalAffine",
     "ConformalEmbedding",
