@@ -1,9 +1,11 @@
 """Normal base of a code and a narrow remainder."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Generator, Tensor
+from torch.distributions import Distribution, Independent, Normal
 
 from cnf._checks import check_count, check_number, is_positive
 from cnf.bases.base import Base
@@ -60,3 +62,10 @@ class NarrowNormal(Base):
             *shape, self.features, generator=generator, dtype=like.dtype, device=like.device
         )
         return noise * like
+
+    def distribution(
+        self, batch_shape: Sequence[int] = (), context: Tensor | None = None
+    ) -> Distribution:
+        """Return this base as a `torch.distributions.Distribution`."""
+        scale = self._scale.expand(*batch_shape, self.features)
+        return Independent(Normal(torch.zeros_like(scale), scale, validate_args=False), 1)

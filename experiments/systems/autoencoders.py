@@ -78,7 +78,7 @@ def _fitted(x: Tensor, validation: Tensor, size: int, settings: Settings) -> dic
 
     def trained(objective: Objective) -> Flow:
         config = TrainingConfig(
-            steps=settings.choose(2000, 4),
+            steps=settings.choose(1200, 4),
             batch_size=128,
             learning_rate=1e-3,
             validate_every=settings.choose(100, 4),
@@ -148,7 +148,7 @@ def _autoencoder(x: Tensor, validation: Tensor, size: int, settings: Settings) -
     )
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     best, weights = float("inf"), network.state_dict()
-    for step in range(settings.choose(2000, 4)):
+    for step in range(settings.choose(1200, 4)):
         rows = x[torch.randint(len(x), (128,))]
         optimizer.zero_grad()
         (network(rows) - rows).square().mean().backward()

@@ -119,7 +119,7 @@ def _fitted(x: Tensor, settings: Settings) -> Flow:
     embedding = ConformalEmbedding([similarity, rotation, special], size)
     flow = Flow([embedding, Affine(size), *build("nsf", size, size=32).transforms])
     config = TrainingConfig(
-        steps=settings.choose(2000, 10), batch_size=256, learning_rate=3e-3, progress=False
+        steps=settings.choose(1500, 10), batch_size=256, learning_rate=3e-3, progress=False
     )
     fit(ManifoldLikelihood(flow, weight=_WEIGHT), x, config)
     return flow
