@@ -27,6 +27,7 @@ from cnf.bases import (
     ConditionalNormal,
     GaussianMixtureBase,
     HalfNormal,
+    NarrowNormal,
     OrderedNormal,
     ProductBase,
     StandardNormal,
@@ -34,7 +35,7 @@ from cnf.bases import (
     VonMisesFisherMixture,
 )
 from cnf.bases.ordered_normal import OrderedVector, sorted_points
-from cnf.flows import MixtureOfFlows
+from cnf.flows import MixtureOfFlows, PseudoInvertibleEncoder
 from cnf.manifolds import Euclidean, Manifold, Product, Sphere, Torus
 from cnf.transforms import (
     VAE,
@@ -46,8 +47,10 @@ from cnf.transforms import (
     AffineCoupling,
     AnnealedDensity,
     Augment,
+    AutoencoderCoupling,
     Chain,
     ConditionalAffine,
+    ConformalEmbedding,
     ContinuousTransform,
     ContractiveNetwork,
     Conv1x1,
@@ -80,13 +83,16 @@ from cnf.transforms import (
     Orthogonal,
     PeriodicConv,
     Permute,
+    PiecewiseConformal,
     Planar,
     Radial,
     ResidualFlow,
     Round,
     RussianRoulette,
+    Similarity,
     Slice,
     Sort,
+    SpecialConformal,
     Squeeze,
     StochasticPermutation,
     Transform,
@@ -306,6 +312,28 @@ def residual_flow(network: ContractiveNetwork, **settings: object) -> ResidualFl
     return ResidualFlow(network, **{"tolerance": 1e-11, **settings})
 
 
+CONFORMAL_MAPS: dict[str, Callable[[], Transform]] = {
+    "similarity": lambda: perturbed(Similarity(3)),
+    "special conformal": lambda: perturbed(SpecialConformal(3), 0.1),
+    "piecewise conformal": lambda: perturbed(PiecewiseConformal(3)),
+}
+"""Conformal maps, beside `Orthogonal` and `Permute`."""
+
+
+def autoencoder() -> AutoencoderCoupling:
+    """A small autoencoder that is a bijection."""
+    sizes = {"encoder": (3, 4), "decoder": (2, 6)}
+    networks = {name: MLPConditioner(*size, hidden_features=(6,)) for name, size in sizes.items()}
+    return perturbed(AutoencoderCoupling(5, 2, **networks))
+
+
+def conformal_embedding(features: int = 3, base_features: int = 2) -> ConformalEmbedding:
+    """A curved surface."""
+    maps = [Similarity, Orthogonal, SpecialConformal, PiecewiseConformal]
+    parts = [perturbed(each(features), 0.2) for each in maps]
+    return ConformalEmbedding(parts, base_features)
+
+
 BIJECTIONS: dict[str, Callable[[], Transform]] = {
     "affine": lambda: perturbed(Affine(2)),
     "actnorm": lambda: perturbed(ActNorm(2)),
@@ -396,6 +424,8 @@ BIJECTIONS: dict[str, Callable[[], Transform]] = {
     "flowified square layer": lambda: perturbed(FlowifiedLinear(3, 3)),
     "orthogonal": lambda: perturbed(Orthogonal(3)),
     "orthogonal of channels": lambda: perturbed(Orthogonal((3, 1, 2))),
+    **CONFORMAL_MAPS,
+    "autoencoder coupling": autoencoder,
     "logarithms of gaps": lambda: LogGaps(6, point_features=2),
     "inverse": lambda: Inverse(Chain([LogGaps(3), perturbed(Affine(3))])),
     "inverse with context": lambda: Inverse(perturbed(ConditionalAffine(2, 3))),
@@ -485,10 +515,17 @@ STOCHASTIC: dict[str, Callable[[], Transform]] = {
 }
 """Random both ways."""
 
+EMBEDDINGS: dict[str, Callable[[], Transform]] = {
+    "conformal embedding": conformal_embedding,
+    "conformal curve": lambda: conformal_embedding(2, 1),
+    "factor out of an embedded part": lambda: FactorOut([conformal_embedding()], 5),
+}
+"""Onto a surface alone."""
+
 UNDONE = {**BIJECTIONS, **SURJECTIONS}
 """What the way to the data undoes."""
 
-TRANSFORMS = {**UNDONE, **INFERENCE_SURJECTIONS, **STOCHASTIC}
+TRANSFORMS = {**UNDONE, **INFERENCE_SURJECTIONS, **STOCHASTIC, **EMBEDDINGS}
 
 
 def von_mises_fisher(manifold: Manifold) -> VonMisesFisherMixture:
@@ -507,6 +544,7 @@ BASES: dict[str, Callable[[], Base]] = {
     "named": lambda: perturbed(build("gmm", 2, size=3).base),
     "mixture of flows": lambda: perturbed(MixtureOfFlows([cnf(), Flow(couplings())])),
     "half-normal": lambda: HalfNormal(2),
+    "narrow normal": lambda: NarrowNormal(3, 1, std=0.2),
     "sorted normal": lambda: OrderedNormal(4, point_features=2),
     "transformed": lambda: TransformedBase(
         [Unconstrain(["positive", "real"]), perturbed(Affine(2))], StandardNormal(2)
@@ -640,6 +678,7 @@ EXACT_FLOWS: dict[str, Callable[[], Flow]] = {
     "sphere, circle and line": lambda: cnf(5, manifold=MANIFOLDS["sphere, circle and line"]),
     "image": lambda: cnf(4, transforms=[Flatten((1, 2, 2)), Permute([3, 1, 0, 2])]),
     "couplings": lambda: perturbed(Flow(couplings())),
+    "pseudo-invertible encoder": lambda: perturbed(PseudoInvertibleEncoder(couplings(), 1)),
     "glow with context": lambda: perturbed(
         Flow(glow((1, 4, 4), 3, levels=2, steps=1, hidden_channels=(4, 3))), 0.1
     ),
@@ -748,7 +787,12 @@ def rows_for(
     x = torch.randn(*batch, *getattr(module, "event_shape", (module.features,)))
     x = inside(getattr(module, "support", None), x)
     size = module.context_features
-    return x, torch.randn(*batch, size) if size else None
+    context = torch.randn(*batch, size) if size else None
+    if getattr(module, "likelihood", None) == "on_manifold":
+        start = x.to(next(module.parameters()).dtype)
+        with torch.no_grad():
+            x = module.to_data(module.to_base(start, context), context).to(x.dtype)
+    return x, context
 
 
 def base_rows_for(transform: Transform, *batch: int) -> Tensor:

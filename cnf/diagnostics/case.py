@@ -82,6 +82,13 @@ class Case:
         """The case with the exact divergence in all continuous transforms."""
         return self.by(self.flow.using(divergence=Exact()))
 
+    @property
+    def on_surface(self) -> "Case":
+        """The case with the projections of the rows on the surface of the flow."""
+        z = self.flow.to_base(self.x, self.context, generator=self.generator)
+        x = self.flow.to_data(z, self.context, generator=self.generator)
+        return dataclasses.replace(self, x=x)
+
     def log_prob(self) -> Tensor:
         """Return the log-density of the rows."""
         return self.flow.log_prob(self.x, self.context, generator=self.generator)

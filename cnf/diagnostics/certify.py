@@ -39,9 +39,10 @@ def certify(
     - ``path_weights``: distance from 1 of the mean weight of paths for a normal target, in standard
       errors, where transforms draw on the way to the base;
     - ``round_trip``: largest error of x -> z -> x, in standard deviations of each feature; if x is
-      drawn given z, the error of the worst part, of z -> x -> z for a surjection;
-    - ``ladj``: deviation of the ladj of a discrete bijection from its Jacobian by autograd, for the
-      worst part and direction;
+      drawn given z, the error of the worst part, of z -> x -> z for a surjection; the error of
+      z -> x -> z for a flow onto a surface;
+    - ``ladj``: deviation of the ladj of a discrete bijection, or a map onto a surface, from its
+      Jacobian by autograd, for the worst part and direction;
     - ``sampled_log_prob``: largest difference between the log-density returned with a sample and
       `log_prob` of the sample;
     - ``integral``: distance from 1 of the integral of the density: over a grid in 2-D, and by draws
@@ -51,7 +52,8 @@ def certify(
     - ``nfe``: evaluations of the vector fields for one `log_prob` of all rows.
 
     A check in which the flow overflows, refuses its own numbers or does not converge fails with the
-    value inf and the message of the flow as remedy.
+    value inf and the message of the flow as remedy. A flow onto a surface is measured at the
+    projections of the rows.
 
     Args:
         flow: The flow.
@@ -83,6 +85,8 @@ def certify(
             f"got {tuple(context.shape)}."
         )
     with torch.inference_mode(False), torch.no_grad():
+        if flow.likelihood == "on_manifold":
+            case = case.on_surface
         flow.to_base_and_ladj(x[:0], None if context is None else context[:0])  # refuses bad input
         checks = tuple(_measured(name, measure, case) for name, measure in CHECKS.items())
     return LikelihoodReport(likelihood=flow.likelihood, rows=len(x), checks=checks)

@@ -169,6 +169,10 @@ def _path_weights(case: Case) -> Outcome:
 def _round_trip(case: Case) -> Outcome:
     if case.flow.transforms.stochastic_to_data:
         return _round_trip_of_parts(case)
+    if case.flow.likelihood == "on_manifold":
+        z = case.flow.to_base(case.x, case.context, generator=case.generator)
+        error = _error_of_round_trip(case.flow, z, case, from_base=True)
+        return _outcome_of_round_trip(error, "z -> x -> z")
     return _outcome_of_round_trip(_error_of_round_trip(case.flow, case.x, case), "x -> z -> x")
 
 
@@ -215,7 +219,8 @@ def _outcome_of_round_trip(error: float, way: str) -> Outcome:
 
 
 def _sampled_log_prob(case: Case) -> Outcome:
-    case.need_density()
+    if case.flow.likelihood != "on_manifold":
+        case.need_density()
     if case.flow.likelihood == "estimate":
         case = case.few().exact
     draws = len(case.x) if case.context is None else ()
@@ -238,7 +243,8 @@ def _ladj(case: Case) -> Outcome:
     for place, part in enumerate(case.flow.transforms):
         context = _context(part, case)
         follows_ode = any(isinstance(inner, ContinuousTransform) for inner in part.modules())
-        if part.is_bijective and part.likelihood == "exact" and not follows_ode:
+        is_exact = part.is_bijective and part.likelihood == "exact"
+        if (is_exact or part.likelihood == "on_manifold") and not follows_ode:
             found += [
                 (deviation, f"{method} of part {place}, {type(part).__name__}")
                 for method, deviation in _deviations_of_ladj(part, x, context, case).items()
@@ -260,19 +266,30 @@ def _ladj(case: Case) -> Outcome:
 def _deviations_of_ladj(
     part: Transform, x: Tensor, context: Tensor | None, case: Case
 ) -> dict[str, float]:
-    """Return the deviation of both ladjs from the Jacobian of the way to the base."""
+    """Return the deviation of both ladjs from the Jacobian of one of the ways.
+
+    It is the way to the base, or to the data where these are on a surface, whose own volume J^T J
+    measures.
+    """
+    onto_surface = part.likelihood == "on_manifold"
+    names = ("to_base_and_ladj", "to_data_and_ladj")
+    there, back = reversed(names) if onto_surface else names
+    start = part.to_base(x, context, generator=case.generator) if onto_surface else x
     with torch.enable_grad():
-        point = x.detach().clone().requires_grad_()
-        z, ladj = part.to_base_and_ladj(point, context, generator=case.generator)
-        if not z.requires_grad:
-            return {"to_base_and_ladj": math.inf}
-        jacobian = _jacobian(z, point)
-    expected = torch.linalg.slogdet(jacobian.double()).logabsdet
-    _, back = part.to_data_and_ladj(z.detach(), context, generator=case.generator)
+        point = start.detach().clone().requires_grad_()
+        end, ladj = getattr(part, there)(point, context, generator=case.generator)
+        if not end.requires_grad:
+            return {there: math.inf}
+        jacobian = _jacobian(end, point).double()
+    if onto_surface:
+        expected = torch.linalg.slogdet(jacobian.mT @ jacobian).logabsdet / 2
+    else:
+        expected = torch.linalg.slogdet(jacobian).logabsdet
+    _, ladj_back = getattr(part, back)(end.detach(), context, generator=case.generator)
     # The median, because a row may lie at a kink.
     return {
-        "to_base_and_ladj": float((ladj.detach() - expected).abs().median()),
-        "to_data_and_ladj": float((back + expected).abs().median()),
+        there: float((ladj.detach() - expected).abs().median()),
+        back: float((ladj_back + expected).abs().median()),
     }
 
 

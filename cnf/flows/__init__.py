@@ -6,6 +6,7 @@ from cnf.flows.cnf import CNF
 from cnf.flows.flow import Flow
 from cnf.flows.mixture_of_flows import MixtureOfFlows
 from cnf.flows.neural_ode import NeuralODE
+from cnf.flows.pseudo_invertible import PseudoInvertibleEncoder
 from cnf.flows.unnormalized.energy import EnergyModel
 from cnf.flows.unnormalized.importance import LogNormalizer, log_normalizer
 
@@ -17,6 +18,7 @@ __all__ = [
     "LogNormalizer",
     "MixtureOfFlows",
     "NeuralODE",
+    "PseudoInvertibleEncoder",
     "log_normalizer",
     "log_prob_in_chunks",
     "sample_in_chunks",

@@ -18,7 +18,7 @@ from cnf._checks import (
     rows_inside,
 )
 from cnf._memory import check_fits
-from cnf._row_names import rows_of_caller
+from cnf._row_names import name_rows, rows_of_caller
 from cnf._shapes import Context, Events
 from cnf.bases import Likelihood, weakest
 from cnf.flows.as_torch.distribution import FlowDistribution
@@ -27,6 +27,9 @@ from cnf.flows.standard_error import to_base_with_error
 from cnf.flows.unnormalized.target import log_density_of_target
 from cnf.transforms.chain import check_importance_samples
 from cnf.transforms.support.constraints import row_before, select, spread
+
+_OFF_SURFACE = 1e-3
+"""Largest distance of a row from a surface, in 1 + its norm, at which it has a density."""
 
 
 class Flow(FlowMap):
@@ -75,7 +78,8 @@ class Flow(FlowMap):
 
         It is -inf outside of `support`, where the other methods raise an error. A lower bound is
         the log of the mean of `importance_samples` importance weights, computed at once; more
-        weights give a tighter bound on average.
+        weights give a tighter bound on average. A density "on_manifold" is one on the surface of
+        the flow, in nats of its area, and rows off the surface are refused; see `distance`.
 
         Args:
             x: Points, ``(*batch, *event_shape)``.
@@ -113,6 +117,8 @@ class Flow(FlowMap):
                 )
             log_prob = of_base + ladj
         refuse_overflow("x", log_prob.detach().isnan(), "its log-density", x.dtype)
+        if self.base.features < math.prod(self.event_shape) and self.likelihood == "on_manifold":
+            self._refuse_off_surface(x, context, generator)
         if not is_hidden(inside):
             return log_prob
         # NaN is outside of every support; torch.vmap and torch.export allow no check of it.
@@ -250,6 +256,22 @@ class Flow(FlowMap):
         x, ladj = self.transforms.to_data_and_ladj(z, context, generator=generator)
         target = log_density_of_target(log_density, x, context, shape)
         return x, target - self.base.log_prob(z, context, generator=generator) + ladj
+
+    @torch.no_grad()
+    def _refuse_off_surface(
+        self, x: Tensor, context: Tensor | None, generator: Generator | None
+    ) -> None:
+        """Refuse rows that are not on the surface of the flow, and have no density there."""
+        distance = self._distance(x, context, generator)
+        size = x.flatten(x.ndim - len(self.event_shape)).norm(dim=-1)
+        off = distance > _OFF_SURFACE * (1 + size)
+        if holds(off.any()):
+            raise ValueError(
+                "x must lie on the surface that the flow covers, the only place with a density; "
+                f"the distance is up to {float(distance.max()):.3g} in {name_rows(off)}. Ask for "
+                "the density of the projections, flow.to_data(flow.to_base(x)), and for "
+                "flow.distance(x)."
+            )
 
     def _shape(
         self, sample_shape: int | Sequence[int], context: Tensor | None, generator: Generator | None

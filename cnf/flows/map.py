@@ -258,6 +258,17 @@ class FlowMap(nn.Module):
         z = self._validate("z", z, context, generator, "base")
         return self.transforms.to_data_and_ladj(z, context, generator=generator)
 
+    def distance(
+        self, x: Events, context: Context | None = None, *, generator: Generator | None = None
+    ) -> Float[Tensor, "*joint_batch"]:
+        """Return how far each row is from the surface of the flow, where the flow projects it.
+
+        It is the Euclidean norm of x - x', with x' = ``to_data(to_base(x))``. A flow that covers
+        all of space has distance 0, up to rounding, unless it draws.
+        """
+        x = self._validate("x", x, context, generator)
+        return self._distance(x, context, generator)
+
     def trajectory(
         self,
         x_or_z: Events,
@@ -285,6 +296,17 @@ class FlowMap(nn.Module):
         where = "base" if times[0] == 0 else ""
         x_or_z = self._validate("x_or_z", x_or_z, context, generator, where)
         return follow(self.transforms, x_or_z, times, context, generator=generator)
+
+    def _distance(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> Tensor:
+        """Return the distance of checked rows."""
+        # The transforms behind are bijections, whose two directions cancel.
+        chain = self.transforms.onto_surface
+        given = context if chain.context_features else None
+        z = chain.to_base(x, given, generator=generator)
+        moved = x - chain.to_data(z, given, generator=generator)
+        flat = moved.flatten(x.ndim - len(self.event_shape))
+        distance: Tensor = torch.linalg.vector_norm(flat, dim=-1)
+        return distance
 
     def _validate(
         self,

@@ -4,6 +4,7 @@ from cnf.objectives.base import Objective, weighted_mean
 from cnf.objectives.energy import EnergyObjective
 from cnf.objectives.flow_matching import FlowMatching
 from cnf.objectives.hybrid import HybridObjective
+from cnf.objectives.manifold_likelihood import ManifoldLikelihood
 from cnf.objectives.maximum_likelihood import MaximumLikelihood
 from cnf.objectives.pairings import IndependentPairing, OptimalTransport, Pairing
 from cnf.objectives.paths import (
@@ -23,6 +24,7 @@ __all__ = [
     "HybridObjective",
     "IndependentPairing",
     "LinearPath",
+    "ManifoldLikelihood",
     "MaximumLikelihood",
     "Objective",
     "OptimalTransport",

@@ -36,7 +36,8 @@ class MaximumLikelihood(Objective):
 
     Raises:
         TypeError: If `flow` is not a `Flow`, or a regularizer is not callable.
-        ValueError: If a weight is negative or not finite, or `random_end_time` is out of range.
+        ValueError: If a weight is negative or not finite, `random_end_time` is out of range, or
+            the flow covers only a surface.
 
     References:
         Grathwohl et al. (2019), FFJORD. https://arxiv.org/abs/1810.01367
@@ -60,6 +61,12 @@ class MaximumLikelihood(Objective):
         random_end_time: float = 0.0,
     ) -> None:
         super().__init__(flow)
+        if flow.likelihood == "on_manifold":
+            raise ValueError(
+                "flow must have a density where the data are; this one has it on its surface "
+                "alone, to which its likelihood does not draw the surface. Train it with "
+                "ManifoldLikelihood(flow)."
+            )
         if regularizers is not None and not isinstance(regularizers, Mapping):
             raise TypeError(
                 "regularizers must be weights by regularizer, such as {kinetic_energy: 0.01}; "

@@ -14,7 +14,14 @@ from cnf.divergence import Divergence
 from cnf.flows import Flow
 from cnf.manifolds import Manifold
 from cnf.ode import ODESolver
-from cnf.transforms import AnnealedDensity, Chain, ContractiveNetwork, FactorOut, Transform
+from cnf.transforms import (
+    AnnealedDensity,
+    Chain,
+    ConformalEmbedding,
+    ContractiveNetwork,
+    FactorOut,
+    Transform,
+)
 from cnf.transforms.conditioners import Conditioner
 from cnf.transforms.residual.log_det import LogDet
 from cnf.vector_fields import VectorField
@@ -75,7 +82,7 @@ def describe(value: Any) -> Any:
                 f"constructor cannot be saved. Set self.{name} = {name} there. {_REMEDY}"
             )
         setting = getattr(value, name)
-        if isinstance(value, Flow | FactorOut) and isinstance(setting, Chain):
+        if isinstance(value, Flow | FactorOut | ConformalEmbedding) and isinstance(setting, Chain):
             setting = setting.transforms
         try:
             settings[name] = describe(setting)

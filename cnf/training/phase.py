@@ -177,11 +177,13 @@ class Phase:
 
 
 def kept_of(objective: Objective) -> Flow | Objective:
-    """Return the part of an objective whose best weights are kept: all of it if it takes targets.
+    """Return the part of an objective that is validated, and whose best weights are kept.
 
-    A flow and a classifier of its points, for example, belong together.
+    It is all of it if it takes targets, as a flow and a classifier of its points belong together;
+    or if the flow covers a surface alone, off which rows have a loss but no density.
     """
-    return objective if objective.takes_targets else objective.flow
+    whole = objective.takes_targets or objective.flow.likelihood == "on_manifold"
+    return objective if whole else objective.flow
 
 
 def check_finite(name: str, value: float) -> None:

@@ -1,9 +1,12 @@
 """Transforms between data and base."""
 
 from cnf.bases import Likelihood
+from cnf.transforms.autoencoder import AutoencoderCoupling
 from cnf.transforms.base import Transform
 from cnf.transforms.chain import Chain
 from cnf.transforms.conditioners import ConvConditioner, MLPConditioner
+from cnf.transforms.conformal.embedding import ConformalEmbedding
+from cnf.transforms.conformal.maps import PiecewiseConformal, Similarity, SpecialConformal
 from cnf.transforms.continuous import ContinuousTransform
 from cnf.transforms.coupling import AdditiveCoupling, AffineCoupling, Coupling
 from cnf.transforms.elementwise import Affine, ConditionalAffine, LeakyReLU
@@ -50,8 +53,10 @@ __all__ = [
     "AffineCoupling",
     "AnnealedDensity",
     "Augment",
+    "AutoencoderCoupling",
     "Chain",
     "ConditionalAffine",
+    "ConformalEmbedding",
     "ContinuousTransform",
     "ContractiveNetwork",
     "Conv1x1",
@@ -87,13 +92,16 @@ __all__ = [
     "Orthogonal",
     "PeriodicConv",
     "Permute",
+    "PiecewiseConformal",
     "Planar",
     "Radial",
     "ResidualFlow",
     "Round",
     "RussianRoulette",
+    "Similarity",
     "Slice",
     "Sort",
+    "SpecialConformal",
     "Squeeze",
     "Standardize",
     "StochasticPermutation",

@@ -112,6 +112,11 @@ class Transform(nn.Module, ABC):
         return not drawn and self.base_features == self.features
 
     @property
+    def is_conformal(self) -> bool:
+        """Whether the map stretches all directions alike, as a `ConformalEmbedding` needs."""
+        return False
+
+    @property
     def likelihood(self) -> Likelihood:
         """Kind of likelihood, by default from the sizes and draws.
 

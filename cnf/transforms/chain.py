@@ -14,6 +14,7 @@ from cnf.bases.ordered_normal import OrderedVector
 from cnf.manifolds import OnManifold
 from cnf.regularizers import CostRate
 from cnf.transforms.base import Transform, WithLadj
+from cnf.transforms.reshape import Rearrangement
 from cnf.transforms.support.constraints import covers
 
 
@@ -109,6 +110,12 @@ class Chain(Transform):
     def likelihoods(self) -> set[Likelihood]:
         """All kinds among the transforms and their parts."""
         return {part.likelihood for part in self.modules() if isinstance(part, Transform)}
+
+    @property
+    def onto_surface(self) -> "Chain":
+        """Transforms up to the last that covers a surface alone; all, if every one covers space."""
+        flat = [place for place, part in enumerate(self) if part.likelihood == "on_manifold"]
+        return self[: flat[-1] + 1] if flat else self
 
     @property
     def stochastic_to_base(self) -> bool:
@@ -294,6 +301,15 @@ def _check_neighbours(parts: Sequence[Transform]) -> None:
             raise ValueError(
                 "each of the transforms must take as many features as the one before it gives; "
                 f"{name} gives {part.base_features} and {next_name} takes {following.features}."
+            )
+    for place, part in enumerate(parts):
+        stretching = [other for other in parts[:place] if not isinstance(other, Rearrangement)]
+        if stretching and part.likelihood == "on_manifold":
+            raise ValueError(
+                f"{type(part).__name__} must stand first of the transforms, or behind Flatten and "
+                "Permute alone, because others stretch its surface by a factor that is not their "
+                f"ladj; got {type(stretching[0]).__name__} before it. Prepare the data with it, "
+                "or learn a Similarity within a ConformalEmbedding."
             )
     for place, part in enumerate(parts[1:], start=1):
         if part.support is not None:

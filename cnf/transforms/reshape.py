@@ -14,6 +14,7 @@ class Rearrangement(Transform):
     """Rearrangement of the entries of x, with ladj 0. The next transform defines the support."""
 
     support = None
+    is_conformal = True
 
 
 class Flatten(Rearrangement):

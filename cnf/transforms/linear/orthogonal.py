@@ -32,6 +32,8 @@ class Orthogonal(Transform):
         (5.0, 0.0)
     """
 
+    is_conformal = True
+
     def __init__(self, shape: int | Sequence[int]) -> None:
         channels, height, width = check_vector_or_image_shape(shape)
         super().__init__(channels * height * width)
@@ -64,10 +66,15 @@ class Orthogonal(Transform):
         return self._rotated(pixels, self._matrix().mT).flatten(-2), z.new_zeros(z.shape[:-1])
 
     def _matrix(self) -> Tensor:
-        weight = self.skew.double()
-        matrix: Tensor = torch.linalg.matrix_exp(weight - weight.mT) @ self.start.double()
-        return matrix
+        return rotation(self.skew) @ self.start.double()
 
     def _rotated(self, pixels: Tensor, matrix: Tensor) -> Tensor:
         with torch.autocast(pixels.device.type, enabled=False):  # which lowers the precision
             return torch.einsum("ij,...jp->...ip", matrix.to(pixels.dtype), pixels)
+
+
+def rotation(weight: Tensor) -> Tensor:
+    """Return the rotations ``exp(A - A^T)`` of matrices A, in double precision."""
+    weight = weight.double()
+    matrix: Tensor = torch.linalg.matrix_exp(weight - weight.mT)
+    return matrix
