@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from training_runs import affine_flow, config
-from zoo import EXACT_FLOWS, cnf, perturbed, rows_for, seeded
+from zoo import EXACT_FLOWS, cnf, couplings, perturbed, rows_for, seeded
 
 from cnf import CNF, Flow, MaximumLikelihood, ReverseKL, TrainingConfig, fit
 from cnf.objectives import BiLipschitz, HybridObjective
@@ -96,11 +96,12 @@ def test_its_gradient_is_that_of_finite_differences():
 
 
 def test_it_is_added_with_its_weight_and_those_of_the_rows():
-    flow = perturbed(affine_flow(1))
-    x, weight = torch.randn(4, 1), torch.tensor([0.0, 1.0, 2.5, 0.5])
-    log_scale = flow.transforms[0].log_scale
-    expected = MaximumLikelihood(flow)(x, weight=weight) + 0.3 * 2 * (2 * log_scale).cosh()
-    torch.testing.assert_close(penalised(flow)(x, weight=weight), expected.squeeze(-1))
+    flow = perturbed(Flow(couplings()))
+    x, weight = torch.randn(4, 2), torch.tensor([0.0, 1.0, 2.5, 0.5])
+    objective = penalised(flow)
+    penalty = objective.penalty(x, generator=seeded())
+    expected = MaximumLikelihood(flow)(x, weight=weight) + 0.3 * (weight * penalty).mean()
+    torch.testing.assert_close(objective(x, weight=weight, generator=seeded()), expected)
 
 
 def test_a_classifier_gets_its_labels():
