@@ -45,7 +45,7 @@ class BiLipschitz(Objective):
 
     References:
         Behrmann et al. (2021), Understanding and Mitigating Exploding Inverses in Invertible Neural
-        Networks, section 4.2. https://arxiv.org/abs/2006.09347
+        Networks. https://arxiv.org/abs/2006.09347
 
     Example:
         >>> from cnf import Flow, MaximumLikelihood
