@@ -1,6 +1,7 @@
 """Training objectives: modules whose ``forward`` returns the loss."""
 
 from cnf.objectives.base import Objective, weighted_mean
+from cnf.objectives.bi_lipschitz import BiLipschitz
 from cnf.objectives.energy import EnergyObjective
 from cnf.objectives.flow_matching import FlowMatching
 from cnf.objectives.hybrid import HybridObjective
@@ -18,6 +19,7 @@ from cnf.objectives.prescribed_conditional import PrescribedConditional
 from cnf.objectives.reverse_kl import ReverseKL
 
 __all__ = [
+    "BiLipschitz",
     "EnergyObjective",
     "FlowMatching",
     "GeodesicPath",

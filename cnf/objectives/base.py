@@ -59,7 +59,7 @@ class Objective(nn.Module, ABC):
 
     takes_data: ClassVar[bool] = True
     """Whether the loss needs rows of data; if not, `fit` gives contexts alone, or nothing."""
-    takes_targets: ClassVar[bool] = False
+    takes_targets: bool = False
     """Whether the loss needs a target for each row of data, such as a label."""
     draws: int | None = None
     """Number of draws in a step, for an objective that draws its points. `fit` divides it among the

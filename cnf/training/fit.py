@@ -206,7 +206,8 @@ def _calibrate(flow: Flow, sample: Sample, accuracy: float | None) -> None:
 @torch.no_grad()
 def _check_solvers(plan: Plan, flow: Flow, sample: Sample, processes: Processes) -> None:
     """Warn if maximum likelihood was reached by the error of a solver chosen by hand."""
-    objectives = [each for each, _ in plan if isinstance(each, MaximumLikelihood | HybridObjective)]
+    parts = [part for objective, _ in plan for part in objective.modules()]
+    objectives = [part for part in parts if isinstance(part, MaximumLikelihood | HybridObjective)]
     if sample.x is None or not objectives or not processes.is_first:
         return
     every = -(-len(sample.x) // _COMPARED_ROWS)

@@ -183,8 +183,13 @@ class AffineCoupling(Coupling):
         z = (x - \mathrm{loc}) \, e^{-s}, \qquad s = c \tanh(r / c)
 
     where the conditioner returns loc of all changed features, then r of all changed features.
-    The bound c on the logarithm of the scale keeps the layer from exploding far from the data;
-    ``s`` is about r where r is small.
+    ``s`` is about r where r is small, so a layer whose conditioner returns 0 is the identity.
+
+    The bound c keeps scales between ``exp(-c)`` and ``exp(c)``. A small one, such as
+    ``log(2) / 2``, makes the inverse stable near the data and some way beyond: it allows the same
+    ratio of scales as a sigmoid with values from 0.5 to 1 (Behrmann et al., 2021), which is not the
+    identity at the start. No bound holds everywhere, as the derivative by a kept feature grows with
+    the changed one; the slopes of an `AdditiveCoupling` do not.
 
     Args:
         shape: As in `Coupling`, which documents the first four.
@@ -200,6 +205,8 @@ class AffineCoupling(Coupling):
     References:
         Dinh, Sohl-Dickstein & Bengio (2017), Density Estimation Using Real NVP.
         https://arxiv.org/abs/1605.08803
+        Behrmann et al. (2021), Understanding and Mitigating Exploding Inverses in Invertible Neural
+        Networks. https://arxiv.org/abs/2006.09347
 
     Example:
         >>> conditioner = MLPConditioner(2, 2 * 3, hidden_features=(32,))

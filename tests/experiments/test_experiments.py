@@ -123,12 +123,15 @@ def test_accuracy(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_stability(tmp_path, capsys):
-    rings = stability.main(stability.Settings(quick=True, out=tmp_path))
+    densities, classifiers = stability.main(stability.Settings(quick=True, out=tmp_path))
     assert (tmp_path / "quick" / "table.md").read_text() in capsys.readouterr().out
-    assert [ring.flow for ring in rings] == ["couplings"] * 2 + ["CNF"] * 2
-    for ring in rings:  # new flows are near the identity, and so stable everywhere
-        assert ring.round_trip < 0.01 * ring.distance
-        assert 0.2 < ring.inverse_lipschitz < 5
+    assert len({each.flow for each in densities}) == 7
+    assert len({each.trained_by for each in classifiers}) == 4
+    inverses = [(ring, 4.0) for each in densities for ring in each.rings]
+    inverses += [(each.inverse, 2.0) for each in classifiers]
+    for inverse, distance in inverses:  # new flows are near the identity, so stable everywhere
+        assert inverse.round_trip < 0.01 * distance
+        assert 0.2 < inverse.lipschitz < 5
 
 
 def test_toy2d_from_the_command_line_refuses_what_it_does_not_know(run_program, capsys):

@@ -37,6 +37,24 @@ class Given(nn.Module):
         return torch.cat([2 * x, torch.full_like(x, self.raw)], -1)
 
 
+class Slope(nn.Module):
+    """A linear conditioner of one number."""
+
+    def __init__(self, slope):
+        super().__init__()
+        self.slope = slope
+
+    def forward(self, x, context=None):
+        return self.slope * x
+
+
+class Raw(nn.Module):
+    """A conditioner whose loc is 0, and r the kept feature."""
+
+    def forward(self, x, context=None):
+        return torch.cat([torch.zeros_like(x), x], -1)
+
+
 class Constant(nn.Module):
     """A conditioner that gives the same numbers for every row."""
 
@@ -138,6 +156,33 @@ def test_a_linear_conditioner_gives_its_gaussian():
     x = 2 * torch.randn(6, 2)
     expected = MultivariateNormal(torch.zeros(2), scale @ scale.T).log_prob(x)
     torch.testing.assert_close(flow.log_prob(x), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("direction", ["to_base", "to_data"])
+@pytest.mark.parametrize("far", [1.0, 1e4])
+def test_an_additive_coupling_stretches_alike_everywhere(direction, far):
+    """With slope m, by (m + sqrt(m^2 + 4)) / 2 in both directions."""
+    transform, slope = AdditiveCoupling(2, conditioner=Slope(-1.7)), 1.7
+    move = getattr(transform, direction)
+    jacobian = torch.autograd.functional.jacobian(move, far * torch.randn(2))
+    expected = (slope + math.sqrt(slope**2 + 4)) / 2
+    assert torch.linalg.matrix_norm(jacobian, 2).item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("bound", [math.log(2) / 2, 3.0])
+def test_the_bound_is_on_the_slope_of_a_changed_feature_not_by_a_kept_one(bound):
+    transform = AffineCoupling(2, conditioner=Raw(), bound=bound)
+    kept = torch.linspace(-10, 10, 41)
+    near, far = (
+        torch.func.vmap(torch.func.jacrev(transform.to_base))(
+            torch.stack([kept, torch.full_like(kept, changed)], -1)
+        )
+        for changed in (1.0, 1e4)
+    )
+    own = near[:, 1, 1].log().abs()
+    assert 0.99 * bound < own.max() <= bound
+    torch.testing.assert_close(far[:, 1, 1], near[:, 1, 1])
+    torch.testing.assert_close(far[:, 1, 0], 1e4 * near[:, 1, 0])
 
 
 @pytest.mark.parametrize("kept", ["last", "odd"])
