@@ -86,6 +86,8 @@ SAVABLE = {
         [perturbed(Affine(2)), ContinuousTransform(perturbed(LinearField(2, 3)))]
     ),
     "no ODE": lambda: Flow([perturbed(Affine(4))]),
+    "conformal embedding": lambda: Flow([zoo.conformal_embedding()]),
+    "autoencoder coupling": lambda: Flow([zoo.autoencoder()]),
 }
 
 
@@ -94,7 +96,9 @@ def small_cnf():
 
 
 def log_prob(flow, x, context):
-    """With the same probes at each call."""
+    """With the same probes at each call, and of points on the surface, if there is one."""
+    if flow.likelihood == "on_manifold":
+        x = flow.to_data(flow.to_base(x, context), context)
     return flow.log_prob(x, context, generator=torch.Generator().manual_seed(1))
 
 
