@@ -5,7 +5,8 @@ A conformal embedding (CEF), a pseudo-invertible encoder (PIE) and an autoencode
 projections on a surface, the others of the images. The simple answers are the principal components
 themselves, and an ordinary autoencoder, a network trained for the squared error alone.
 
-Claim: the codes of PIE and AEF, of the same size, lose less than principal components.
+Claim: CEF, and AEF from four features on, lose less than principal components of the same number;
+the ordinary autoencoder, without a likelihood, loses least.
 References: https://arxiv.org/abs/2106.05275, https://arxiv.org/abs/2111.00619,
 https://arxiv.org/abs/2205.09546
 """
@@ -35,6 +36,7 @@ from cnf.transforms import (
     SpecialConformal,
     Transform,
 )
+from experiments.digits_data import SIDE
 from experiments.digits_fit import PIXELS, digits
 from experiments.systems.settings import Settings
 
@@ -168,7 +170,8 @@ def _draw(made: dict[str, Tensor], settings: Settings) -> None:
     figure, axes = figure_grid(1, len(made), panel_size=1.6)
     figure.set_size_inches(1.6 * len(made), 4.2)
     for panel, (title, rows) in zip(axes[0], made.items(), strict=True):
-        pictures = rows[:10].view(5, 2, 8, 8).permute(0, 2, 1, 3).reshape(40, 16)
+        images = nn.functional.pad(rows[:10].view(10, SIDE, SIDE), (1, 1, 1, 1))
+        pictures = images.unflatten(0, (5, 2)).transpose(1, 2).flatten(2).flatten(0, 1)
         panel.imshow(pictures, cmap="gray_r", vmin=0, vmax=17 / _LEVELS_PER_UNIT)
         panel.set_title(title, fontsize=TITLE_SIZE - 2)
         panel.set(xticks=[], yticks=[])
