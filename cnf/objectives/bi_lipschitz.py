@@ -29,9 +29,9 @@ class BiLipschitz(Objective):
     of the data: standardise them, or let the flow begin with a `Standardize`.
 
     The penalty is evaluated at the data, so it bounds nothing far away from them: an architecture
-    with bounded slopes does, such as an `AdditiveCoupling`. A step takes two evaluations of each
-    direction more, in batches of twice the size. A continuous flow is solved by its own solver,
-    with the same steps for both points of a difference.
+    with bounded slopes does, such as an `AdditiveCoupling`. A step takes one more evaluation
+    of each direction, of twice the rows. A continuous flow is solved by its own solver, with the
+    same steps for both points of a difference.
 
     Args:
         objective: The objective that is penalised; it takes data.
