@@ -26,12 +26,12 @@ class BiLipschitz(Objective):
     where F is the map from data to base, and v and v' are unit vectors in random directions, drawn
     for each row. Where F is linear with matrix A, the mean is
     :math:`(|A|^2 + |A^{-1}|^2) / D` with Frobenius norms and D features. Lengths are in the units
-    of the data: standardise them, or let the flow begin with a `Standardize`.
+    of the data, also where the flow begins with a `Standardize`; so bring the data to about 1.
 
     The penalty is evaluated at the data, so it bounds nothing far away from them: an architecture
-    with bounded slopes does, such as an `AdditiveCoupling`. A step takes two evaluations of each
-    direction more, in batches of twice the size. A continuous flow is solved by its own solver,
-    with the same steps for both points of a difference.
+    with bounded slopes does, such as an `AdditiveCoupling`. A step takes one more evaluation
+    of each direction, of twice the rows. A continuous flow is solved by its own solver, with the
+    same steps for both points of a difference.
 
     Args:
         objective: The objective that is penalised; it takes data.
