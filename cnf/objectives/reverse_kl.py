@@ -77,10 +77,10 @@ class ReverseKL(Objective):
     ) -> None:
         super().__init__(flow)
         if flow.likelihood not in _WEIGHED or flow.support.is_discrete:
-            kind = "discrete" if flow.support.is_discrete else f"{flow.likelihood!r}"
+            kind = "on integers" if flow.support.is_discrete else f"{flow.likelihood!r}"
             raise ValueError(
                 "flow must have weights of its draws, exact or estimated without bias, with "
-                f"gradients; it is {kind}. Leave out transforms such as Dequantize, and truncate "
+                f"gradients; its likelihood is {kind}. Leave out transforms such as Dequantize, and truncate "
                 "no series: log_det=RussianRoulette()."
             )
         if not callable(log_density):

@@ -172,7 +172,7 @@ def _draw(made: dict[str, Tensor], settings: Settings) -> None:
     for panel, (title, rows) in zip(axes[0], made.items(), strict=True):
         images = nn.functional.pad(rows[:10].view(10, SIDE, SIDE), (1, 1, 1, 1))
         pictures = images.unflatten(0, (5, 2)).transpose(1, 2).flatten(2).flatten(0, 1)
-        panel.imshow(pictures, cmap="gray_r", vmin=0, vmax=17 / _LEVELS_PER_UNIT)
+        panel.imshow(pictures.numpy(), cmap="gray_r", vmin=0, vmax=17 / _LEVELS_PER_UNIT)
         panel.set_title(title, fontsize=TITLE_SIZE - 2)
         panel.set(xticks=[], yticks=[])
     save_figure(figure, settings.out / "autoencoders.png")

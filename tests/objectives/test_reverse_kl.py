@@ -351,7 +351,7 @@ def test_training_without_data_finds_the_target():
         (
             lambda: ReverseKL(Flow([Dequantize(2, 4), Logit(2)]), normal_target),
             ValueError,
-            r"flow must have weights of its draws.*is discrete.*Dequantize",
+            r"flow must have weights of its draws.*is on integers.*Dequantize",
         ),
         (
             lambda: ReverseKL(
