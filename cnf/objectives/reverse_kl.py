@@ -80,8 +80,8 @@ class ReverseKL(Objective):
             kind = "on integers" if flow.support.is_discrete else f"{flow.likelihood!r}"
             raise ValueError(
                 "flow must have weights of its draws, exact or estimated without bias, with "
-                f"gradients; its likelihood is {kind}. Leave out transforms such as Dequantize, and truncate "
-                "no series: log_det=RussianRoulette()."
+                f"gradients; its likelihood is {kind}. Leave out transforms such as Dequantize, "
+                "and truncate no series: log_det=RussianRoulette()."
             )
         if not callable(log_density):
             raise TypeError(f"log_density must be callable; got {type(log_density).__name__}.")
