@@ -22,8 +22,8 @@ from cnf.vector_fields import count_evaluations
 _PROBES = 8
 _DRAWS = 4000
 _SHARE_OF_SPREAD = 0.8
-"""Standard deviation of a target of weights, in those of the draws: less, so that weights are
-bounded, and not much less, so that they do not vary much."""
+"""Width of the target of the weights, as a share of the width of the draws: below 1, so that
+weights are bounded, but not by much, so that they vary little."""
 _LEAST_EFFECTIVE = 100
 _MANY_FEATURES = 64
 _GRID = 201
@@ -161,8 +161,8 @@ def _path_weights(case: Case) -> Outcome:
         float((weight.mean() - 1).abs()) / (error + torch.finfo(points.dtype).eps),
         5.0,
         "distance of the mean weight of paths from 1, for a normal target, in standard errors",
-        "What a transform that draws returns beside x is not the log-ratio of the density of the "
-        "way back to that of the way there.",
+        "A transform that draws must return, beside x, the log-ratio of two densities: the way "
+        "back over the way there.",
     )
 
 

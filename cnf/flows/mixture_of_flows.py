@@ -60,7 +60,7 @@ class MixtureOfFlows(Base):
             check_type("gate", gate, nn.Module, "wrap a function of the context in a module")
             if not self.context_features:
                 raise ValueError(
-                    "gate must be None without a context, of which it is a function; got "
+                    "gate must be None without a context, because it is a function of it; got "
                     f"{type(gate).__name__}. Give context_features, if no flow has a context."
                 )
             self.context_scaling = ContextScaling(self.context_features)

@@ -117,7 +117,7 @@ class ReverseKL(Objective):
     ) -> Float[Tensor, "draws *batch"]:
         r"""Return log importance weights :math:`\log \tilde p(x) / q(x)` of new draws x, in nats.
 
-        They are those of `Flow.rsample_and_log_weight`, with the solver of the flow. See
+        `Flow.rsample_and_log_weight` makes them, with the solver of the flow. See
         `cnf.metrics.effective_sample_size`; `cnf.metrics.log_mean_exp` of them estimates log Z.
         Here the target may be zero at draws; the log-weight is then -inf.
 

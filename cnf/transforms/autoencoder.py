@@ -17,8 +17,7 @@ class AutoencoderCoupling(Transform):
     r"""Autoencoder within a flow (AEF): an encoder and a decoder that are a bijection together.
 
     The first features of x are the core c, and the others the shell y. The encoder moves the core,
-    given the shell, to the code; the decoder predicts the shell from the code, and what is left of
-    it is the deviation:
+    given the shell, to the code; the decoder predicts the shell from the code, up to a deviation:
 
     .. math::
         \mathrm{code} = \mu_e(y) + \sigma_e(y) \, c, \qquad
@@ -37,7 +36,7 @@ class AutoencoderCoupling(Transform):
         features: Size of x.
         core_features: Size of the core and of the code.
         encoder: Network from the shell to :math:`\mu_e` and then the raw logarithms r of
-            :math:`\sigma_e`, of which the logarithms are 3 tanh(r / 3); None for an
+            :math:`\sigma_e`, bounded as :math:`\log \sigma_e = 3 \tanh(r / 3)`; None for an
             `MLPConditioner`.
         decoder: Network from the code to :math:`\mu_d` and the raw logarithms of :math:`\sigma_d`.
 

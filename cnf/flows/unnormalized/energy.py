@@ -26,8 +26,8 @@ class EnergyModel(nn.Module):
     Args:
         energy: Module that returns D(x), ``(*batch,)``, for x of shape ``(*batch, features)``. It
             must fall off, such as ``network(x) - x.square().sum(-1) / 8``, or Z is infinite.
-        proposal: Flow with an exact likelihood, without a context, with tails not lighter than
-            those of the model.
+        proposal: Flow with an exact likelihood and no context. Its tails must not be lighter than
+            the model's.
 
     Raises:
         TypeError: If an argument has the wrong type.

@@ -41,9 +41,10 @@ def log_normalizer(
     r"""Estimate the log of the integral Z of an unnormalised density, from draws of a flow.
 
     :math:`\hat Z` is the mean of the weights of `Flow.rsample_and_log_weight`, and unbiased where
-    these are; its log is too small on average. The standard error is that of the mean, over the
-    mean. Where the flow has lighter tails than the density, or misses a part of it, the largest
-    weights are missing too: a warning says so if the weights of the draws have a heavy tail.
+    these are; its log is too small on average. The standard error of the log is the standard error
+    of the mean weight, divided by the mean weight. Where the flow has lighter tails than the
+    density, or misses a part of it, the largest weights are missing too: a warning says so if the
+    weights of the draws have a heavy tail.
 
     Args:
         log_density: Unnormalised log-density, as for `ReverseKL`; it may be -inf.
