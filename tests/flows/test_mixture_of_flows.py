@@ -116,6 +116,17 @@ def test_a_gate_weighs_the_charts_by_context():
     assert abs(share - expected) < 0.014  # 4 standard errors at most
 
 
+def test_each_draw_is_given_its_own_context():
+    """Each chart is a normal distribution around the context."""
+    charts = [Flow([ConditionalAffine(1, 1)]) for _ in range(2)]
+    context = torch.linspace(-100, 100, 40).unsqueeze(-1)
+    with torch.no_grad():
+        for chart in charts:
+            chart.transforms[0].layer.weight.copy_(torch.tensor([[1.0], [0.0]]))
+        draws = MixtureOfFlows(charts).rsample(torch.Size([200, 40]), context, generator=seeded())
+    assert (draws - context).abs().max() < 5  # of 8000 normal numbers: 5e-3
+
+
 def test_charts_take_the_context_and_are_initialised_with_it():
     mixture = MixtureOfFlows([CNF(2, 3, hidden_features=(8, 8)), Flow([ConditionalAffine(2, 3)])])
     flow = Flow([], base=mixture)

@@ -112,6 +112,35 @@ def test_a_langevin_step_of_a_normal_has_its_closed_form():
     torch.testing.assert_close(contribution, log_kernel(x, z) - log_kernel(z, x))
 
 
+def test_a_diffusion_step_is_the_ratio_of_two_normals_with_drifts_at_its_two_ends():
+    """Towards the data from f at the base's time; the way back from g at the data's; both ways."""
+
+    class Timed(torch.nn.Module):
+        def __init__(self, slope: float) -> None:
+            super().__init__()
+            self.slope = slope
+
+        def forward(self, t, x, context=None):
+            return self.slope * (1 + t.unsqueeze(-1)) * x.cos()
+
+    there, back = 0.7, -1.3
+    fields = (ModuleField(Timed(slope), 1) for slope in (there, back))
+    kernel = Diffusion(*fields, steps=1, noise=0.8)
+
+    def to_data(z, x):
+        return Normal(z + there * z.cos(), 0.8).log_prob(x).squeeze(-1)
+
+    def to_base(x, z):
+        return Normal(x + 2 * back * x.cos(), 0.8).log_prob(z).squeeze(-1)
+
+    z = torch.randn(5, 1)
+    x, contribution = kernel.to_data_and_ladj(z)
+    torch.testing.assert_close(contribution, to_base(x, z) - to_data(z, x))
+    x = torch.randn(5, 1)
+    z, contribution = kernel.to_base_and_ladj(x)
+    torch.testing.assert_close(contribution, to_data(z, x) - to_base(x, z))
+
+
 def test_a_diffusion_with_the_drift_of_time_reversal_is_nearly_exact():
     """Brownian noise from a normal with variance 1 to 2; the drift back is that of the score."""
 
