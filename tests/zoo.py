@@ -673,6 +673,9 @@ EXACT_FLOWS: dict[str, Callable[[], Flow]] = {
     **FLOWS,
     "logit": lambda: cnf(transforms=[Logit(2)]),
     "unconstrain": lambda: cnf(transforms=[Unconstrain(["positive", ("periodic", -1, 1)])]),
+    "unconstrained circles": lambda: cnf(
+        3, transforms=[Unconstrain(["positive", ("circle", -1, 1), ("circle", 0, 24)])]
+    ),
     "sphere with context": lambda: cnf(3, 2, manifold=Sphere(3)),
     "torus": lambda: cnf(2, manifold=Torus(2), base=von_mises_fisher(Torus(2))),
     "sphere, circle and line": lambda: cnf(5, manifold=MANIFOLDS["sphere, circle and line"]),

@@ -143,6 +143,8 @@ def _note_integers(x: Tensor, names: Sequence[str], supports: Sequence[Support])
 def _parsed(column: str, text: str) -> Support:
     kind, *bounds = text.split(":")
     numbers = [number(f"support of {column}", bound) for bound in bounds]
+    if kind == "periodic" and len(numbers) == 2:  # the density is of a flow on a manifold
+        kind = "circle"
     parsed: Support = (kind, *numbers) if numbers else kind
     try:
         Unconstrain([parsed])

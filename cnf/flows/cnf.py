@@ -8,7 +8,7 @@ from cnf.bases import Base, GaussianMixtureBase, StandardNormal
 from cnf.divergence import Divergence
 from cnf.flows.flow import Flow
 from cnf.flows.mixture_start import solver_of_a_mixture
-from cnf.manifolds import Manifold
+from cnf.manifolds import Manifold, OnManifold
 from cnf.ode import ODESolver
 from cnf.transforms import Augment, Chain, ContinuousTransform, Standardize, Transform
 from cnf.transforms.from_data.base import DataTransform
@@ -60,8 +60,9 @@ class CNF(Flow):
             train, or `layer` is "ignore"; none on a manifold.
         manifold: Manifold that the data are on, such as ``Sphere(3)`` for unit vectors or
             ``Torus(2)`` for two angles: the density is with respect to its volume, the field is a
-            `TangentField`, data are not standardised, and `transforms` and `augment` are refused.
-            None for real numbers.
+            `TangentField`, and only Euclidean factors are standardised. Of `transforms`, those that
+            map to the manifold are accepted, such as an `Unconstrain` of circles, and no `augment`.
+            None for the manifold that `transforms` map to, or for real numbers.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -101,14 +102,15 @@ class CNF(Flow):
         manifold: Manifold | None = None,
     ) -> None:
         check_count("blocks", blocks)
+        before = Chain(transforms, check_count("features", features))
+        parts = before.transforms
+        manifold = _manifold_of(manifold, before, augment)
         if manifold is not None:
-            standardize, skip = False, False
-            _check_manifold(manifold, features, [*transforms], augment)
-        parts = Chain(transforms, check_count("features", features)).transforms
+            standardize, skip = standardize and any(manifold.euclidean_columns), False
         if check_flag("standardize", standardize) and not (
             parts and isinstance(parts[-1], DataTransform)
         ):
-            parts.append(Standardize(parts[-1].base_features if parts else features))
+            parts.append(Standardize(before.base_features, manifold=manifold))
         if check_count("augment", augment, least=0):
             parts.append(Augment(parts[-1].base_features if parts else features, augment))
         size = parts[-1].base_features if parts else features
@@ -176,15 +178,22 @@ class CNF(Flow):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _check_manifold(
-    manifold: Manifold, features: int, transforms: Sequence[Transform], augment: int
-) -> None:
-    """Refuse a manifold, or arguments that do not go with it."""
-    check_type("manifold", manifold, Manifold, "use Sphere(3) or Torus(2)")
-    if features != manifold.features:
-        raise ValueError(f"features must be the {manifold.features} of {manifold}; got {features}.")
-    if augment or transforms:
+def _manifold_of(manifold: Manifold | None, before: Chain, augment: int) -> Manifold | None:
+    """Return the manifold, or the one that transforms map to; refuse what does not go with it."""
+    mapped = before.codomain.manifold if isinstance(before.codomain, OnManifold) else None
+    found = mapped if manifold is None else manifold
+    if found is None:
+        return None
+    check_type("manifold", found, Manifold, "use Sphere(3) or Torus(2)")
+    if before.base_features != found.features:
         raise ValueError(
-            "transforms and augment must be left out with a manifold, because points would leave "
-            "it; compose a Flow of transforms and a ContinuousTransform of a TangentField instead."
+            f"features must be the {found.features} of {found}; got {before.base_features}."
         )
+    if augment or (len(before) and mapped != found):
+        raise ValueError(
+            "augment, and transforms that do not map to the manifold, must be left out with "
+            f"{found}, because points would leave it; got augment={augment!r} and transforms to "
+            f"{before.codomain}. Compose a Flow of transforms and a ContinuousTransform of a "
+            "TangentField."
+        )
+    return found

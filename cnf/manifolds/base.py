@@ -50,6 +50,11 @@ class Manifold(ABC):
         return self.features
 
     @property
+    def euclidean_columns(self) -> tuple[bool, ...]:
+        """Whether each coordinate is any real number, at unit scale in the embedding."""
+        return (False,) * self.features
+
+    @property
     @abstractmethod
     def log_volume(self) -> float:
         """Logarithm of the volume; infinite for a manifold that is not compact."""

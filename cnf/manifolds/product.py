@@ -29,6 +29,11 @@ class Euclidean(Manifold):
         check_count("features", self.features)
 
     @property
+    def euclidean_columns(self) -> tuple[bool, ...]:
+        """True for every column."""
+        return (True,) * self.features
+
+    @property
     def log_volume(self) -> float:
         """Infinite."""
         return math.inf
@@ -120,6 +125,11 @@ class Product(Manifold):
     def embedded_features(self) -> int:
         """Number of coordinates of an embedded point."""
         return sum(factor.embedded_features for factor in self.factors)
+
+    @property
+    def euclidean_columns(self) -> tuple[bool, ...]:
+        """Those of the factors."""
+        return tuple(column for factor in self.factors for column in factor.euclidean_columns)
 
     @property
     def log_volume(self) -> float:

@@ -16,18 +16,19 @@ from cnf._building import Building
 from cnf._checks import check_number, check_widths, is_positive, rows_inside
 from cnf._row_names import rows_of_caller
 from cnf._warnings import warn
-from cnf.bases import StandardNormal
+from cnf.bases import GaussianMixtureBase
 from cnf.flows.calibration import obstacle_to_calibration
 from cnf.flows.chunks import in_chunks, sample_in_chunks
 from cnf.flows.cnf import CNF
 from cnf.flows.flow import Flow
 from cnf.flows.mixture_start import WeightedRows, become_mixture_if_better
+from cnf.manifolds import OnManifold
 from cnf.ode import ODEError, ODESolver
 from cnf.tables.integer_columns import fixed_noise, split_off_noise
 from cnf.tables.starts import RACE_STEPS, evenly, starts, winner
 from cnf.training import History, Recipe, TrainingConfig, fit
 from cnf.training.initialization import by_weight
-from cnf.transforms import ContinuousTransform, Standardize, Transform, Unconstrain
+from cnf.transforms import Chain, ContinuousTransform, Standardize, Transform, Unconstrain
 from cnf.vector_fields import MLPField
 from cnf.vector_fields.conditioning import context_scalings
 
@@ -167,7 +168,7 @@ def fit_density(
     if settings.validation_fraction > 0:
         others = None if validation is None else _some(validation)
         become_mixture_if_better(flow, _some(rows), others, refit=False)
-    if isinstance(flow.base, StandardNormal):  # the field of a mixture is zero
+    if not isinstance(flow.base, GaussianMixtureBase):  # whose field is zero
         _calibrate(flow, rows, settings.accuracy)
     return flow, history
 
@@ -175,19 +176,21 @@ def fit_density(
 def _new_flow(chain: Sequence[Transform], rows: TableRows, settings: DensitySettings) -> Flow:
     """Return a flow of transforms and an ODE of zero velocity, with the context of the rows."""
     widths = settings.hidden_features
+    codomain = Chain(chain, rows.x.shape[-1]).codomain
     with Building(seed=settings.seed):
         network = CNF(
             rows.x.shape[-1],
             0 if rows.context is None else rows.context.shape[-1],
             hidden_features=widths if widths is None else tuple(widths),
+            manifold=codomain.manifold if isinstance(codomain, OnManifold) else None,
         ).float()
     # Drawn again in float32: the numbers drawn above depend on torch's default dtype.
     with Building(seed=settings.seed):
         for part in network.modules():
             if isinstance(part, MLPField):
                 part.reset_parameters()
-    _, *continuous = network.double().transforms  # the transforms standardise
-    flow = Flow([*chain, *continuous])
+    # Without its own standardisation: the chain standardises.
+    flow = Flow([*chain, network.double().transforms[-1]])
     for scaling in context_scalings(flow):
         scaling.initialize(rows.context, rows.weight)
     return flow

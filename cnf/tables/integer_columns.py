@@ -24,7 +24,9 @@ def split_off_noise(
     whole = [column == "integer" for column in unconstrain.columns]
     mask = torch.tensor(whole, device=standardize.mean.device)
     centre = standardize.mean.round()
-    exact, noisy = Standardize(len(whole)).to(centre), Standardize(len(whole)).to(centre)
+    exact, noisy = (
+        Standardize(len(whole), manifold=standardize.manifold).to(centre) for _ in range(2)
+    )
     exact.mean.copy_(torch.where(mask, centre, standardize.mean))
     exact.log_std.copy_(torch.where(mask, 0, standardize.log_std))
     noisy.mean.copy_(torch.where(mask, standardize.mean - centre, 0))

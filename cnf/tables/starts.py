@@ -8,9 +8,10 @@ from torch import Tensor
 
 from cnf._checks import NotFiniteError
 from cnf.flows.flow import Flow
+from cnf.manifolds import OnManifold
 from cnf.ode import ODEError, ODESolver
 from cnf.training import TrainingError
-from cnf.transforms import NormalScores, Standardize, Transform
+from cnf.transforms import Chain, NormalScores, Standardize, Transform
 
 RACE_STEPS = 200
 """Steps of flow matching of each start: on tables of 8 to 43 columns, the better of two after so
@@ -40,6 +41,7 @@ def starts(
     """
     given = list(transforms)
     can_race = given and isinstance(given[-1], Standardize) and validated >= _LEAST_COMPARED
+    can_race = can_race and not isinstance(Chain(given).codomain, OnManifold)
     if not can_race or steps * _SHARE < 2 * RACE_STEPS:
         return [given]
     index = evenly(len(x), _MOST_ROWS)

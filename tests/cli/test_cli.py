@@ -413,6 +413,23 @@ def test_rows_outside_the_stated_support_are_named(folder, tmp_path, capsys):
         assert message in error_of(capsys, *arguments)
 
 
+def test_a_periodic_column_has_no_seam(tmp_path, capsys):
+    generator = np.random.default_rng(0)
+    hour = generator.normal(23.5, 2, 400) % 24
+    counts = generator.poisson(5, 400)
+    write_table(tmp_path / "data.csv", np.stack([hour, counts], -1), ["hour", "count"])
+    support = ["--support", "hour=periodic:0:24", "count=integer"]
+    steps = ["--matching-steps", "100", *SMALL[2:]]
+    assert run("fit", tmp_path / "data.csv", "--out", tmp_path / "m", *support, *steps) == 0
+    write_table(tmp_path / "ends.csv", [[0, 5], [24, 5], [12, 5]], ["hour", "count"])
+    out = tmp_path / "scores.npy"
+    assert run("score", tmp_path / "m", tmp_path / "ends.csv", "--out", out) == 0
+    first, last, noon = np.load(out).ravel()
+    assert abs(first - last) < 1e-3
+    assert first > noon + 1
+    capsys.readouterr()
+
+
 def test_nothing_is_replaced_unasked(folder, tmp_path, capsys):
     data = folder / "data.csv"
     for command, name, *arguments in (

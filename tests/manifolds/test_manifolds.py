@@ -12,7 +12,7 @@ from cnf import CNF, Flow, FlowMatching, ODESolver, TrainingConfig, certify, fit
 from cnf.bases import UniformOnManifold, VonMisesFisherMixture
 from cnf.manifolds import Euclidean, Product, Sphere, Torus
 from cnf.objectives import LinearPath
-from cnf.transforms import Affine, ContinuousTransform
+from cnf.transforms import Affine, ContinuousTransform, Standardize
 from cnf.vector_fields import LinearField, TangentField
 
 every_manifold = pytest.mark.parametrize("manifold", MANIFOLDS.values(), ids=MANIFOLDS)
@@ -159,11 +159,26 @@ def test_the_way_around_the_circle_has_no_seam():
     torch.testing.assert_close(velocity, torch.tensor([[2 * math.pi - 6]]))
 
 
+def test_only_euclidean_columns_are_standardised():
+    manifold = Product([Torus(1), Euclidean(2), Sphere(3)])
+    x = torch.cat([torch.rand(50, 1), 5 + 3 * torch.randn(50, 2), torch.randn(50, 3)], -1)
+    x = manifold.project(x)
+    flow = CNF(6, manifold=manifold)
+    flow.initialize(x)
+    z = flow.chain[0].to_base(x)
+    torch.testing.assert_close(z[:, 1:3].mean(0), torch.zeros(2), rtol=0, atol=1e-9)
+    torch.testing.assert_close(z[:, 1:3].std(0), torch.ones(2), rtol=0, atol=1e-9)
+    assert torch.equal(z[:, [0, 3, 4, 5]], x[:, [0, 3, 4, 5]])
+    assert len(CNF(3, manifold=Sphere(3)).chain) == 1  # nothing to standardise
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: CNF(2, manifold=Sphere(3)), "features must be the 3 of Sphere"),
-        (lambda: CNF(3, manifold=Sphere(3), augment=1), "transforms and augment must be left out"),
+        (lambda: CNF(3, manifold=Sphere(3), augment=1), "got augment=1 and transforms to"),
+        (lambda: CNF(3, transforms=[Affine(3)], manifold=Sphere(3)), "do not map to the manifold"),
+        (lambda: Standardize(2, manifold=Sphere(3)), "features must be the 3 of Sphere"),
         (lambda: TangentField(LinearField(2), Torus(2)), "must have the 4 embedded_features"),
         (lambda: UniformOnManifold(Euclidean(2)), "manifold must be compact"),
         (lambda: Sphere(1), "features must be at least 2"),

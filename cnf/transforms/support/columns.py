@@ -17,21 +17,23 @@ from cnf.transforms.support.dequantize import (
 )
 
 Support = str | list[str | int | float] | tuple[str | int | float, ...]
-"""Support of a column: "real", "positive", ("interval", low, high), ("periodic", low, high) or
-"integer"."""
+"""Support of a column: "real", "positive", ("interval", low, high), ("circle", low, high),
+("periodic", low, high) or "integer"."""
 
 
 class ColumnMap(ABC):
-    """Map of one column to the real line and back."""
+    """Map of one column to the real line, or to angles, and back."""
 
     constraint: constraints.Constraint
     """Support of the column."""
     is_ordered: bool = True
     """Whether the bounds, if any, are finite and in order."""
+    is_angle: bool = False
+    """Whether z is an angle, from -π to π."""
 
     @abstractmethod
     def to_reals(self, x: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:
-        """Return the real number z and the log of dx/dz."""
+        """Return the number z and the log of dx/dz."""
 
     @abstractmethod
     def from_reals(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,6 +110,25 @@ class _Periodic(ColumnMap):
         return x.clamp(self.low, self.high), log_slope
 
 
+class _Circle(ColumnMap):
+    is_angle = True
+
+    def __init__(self, low: float, high: float) -> None:
+        self.low, self.high = low, high
+        self.constraint = constraints.interval(low, high)
+        self.is_ordered = -math.inf < low < high < math.inf
+        self._log_slope = math.log(high - low) - math.log(2 * math.pi) if self.is_ordered else 0.0
+
+    def to_reals(self, x: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:
+        turns = (x - self.low) / (self.high - self.low)
+        return math.pi * (2 * turns - 1), torch.full_like(x, self._log_slope)
+
+    def from_reals(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        turns = (z / math.pi + 1) / 2
+        x = self.low + (self.high - self.low) * turns
+        return x.clamp(self.low, self.high), torch.full_like(z, self._log_slope)
+
+
 def column_map(index: int, column: Support) -> ColumnMap:
     """Return the map for an entry of `columns`; raise a ValueError for an invalid one."""
     found: ColumnMap | None = None
@@ -123,13 +144,16 @@ def column_map(index: int, column: Support) -> ColumnMap:
             found = _Integer()
         case ["interval", float(low), float(high)]:
             found = _Interval(low, high)
+        case ["circle", float(low), float(high)]:
+            found = _Circle(low, high)
         case ["periodic", float(low), float(high)]:
             found = _Periodic(low, high, low)
         case ["periodic", float(low), float(high), float(cut)]:
             found = _Periodic(low, high, cut)
     if found is None or not found.is_ordered:
         raise ValueError(
-            "each column must be 'real', 'positive', 'integer', ('interval', low, high) or "
-            f"('periodic', low, high), where low < high; got {column!r} for column {index}."
+            "each column must be 'real', 'positive', 'integer', ('interval', low, high), "
+            "('circle', low, high) or ('periodic', low, high), where low < high; "
+            f"got {column!r} for column {index}."
         )
     return found

@@ -1,5 +1,6 @@
 """Bounded, periodic and integer columns of a table as real numbers."""
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Generator, Tensor
 from torch.distributions import constraints
 
 from cnf._checks import check_support, check_vectors
+from cnf.manifolds import Euclidean, OnManifold, Product, Torus
 from cnf.transforms.base import Transform, WithLadj
 from cnf.transforms.from_data import Standardize
 from cnf.transforms.support.columns import Support, column_map
@@ -19,16 +21,19 @@ _SEARCHED = 1 / 16
 
 
 class Unconstrain(Transform):
-    r"""Maps each column to the real line, by its support.
+    r"""Maps each column to the real line, or to angles, by its support.
 
     - ``"real"``: any number; the identity.
     - ``"positive"``: greater than 0; the logarithm, so that a heavy tail becomes a light one.
     - ``("interval", low, high)``: between the two, the ends excluded; the logit of the position.
       If rounding puts data on an end, widen the interval by half a step of the rounding.
-    - ``("periodic", low, high, cut)``: a circle, such as an angle or a time of day, where low and
-      high are the same point. The circle is cut open at `cut` (default: low), and treated as an
-      interval. The density is exact. It is 0 at the cut, or may differ on its two sides, so the cut
-      belongs where data are rare, as `transforms_for` chooses it.
+    - ``("circle", low, high)``: a circle, such as a time of day, where low and high are the same
+      point; an angle from -π to π. What follows must be on the manifold of these angles and of the
+      other columns, the `codomain`: a `CNF` takes it from there, and its density has no seam.
+    - ``("periodic", low, high, cut)``: a circle for a flow of real numbers. It is cut open at `cut`
+      (default: low), and treated as an interval. The density is exact. It is 0 at the cut, or may
+      differ on its two sides, so the cut belongs where data are rare, as `transforms_for` chooses
+      it.
     - ``"integer"``: integers of either sign, with a probability. Uniform noise in [0, 1) is added,
       so that the likelihood is a lower bound; towards the data, numbers are rounded down, without
       gradient.
@@ -76,6 +81,16 @@ class Unconstrain(Transform):
         )
 
     @property
+    def codomain(self) -> constraints.Constraint:
+        """Real numbers; with circles, the manifold of angles and real numbers."""
+        if not any(column.is_angle for column in self._maps):
+            return constraints.real_vector
+        runs = itertools.groupby(column.is_angle for column in self._maps)
+        counts = [(is_angle, sum(1 for _ in run)) for is_angle, run in runs]
+        factors = [Torus(count) if is_angle else Euclidean(count) for is_angle, count in counts]
+        return OnManifold(factors[0] if len(factors) == 1 else Product(factors))
+
+    @property
     def stochastic_to_base(self) -> bool:
         """Whether a column holds integers, to which noise is added."""
         return any(column.constraint.is_discrete for column in self._maps)
@@ -114,10 +129,12 @@ def transforms_for(
 ) -> list[Transform]:
     """Return the transforms for a table, to come before an ODE: `Unconstrain`, `Standardize`.
 
+    Angles of circles are not standardised.
+
     Args:
         x: Training rows.
-        support: Support of each column, as for `Unconstrain`. A circle without a cut is cut where
-            `x` is rare.
+        support: Support of each column, as for `Unconstrain`. A "periodic" column without a cut is
+            cut where `x` is rare.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -157,7 +174,11 @@ def transforms_for(
         for i, column in enumerate(unconstrain.columns)
     )
     noise = torch.Generator(x.device).manual_seed(0)  # the same transforms at each call
-    return [unconstrain, Standardize.from_data(unconstrain.to_base(x.detach(), generator=noise))]
+    codomain = unconstrain.codomain
+    manifold = codomain.manifold if isinstance(codomain, OnManifold) else None
+    standardize = Standardize(unconstrain.features, manifold=manifold).to(x)
+    standardize.initialize(unconstrain.to_base(x.detach(), generator=noise))
+    return [unconstrain, standardize]
 
 
 def rarest_place(values: Float[Tensor, " rows"], low: float, high: float) -> float:

@@ -9,6 +9,8 @@ from torch.distributions import LogNormal, Normal, TransformedDistribution, cons
 from zoo import cnf, perturbed, seeded
 
 from cnf import CNF, Flow, Hutchinson, Standardize, TrainingConfig, fit
+from cnf.bases import StandardNormal
+from cnf.manifolds import Euclidean, Product, Torus
 from cnf.transforms import Affine, Logit, Unconstrain, transforms_for
 from cnf.transforms.support.unconstrain import rarest_place
 
@@ -49,6 +51,61 @@ def test_a_circle_is_an_interval_from_the_cut_once_around(cut):
     assert draws.max() - draws.min() > 3
 
 
+CIRCLES = [("circle", 0, 24), "positive", ("circle", -1, 1)]
+
+
+def test_a_circle_becomes_an_angle_of_a_flow_on_a_manifold():
+    x = torch.tensor([[0.0, 1.0, -1.0], [24.0, 1.0, 1.0], [18.0, 2.0, 0.5]])
+    transform = Unconstrain(CIRCLES)
+    z, ladj = transform.to_base_and_ladj(x)
+    angles = [[-math.pi, -math.pi], [math.pi, math.pi], [math.pi / 2, math.pi / 2]]
+    torch.testing.assert_close(z[:, [0, 2]], torch.tensor(angles))
+    expected = math.log(CIRCLE / 24) + math.log(CIRCLE / 2) - x[:, 1].log()
+    torch.testing.assert_close(ladj, expected)
+    assert transform.codomain.manifold == Product([Torus(1), Euclidean(1), Torus(1)])
+    assert Unconstrain([("circle", 0, 1)] * 2).codomain.manifold == Torus(2)
+    uniform = Flow([Unconstrain([("circle", 0, 24)])])
+    torch.testing.assert_close(uniform.log_prob(x[:, :1]), torch.full((3,), -math.log(24.0)))
+
+
+def test_the_density_of_a_circle_has_no_seam_and_integrates_to_one():
+    hours = torch.linspace(0, 24, 401).unsqueeze(-1)
+    transforms = transforms_for(24 * torch.rand(50, 1), [("circle", 0, 24)])
+    flow = cnf(1, transforms=transforms)
+    with torch.no_grad():
+        density = flow.log_prob(hours).exp()
+    assert density.max() > 1.1 * density.min()
+    torch.testing.assert_close(density[0], density[-1], rtol=1e-6, atol=0)
+    slopes = (density[1] - density[0], density[-1] - density[-2])
+    torch.testing.assert_close(*slopes, rtol=0.05, atol=1e-6)
+    assert abs(float(torch.trapezoid(density, hours[:, 0])) - 1) < 1e-4
+    draws = flow.sample(500, generator=seeded())
+    assert flow.support.check(draws).all()
+    assert draws.max() - draws.min() > 23
+
+
+def test_what_follows_a_circle_must_be_on_its_manifold():
+    circle = Unconstrain([("circle", 0, 24), "real"])
+    for make in (
+        lambda: Flow([circle], StandardNormal(2)),
+        lambda: Flow([circle, Affine(2)]),
+        lambda: Flow([circle, cnf(2, manifold=Torus(2)).chain[-1]]),
+        lambda: Flow([Unconstrain(["real", "positive"]), *cnf(2, transforms=[circle]).chain[1:]]),
+    ):
+        with pytest.raises(ValueError, match="must have its density within the codomain of"):
+            make()
+    with pytest.raises(ValueError, match="do not map to the manifold, must be left out with Torus"):
+        CNF(2, transforms=[circle], manifold=Torus(2))
+
+
+def test_angles_of_a_table_are_not_standardised():
+    x = torch.cat([3 + torch.rand(50, 1), 7 + 2 * torch.rand(50, 1)], -1)
+    unconstrain, standardize = transforms_for(x, [("circle", 0, 24), "positive"])
+    z = Flow([unconstrain, standardize]).to_base(x)
+    torch.testing.assert_close(z[:, 0], math.pi * (x[:, 0] / 12 - 1))
+    torch.testing.assert_close(z[:, 1].mean(), torch.tensor(0.0), rtol=0, atol=1e-9)
+
+
 def test_integers_have_a_bound_of_their_probability():
     flow = Flow([Unconstrain(["integer"]), perturbed(Affine(1))])
     x = torch.arange(-3.0, 3.0).unsqueeze(-1)
@@ -86,6 +143,8 @@ def test_noise_stays_between_integers_of_either_sign():
         ("periodic", 0, 360, 359.9),
         ("periodic", -math.pi, math.pi),
         ("periodic", 1e5, 1e5 + 1, 1e5 + 0.3),
+        ("circle", 0, 360),
+        ("circle", 1e5, 1e5 + 1),
     ],
     ids=str,
 )
@@ -316,6 +375,9 @@ def test_tables_that_do_not_fit_are_refused(x, support, message):
         ("interval", 0),
         ("interval", 1, 0),
         ("interval", 0, 0),
+        ("circle", 1, 0),
+        ("circle", 0, math.inf),
+        ("circle", 0, 1, 0.5),
         ("interval", 0, math.inf),
         ("interval", math.nan, 1),
         ("interval", "0", "1"),
