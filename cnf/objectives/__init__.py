@@ -15,12 +15,13 @@ from cnf.objectives.paths import (
     SmoothedPath,
     VariancePreservingPath,
 )
-from cnf.objectives.prescribed_conditional import PrescribedConditional
 from cnf.objectives.reverse_kl import ReverseKL
+from cnf.objectives.surrogates import ExtendedAutoencoder, PrescribedConditional
 
 __all__ = [
     "BiLipschitz",
     "EnergyObjective",
+    "ExtendedAutoencoder",
     "FlowMatching",
     "GeodesicPath",
     "HybridObjective",

@@ -136,6 +136,23 @@ class Objective(nn.Module, ABC):
             )
         return loss
 
+    @property
+    def is_more_than_its_flow(self) -> bool:
+        """Whether it takes targets, or has parameters beside those of the flow."""
+        of_the_flow = set(map(id, self.flow.parameters()))
+        has_own = any(id(parameter) not in of_the_flow for parameter in self.parameters())
+        return self.takes_targets or has_own
+
+    @property
+    def is_kept_whole(self) -> bool:
+        """Whether `fit` validates by this loss, and keeps the best of all parameters.
+
+        Otherwise it validates the flow alone, by its log-density. This is true of an objective that
+        is more than its flow, because its parts belong together; or if the flow covers a surface
+        alone, off which rows have a loss but no density.
+        """
+        return self.is_more_than_its_flow or self.flow.likelihood == "on_manifold"
+
     @abstractmethod
     def _loss(
         self,

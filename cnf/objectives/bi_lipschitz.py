@@ -77,6 +77,11 @@ class BiLipschitz(Objective):
         self.weight = check_number("weight", weight, "positive and finite", is_positive)
         self.step = check_number("step", step, "positive and finite", is_positive)
 
+    @property
+    def is_kept_whole(self) -> bool:
+        """Whether the objective without the penalty is."""
+        return self.objective.is_kept_whole
+
     def penalty(
         self, x: Events, context: Context | None = None, *, generator: Generator | None = None
     ) -> Float[Tensor, "*joint_batch"]:

@@ -60,9 +60,9 @@ def fit(
         objective: A flow, trained in the phases of `config`, or an `Objective`, whose own
             parameters are trained too. If its `takes_data` is False, `data` are contexts; without
             contexts, each part of a step gets its part of the `draws` of the objective. If its
-            `takes_targets` is True, `data` have targets, and the objective as a whole is averaged,
-            validated by its own loss, and left with its best weights; so it is for a flow onto a
-            surface.
+            `takes_targets` is True, `data` have targets. If its `is_kept_whole` is True, as with
+            targets or own parameters, the objective as a whole is averaged, validated by its own
+            loss, and left with its best weights; otherwise the flow is, by its log-density.
         data: Training data, at any scale; `Data` lists the forms. `Standardize` and the like are
             initialised from at most 10 000 rows. Weights are scaled to a mean of 1, in a `Dataset`
             over at most 10 000 rows. A `Dataset` is read as needed, and may be larger than memory;

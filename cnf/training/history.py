@@ -42,7 +42,7 @@ class History:
     """Wall-clock time since the start of training, with validation, without interruptions."""
     validation: list[float] = field(default_factory=list)
     """Negative log-likelihood of the validation data after the step, in nats, or NaN; the loss of
-    an objective that takes targets."""
+    an objective that is kept whole."""
 
     def __repr__(self) -> str:
         last = f", loss {self.loss[-1]:.4f}" if self.loss else ""

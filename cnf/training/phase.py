@@ -177,13 +177,8 @@ class Phase:
 
 
 def kept_of(objective: Objective) -> Flow | Objective:
-    """Return the part of an objective that is validated, and whose best weights are kept.
-
-    It is all of it if it takes targets, as a flow and a classifier of its points belong together;
-    or if the flow covers a surface alone, off which rows have a loss but no density.
-    """
-    whole = objective.takes_targets or objective.flow.likelihood == "on_manifold"
-    return objective if whole else objective.flow
+    """Return the part of an objective that is validated, and whose best weights are kept."""
+    return objective if objective.is_kept_whole else objective.flow
 
 
 def check_finite(name: str, value: float) -> None:

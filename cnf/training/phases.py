@@ -249,9 +249,12 @@ def _check_made(made: object, flow: Flow) -> None:
             "the objective of a TrainingConfig must make a cnf.objectives.Objective whose "
             f"flow is the one given; got {type(made).__name__}."
         )
-    if made.takes_targets:  # the classifier in it would be lost
+    if made.is_more_than_its_flow:  # the rest would be lost
         name = type(made).__name__
+        has, data = "has parameters of its own", "x"
+        if made.takes_targets:
+            has, data = "takes targets", "(x, target)"
         raise ValueError(
-            f"{name} takes targets, and must be given in place of the flow, not in a "
-            f"TrainingConfig: fit({name}(flow, ...), (x, target), config)."
+            f"{name} {has}, and must be given in place of the flow, not in a "
+            f"TrainingConfig: fit({name}(flow, ...), {data}, config)."
         )

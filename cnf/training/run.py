@@ -143,7 +143,7 @@ class Run:
 
     @property
     def _kept(self) -> Flow | Objective:
-        """The flow or, if it takes targets, the objective: validated, and left at its best."""
+        """The flow, or all of the objective: validated, and left at its best."""
         return kept_of(self._objective)
 
     def _begin(self) -> Phase:

@@ -29,8 +29,9 @@ class AutoencoderCoupling(Transform):
     with a `Permute` or an `Orthogonal` before it.
 
     The paper's extended form has all of x as shell, and a core beside it. If the core is a function
-    of x, that is a density of both and not one of x. If an `Augment` draws it (and a `Permute` puts
-    it first), the likelihood is a lower bound, which `importance_samples` make tight.
+    of x, that is a density of both and not one of x: the objective `ExtendedAutoencoder`. If an
+    `Augment` draws it (and a `Permute` puts it first), the likelihood is a lower bound, which
+    `importance_samples` make tight.
 
     Args:
         features: Size of x.

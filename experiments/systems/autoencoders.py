@@ -2,7 +2,8 @@
 
 A conformal embedding (CEF), a pseudo-invertible encoder (PIE) and an autoencoder within a flow
 (AEF) start from the principal components of the rows, and learn a likelihood: CEF of the
-projections on a surface, the others of the images. The simple answers are the principal components
+projections on a surface, the others of the images. The extended form of AEF starts from nothing,
+and learns a joint density of an image and its code, no likelihood. The simple answers are the principal components
 themselves, and an ordinary autoencoder, a network trained for the squared error alone.
 
 Claim: CEF, and AEF from four features on, lose less than principal components of the same number;
@@ -20,17 +21,19 @@ from torch import Tensor, nn
 from benchmarks.timing import markdown
 from cnf import Flow, MaximumLikelihood, TrainingConfig, fit
 from cnf.flows import PseudoInvertibleEncoder
-from cnf.objectives import ManifoldLikelihood, Objective
+from cnf.objectives import ExtendedAutoencoder, ManifoldLikelihood, Objective
 from cnf.plots import figure_grid, save_figure
 from cnf.plots.figures import TITLE_SIZE
 from cnf.transforms import (
     Affine,
     AffineCoupling,
+    Augment,
     AutoencoderCoupling,
     ConformalEmbedding,
     FactorOut,
     MLPConditioner,
     Orthogonal,
+    Permute,
     PiecewiseConformal,
     Similarity,
     SpecialConformal,
@@ -102,16 +105,26 @@ def _fitted(x: Tensor, validation: Tensor, size: int, settings: Settings) -> dic
     }
     coupling = AutoencoderCoupling(PIXELS, size, **networks)
     rotation = _rotation(x, directions)
-    trained(
-        MaximumLikelihood(
-            Flow([rotation, coupling, FactorOut([*_couplings(size), Affine(size)], PIXELS)])
-        )
+    trained(MaximumLikelihood(Flow([rotation, coupling, _prior(size, PIXELS)])))
+    extended = AutoencoderCoupling(
+        PIXELS + size,
+        size,
+        encoder=MLPConditioner(PIXELS, 2 * size, hidden_features=_HIDDEN),
+        decoder=MLPConditioner(size, 2 * PIXELS, hidden_features=_HIDDEN),
     )
+    core_first = Permute([*range(PIXELS, PIXELS + size), *range(PIXELS)])
+    joint = ExtendedAutoencoder(
+        Flow([Augment(PIXELS, size), core_first, extended, _prior(size, PIXELS + size)])
+    )
+    trained(joint)
     return {
         "principal components": lambda y: x.mean(0) + (y - x.mean(0)) @ components.T @ components,
         "CEF": lambda y: surface.to_data(surface.to_base(y)),
         "PIE": lambda y: pie.decode(pie.encode(y)),
         "AEF": lambda y: rotation.to_data(coupling.decode(coupling.encode(rotation.to_base(y)))),
+        "extended AEF": lambda y: extended.decode(
+            extended.encode(torch.cat([joint.core(y), y], -1))
+        )[:, size:],
         "ordinary autoencoder": _autoencoder(x, validation, size, settings),
     }
 
@@ -121,6 +134,11 @@ def _rotation(x: Tensor, directions: Tensor) -> Orthogonal:
     rotation = Orthogonal(PIXELS)
     rotation.set_to(directions, -directions @ x.mean(0))
     return rotation
+
+
+def _prior(size: int, features: int) -> FactorOut:
+    """Return a flow of the code, the first features."""
+    return FactorOut([*_couplings(size), Affine(size)], features)
 
 
 def _couplings(features: int) -> list[Transform]:

@@ -123,6 +123,11 @@ class PrescribedConditional(Objective):
         rows: Tensor = self.flow.to_data(torch.cat([z, condition], -1), generator=generator)
         return rows[..., : self.data_features]
 
+    @property
+    def is_kept_whole(self) -> bool:
+        """True: the density of data and condition together is not what is trained."""
+        return True
+
     def _loss(
         self,
         x: Tensor,
