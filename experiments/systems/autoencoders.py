@@ -3,8 +3,9 @@
 A conformal embedding (CEF), a pseudo-invertible encoder (PIE) and an autoencoder within a flow
 (AEF) start from the principal components of the rows, and learn a likelihood: CEF of the
 projections on a surface, the others of the images. The extended form of AEF starts from nothing,
-and learns a joint density of an image and its code, no likelihood. The simple answers are the principal components
-themselves, and an ordinary autoencoder, a network trained for the squared error alone.
+and learns a joint density of an image and its code, no likelihood. The simple answers are the
+principal components themselves, and an ordinary autoencoder, a network trained for the squared
+error alone.
 
 Claim: CEF, and AEF from four features on, lose less than principal components of the same number;
 the ordinary autoencoder, without a likelihood, loses least.
