@@ -117,7 +117,7 @@ class Flow(FlowMap):
                 )
             log_prob = of_base + ladj
         refuse_overflow("x", log_prob.detach().isnan(), "its log-density", x.dtype)
-        if self.base.features < math.prod(self.event_shape) and self.likelihood == "on_manifold":
+        if self.likelihood == "on_manifold":
             self._refuse_off_surface(x, context, generator)
         if not is_hidden(inside):
             return log_prob
