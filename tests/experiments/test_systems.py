@@ -31,7 +31,7 @@ def test_an_unknown_system_is_refused():
 
 
 def test_a_place_is_new_unless_it_is_the_same():
-    """In single precision, among many rows, with some 600 m beside them."""
+    """In single precision, among many rows, with some about 1 km beside them."""
     places = torch.nn.functional.normalize(torch.randn(500, 3), dim=-1)
     beside = torch.nn.functional.normalize(places + 1e-4, dim=-1)
     assert not are_new(places, places.flip(0)).any()
