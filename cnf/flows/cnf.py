@@ -102,8 +102,8 @@ class CNF(Flow):
     ) -> None:
         check_count("blocks", blocks)
         if manifold is not None:
+            _check_manifold(manifold, features, [*transforms], augment, skip)
             standardize, skip = False, False
-            _check_manifold(manifold, features, [*transforms], augment)
         parts = Chain(transforms, check_count("features", features)).transforms
         if check_flag("standardize", standardize) and not (
             parts and isinstance(parts[-1], DataTransform)
@@ -177,7 +177,11 @@ class CNF(Flow):
 
 
 def _check_manifold(
-    manifold: Manifold, features: int, transforms: Sequence[Transform], augment: int
+    manifold: Manifold,
+    features: int,
+    transforms: Sequence[Transform],
+    augment: int,
+    skip: bool | None,
 ) -> None:
     """Refuse a manifold, or arguments that do not go with it."""
     check_type("manifold", manifold, Manifold, "use Sphere(3) or Torus(2)")
@@ -187,4 +191,9 @@ def _check_manifold(
         raise ValueError(
             "transforms and augment must be left out with a manifold, because points would leave "
             "it; compose a Flow of transforms and a ContinuousTransform of a TangentField instead."
+        )
+    if skip:
+        raise ValueError(
+            "skip must be None or False with a manifold, because no multiple of x is tangent; got "
+            f"{skip}."
         )

@@ -26,7 +26,7 @@ class Euclidean(Manifold):
     """Number of columns."""
 
     def __post_init__(self) -> None:
-        check_count("features", self.features)
+        object.__setattr__(self, "features", check_count("features", self.features))
 
     @property
     def log_volume(self) -> float:

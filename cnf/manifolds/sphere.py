@@ -35,7 +35,7 @@ class Sphere(Manifold):
     """Number of entries of a vector."""
 
     def __post_init__(self) -> None:
-        check_count("features", self.features, least=2)
+        object.__setattr__(self, "features", check_count("features", self.features, least=2))
 
     @property
     def log_volume(self) -> float:

@@ -33,7 +33,7 @@ class Torus(Manifold):
     """Number of angles."""
 
     def __post_init__(self) -> None:
-        check_count("features", self.features)
+        object.__setattr__(self, "features", check_count("features", self.features))
 
     @property
     def embedded_features(self) -> int:

@@ -30,7 +30,7 @@ from cnf.bases import (
 )
 from cnf.flows import MixtureOfFlows
 from cnf.manifolds import Euclidean, Product, Sphere, Torus
-from cnf.objectives import LinearPath
+from cnf.objectives import GeodesicPath, LinearPath
 from cnf.transforms import Affine, ContinuousTransform
 from cnf.vector_fields import LinearField, TangentField
 
@@ -229,6 +229,7 @@ def test_the_way_around_the_circle_has_no_seam():
     [
         (lambda: CNF(2, manifold=Sphere(3)), "features must be the 3 of Sphere"),
         (lambda: CNF(3, manifold=Sphere(3), augment=1), "transforms and augment must be left out"),
+        (lambda: CNF(3, manifold=Sphere(3), skip=True), "skip must be None or False with a manif"),
         (lambda: TangentField(LinearField(2), Torus(2)), "must have the 4 embedded_features"),
         (lambda: UniformOnManifold(Euclidean(2)), "manifold must be compact"),
         (lambda: Sphere(1), "features must be at least 2"),
@@ -237,6 +238,7 @@ def test_the_way_around_the_circle_has_no_seam():
         (lambda: VonMisesFisherMixture(Sphere(4)), "must be Sphere.3. or a Torus"),
         (lambda: Flow([Affine(3), CNF(3, manifold=Sphere(3)).chain[0]]), "codomain of Affine"),
         (lambda: FlowMatching(CNF(3, manifold=Sphere(3)), LinearPath()), "path must stay on"),
+        (lambda: FlowMatching(CNF(3), GeodesicPath(Sphere(3))), "path must stay on.*LinearPath"),
     ],
 )
 def test_bad_input_is_refused(make, message):
@@ -250,6 +252,13 @@ def test_a_product_takes_a_list_of_manifolds():
         Product(Sphere(3))
     with pytest.raises(TypeError, match="each of factors must be a Manifold; got int"):
         Product([3])
+
+
+def test_sizes_may_be_numpy_integers():
+    two = np.int64(2)
+    manifold = Product([Torus(two), Sphere(two), Euclidean(two)])
+    assert repr(manifold) == repr(Product([Torus(2), Sphere(2), Euclidean(2)]))
+    assert CNF(6, manifold=manifold).support.manifold == manifold
 
 
 def test_a_product_of_lines_is_the_space_of_real_vectors():

@@ -212,6 +212,10 @@ def test_a_wrong_surface_is_found(wrong, fails):
         (lambda: ConformalEmbedding([Similarity(3)], 3), "base_features must be .* 2; got 3"),
         (lambda: Flow([Standardize(3), conformal_embedding()]), "must stand first of the"),
         (lambda: MaximumLikelihood(surface_flow()), r"with ManifoldLikelihood\(flow\)"),
+        (
+            lambda: surface_flow().rsample_and_log_weight(lambda x: -x.square().sum(-1), 5),
+            "flow must have a density in all of space.*'on_manifold'",
+        ),
         (lambda: ManifoldLikelihood(CNF(2)), "likelihood is 'exact'. Use MaximumLikelihood"),
         (lambda: ManifoldLikelihood(surface_flow(), weight=-1.0), "weight must be finite"),
     ],
