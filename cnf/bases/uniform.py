@@ -12,7 +12,7 @@ from cnf._checks import check_type
 from cnf.bases.base import Base
 from cnf.bases.distribution import BaseDistribution
 from cnf.bases.standard_normal import StandardNormal
-from cnf.manifolds import Euclidean, Manifold, Product
+from cnf.manifolds import Euclidean, Manifold, OnManifold, Product
 
 
 class UniformOnManifold(Base):
@@ -69,11 +69,12 @@ class ProductBase(Base):
     """Independent bases side by side: each takes the next columns of z.
 
     Args:
-        bases: Bases without a context, from the first to the last columns.
+        bases: Bases without a context, each on a manifold or on all real vectors, from the first to
+            the last columns.
 
     Raises:
         TypeError: If a part is not a `Base`.
-        ValueError: If there are none, or one takes a context.
+        ValueError: If there are none, or one takes a context or has another support.
 
     Example:
         >>> from cnf.manifolds import Torus
@@ -85,7 +86,7 @@ class ProductBase(Base):
     def __init__(self, bases: Iterable[Base]) -> None:
         parts = list(bases)
         for part in parts:
-            check_type("bases", part, Base, "use UniformOnManifold or StandardNormal")
+            check_type("each of bases", part, Base, "use UniformOnManifold or StandardNormal")
             if part.context_features:
                 raise ValueError(
                     f"bases must take no context; {type(part).__name__} takes one of "
@@ -106,9 +107,25 @@ class ProductBase(Base):
         """Product of the manifolds of the parts."""
         return self.manifold.support
 
+    @property
+    def has_rsample(self) -> bool:
+        """Whether the draws of every part have gradients."""
+        return all(part.has_rsample for part in self._parts)
+
+    @property
+    def needs_initialization(self) -> bool:
+        """Whether a part has yet to set something from data."""
+        return any(part.needs_initialization for part in self._parts)
+
+    def _initialize(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> None:
+        for base, part in zip(self._parts, self.manifold.split(z), strict=True):
+            base.initialize(part, generator=generator)
+
     def _log_prob(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> Tensor:
         parts = zip(self._parts, self.manifold.split(z), strict=True)
-        return torch.stack([base.log_prob(part) for base, part in parts]).sum(0)
+        return torch.stack([base.log_prob(part, generator=generator) for base, part in parts]).sum(
+            0
+        )
 
     def _rsample(
         self, shape: torch.Size, context: Tensor | None, generator: Generator | None
@@ -143,5 +160,11 @@ def base_on(manifold: Manifold) -> Base:
 
 
 def _manifold_of(base: Base) -> Manifold:
-    manifold = getattr(base, "manifold", None)
-    return manifold if isinstance(manifold, Manifold) else Euclidean(base.features)
+    if isinstance(base.support, OnManifold):
+        return base.support.manifold
+    if repr(base.support) != repr(constraints.real_vector):  # torch compares by identity
+        raise ValueError(
+            "each of bases must be on a manifold or on all real vectors; the support of "
+            f"{type(base).__name__} is {base.support}."
+        )
+    return Euclidean(base.features)

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 from torch.distributions import Distribution, constraints
 
-from cnf._checks import check_count, check_type
+from cnf._checks import check_count, check_type, check_vectors
 from cnf._shapes import BaseRows
 from cnf.bases.base import Base
 from cnf.bases.directional import (
@@ -107,8 +107,14 @@ class VonMisesFisherMixture(Base):
             TypeError: If an argument has the wrong type.
             ValueError: If rows are not on the manifold, or fewer than the components.
         """
+        check_type("z", z, Tensor, "use torch.as_tensor(z)")
+        check_vectors("z", z, manifold.features, like=z)
         mixture = cls(manifold, check_count("components", components)).to(z)
-        if z.ndim != 2 or not manifold.contains(z).all():
+        if z.ndim != 2:
+            raise ValueError(
+                f"z must have shape (rows, {manifold.features}); got {tuple(z.shape)}."
+            )
+        if not manifold.contains(z).all():
             raise ValueError(f"z must be rows on {manifold}; got some that are not. Project them.")
         if len(z) < components:
             raise ValueError(f"z must have at least {components} rows; got {len(z)}.")
@@ -125,8 +131,8 @@ class VonMisesFisherMixture(Base):
         """Set the components; weights are on any scale.
 
         Raises:
-            ValueError: If the shapes do not fit, a mean is not on the manifold, or a concentration
-                is negative.
+            ValueError: If the shapes do not fit, a mean is not on the manifold, a concentration is
+                negative or not finite, or a weight is not finite, or all are zero.
         """
         shapes = (len(means),), (len(means), self.features), (len(means), self.angles)
         found = tuple(log_weights.shape), tuple(means.shape), tuple(concentrations.shape)
@@ -134,8 +140,16 @@ class VonMisesFisherMixture(Base):
             raise ValueError(f"components must have parameters of shapes {shapes}; got {found}.")
         if not self.manifold.contains(means).all():
             raise ValueError(f"means must be on {self.manifold}; got some that are not.")
-        if not (concentrations >= 0).all():
-            raise ValueError("concentrations must be at least 0; got a negative one.")
+        if not ((concentrations >= 0) & concentrations.isfinite()).all():
+            raise ValueError(
+                "concentrations must be finite and at least 0; they go from "
+                f"{float(concentrations.min()):.3g} to {float(concentrations.max()):.3g}."
+            )
+        if not (log_weights < math.inf).all() or (len(means) and log_weights.max() == -math.inf):
+            raise ValueError(
+                "log_weights must be finite or -inf, and not all -inf; got "
+                f"{log_weights.tolist()[:8]}."
+            )
         like = self.means
         self.log_weights = log_weights.log_softmax(0).to(like)
         self.means, self.concentrations = means.to(like), concentrations.to(like)

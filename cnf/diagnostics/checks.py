@@ -201,7 +201,10 @@ def _error_of_round_trip(
     moves = (part.to_data, part.to_base) if from_base else (part.to_base, part.to_data)
     there = moves[0](start, context, generator=case.generator)
     back = moves[1](there, context, generator=case.generator)
-    return float(((back - start).abs() / scale_of(start)).max())
+    moved = back - start
+    if isinstance(part.support, OnManifold):  # where π and -π are the same angle
+        _, moved = part.support.manifold.geodesic(start.new_zeros(()), start, back)
+    return float((moved.abs() / scale_of(start)).max())
 
 
 def _context(part: Flow | Transform, case: Case) -> Tensor | None:

@@ -91,8 +91,9 @@ def calibrate(
 
 def obstacle_to_calibration(chain: Chain, base: Base) -> str | None:
     """Return why the error of the end of an ODE is not the error of the log-density, or None."""
-    parts = base.bases if isinstance(base, ProductBase) else [base]
-    if not all(isinstance(part, StandardNormal | UniformOnManifold) for part in parts):
+    parts = [part for part in base.modules() if isinstance(part, Base)]
+    known = StandardNormal | UniformOnManifold | ProductBase
+    if not all(isinstance(part, known) for part in parts):
         return (
             "calibrate estimates errors at a StandardNormal or UniformOnManifold base; got "
             f"{type(base).__name__}. Choose a solver by hand, with using(solver=...)."

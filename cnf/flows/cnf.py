@@ -104,7 +104,7 @@ class CNF(Flow):
         check_count("blocks", blocks)
         before = Chain(transforms, check_count("features", features))
         parts = before.transforms
-        manifold = _manifold_of(manifold, before, augment)
+        manifold = _manifold_of(manifold, before, augment, skip)
         if manifold is not None:
             standardize, skip = standardize and any(manifold.euclidean_columns), False
         if check_flag("standardize", standardize) and not (
@@ -178,7 +178,9 @@ class CNF(Flow):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _manifold_of(manifold: Manifold | None, before: Chain, augment: int) -> Manifold | None:
+def _manifold_of(
+    manifold: Manifold | None, before: Chain, augment: int, skip: bool | None
+) -> Manifold | None:
     """Return the manifold, or the one that transforms map to; refuse what does not go with it."""
     mapped = before.codomain.manifold if isinstance(before.codomain, OnManifold) else None
     found = mapped if manifold is None else manifold
@@ -188,6 +190,11 @@ def _manifold_of(manifold: Manifold | None, before: Chain, augment: int) -> Mani
     if before.base_features != found.features:
         raise ValueError(
             f"features must be the {found.features} of {found}; got {before.base_features}."
+        )
+    if skip:
+        raise ValueError(
+            "skip must be None or False with a manifold, because no multiple of x is tangent; got "
+            f"{skip}."
         )
     if augment or (len(before) and mapped != found):
         raise ValueError(

@@ -117,7 +117,7 @@ class Flow(FlowMap):
                 )
             log_prob = of_base + ladj
         refuse_overflow("x", log_prob.detach().isnan(), "its log-density", x.dtype)
-        if self.base.features < math.prod(self.event_shape) and self.likelihood == "on_manifold":
+        if self.likelihood == "on_manifold":
             self._refuse_off_surface(x, context, generator)
         if not is_hidden(inside):
             return log_prob
@@ -237,8 +237,8 @@ class Flow(FlowMap):
 
         Raises:
             TypeError: If `log_density` returns no tensor.
-            ValueError: If it returns another shape, NaN or inf; or if the likelihood of the base is
-                a bound, whose draws have no weights.
+            ValueError: If it returns another shape, NaN or inf; or if the draws have no weights,
+                because the likelihood of the base is a bound, or the flow covers a surface alone.
 
         References:
             Wu, Koehler & Noe (2020), Stochastic Normalizing Flows, equation 8.
@@ -250,6 +250,11 @@ class Flow(FlowMap):
             raise ValueError(
                 "base must have a log-density of its draws to weigh them; its likelihood is "
                 f"{self.base.likelihood!r}."
+            )
+        if self.transforms.likelihood in ("on_manifold", "not_a_likelihood"):
+            raise ValueError(
+                "flow must have a density in all of space for weights of its draws; its likelihood "
+                f"is {self.likelihood!r}. Leave out transforms such as a ConformalEmbedding."
             )
         shape = self._shape(sample_shape, context, generator)
         z = self.base.rsample(shape, context, generator=generator)

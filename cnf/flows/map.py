@@ -27,6 +27,7 @@ from cnf.bases import Base
 from cnf.divergence import Divergence
 from cnf.flows.calibration import calibrate, obstacle_to_calibration
 from cnf.flows.trajectory import check_times, follow
+from cnf.manifolds import OnManifold
 from cnf.ode import ODESolver
 from cnf.regularizers import CostRate
 from cnf.transforms import Chain, ContinuousTransform, Transform
@@ -263,8 +264,9 @@ class FlowMap(nn.Module):
     ) -> Float[Tensor, "*joint_batch"]:
         """Return how far each row is from the surface of the flow, where the flow projects it.
 
-        It is the Euclidean norm of x - x', with x' = ``to_data(to_base(x))``. A flow that covers
-        all of space has distance 0, up to rounding, unless it draws.
+        It is the Euclidean norm of x - x', with x' = ``to_data(to_base(x))``; on a manifold, the
+        length of the geodesic. A flow that covers all of space, or the manifold, has distance 0, up
+        to rounding, unless it draws.
         """
         x = self._validate("x", x, context, generator)
         return self._distance(x, context, generator)
@@ -303,7 +305,10 @@ class FlowMap(nn.Module):
         chain = self.transforms.onto_surface
         given = context if chain.context_features else None
         z = chain.to_base(x, given, generator=generator)
-        moved = x - chain.to_data(z, given, generator=generator)
+        back = chain.to_data(z, given, generator=generator)
+        if isinstance(self.support, OnManifold):
+            return self.support.manifold.distance(x, back)
+        moved = x - back
         flat = moved.flatten(x.ndim - len(self.event_shape))
         distance: Tensor = torch.linalg.vector_norm(flat, dim=-1)
         return distance

@@ -7,10 +7,11 @@ from jaxtyping import Float, Shaped
 from torch import Generator, Tensor, nn
 from torch.distributions import constraints
 
-from cnf._checks import check_type
+from cnf._checks import check_type, is_hidden, reference_tensor
 from cnf._shapes import BaseRows, Context
-from cnf.bases import Base
+from cnf.bases import Base, Likelihood, weakest
 from cnf.flows.flow import Flow
+from cnf.transforms import Transform
 from cnf.transforms.chain import agreed_context_features
 from cnf.vector_fields.conditioning import ContextScaling, scaled_context
 
@@ -24,8 +25,11 @@ class MixtureOfFlows(Base):
     apart; a mixture of one flow for each connected part, or for each chart of a surface, does not.
     Charts of weight 0 take no part.
 
+    The log of a sum of estimates is too large on average, so with several charts it is a biased
+    estimate.
+
     Args:
-        flows: The charts, vectors of the same size, with the same context or none.
+        flows: The charts, densities of vectors of the same size, with the same context or none.
         gate: Module that maps the standardised context to unnormalised log-weights, ``(*batch,
             charts)``, such as an `MLPConditioner`; None for one trained log-weight a chart,
             `log_weights`.
@@ -33,8 +37,9 @@ class MixtureOfFlows(Base):
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If there is no flow, the flows do not fit together, or there is a gate but no
-            context; when called, if the gate returns another number of charts.
+        ValueError: If there is no flow, the flows do not fit together, one has its density on a
+            surface alone or none, or there is a gate but no context; when called, if the gate
+            returns another number of charts.
 
     References:
         Sidheekh et al. (2022), VQ-Flows: Vector Quantized Local Normalizing Flows.
@@ -56,6 +61,7 @@ class MixtureOfFlows(Base):
         ends = [part for flow in parts for part in (flow.transforms, flow.base)]
         super().__init__(parts[0].features, agreed_context_features(ends) or context_features)
         self.flows = nn.ModuleList(parts)
+        like = reference_tensor(parts[0]).detach()
         if gate is not None:
             check_type("gate", gate, nn.Module, "wrap a function of the context in a module")
             if not self.context_features:
@@ -63,10 +69,9 @@ class MixtureOfFlows(Base):
                     "gate must be None without a context, because it is a function of it; got "
                     f"{type(gate).__name__}. Give context_features, if no flow has a context."
                 )
-            self.context_scaling = ContextScaling(self.context_features)
+            self.context_scaling = ContextScaling(self.context_features).to(like)
         else:
-            like = next(parts[0].parameters(), torch.zeros(()))
-            self.log_weights = nn.Parameter(like.detach().new_zeros(len(parts)))
+            self.log_weights = nn.Parameter(like.new_zeros(len(parts)))
         self.gate = gate
 
     def extra_repr(self) -> str:
@@ -77,6 +82,15 @@ class MixtureOfFlows(Base):
     def support(self) -> constraints.Constraint:
         """The support of the charts, which is the same for all."""
         return self._charts[0].support
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """Weakest kind of the charts; a biased estimate where several are summed, one estimated."""
+        kinds = {flow.likelihood for flow in self._charts}
+        inner = {part.likelihood for part in self.flows.modules() if isinstance(part, Transform)}
+        if len(self.flows) > 1 and "estimate" in kinds | inner:
+            kinds.add("biased_estimate")
+        return weakest(kinds)
 
     @property
     def has_rsample(self) -> bool:
@@ -134,7 +148,9 @@ class MixtureOfFlows(Base):
     def _log_joint(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> Tensor:
         """Return the log of weight times density of each chart; -inf for one of weight 0."""
         log_weights = self._log_weights(context)
-        is_used = (log_weights > -torch.inf).reshape(-1, len(self.flows)).any(0).tolist()
+        is_used = [True] * len(self.flows)
+        if not is_hidden(log_weights):
+            is_used = (log_weights > -torch.inf).reshape(-1, len(self.flows)).any(0).tolist()
         batch = z.shape[:-1]
         found = [
             flow.log_prob(z, context if flow.context_features else None, generator=generator)
@@ -197,6 +213,13 @@ def _checked(flows: Iterable[Flow]) -> list[Flow]:
     shapes = {tuple(part.event_shape) for part in parts}
     if len(shapes) > 1 or len(next(iter(shapes))) != 1:
         raise ValueError(f"flows must take vectors of the same size; got {sorted(shapes)}.")
+    for part in parts:
+        if part.likelihood in ("on_manifold", "not_a_likelihood"):
+            raise ValueError(
+                "flows must have densities in all of space, whose sum is one; got one whose "
+                f"likelihood is {part.likelihood!r}. Leave out transforms such as a "
+                "ConformalEmbedding."
+            )
     supports = {repr(part.support) for part in parts}
     if len(supports) > 1:
         raise ValueError(f"flows must have the same support; got {', '.join(sorted(supports))}.")

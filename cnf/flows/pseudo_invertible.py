@@ -1,5 +1,6 @@
 """Flow whose base point is a code and a small remainder."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -54,6 +55,12 @@ class PseudoInvertibleEncoder(Flow):
         parts = as_list(transforms)
         if not parts:
             raise ValueError("transforms must hold at least one transform; got none.")
+        sizes = math.prod(parts[0].event_shape), parts[-1].base_features
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"transforms must give as many features as the {sizes[0]} of the data, as code "
+                f"and remainder are all of them; got {sizes[1]}. Leave out a Slice or Augment."
+            )
         base = NarrowNormal(parts[-1].base_features, code_features, std=std)
         super().__init__(parts, base.to(reference_tensor(torch.nn.ModuleList(parts))))
 

@@ -9,6 +9,9 @@ from torch.distributions import constraints
 
 from cnf._shapes import EmbeddedRows, Rows, Times, Values
 
+TOLERANCE = 1e-4
+"""Largest distance of a point from a manifold that it counts as being on."""
+
 
 class OnManifold(constraints.Constraint):
     """Points on a manifold, up to rounding."""

@@ -26,7 +26,7 @@ class Euclidean(Manifold):
     """Number of columns."""
 
     def __post_init__(self) -> None:
-        check_count("features", self.features)
+        object.__setattr__(self, "features", check_count("features", self.features))
 
     @property
     def euclidean_columns(self) -> tuple[bool, ...]:
@@ -110,11 +110,14 @@ class Product(Manifold):
     """Manifolds, from the first to the last columns."""
 
     def __post_init__(self) -> None:
+        check_type("factors", self.factors, Iterable, "put the manifold into a list")
         object.__setattr__(self, "factors", tuple(self.factors))
         if not self.factors:
             raise ValueError("factors must hold at least one manifold; got none.")
         for factor in self.factors:
-            check_type("factors", factor, Manifold, "use Sphere(3), Torus(1) or Euclidean(2)")
+            check_type(
+                "each of factors", factor, Manifold, "use Sphere(3), Torus(1) or Euclidean(2)"
+            )
 
     @property
     def features(self) -> int:  # type: ignore[override]  # it cannot be written
@@ -135,6 +138,12 @@ class Product(Manifold):
     def log_volume(self) -> float:
         """Sum of the factors' logarithms."""
         return sum(factor.log_volume for factor in self.factors)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """The manifold; real vectors if every factor is Euclidean."""
+        real = constraints.real_vector
+        return real if all(factor.support is real for factor in self.factors) else super().support
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the columns of each factor."""

@@ -8,10 +8,7 @@ from torch import Generator, Tensor
 
 from cnf._checks import check_count
 from cnf._shapes import EmbeddedRows, Rows, Times
-from cnf.manifolds.base import Manifold
-
-_TOLERANCE = 1e-4
-"""Largest distance of a point from the sphere."""
+from cnf.manifolds.base import TOLERANCE, Manifold
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class Sphere(Manifold):
     """Number of entries of a vector."""
 
     def __post_init__(self) -> None:
-        check_count("features", self.features, least=2)
+        object.__setattr__(self, "features", check_count("features", self.features, least=2))
 
     @property
     def log_volume(self) -> float:
@@ -48,7 +45,7 @@ class Sphere(Manifold):
 
     def contains(self, x: Rows) -> Tensor:
         """Return the mask of the vectors whose length is 1 within 1e-4."""
-        return (_length(x)[..., 0] - 1).abs() <= _TOLERANCE
+        return (_length(x)[..., 0] - 1).abs() <= TOLERANCE
 
     def project(self, x: Rows) -> Rows:
         """Return vectors of length 1 in the directions of `x`."""
@@ -87,14 +84,14 @@ class Sphere(Manifold):
     def geodesic(self, t: Times, x0: Rows, x1: Rows) -> tuple[Rows, Rows]:
         """Return point and velocity on a great circle."""
         chord = x1 - x0
-        aside = _off(x0, chord)
-        size = _length(aside)
+        # Twice, because near antipodes most of the first one is rounding, along x0.
+        aside = _off(x0, self.project(_off(x0, chord)))
         # The angle by both half chords is precise near 0 and near pi.
         angle = 2 * torch.atan2(_length(chord), _length(x1 + x0))
         # Antipodes have no direction between them.
         axis = torch.zeros_like(x0).scatter(-1, x0.abs().argmin(-1, keepdim=True), 1.0)
         other = _off(x0, axis)
-        lost = (size < torch.finfo(x0.dtype).eps) & (angle > 1)
+        lost = (_length(aside) < 0.5) & (angle > 1)
         direction = self.project(torch.where(lost, other, aside))
         turned = t.unsqueeze(-1) * angle
         state = turned.cos() * x0 + turned.sin() * direction

@@ -8,7 +8,7 @@ from torch import Generator, Tensor
 
 from cnf._checks import check_count
 from cnf._shapes import EmbeddedRows, Rows, Times
-from cnf.manifolds.base import Manifold
+from cnf.manifolds.base import TOLERANCE, Manifold
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Torus(Manifold):
     """Number of angles."""
 
     def __post_init__(self) -> None:
-        check_count("features", self.features)
+        object.__setattr__(self, "features", check_count("features", self.features))
 
     @property
     def embedded_features(self) -> int:
@@ -46,12 +46,13 @@ class Torus(Manifold):
         return self.features * math.log(2 * math.pi)
 
     def contains(self, x: Rows) -> Tensor:
-        """Return the mask of the rows of angles from -π to π."""
-        return (x.abs() <= math.pi).all(-1)
+        """Return the mask of the rows of angles from -π to π, within 1e-4."""
+        return (x.abs() <= math.pi + TOLERANCE).all(-1)
 
     def project(self, x: Rows) -> Rows:
         """Return the same angles, from -π to π."""
-        return x - 2 * math.pi * ((x + math.pi) / (2 * math.pi)).floor()
+        # A multiple of 2π that is subtracted would be rounded, and may leave an angle beyond π.
+        return torch.atan2(x.sin(), x.cos())
 
     def restore(self, moved: Rows, start: Rows) -> Rows:
         """Return `moved` from -π to π."""

@@ -96,7 +96,7 @@ class FlowMatching(Objective):
         usual = LinearPath() if manifold is None else GeodesicPath(manifold)
         self.path = usual if path is None else path
         check_type("path", self.path, ProbabilityPath, "use LinearPath()")
-        if manifold is not None and self.path != usual:
+        if self.path != usual and (manifold is not None or isinstance(self.path, GeodesicPath)):
             raise ValueError(
                 f"path must stay on the manifold of the flow, as {usual} does; got {self.path}."
             )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cnf._checks import check_number, is_positive
+from cnf._checks import check_number, check_type, is_positive
 from cnf._shapes import Rows, Times
 from cnf.manifolds import Manifold
 
@@ -137,6 +137,9 @@ class GeodesicPath(ProbabilityPath):
 
     `FlowMatching` takes it for a flow on a manifold.
 
+    Raises:
+        TypeError: If `manifold` is not a `Manifold`.
+
     References:
         Chen and Lipman (2024), Flow Matching on General Geometries.
         https://arxiv.org/abs/2302.03660
@@ -150,6 +153,9 @@ class GeodesicPath(ProbabilityPath):
 
     manifold: Manifold
     """The manifold."""
+
+    def __post_init__(self) -> None:
+        check_type("manifold", self.manifold, Manifold, "use Sphere(3) or Torus(2)")
 
     def state_and_velocity(
         self, t: Times, x0: Rows, x1: Rows, *, generator: torch.Generator | None = None

@@ -237,7 +237,8 @@ class ContinuousTransform(Transform):
                     "grid; use ODESolver(steps=...)."
                 )
             way = float(times[0]), float(times[-1])
-        return self._follow(x, way, times, context, solver=self.solver)
+        states = self._follow(x, way, times, context, solver=self.solver)
+        return self._restore(states, x.expand_as(states))
 
     def _follow(
         self,

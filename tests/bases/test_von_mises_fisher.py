@@ -19,6 +19,18 @@ def single(concentration):
     return base
 
 
+def weighted(*log_weights):
+    base = VonMisesFisherMixture(Sphere(3), 2)
+    base.set_components(torch.tensor(log_weights), POLE.expand(2, 3), torch.ones(2, 1))
+    return base
+
+
+def test_a_component_of_weight_zero_takes_no_part():
+    x = Sphere(3).project(torch.randn(5, 3))
+    expected = single(1.0).log_prob(x)
+    torch.testing.assert_close(weighted(0.0, -math.inf).log_prob(x), expected)
+
+
 @pytest.mark.parametrize("concentration", [0.0, 1e-9, 1e-6, 1e-3, 1.0, 30.0, 1e5, 1e8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_distribution_on_the_sphere_is_normalised_at_every_concentration(concentration, dtype):
@@ -93,12 +105,25 @@ def test_repeated_rows_do_not_make_a_component_infinite():
     assert fitted.log_prob(z).isfinite().all()
 
 
+@pytest.mark.usefixtures("shapes_unchecked")
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: single(-1.0), "concentrations must be at least 0"),
+        (lambda: single(-1.0), "concentrations must be finite and at least 0; they go from -1"),
+        (lambda: single(math.inf), "concentrations must be finite"),
+        (lambda: weighted(-math.inf, -math.inf), "log_weights must be finite or -inf, and not all"),
+        (lambda: weighted(0.0, math.nan), "log_weights must be finite or -inf"),
+        (lambda: weighted(0.0, math.inf), "log_weights must be finite or -inf"),
         (lambda: VonMisesFisherMixture.from_data(2 * POLE, Sphere(3), 1), "z must be rows on"),
         (lambda: VonMisesFisherMixture.from_data(POLE, Sphere(3), 2), "at least 2 rows"),
+        (
+            lambda: VonMisesFisherMixture.from_data(POLE, Torus(2), 1),
+            r"z must have shape \(\*batch, 2\); got \(1, 3\)",
+        ),
+        (
+            lambda: VonMisesFisherMixture.from_data(POLE[0], Sphere(3), 1),
+            r"z must have shape \(rows, 3\); got \(3,\)",
+        ),
         (
             lambda: VonMisesFisherMixture(Torus(2), 1).set_components(
                 torch.zeros(1), torch.zeros(1, 2), torch.ones(1, 1)

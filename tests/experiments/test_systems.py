@@ -5,6 +5,7 @@ import torch
 
 from experiments.systems.__main__ import NAMES, main
 from experiments.systems.settings import Settings
+from experiments.systems.sphere import are_new
 
 
 @pytest.fixture(autouse=True)
@@ -27,3 +28,11 @@ def test_a_system_is_shown(name, tmp_path, capsys):
 def test_an_unknown_system_is_refused():
     with pytest.raises(SystemExit, match="names must be among"):
         main(("nothing",), settings=Settings())
+
+
+def test_a_place_is_new_unless_it_is_the_same():
+    """In single precision, among many rows, with some about 1 km beside them."""
+    places = torch.nn.functional.normalize(torch.randn(500, 3), dim=-1)
+    beside = torch.nn.functional.normalize(places + 1e-4, dim=-1)
+    assert not are_new(places, places.flip(0)).any()
+    assert are_new(beside, places).all()

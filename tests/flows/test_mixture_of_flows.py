@@ -8,11 +8,23 @@ import torch
 from torch.distributions import Normal
 from zoo import cnf, perturbed, seeded
 
-from cnf import CNF, Flow, load, save
+from cnf import CNF, Exact, Flow, Hutchinson, ODESolver, load, save
 from cnf.baselines import build
+from cnf.bases import StandardNormal
 from cnf.flows import MixtureOfFlows
 from cnf.objectives import MaximumLikelihood
-from cnf.transforms import Affine, Augment, ConditionalAffine, Logit, MLPConditioner
+from cnf.transforms import (
+    Affine,
+    Augment,
+    ConditionalAffine,
+    ConformalEmbedding,
+    ContinuousTransform,
+    Logit,
+    MLPConditioner,
+    Permute,
+    Similarity,
+)
+from cnf.vector_fields import LinearField
 
 
 def normal(mean: float, std: float) -> Flow:
@@ -171,6 +183,10 @@ def test_training_moves_charts_and_weights():
         (lambda: MixtureOfFlows([]), "flows must hold at least one"),
         (lambda: MixtureOfFlows([CNF(2), CNF(3)]), "same size"),
         (lambda: MixtureOfFlows([CNF(2), Flow([Logit(2)])]), "same support"),
+        (
+            lambda: MixtureOfFlows([Flow([ConformalEmbedding([Similarity(3)], 2)])]),
+            "flows must have densities in all of space.*likelihood is 'on_manifold'",
+        ),
         (lambda: MixtureOfFlows([CNF(2)], torch.nn.Linear(3, 1)), "gate must be None"),
         (lambda: three().set_weights(torch.tensor([1, 2])), "weights must be 3 finite numbers"),
         (lambda: three().set_weights(torch.tensor([0, 0, 0])), "not all 0"),
@@ -198,3 +214,42 @@ def test_a_gate_with_another_number_of_charts_is_refused():
 def test_the_kind_is_the_weakest_of_the_charts():
     bound = Flow([Augment(2, 1), *build("nice", 3, size=4).transforms])
     assert MixtureOfFlows([cnf(), bound]).likelihood == "lower_bound"
+
+
+def estimated(seed: int) -> Flow:
+    """A linear flow in four dimensions, its divergence by one probe."""
+    field = LinearField(4)
+    with torch.no_grad():
+        field.weight.copy_(torch.randn(4, 4, generator=torch.Generator().manual_seed(seed)))
+    solver = ODESolver(method="rk4", steps=10)
+    return Flow([ContinuousTransform(field, divergence=Hutchinson(), solver=solver)])
+
+
+@torch.no_grad()
+def test_the_log_of_a_sum_of_estimates_is_labelled_as_biased():
+    """It is too large on average, by far more than 5 standard errors."""
+    x, generator = torch.zeros(4000, 4), seeded()
+    for charts, kind in ((1, "estimate"), (2, "biased_estimate")):
+        flow = Flow([], MixtureOfFlows([estimated(seed) for seed in range(charts)]))
+        assert flow.likelihood == kind
+        error = flow.log_prob(x, generator=generator) - flow.using(divergence=Exact()).log_prob(x)
+        bias = error.mean() / (error.std() / len(x) ** 0.5)
+        assert (bias > 5) if kind == "biased_estimate" else (bias.abs() < 5)
+
+
+@pytest.mark.parametrize("has_gate", [False, True])
+def test_a_density_is_the_same_within_vmap(has_gate):
+    gate = perturbed(MLPConditioner(1, 2, hidden_features=())) if has_gate else None
+    mixture = MixtureOfFlows([Flow([Affine(2)]), perturbed(Flow([ConditionalAffine(2, 1)]))], gate)
+    z, context = torch.randn(5, 2), torch.randn(5, 1)
+    found = torch.func.vmap(mixture.log_prob)(z, context)
+    torch.testing.assert_close(found, mixture.log_prob(z, context))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_weights_and_scaling_of_a_gate_have_the_dtype_of_the_charts(dtype):
+    base = StandardNormal(2).to(dtype)
+    for gate in (None, MLPConditioner(1, 1).to(dtype)):
+        mixture = MixtureOfFlows([Flow([Permute([1, 0])], base)], gate, 1)
+        x, context = torch.zeros(3, 2, dtype=dtype), torch.ones(1, dtype=dtype)
+        assert mixture.log_prob(x, context).dtype == dtype

@@ -8,7 +8,7 @@ from zoo import autoencoder, couplings, perturbed
 from cnf import Flow, MaximumLikelihood, Standardize, load, save
 from cnf.bases import NarrowNormal, StandardNormal
 from cnf.flows import PseudoInvertibleEncoder
-from cnf.transforms import Augment, AutoencoderCoupling, FactorOut, MLPConditioner, Permute
+from cnf.transforms import Augment, AutoencoderCoupling, FactorOut, MLPConditioner, Permute, Slice
 
 
 def encoder(std=0.1):
@@ -126,6 +126,8 @@ def test_the_extended_form_is_a_bound_with_a_drawn_core_that_importance_samples_
         (lambda: PseudoInvertibleEncoder(couplings(), 2), "code_features must be .* 1; got 2"),
         (lambda: PseudoInvertibleEncoder(couplings(), 1, std=0.0), "std must be positive"),
         (lambda: PseudoInvertibleEncoder([], 1), "transforms must hold at least one"),
+        (lambda: PseudoInvertibleEncoder([Slice(5, 3)], 2), "as many .* the 5 of .* got 3"),
+        (lambda: PseudoInvertibleEncoder([Augment(3, 2)], 2), "as many .* the 3 of .* got 5"),
         (lambda: encoder().decode(torch.zeros(3, 2)), "code must have shape"),
         (lambda: AutoencoderCoupling(2, 2), "core_features must be .* 1; got 2"),
         (

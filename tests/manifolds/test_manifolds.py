@@ -8,11 +8,30 @@ import torch
 from torch import Tensor
 from zoo import MANIFOLDS, PRECISE, cnf, rows_for, seeded, tangent
 
-from cnf import CNF, Flow, FlowMatching, ODESolver, TrainingConfig, certify, fit, load, save
-from cnf.bases import UniformOnManifold, VonMisesFisherMixture
+from cnf import (
+    CNF,
+    Flow,
+    FlowMatching,
+    Hutchinson,
+    ODESolver,
+    Standardize,
+    TrainingConfig,
+    certify,
+    fit,
+    load,
+    save,
+)
+from cnf.bases import (
+    HalfNormal,
+    ProductBase,
+    StandardNormal,
+    UniformOnManifold,
+    VonMisesFisherMixture,
+)
+from cnf.flows import MixtureOfFlows
 from cnf.manifolds import Euclidean, Product, Sphere, Torus
-from cnf.objectives import LinearPath
-from cnf.transforms import Affine, ContinuousTransform, Standardize
+from cnf.objectives import GeodesicPath, LinearPath
+from cnf.transforms import Affine, ContinuousTransform
 from cnf.vector_fields import LinearField, TangentField
 
 every_manifold = pytest.mark.parametrize("manifold", MANIFOLDS.values(), ids=MANIFOLDS)
@@ -55,6 +74,37 @@ def test_a_geodesic_leads_from_start_to_end_on_the_manifold_at_constant_speed(ma
     for time, end in ((0.0, x0), (1.0, x1)):
         reached = manifold.geodesic(torch.tensor(time), x0, x1)[0]
         torch.testing.assert_close(manifold.embed(reached), manifold.embed(end))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("beside", [0.0, 1e-12, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3])
+def test_a_geodesic_to_nearly_the_antipode_stays_on_the_sphere_and_is_tangent(beside, dtype):
+    sphere, rounding = Sphere(3), 10 * torch.finfo(dtype).eps
+    x0 = sphere.project(torch.randn(500, 3, dtype=dtype))
+    x1 = sphere.project(-x0 + beside * torch.randn(500, 3, dtype=dtype))
+    point, velocity = sphere.geodesic(torch.rand(500, dtype=dtype), x0, x1)
+    end, _ = sphere.geodesic(torch.ones(500, dtype=dtype), x0, x1)
+    assert (point.norm(dim=-1) - 1).abs().max() < rounding
+    assert (point * velocity).sum(-1).abs().max() < rounding
+    torch.testing.assert_close(end, x1, rtol=0, atol=rounding)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_wrapped_angles_are_from_minus_pi_to_pi_and_the_same_points(dtype):
+    limit, step = torch.tensor(math.pi, dtype=dtype), torch.finfo(dtype).eps
+    seams = torch.cat(
+        [turns * limit * (1 + step * torch.arange(-9, 10)) for turns in (-3, -1, 1, 5)]
+    )
+    x = torch.cat([seams, 1e6 * torch.randn(1000, dtype=dtype)]).to(dtype).unsqueeze(-1)
+    wrapped = Torus(1).project(x)
+    assert wrapped.abs().max() <= limit
+    torch.testing.assert_close(Torus(1).embed(wrapped), Torus(1).embed(x))
+
+
+def test_angles_rounded_beyond_pi_are_on_the_torus():
+    single = torch.tensor([[math.pi]], dtype=torch.float32)
+    assert single.double() > math.pi
+    assert cnf(1, manifold=Torus(1)).log_prob(single.double()).isfinite()
 
 
 @pytest.mark.parametrize("distance", [0.0, 1e-6, 1e-3, 1.0, math.pi - 1e-3, math.pi])
@@ -136,6 +186,19 @@ def test_draws_are_on_the_manifold_also_by_a_coarse_solver(manifold, dtype):
     assert coarse.log_prob(x).isfinite().all()
 
 
+@every_manifold
+@pytest.mark.parametrize("way", [(1.0, 0.6, 0.0), (0.0, 0.6, 1.0)], ids=str)
+def test_a_trajectory_stays_on_the_manifold_and_ends_where_the_flow_does(manifold, way):
+    flow = cnf(manifold.features, manifold=manifold)
+    coarse = flow.using(solver=ODESolver(method="euler", steps=3))
+    start = manifold.project(3 * torch.randn(50, manifold.features))
+    states = coarse.trajectory(start, torch.tensor(way))
+    torch.testing.assert_close(states, manifold.project(states), rtol=0, atol=1e-12)
+    precise = flow.trajectory(start, torch.tensor(way))[-1]
+    end = flow.to_base(start) if way[0] == 1 else flow.to_data(start)
+    assert manifold.distance(precise, end).max() < 1e-6
+
+
 @pytest.mark.parametrize(
     ("manifold", "off"), [(Sphere(3), [1.0, 0.1, 0.0]), (Torus(2), [0.0, 3.2])], ids=str
 )
@@ -157,6 +220,8 @@ def test_the_way_around_the_circle_has_no_seam():
     t, x0, x1 = torch.rand(1), torch.tensor([[3.0]]), torch.tensor([[-3.0]])
     _, velocity = FlowMatching(flow).path.state_and_velocity(t, x0, x1)
     torch.testing.assert_close(velocity, torch.tensor([[2 * math.pi - 6]]))
+    torch.testing.assert_close(flow.distance(seam), torch.zeros(2), rtol=0, atol=1e-6)
+    assert certify(flow, seam.expand(2, 1))["round_trip"].verdict == "pass"
 
 
 def test_only_euclidean_columns_are_standardised():
@@ -179,18 +244,65 @@ def test_only_euclidean_columns_are_standardised():
         (lambda: CNF(3, manifold=Sphere(3), augment=1), "got augment=1 and transforms to"),
         (lambda: CNF(3, transforms=[Affine(3)], manifold=Sphere(3)), "do not map to the manifold"),
         (lambda: Standardize(2, manifold=Sphere(3)), "features must be the 3 of Sphere"),
+        (lambda: CNF(3, manifold=Sphere(3), skip=True), "skip must be None or False with a manif"),
         (lambda: TangentField(LinearField(2), Torus(2)), "must have the 4 embedded_features"),
         (lambda: UniformOnManifold(Euclidean(2)), "manifold must be compact"),
         (lambda: Sphere(1), "features must be at least 2"),
         (lambda: Product([]), "factors must hold at least one"),
+        (lambda: ProductBase([HalfNormal(1)]), "each of bases must be on a manifold or on all"),
         (lambda: VonMisesFisherMixture(Sphere(4)), "must be Sphere.3. or a Torus"),
         (lambda: Flow([Affine(3), CNF(3, manifold=Sphere(3)).chain[0]]), "codomain of Affine"),
         (lambda: FlowMatching(CNF(3, manifold=Sphere(3)), LinearPath()), "path must stay on"),
+        (lambda: FlowMatching(CNF(3), GeodesicPath(Sphere(3))), "path must stay on.*LinearPath"),
     ],
 )
 def test_bad_input_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+def test_a_product_takes_a_list_of_manifolds():
+    with pytest.raises(TypeError, match=r"factors must be .* got Sphere.* into a list"):
+        Product(Sphere(3))
+    with pytest.raises(TypeError, match="each of factors must be a Manifold; got int"):
+        Product([3])
+
+
+def test_sizes_may_be_numpy_integers():
+    two = np.int64(2)
+    manifold = Product([Torus(two), Sphere(two), Euclidean(two)])
+    assert repr(manifold) == repr(Product([Torus(2), Sphere(2), Euclidean(2)]))
+    assert CNF(6, manifold=manifold).support.manifold == manifold
+
+
+def test_a_product_of_lines_is_the_space_of_real_vectors():
+    flow = Flow([Affine(2)], ProductBase([StandardNormal(1), StandardNormal(1)]))
+    x = torch.randn(4, 2)
+    torch.testing.assert_close(flow.log_prob(x), Flow([Affine(2)]).log_prob(x))
+
+
+@pytest.mark.usefixtures("quick_calibration")
+def test_products_of_products_are_calibrated():
+    manifold = Product([Product([Torus(1), Sphere(2)]), Euclidean(1)])
+    flow = cnf(4, manifold=manifold)
+    x, _ = rows_for(flow, 50)
+    expected = flow.log_prob(x)
+    flow.calibrate(x)
+    torch.testing.assert_close(flow.log_prob(x), expected, rtol=0, atol=1e-3)
+
+
+def test_bases_side_by_side_keep_the_needs_of_their_parts():
+    chart = Flow([Standardize(2), cnf(divergence=Hutchinson()).transforms[0]])
+    base = ProductBase([MixtureOfFlows([chart]), UniformOnManifold(Torus(1))])
+    flow = Flow([], base)
+    assert base.needs_initialization
+    assert not base.has_rsample
+    x = torch.cat([5 + torch.randn(50, 2), torch.rand(50, 1)], -1)
+    flow.initialize(x)
+    torch.testing.assert_close(chart.transforms[0].mean, x[:, :2].mean(0))
+    first, second = (flow.log_prob(x, generator=seeded()) for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_a_saved_flow_keeps_its_manifold(tmp_path):

@@ -12,6 +12,7 @@ from cnf.bases import StandardNormal
 from cnf.objectives import ManifoldLikelihood
 from cnf.transforms import (
     Affine,
+    Augment,
     Chain,
     ConformalEmbedding,
     Flatten,
@@ -74,6 +75,24 @@ def test_a_special_conformal_map_takes_a_plane_to_a_sphere():
     torch.testing.assert_close(distance, torch.ones(50), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("distance", [1.0, 1e-2, 1e-4])
+@torch.no_grad()
+def test_a_special_conformal_map_is_precise_near_the_point_that_goes_to_infinity(distance):
+    """In single precision, up to the rounding of that distance."""
+    special = SpecialConformal(3)
+    special.b.copy_(torch.tensor([0.3, -0.4, 1.2]))
+    pole = special.b / special.b.square().sum()
+    z = pole + distance * nn.functional.normalize(torch.randn(200, 3), dim=-1)
+    expected, expected_ladj = special.to_data_and_ladj(z.float().double())
+    x, ladj = special.float().to_data_and_ladj(z.float())
+    rounding = 20 * torch.finfo(torch.float32).eps / distance
+    torch.testing.assert_close(ladj.double(), expected_ladj, rtol=0, atol=3 * rounding)
+    torch.testing.assert_close(x.double(), expected, rtol=0, atol=rounding * float(x.abs().max()))
+    back, ladj_back = special.to_base_and_ladj(x)
+    torch.testing.assert_close(back, z.float(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(ladj_back, -ladj, rtol=0, atol=1e-4)
+
+
 @torch.no_grad()
 def test_the_density_on_a_curve_integrates_to_one_by_arc_length():
     flow = surface_flow(2, 1)
@@ -113,6 +132,8 @@ def test_a_row_off_the_surface_has_a_distance_and_no_density():
     expected = StandardNormal(2).log_prob(x[:, :2])
     torch.testing.assert_close(flow.log_prob(projected), expected)
     torch.testing.assert_close(flow.distance(x[0]), torch.zeros(()))
+    with pytest.raises(ValueError, match="x must lie on the surface"):
+        Flow([*flow.transforms, Augment(2, 1)]).log_prob(x)
 
 
 def test_a_flow_that_covers_space_has_distance_zero():
@@ -191,6 +212,10 @@ def test_a_wrong_surface_is_found(wrong, fails):
         (lambda: ConformalEmbedding([Similarity(3)], 3), "base_features must be .* 2; got 3"),
         (lambda: Flow([Standardize(3), conformal_embedding()]), "must stand first of the"),
         (lambda: MaximumLikelihood(surface_flow()), r"with ManifoldLikelihood\(flow\)"),
+        (
+            lambda: surface_flow().rsample_and_log_weight(lambda x: -x.square().sum(-1), 5),
+            "flow must have a density in all of space.*'on_manifold'",
+        ),
         (lambda: ManifoldLikelihood(CNF(2)), "likelihood is 'exact'. Use MaximumLikelihood"),
         (lambda: ManifoldLikelihood(surface_flow(), weight=-1.0), "weight must be finite"),
     ],

@@ -95,11 +95,16 @@ class SpecialConformal(ConformalMap):
         square = points.square().sum(-1, keepdim=True)
         # Numerator and L, both over 1 + |z|^2, so that neither overflows far away.
         near, far = points / (1 + square), square / (1 + square)
-        ratio = 1 / (1 + square) - 2 * (near * b).sum(-1, keepdim=True) + b.square().sum() * far
-        # Rounding makes it 0, or negative, near the point that goes to infinity.
+        moved, b_square = near - b * far, b.square().sum()
+        ratio = 1 / (1 + square) - 2 * (near * b).sum(-1, keepdim=True) + b_square * far
+        # The terms of L cancel near the point that goes to infinity; |z - b |z|^2|^2 = |z|^2 L.
+        cancels = b_square * square > 0.25
+        quotient = moved.square().sum(-1, keepdim=True) / far.where(cancels, 1.0)
+        ratio = torch.where(cancels, quotient, ratio)
+        # It may be 0 by rounding at that point.
         ratio = ratio.clamp(min=torch.finfo(points.dtype).tiny)
         log_stretch = (ratio.log() + square.log1p()).squeeze(-1)
-        return (near - b * far) / ratio, -self.features * log_stretch
+        return moved / ratio, -self.features * log_stretch
 
 
 class PiecewiseConformal(ConformalMap):
