@@ -11,7 +11,7 @@ from cnf.transforms.continuous import ContinuousTransform
 from cnf.transforms.coupling import AdditiveCoupling, AffineCoupling, Coupling
 from cnf.transforms.elementwise import Affine, ConditionalAffine, LeakyReLU
 from cnf.transforms.exact_lipschitz import ExactLipschitz
-from cnf.transforms.factor_out import FactorOut
+from cnf.transforms.factor_out import FactorOut, rank_by_contributions
 from cnf.transforms.from_data import ActNorm, NormalScores, Standardize, Whiten
 from cnf.transforms.inverse import Inverse
 from cnf.transforms.linear.conv1x1 import Conv1x1
@@ -113,5 +113,6 @@ __all__ = [
     "Whiten",
     "WoodburyConv",
     "flowify",
+    "rank_by_contributions",
     "transforms_for",
 ]

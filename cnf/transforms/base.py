@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 from torch.distributions import constraints
 
 from cnf._checks import check_count, refuse_overrides
-from cnf._shapes import BaseRows, Context, Costs, Events, Rows, Values
+from cnf._shapes import BaseRows, Context, Costs, Events, Values
 from cnf.bases import Likelihood
 from cnf.regularizers import CostRate
 from cnf.vector_fields.conditioning import context_scalings
@@ -194,11 +194,14 @@ class Transform(nn.Module, ABC):
         return self._to_base_with_costs(x, context, generator, regularizers)
 
     @final
-    def contributions(self, x: Rows, context: Context | None = None) -> Rows:
-        """Return the contribution of each feature to the log-likelihood, in nats; the sum is ladj.
+    def contributions(self, x: Events, context: Context | None = None) -> BaseRows:
+        """Return the contribution of each entry of z to the log-likelihood, in nats.
+
+        The sum over entries is the ladj. It is the logarithm of the derivative of the entry where
+        this transform is elementwise or a coupling; channels that are mixed share theirs equally.
 
         Raises:
-            NotImplementedError: If this transform is not elementwise, or draws.
+            NotImplementedError: If the ladj is no such sum, or this transform draws.
         """
         return self._contributions(x, context)
 
@@ -234,11 +237,15 @@ class Transform(nn.Module, ABC):
         return z, ladj, x.new_zeros(len(regularizers), *ladj.shape)
 
     def _contributions(self, x: Tensor, context: Tensor | None) -> Tensor:
-        """Hook: the contribution of each feature."""
+        """Hook: the contribution of each entry of z."""
         raise NotImplementedError(
-            f"the ladj of a {type(self).__name__} is no sum over the features of x; ask "
+            f"the ladj of a {type(self).__name__} is no sum over the entries of z; ask "
             "to_base_and_ladj for the whole."
         )
+
+    def _rearranged(self, numbers: Tensor) -> Tensor:
+        """Hook: a number for each entry of x, in the order of z."""
+        return numbers
 
     def _initialize(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> None:
         """Hook: initialise from data; here scalings of the context."""

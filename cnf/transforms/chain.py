@@ -163,6 +163,19 @@ class Chain(Transform):
         _refuse_overflow("z", z, total, event_dim=len(self.event_shape))
         return z, total
 
+    def _contributions(self, x: Tensor, context: Tensor | None) -> Tensor:
+        total = torch.zeros_like(x)
+        for part in self:
+            given = context if part.context_features else None
+            total = part._rearranged(total) + part._contributions(x, given)
+            x = part._to_base_value(x, given, None)
+        return total
+
+    def _rearranged(self, numbers: Tensor) -> Tensor:
+        for part in self:
+            numbers = part._rearranged(numbers)
+        return numbers
+
     def _to_base_value(
         self, x: Tensor, context: Tensor | None, generator: Generator | None
     ) -> Tensor:

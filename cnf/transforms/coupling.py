@@ -106,6 +106,11 @@ class Coupling(Transform):
         x, ladj = self._changed_to_data(z[..., self._changed], numbers)
         return z.index_copy(-1, self._changed, x), ladj.sum(-1)
 
+    def _contributions(self, x: Tensor, context: Tensor | None) -> Tensor:
+        changed = x[..., self._changed]
+        ladj = self._changed_to_base(changed, self._numbers(x, context))[1]
+        return torch.zeros_like(x).index_copy(-1, self._changed, ladj)
+
     @property
     def _sees_all(self) -> bool:
         """Whether the conditioner takes and returns whole images."""

@@ -6,10 +6,68 @@ import torch
 from torch import Generator, Tensor
 from torch.distributions import constraints
 
+from cnf._checks import check_events, check_vector_or_image_shape, reference_tensor
+from cnf._shapes import Context, Events
 from cnf.bases import Likelihood
 from cnf.regularizers import CostRate
 from cnf.transforms.base import Transform, WithLadj
 from cnf.transforms.chain import Chain, check_covered
+from cnf.transforms.reshape import Permute
+
+
+@torch.no_grad()
+def rank_by_contributions(
+    transforms: Iterable[Transform],
+    x: Events,
+    context: Context | None = None,
+    *,
+    shape: int | Sequence[int] | None = None,
+) -> Permute:
+    r"""Return the order of features by their share in the log-likelihood, the largest first.
+
+    The share of an entry of z is the mean over rows of :math:`\log \mathcal N(z_i; 0, 1)` plus its
+    `contributions`, so that the shares sum to the mean log-density of the flow of these transforms.
+    Put the result between them and a `FactorOut`, which then keeps the first entries for more
+    transforms. Rank once, from trained transforms: the order is fixed, and saved with the flow.
+
+    Args:
+        transforms: From data on, as far as the features are to be ranked.
+        x: Rows ``(rows, *event)``.
+        context: Context of each row.
+        shape: Shape ``(channels, height, width)`` of z, whose channels are then ranked as wholes;
+            None to rank single entries.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If `shape` does not fit z, or there are no rows.
+        NotImplementedError: If a transform has no `contributions`.
+
+    References:
+        Das, Abbeel & Spanos (2019), Likelihood Contribution based Multi-scale Architecture for
+        Generative Flows. https://arxiv.org/abs/1908.01686
+
+    Example:
+        >>> from cnf.transforms import Affine
+        >>> spread = Affine(2)
+        >>> with torch.no_grad():
+        ...     _ = spread.log_scale.copy_(torch.tensor([1.0, -1.0]))
+        >>> rank_by_contributions([spread], torch.zeros(3, 2)).order
+        (1, 0)
+    """
+    chain = Chain(transforms)
+    check_events("x", x, chain.event_shape, like=reference_tensor(chain))
+    if x.numel() == 0:
+        raise ValueError(f"x must have rows to rank features by; got shape {tuple(x.shape)}.")
+    size = chain.base_features
+    channels, height, width = check_vector_or_image_shape(size if shape is None else shape)
+    if channels * height * width != size:
+        raise ValueError(f"shape must have the {size} entries of z; got {shape}.")
+    z = chain.to_base(x, context)
+    shares = chain.contributions(x, context) - 0.5 * z.square()
+    shares = shares.reshape(-1, channels, height * width).double().mean((0, 2))
+    order = shares.argsort(descending=True, stable=True)
+    places = torch.arange(size, device=order.device).view(channels, -1)
+    return Permute(places[order].flatten().tolist())
 
 
 class FactorOut(Transform):
@@ -137,6 +195,15 @@ class FactorOut(Transform):
         kept, rest = self._split(z)
         x = self.transforms.to_data(kept, context, generator=generator)
         return torch.cat([x, rest], -1)
+
+    def _contributions(self, x: Tensor, context: Tensor | None) -> Tensor:
+        kept, rest = self._split(x)
+        added = self.transforms._contributions(kept, context)
+        return torch.cat([added, torch.zeros_like(rest)], -1)
+
+    def _rearranged(self, numbers: Tensor) -> Tensor:
+        kept, rest = self._split(numbers)
+        return torch.cat([self.transforms._rearranged(kept), rest], -1)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the entries for the transforms, and the others, as many on both sides."""

@@ -16,6 +16,12 @@ class Rearrangement(Transform):
     support = None
     is_conformal = True
 
+    def _contributions(self, x: Tensor, context: Tensor | None) -> Tensor:
+        return torch.zeros_like(self._rearranged(x))
+
+    def _rearranged(self, numbers: Tensor) -> Tensor:
+        return self._to_base_value(numbers, None, None)
+
 
 class Flatten(Rearrangement):
     """Flattens events of any shape, such as images, to vectors in C order; first in a flow.

@@ -65,6 +65,9 @@ class Conv1x1(Transform):
     def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         return self._mixed(z, self.matrix.inverse()), -self._ladj(z)
 
+    def _contributions(self, x: Tensor, context: Tensor | None) -> Tensor:
+        return (self._ladj(x) / self.features).unsqueeze(-1).expand_as(x)
+
     def _mixed(self, x: Tensor, matrix: Tensor) -> Tensor:
         pixels = x.unflatten(-1, (self.channels, self.pixels))
         with torch.autocast(x.device.type, enabled=False):  # which lowers the precision

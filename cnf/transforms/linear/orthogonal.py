@@ -65,6 +65,9 @@ class Orthogonal(Transform):
         pixels = z.unflatten(-1, (self.channels, -1)) - self.bias.unsqueeze(-1)
         return self._rotated(pixels, self._matrix().mT).flatten(-2), z.new_zeros(z.shape[:-1])
 
+    def _contributions(self, x: Tensor, context: Tensor | None) -> Tensor:
+        return torch.zeros_like(x)
+
     def _matrix(self) -> Tensor:
         return rotation(self.skew) @ self.start.double()
 
