@@ -238,6 +238,7 @@ def base_for(transforms: Sequence[Transform], base: Base | None) -> Base:
         )
     if transforms:
         check_covered(transforms, "base", base.support)
+        _refuse_stretched(base, transforms)
     agreed_context_features([*transforms, base])
     _check_one_dtype([*transforms, base])
     return base
@@ -303,17 +304,22 @@ def _check_neighbours(parts: Sequence[Transform]) -> None:
                 f"{name} gives {part.base_features} and {next_name} takes {following.features}."
             )
     for place, part in enumerate(parts):
-        stretching = [other for other in parts[:place] if not isinstance(other, Rearrangement)]
-        if stretching and part.likelihood == "on_manifold":
-            raise ValueError(
-                f"{type(part).__name__} must stand first of the transforms, or behind Flatten and "
-                "Permute alone, because others stretch its surface by a factor that is not their "
-                f"ladj; got {type(stretching[0]).__name__} before it. Prepare the data with it, "
-                "or learn a Similarity within a ConformalEmbedding."
-            )
+        _refuse_stretched(part, parts[:place])
     for place, part in enumerate(parts[1:], start=1):
         if part.support is not None:
             check_covered(parts[:place], type(part).__name__, part.support)
+
+
+def _refuse_stretched(part: Transform | Base, before: Sequence[Transform]) -> None:
+    """Refuse a part onto a surface behind others, which would stretch its surface."""
+    stretching = [other for other in before if not isinstance(other, Rearrangement)]
+    if stretching and part.likelihood == "on_manifold":
+        raise ValueError(
+            f"{type(part).__name__} must stand first of the transforms, or behind Flatten and "
+            "Permute alone, because others stretch its surface by a factor that is not their "
+            f"ladj; got {type(stretching[0]).__name__} before it. Prepare the data with it, "
+            "or learn a Similarity within a ConformalEmbedding."
+        )
 
 
 def _codomain(parts: Sequence[Transform]) -> constraints.Constraint | None:

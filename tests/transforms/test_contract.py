@@ -293,6 +293,15 @@ def test_a_base_draws_from_its_density(make):
     assert abs(ratio.mean() - 1) < 4 * error + 1e-3  # 4 standard errors: 6e-5
 
 
+@pytest.mark.parametrize("make", BASES.values(), ids=BASES)
+def test_a_base_has_no_density_outside_of_its_support(make):
+    base = make()
+    z = torch.randn(2, 40, base.features)
+    inside = base.support.check(z)
+    with torch.no_grad():
+        assert ((base.log_prob(z) > -math.inf) == inside).all()
+
+
 def test_every_class_that_a_flow_may_have_as_a_part_is_in_the_zoo():
     found = set()
     for zoo in (FIELDS, TRANSFORMS, ESTIMATES, BASES, EVERY_FLOW):

@@ -1,14 +1,18 @@
 """Base made of a chain of transforms and another base: a flow as a conditional distribution."""
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Generator, Tensor
 from torch.distributions import constraints
 
+from cnf._checks import holds, joint_batch_shape, rows_inside
+from cnf._row_names import rows_of_caller
 from cnf.bases import Base
 from cnf.transforms.base import Transform
 from cnf.transforms.chain import Chain, agreed_context_features, base_for
+from cnf.transforms.support.constraints import row_before, select, spread
 
 
 class TransformedBase(Base):
@@ -38,6 +42,11 @@ class TransformedBase(Base):
                 f"transforms must take vectors; {type(chain[0]).__name__} takes "
                 f"{tuple(chain.event_shape)}."
             )
+        if chain.likelihood == "on_manifold":
+            raise ValueError(
+                "transforms must cover all of space, because the density of points off a surface "
+                "would be asked for too. Put the transforms themselves into the flow."
+            )
         base = base_for(chain.transforms, base)
         super().__init__(chain.features, agreed_context_features([chain, base]))
         self.transforms = chain
@@ -65,8 +74,15 @@ class TransformedBase(Base):
             self.base.initialize(z, context, generator=generator)
 
     def _log_prob(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> Tensor:
+        z = z.expand(*joint_batch_shape(z, context), -1)
+        inside = rows_inside(z, self.support)
+        if holds(~inside.all()):
+            with rows_of_caller(row_before(inside)):
+                log_prob = self.log_prob(*select(inside, z, context), generator=generator)
+            return spread(inside, log_prob, elsewhere=-math.inf)
         z, ladj = self.transforms.to_base_and_ladj(z, context, generator=generator)
-        return self.base.log_prob(z, context, generator=generator) + ladj
+        log_prob = self.base.log_prob(z, context, generator=generator) + ladj
+        return torch.where(inside, log_prob, -math.inf)  # within torch.vmap, too
 
     def _rsample(
         self, shape: torch.Size, context: Tensor | None, generator: Generator | None
