@@ -237,8 +237,8 @@ class Flow(FlowMap):
 
         Raises:
             TypeError: If `log_density` returns no tensor.
-            ValueError: If it returns another shape, NaN or inf; or if the likelihood of the base is
-                a bound, whose draws have no weights.
+            ValueError: If it returns another shape, NaN or inf; or if draws have no weights: if the
+                likelihood of the base is a bound, or that of the flow is no likelihood.
 
         References:
             Wu, Koehler & Noe (2020), Stochastic Normalizing Flows, equation 8.
@@ -250,6 +250,11 @@ class Flow(FlowMap):
             raise ValueError(
                 "base must have a log-density of its draws to weigh them; its likelihood is "
                 f"{self.base.likelihood!r}."
+            )
+        if self.likelihood == "not_a_likelihood":
+            raise ValueError(
+                "transforms must have a likelihood, so that draws have weights; theirs is "
+                f"{self.likelihood!r}. Draw what the data lack, as with Inverse(Slice(...))."
             )
         shape = self._shape(sample_shape, context, generator)
         z = self.base.rsample(shape, context, generator=generator)

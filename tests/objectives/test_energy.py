@@ -10,7 +10,7 @@ from zoo import perturbed, seeded
 from cnf import CNF, Flow, ReverseKL
 from cnf.flows import EnergyModel
 from cnf.objectives import EnergyObjective
-from cnf.transforms import Affine, Augment
+from cnf.transforms import Affine, Augment, Logit
 
 
 class Quadratic(nn.Module):
@@ -85,6 +85,23 @@ def test_weights_of_rows_multiply():
     weighted = objective(x, weight=torch.tensor([1.0, 0.0, 2.0]), generator=seeded())
     repeated = objective(x[[0, 2, 2]], generator=seeded())
     torch.testing.assert_close(weighted, repeated)
+
+
+def test_there_is_no_density_outside_of_the_support_of_the_proposal():
+    """Of the uniform density on the unit square; the energy is not asked there."""
+
+    class Square(nn.Module):
+        def forward(self, x):
+            assert ((x > 0) & (x < 1)).all()
+            return 0 * x.sum(-1)
+
+    made = EnergyModel(Square(), Flow([Logit(2, alpha=0.0)]))
+    found = made.estimate_normalizer(4000, generator=seeded())
+    x = torch.tensor([[[0.5, 0.5], [0.5, 2.0]], [[-1.0, 0.5], [0.1, 0.9]]])
+    expected = torch.tensor([[0.0, -math.inf], [-math.inf, 0.0]])
+    error = 4 * float(found.standard_error)  # 4 standard errors: 6e-5
+    torch.testing.assert_close(made.log_prob(x), expected, rtol=0, atol=error)
+    assert made.log_prob(x[0, 1]) == -math.inf
 
 
 def test_there_is_no_density_before_the_integral():

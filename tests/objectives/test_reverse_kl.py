@@ -8,7 +8,7 @@ from test_objectives import BACKPROP, deep_cnf, gradients
 from torch import nn
 from torch.distributions import MultivariateNormal, Normal
 from torch.utils.data import TensorDataset
-from zoo import EXACT_FLOWS, cnf, perturbed, rows_for, seeded
+from zoo import EXACT_FLOWS, cnf, conformal_embedding, perturbed, rows_for, seeded
 
 from cnf import (
     CNF,
@@ -33,6 +33,7 @@ from cnf.transforms import (
     ConditionalAffine,
     ContinuousTransform,
     Dequantize,
+    Inverse,
     Langevin,
     LipschitzMLP,
     Logit,
@@ -493,6 +494,16 @@ def test_the_normalizer_of_each_context():
             ).rsample_and_log_weight(normal_target),
             ValueError,
             "base must have a log-density of its draws",
+        ),
+        (
+            lambda: log_normalizer(normal_target, Flow([Inverse(conformal_embedding())]), 10),
+            ValueError,
+            "draws have weights; theirs is 'not_a_likelihood'",
+        ),
+        (
+            lambda: log_normalizer(lambda x: x.sum(-1) - math.inf, Flow([Affine(2)]), 10),
+            ValueError,
+            "finite at some of the 10 draws",
         ),
     ],
 )
