@@ -231,6 +231,14 @@ def test_the_same_generator_gives_the_same_path(make):
     assert not torch.equal(paths[0], kernel.to_base(x, context, generator=other))
 
 
+@pytest.mark.parametrize("kernel", [MetropolisHastings, Langevin, AdjustedLangevin])
+def test_results_have_the_dtype_of_the_points_and_not_of_the_density(kernel):
+    mean = torch.zeros(2, dtype=torch.float64)
+    part = kernel(2, lambda x: -(x - mean).square().sum(-1))
+    for found in part.to_base_and_ladj(torch.randn(3, 2, dtype=torch.float32)):
+        assert found.dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("density", "message"),
     [
@@ -238,6 +246,7 @@ def test_the_same_generator_gives_the_same_path(make):
         (lambda x: 1.0, "got float"),
         (lambda x: x.sum(-1) * math.nan, "log_density must be finite or -inf"),
         (lambda x: x.new_full(x.shape[:-1], math.inf), "log_density must be finite or -inf"),
+        (lambda x: (x > 0).sum(-1), r"floating-point numbers; got torch.int64.*\.to\(x.dtype\)"),
     ],
 )
 def test_a_bad_density_is_refused(density, message):
