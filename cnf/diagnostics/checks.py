@@ -15,7 +15,7 @@ from cnf.flows.flow import Flow
 from cnf.flows.references import LARGEST_ERROR, by_reference
 from cnf.manifolds import Manifold, OnManifold
 from cnf.ode import methods
-from cnf.transforms import ContinuousTransform, Transform
+from cnf.transforms import ContinuousTransform, FactorOut, Transform
 from cnf.transforms.support.constraints import covers
 from cnf.vector_fields import count_evaluations
 
@@ -151,7 +151,9 @@ def _path_weights(case: Case) -> Outcome:
     kinds = flow.transforms.likelihoods | {flow.base.likelihood}
     if flow.likelihood not in ("exact", "lower_bound") or kinds - {"exact", "lower_bound"}:
         raise NotMeasuredError("a part is an estimate, with any divergence, or no density")
-    if not covers(flow.support, constraints.real):
+    inner = [part.chain.support for part in flow.modules() if isinstance(part, FactorOut)]
+    supports = [flow.support, *(support for support in inner if support is not None)]
+    if not all(covers(support, constraints.real) for support in supports):
         raise NotMeasuredError("for densities of real numbers only")
     context = None if case.context is None else case.context[0]
     generator = case.generator

@@ -10,6 +10,7 @@ from torch.distributions import constraints
 
 from cnf._checks import (
     check_count,
+    check_generator,
     check_number,
     check_sample_shape,
     check_vectors,
@@ -122,9 +123,9 @@ class PrescribedConditional(Objective):
 
         The shape is ``(*sample_shape, *batch, features)``.
         """
-        check_vectors(
-            "condition", condition, self.condition_features, like=reference_tensor(self.flow)
-        )
+        like = reference_tensor(self.flow)
+        check_vectors("condition", condition, self.condition_features, like=like)
+        check_generator(generator, like=like)
         shape = check_sample_shape(sample_shape) + condition.shape[:-1]
         base = StandardNormal(self.data_features).to(condition)
         z = base.rsample(shape, generator=generator)

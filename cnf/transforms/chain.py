@@ -14,8 +14,8 @@ from cnf.bases.ordered_normal import OrderedVector
 from cnf.manifolds import OnManifold
 from cnf.regularizers import CostRate
 from cnf.transforms.base import Transform, WithLadj
-from cnf.transforms.reshape import Rearrangement
-from cnf.transforms.support.constraints import covers
+from cnf.transforms.reshape import Flatten, Rearrangement
+from cnf.transforms.support.constraints import covers, is_symmetric
 
 
 class Chain(Transform):
@@ -238,6 +238,7 @@ def base_for(transforms: Sequence[Transform], base: Base | None) -> Base:
         )
     if transforms:
         check_covered(transforms, "base", base.support)
+        _refuse_moved(transforms, "base", base.support)
         _refuse_stretched(base, transforms)
     agreed_context_features([*transforms, base])
     _check_one_dtype([*transforms, base])
@@ -308,6 +309,7 @@ def _check_neighbours(parts: Sequence[Transform]) -> None:
     for place, part in enumerate(parts[1:], start=1):
         if part.support is not None:
             check_covered(parts[:place], type(part).__name__, part.support)
+            _refuse_moved(parts[:place], type(part).__name__, part.support)
 
 
 def _refuse_stretched(part: Transform | Base, before: Sequence[Transform]) -> None:
@@ -320,6 +322,24 @@ def _refuse_stretched(part: Transform | Base, before: Sequence[Transform]) -> No
             f"ladj; got {type(stretching[0]).__name__} before it. Prepare the data with it, "
             "or learn a Similarity within a ConformalEmbedding."
         )
+
+
+def _refuse_moved(parts: Sequence[Transform], name: str, support: constraints.Constraint) -> None:
+    """Refuse parts that pass a support on, but move features that it tells apart."""
+    for part in reversed(parts):
+        if part.support is not None:
+            return
+        if isinstance(part, Chain):
+            _refuse_moved(part.transforms, name, support)
+        elif not (
+            isinstance(part, Flatten)
+            or is_symmetric(support, together=getattr(part, "point_features", 1))
+        ):
+            raise ValueError(
+                f"{name} must have the same support in all features behind {type(part).__name__}, "
+                f"which moves them; got {support}. Put {type(part).__name__} behind it, or behind "
+                "a transform to the real numbers."
+            )
 
 
 def _codomain(parts: Sequence[Transform]) -> constraints.Constraint | None:

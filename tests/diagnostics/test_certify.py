@@ -42,9 +42,11 @@ from cnf.transforms import (
     AffineCoupling,
     Augment,
     ContinuousTransform,
+    FactorOut,
     Inverse,
     MarkovKernel,
     ResidualFlow,
+    Round,
     RussianRoulette,
     Slice,
     Transform,
@@ -611,6 +613,8 @@ def test_weights_of_paths_are_those_of_the_exact_divergence():
     )
     assert exact == estimated
     assert exact.verdict == "pass"
+    integers = Flow([FactorOut([Inverse(Round(2))], 3)])
+    assert certify(integers, x[:, [0, 0, 1]].round())["path_weights"].verdict == "skip"
     roulette = residual_flow(lipschitz_mlp(3), log_det=RussianRoulette())
     assert certify(Flow([Augment(2, 1), roulette]), x)["path_weights"].verdict == "skip"
 

@@ -24,6 +24,13 @@ class Quadratic(nn.Module):
         return -0.5 * (x * (-self.log_width).exp()).square().sum(-1)
 
 
+class Pole(nn.Module):
+    """Infinite where x is 1."""
+
+    def forward(self, x):
+        return -(x - 1).abs().log().sum(-1)
+
+
 def model(log_width: float = -0.2) -> EnergyModel:
     return EnergyModel(Quadratic(log_width), perturbed(Flow([Affine(2)]), 0.1))
 
@@ -132,7 +139,12 @@ def test_there_is_no_density_before_the_integral():
         (
             lambda: EnergyModel(nn.Identity(), CNF(2)).log_density(torch.zeros(3, 2)),
             ValueError,
-            r"must return shape \(3,\)",
+            r"energy must return shape \(3,\)",
+        ),
+        (
+            lambda: EnergyObjective(EnergyModel(Pole(), Flow([Affine(1)])))(torch.ones(3, 1)),
+            ValueError,
+            "energy must be finite or -inf at every point; got other values in rows 0, 1, 2",
         ),
     ],
 )

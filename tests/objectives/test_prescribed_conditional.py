@@ -142,3 +142,9 @@ def test_a_flow_learns_to_copy():
 def test_bad_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+def test_a_generator_that_is_none_is_refused():
+    with pytest.raises(TypeError, match=r"generator must be a torch\.Generator or None; got 3"):
+        PrescribedConditional(CNF(3), 1).sample(torch.zeros(1), generator=3)

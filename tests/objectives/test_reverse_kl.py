@@ -384,9 +384,9 @@ def test_wrong_settings_are_refused(make, error, message):
         (
             lambda x: x.sum(-1) * math.nan,
             ValueError,
-            r"must be finite or -inf wherever the flow draws; got.*draws, rows 0, 1, 2.*Logit",
+            r"log_density must be finite or -inf at every point; got.* in rows 0, 1, 2.*Logit",
         ),
-        (lambda x: x.sum(-1) - math.inf, ValueError, "must be finite wherever the flow draws"),
+        (lambda x: x.sum(-1) - math.inf, ValueError, "must be finite at every point"),
     ],
 )
 def test_a_target_without_a_finite_number_for_each_draw_is_refused(log_density, error, message):
@@ -397,7 +397,7 @@ def test_a_target_without_a_finite_number_for_each_draw_is_refused(log_density, 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_weights_must_not_be_infinite(value):
     objective = ReverseKL(CNF(2), lambda x: x.sum(-1) + value)
-    with pytest.raises(ValueError, match="must be finite or -inf wherever the flow draws"):
+    with pytest.raises(ValueError, match="must be finite or -inf at every point"):
         objective.log_weights(3)
 
 

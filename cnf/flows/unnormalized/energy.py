@@ -80,7 +80,7 @@ class EnergyModel(nn.Module):
         """
         check_events("x", x, self.proposal.event_shape, like=reference_tensor(self.proposal))
         batch = x.shape[: x.ndim - len(self.proposal.event_shape)]
-        return log_density_of_target(self.energy, x, None, batch)
+        return log_density_of_target(self.energy, x, None, batch, name="energy")
 
     @torch.no_grad()
     def estimate_normalizer(

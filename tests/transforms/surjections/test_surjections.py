@@ -105,6 +105,21 @@ def test_sorting_is_invariant_to_the_order_of_points_and_absolute_values_to_sign
     torch.testing.assert_close(flow.log_prob(x.abs()), flow.log_prob(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_zeros_and_ties_stay_within_a_positive_support(dtype):
+    positive = Unconstrain(["positive"])
+    flows = [
+        Flow([Abs(1), positive]),
+        Flow([Sort(2), LogGaps(2)]),
+        Flow([Maximum(2, offsets=Flow([positive, Affine(1)]))]),
+    ]
+    for flow in flows:
+        x = torch.zeros(3, flow.features, dtype=dtype)
+        assert flow.to(dtype).log_prob(x).isfinite().all()
+        z = flow.to_base(x)
+        torch.testing.assert_close(flow.to_base(flow.to_data(z)), z)
+
+
 def test_sorted_normals_are_normals():
     flow = Flow([Sort(6, point_features=2)], OrderedNormal(6, point_features=2))
     x = torch.randn(5, 6)
