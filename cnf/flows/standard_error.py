@@ -10,9 +10,8 @@ from cnf._shapes import BaseRows, Context, Events, Values
 from cnf.bases import Likelihood
 from cnf.divergence import Divergence, Exact, FieldEvaluation, Hutchinson
 from cnf.regularizers import Regularizer
-from cnf.transforms.base import Transform
 from cnf.transforms.chain import Chain
-from cnf.transforms.continuous import ContinuousTransform, map_continuous
+from cnf.transforms.continuous import ContinuousTransform, map_continuous, without_costs
 
 
 def to_base_with_error(
@@ -59,7 +58,8 @@ def _number_of_probes(chain: Chain) -> int:
             f"a standard error does not see the estimates inside of {', '.join(hidden)}. Use "
             "flow.using(divergence=Exact()), or the spread of repeated calls of log_prob."
         )
-    estimates = _estimates(chain)
+    parts = (part for part in chain.modules() if isinstance(part, ContinuousTransform))
+    estimates = [part.divergence for part in parts if _is_estimate(part.divergence)]
     numbers = {part.probes for part in estimates if isinstance(part, Hutchinson)}
     others |= {type(part).__name__ for part in estimates if not isinstance(part, Hutchinson)}
     if others:
@@ -75,24 +75,12 @@ def _number_of_probes(chain: Chain) -> int:
 
 
 def hidden_estimates(chain: Chain) -> list[str]:
-    """Return the names of transforms with estimates inside that follow a path of their own."""
-    return sorted(
-        {
-            type(part).__name__
-            for part in chain.modules()
-            if isinstance(part, Transform)
-            and type(part)._to_base_with_costs is Transform._to_base_with_costs
-            and _estimates(part)
-        }
-    )
+    """Return the names of transforms with estimates inside whose paths have no costs."""
+    return sorted({name for name, part in without_costs(chain) if _is_estimate(part.divergence)})
 
 
-def _estimates(part: Transform) -> list[Divergence]:
-    """Return the divergences within a part that are not exact."""
-    inner = (each.divergence for each in part.modules() if isinstance(each, ContinuousTransform))
-    return [
-        divergence for divergence in inner if divergence is not None and not divergence.is_exact
-    ]
+def _is_estimate(divergence: Divergence | None) -> bool:
+    return divergence is not None and not divergence.is_exact
 
 
 def _estimate(evaluation: FieldEvaluation, i: int) -> Tensor:

@@ -4,7 +4,9 @@ import pytest
 import torch
 from zoo import cnf, conformal_embedding, lipschitz_mlp, perturbed, residual_flow, seeded
 
-from cnf import Exact, Flow, Hutchinson, ReverseKL, certify
+from cnf import Exact, Flow, Hutchinson, MaximumLikelihood, ReverseKL, certify
+from cnf.flows import MixtureOfFlows
+from cnf.regularizers import kinetic_energy
 from cnf.transforms import (
     Affine,
     Augment,
@@ -78,6 +80,22 @@ def test_a_standard_error_is_refused_where_estimates_are_hidden():
                 outer.log_prob_and_error(torch.randn(3, outer.features))
         exact = flow.using(divergence=Exact())
         assert (exact.log_prob_and_error(x)[1] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Flow([Slice(3, 1, dropped=cnf(2, 1))]),
+        lambda: Flow([Inverse(cnf().chain)]),
+        lambda: Flow([], MixtureOfFlows([cnf()])),
+    ],
+    ids=["Slice", "Inverse", "MixtureOfFlows"],
+)
+def test_a_regularizer_is_refused_where_it_would_not_see_every_path(make, request):
+    flow = make()
+    assert MaximumLikelihood(flow)(torch.randn(3, flow.features)).isfinite()
+    with pytest.raises(ValueError, match=f"inside of {request.node.callspec.id} follow paths"):
+        MaximumLikelihood(flow, {kinetic_energy: 0.1})
 
 
 def test_the_inverse_of_a_projection_on_a_surface_is_no_likelihood():
