@@ -75,7 +75,8 @@ class TransformedBase(Base):
 
     def _log_prob(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> Tensor:
         z = z.expand(*joint_batch_shape(z, context), -1)
-        inside = rows_inside(z, self.support)
+        # NaN is outside of every support, but no point without density.
+        inside = rows_inside(z, self.support) | z.detach().isnan().any(-1)
         if holds(~inside.all()):
             with rows_of_caller(row_before(inside)):
                 log_prob = self.log_prob(*select(inside, z, context), generator=generator)

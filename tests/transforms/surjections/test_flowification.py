@@ -162,6 +162,16 @@ def test_a_layer_without_likelihood_is_refused_by_name(layers, shape, message):
         flowify(nn.Sequential(*layers), shape)
 
 
+def test_dropped_coordinates_do_not_explode_far_from_the_data():
+    """Their standard deviation is at most exp(3), however far z is."""
+    layer = perturbed(FlowifiedLinear(3, 1, hidden_features=(4,)), 2.0)
+    for far in (1e4, -1e4):
+        draws = layer.to_data(torch.full((4000, 1), far), generator=seeded())
+        # Rotated, and so in one direction at most as wide as in all.
+        spread = torch.linalg.svdvals((draws - draws.mean(0)) / 4000**0.5)
+        assert spread[0] < 1.1 * math.exp(3.0)
+
+
 def test_a_weight_without_full_rank_is_refused():
     network = nn.Sequential(nn.Linear(3, 2))
     nn.init.ones_(network[0].weight)
