@@ -469,6 +469,21 @@ def test_a_proposal_with_lighter_tails_is_warned_of():
         log_normalizer(lambda x: target.log_prob(x).sum(-1), narrow, 2000, generator=seeded())
 
 
+def test_a_proposal_that_hardly_meets_the_density_is_warned_of():
+    """Of 1000 draws, about 23 are above 2, where alone the density is not zero."""
+    with pytest.warns(UserWarning, match="misses a part of it"):
+        found = log_normalizer(
+            lambda x: (
+                torch.where(x[..., 0] > 2, 0.0, -math.inf) + Normal(0.0, 1.0).log_prob(x)[..., 0]
+            ),
+            Flow([Affine(1)]),
+            1000,
+            generator=seeded(),
+        )
+    assert found.log_z.isfinite()
+    assert found.standard_error.isfinite()
+
+
 def test_the_normalizer_of_each_context():
     flow = Flow([perturbed(ConditionalAffine(2, 3))])
     found = log_normalizer(
