@@ -76,6 +76,18 @@ def test_an_error_costs_its_weight_and_is_no_likelihood():
         objective.log_prob(x, y)
 
 
+@pytest.mark.parametrize("entry", [1, 2])
+def test_one_entry_of_the_condition_that_is_not_copied_is_enough(entry):
+    flow = Flow([Affine(3)])
+    with torch.no_grad():
+        flow.transforms[0].loc[entry] = 0.25
+    objective = PrescribedConditional(flow, 2)
+    x, y = torch.zeros(4, 1), torch.zeros(4, 2)
+    torch.testing.assert_close(objective.copying_error(x, y), torch.full((4,), 0.25))
+    with pytest.raises(ValueError, match=r"off by 0\.25"):
+        objective.log_prob(x, y)
+
+
 def test_a_flow_that_copies_a_row_and_stretches_its_condition_is_no_likelihood():
     """Its draws, of a standard normal number, have another density than its surrogate."""
     flow = Flow([Affine(2)])
