@@ -1,14 +1,17 @@
 """Fit a flow to the digits, and measure its bits per dimension."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from cnf import Flow, TrainingConfig, fit
 from cnf.metrics import bits_per_dim
+from cnf.plots import figure_grid, save_figure
+from cnf.plots.figures import TITLE_SIZE
 from cnf.transforms import (
     ActNorm,
     AffineCoupling,
@@ -84,6 +87,17 @@ def fit_digits(body: Sequence[Transform], images: Digits, *, steps: int, seed: i
         standard_error=float(bits.std() / len(bits) ** 0.5),
         seconds=seconds,
     )
+
+
+def draw_digits(sheets: Mapping[str, Tensor], path: Path) -> None:
+    """Save a picture of twenty digits of each name."""
+    figure, (axes,) = figure_grid(1, len(sheets))
+    for ax, (title, images) in zip(axes, sheets.items(), strict=True):
+        sheet = images.reshape(4, 5, SIDE, SIDE).transpose(1, 2).reshape(4 * SIDE, 5 * SIDE)
+        ax.imshow(sheet.numpy(), cmap="gray_r")
+        ax.set_title(title, fontsize=TITLE_SIZE)
+        ax.set_axis_off()
+    save_figure(figure, path)
 
 
 def coupling_steps(

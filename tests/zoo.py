@@ -701,6 +701,7 @@ SURJECTIVE_FLOWS: dict[str, Callable[[], Flow]] = {
     "funnelled": lambda: cnf(8, transforms=[ConvFunnel((1, 2, 4), hidden_channels=()), funnel()]),
     "sliced with context": lambda: cnf(4, 3, transforms=[gaussian_slice()]),
     "sliced by a flow with context": lambda: cnf(4, 3, transforms=[conditional_slice()]),
+    "sliced by an ODE with context": lambda: Flow([slice_along_a_path(), perturbed(Affine(2))]),
 }
 """Flows with an exact likelihood, whose data are drawn given z."""
 
@@ -718,6 +719,11 @@ def funnel() -> MLPFunnel:
 def gaussian_slice() -> Slice:
     """A slice by a Gaussian."""
     return perturbed(Slice(4, 2, 3, dropped=ConditionalNormal(2, 5, hidden_features=())))
+
+
+def slice_along_a_path() -> Slice:
+    """A slice by a conditional flow that follows an ODE."""
+    return Slice(4, 2, 3, dropped=Flow([ContinuousTransform(mlp(2, 5), solver=PRECISE)]))
 
 
 def flowified() -> Chain:

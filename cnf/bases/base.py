@@ -129,9 +129,17 @@ class Base(nn.Module, ABC):
         """Draw with batch shape `shape`, to which the batch axes of the context broadcast.
 
         Raises:
+            ValueError: If they do not.
             NotImplementedError: If gradients are on, and the draws have none.
         """
-        return self._rsample(shape, context if self.context_features else None, generator)
+        if not self.context_features:
+            context = None
+        if context is not None and not _broadcasts(context.shape[:-1], shape):
+            raise ValueError(
+                f"shape must end in the batch shape {tuple(context.shape[:-1])} of context, for a "
+                f"draw of each; got {tuple(shape)}."
+            )
+        return self._rsample(shape, context, generator)
 
     @abstractmethod
     def _log_prob(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> Tensor:
@@ -155,3 +163,9 @@ class Base(nn.Module, ABC):
             NotImplementedError: If there is none.
         """
         raise NotImplementedError(f"{type(self).__name__} is no torch distribution.")
+
+
+def _broadcasts(batch: torch.Size, shape: torch.Size) -> bool:
+    """Return whether a batch shape broadcasts to a shape, and not the other way round."""
+    pairs = zip(reversed(batch), reversed(shape), strict=False)
+    return len(batch) <= len(shape) and all(size in (1, other) for size, other in pairs)

@@ -15,8 +15,9 @@ from cnf._checks import (
     check_type,
     reference_tensor,
 )
-from cnf.divergence import Exact
+from cnf.divergence import Exact, Hutchinson
 from cnf.flows.flow import Flow
+from cnf.flows.standard_error import hidden_estimates
 from cnf.ode import Gradient
 from cnf.transforms import ContinuousTransform
 
@@ -103,6 +104,15 @@ class Case:
         kind = self.exact.flow.likelihood
         if kind != "exact":
             raise NotMeasuredError(f"the likelihood is {kind!r}, with any divergence")
+
+    def need_probes(self) -> None:
+        """Raise a `NotMeasuredError` for a flow whose probes give no standard error."""
+        estimated = self.flow.using(divergence=Hutchinson())
+        hidden = hidden_estimates(estimated.transforms)
+        if estimated.base.likelihood == "estimate":
+            hidden.append(type(estimated.base).__name__)
+        if hidden:
+            raise NotMeasuredError(f"an ODE is inside of {', '.join(hidden)}")
 
 
 def scale_of(x: Tensor) -> Tensor:

@@ -36,8 +36,8 @@ def certify(
       a tenth of its tolerances; for a fixed grid, by an adaptive solver at a tight tolerance and
       with at least 106, and more than twice as many, equal steps. The limit is 0.05 nats or, if
       more, five times the stated accuracy of a calibrated flow;
-    - ``path_weights``: distance from 1 of the mean weight of paths for a normal target, in standard
-      errors, where transforms draw on the way to the base;
+    - ``path_weights``: difference of the overlap of the flow with a normal density, by the weights
+      of paths from the base and from that density, in standard errors, where transforms draw;
     - ``round_trip``: largest error of x -> z -> x, in standard deviations of each feature; if x is
       drawn given z, the error of the worst part, of z -> x -> z for a surjection; the error of
       z -> x -> z for a flow onto a surface;
@@ -69,6 +69,8 @@ def certify(
     References:
         Behrmann et al. (2021), Understanding and Mitigating Exploding Inverses in Invertible
         Neural Networks. https://arxiv.org/abs/2006.09347
+        Bennett (1976), Efficient Estimation of Free Energy Differences from Monte Carlo Data, for
+        path_weights. https://doi.org/10.1016/0021-9991(76)90078-4
 
     Example:
         >>> from cnf import CNF

@@ -14,17 +14,15 @@ from cnf.divergence import Hutchinson
 from cnf.flows.flow import Flow
 from cnf.flows.references import LARGEST_ERROR, by_reference
 from cnf.manifolds import Manifold, OnManifold
-from cnf.metrics import effective_sample_size
 from cnf.ode import methods
-from cnf.transforms import ContinuousTransform, Transform
+from cnf.transforms import ContinuousTransform, FactorOut, Transform
+from cnf.transforms.support.constraints import covers
 from cnf.vector_fields import count_evaluations
 
 _PROBES = 8
 _DRAWS = 4000
-_SHARE_OF_SPREAD = 0.8
-"""Width of the target of the weights, as a share of the width of the draws: below 1, so that
-weights are bounded, but not by much, so that they vary little."""
-_LEAST_EFFECTIVE = 100
+_LEAST_OVERLAP = 0.01
+"""Overlap of the draws of a flow with normal ones that counts enough of them."""
 _MANY_FEATURES = 64
 _GRID = 201
 _POINTS = 10_000
@@ -35,6 +33,7 @@ _FACTOR = 5
 def _hutchinson(case: Case) -> Outcome:
     case.need_ode()
     case.need_density()
+    case.need_probes()
     if not all(part.vector_field.has_closed_form_divergence for part in case.continuous):
         case = case.few()
     exact = case.exact.log_prob()
@@ -71,7 +70,15 @@ def _deviation_of_products(part: ContinuousTransform, case: Case) -> float:
     shape, generator = (2, len(like), part.features), case.generator
     x, probe = torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
     probe = probe.sign()
-    context = case.context if part.context_features else None
+    context = _context(part, case)
+    if part.context_features not in (0, case.flow.context_features):
+        # Inside of a surjection, z is a part of the context.
+        context = torch.randn(
+            *(len(x), part.context_features),
+            generator=generator,
+            dtype=like.dtype,
+            device=like.device,
+        )
     t = part.field_times(x.new_tensor(0.5)).detach()
     velocity, products = field.velocity_and_products(t, x, probe.unsqueeze(0), context)
     # This size balances the truncation error, of second order, and rounding.
@@ -88,6 +95,7 @@ def _standard_error(case: Case) -> Outcome:
     if case.flow.likelihood != "estimate":
         raise NotMeasuredError(f"the likelihood is {case.flow.likelihood!r}, not 'estimate'")
     case.need_density()
+    case.need_probes()
     divergences = [part.divergence for part in case.continuous]
     probes = [part.probes for part in divergences if isinstance(part, Hutchinson)]
     if len(probes) < sum(part is not None and not part.is_exact for part in divergences):
@@ -137,32 +145,44 @@ def _tolerance(case: Case) -> Outcome:
 
 
 def _path_weights(case: Case) -> Outcome:
-    flow = case.flow
-    if not flow.transforms.stochastic_to_base:
-        raise NotMeasuredError("no transform draws on the way to the base")
-    if flow.likelihood != "lower_bound":
-        raise NotMeasuredError(f"the likelihood is {flow.likelihood!r}, not 'lower_bound'")
-    if flow.support is not constraints.real_vector:
-        raise NotMeasuredError("for densities of real vectors only")
+    flow = case.exact.flow
+    if not (flow.transforms.stochastic_to_base or flow.transforms.stochastic_to_data):
+        raise NotMeasuredError("no transform draws")
+    kinds = flow.transforms.likelihoods | {flow.base.likelihood}
+    if flow.likelihood not in ("exact", "lower_bound") or kinds - {"exact", "lower_bound"}:
+        raise NotMeasuredError("a part is an estimate, with any divergence, or no density")
+    inner = [part.chain.support for part in flow.modules() if isinstance(part, FactorOut)]
+    supports = [flow.support, *(support for support in inner if support is not None)]
+    if not all(covers(support, constraints.real) for support in supports):
+        raise NotMeasuredError("for densities of real numbers only")
     context = None if case.context is None else case.context[0]
     generator = case.generator
-    points = flow.sample(_DRAWS, context, generator=generator)
-    spread = _SHARE_OF_SPREAD * points.std(0)
-    spread = spread.where(spread > 0, 1.0)
-    target = Independent(Normal(points.mean(0), spread, validate_args=False), 1)
-    _, log_weight = flow.rsample_and_log_weight(
+    low, middle, high = torch.quantile(
+        flow.sample(_DRAWS, context, generator=generator).double(),
+        torch.tensor([0.16, 0.5, 0.84], dtype=torch.float64, device=case.x.device),
+        dim=0,
+    ).to(case.x.dtype)
+    spread = ((high - low) / 2).where(high > low, 1.0)
+    draws = spread.new_empty(_DRAWS, *spread.shape).normal_(generator=generator)
+    target = Independent(Normal(middle, spread, validate_args=False), len(flow.event_shape))
+    _, there = flow.rsample_and_log_weight(
         lambda x, *_: target.log_prob(x), _DRAWS, context, generator=generator
     )
-    weight = log_weight.double().exp()
-    if float(effective_sample_size(log_weight)) < _LEAST_EFFECTIVE:
-        raise NotMeasuredError("a few draws have nearly all of the weight")
-    error = float(weight.std()) / math.sqrt(_DRAWS)
+    x = middle + spread * draws
+    back = flow.log_prob(x, context, generator=generator) - target.log_prob(x)
+    # Bounded, unlike weights, whose mean may come from draws that are never seen (Bennett 1976).
+    overlaps = torch.stack([there, back]).double().sigmoid()
+    means = overlaps.mean(1)
+    if float(means.max()) < _LEAST_OVERLAP:
+        raise NotMeasuredError("draws of the flow are too far from normal ones")
+    error = float(overlaps.var(1).sum().sqrt()) / math.sqrt(_DRAWS)
     return Outcome(
-        float((weight.mean() - 1).abs()) / (error + torch.finfo(points.dtype).eps),
+        float((means[0] - means[1]).abs()) / (error + torch.finfo(case.x.dtype).eps),
         5.0,
-        "distance of the mean weight of paths from 1, for a normal target, in standard errors",
+        "difference of the overlap with a normal density by paths from base and data, in standard "
+        "errors",
         "A transform that draws must return, beside x, the log-ratio of two densities: the way "
-        "back over the way there.",
+        "back over the way there; where only x is drawn, minus its contribution.",
     )
 
 

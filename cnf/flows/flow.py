@@ -238,7 +238,8 @@ class Flow(FlowMap):
         Raises:
             TypeError: If `log_density` returns no tensor.
             ValueError: If it returns another shape, NaN or inf; or if the draws have no weights,
-                because the likelihood of the base is a bound, or the flow covers a surface alone.
+                because the likelihood of the base is a bound, or that of the flow is of a surface
+                alone or is none.
 
         References:
             Wu, Koehler & Noe (2020), Stochastic Normalizing Flows, equation 8.
@@ -253,8 +254,9 @@ class Flow(FlowMap):
             )
         if self.transforms.likelihood in ("on_manifold", "not_a_likelihood"):
             raise ValueError(
-                "flow must have a density in all of space for weights of its draws; its likelihood "
-                f"is {self.likelihood!r}. Leave out transforms such as a ConformalEmbedding."
+                "flow must have a density in all of space, so that draws have weights; its "
+                f"likelihood is {self.likelihood!r}. Leave out a ConformalEmbedding, and draw what "
+                "the data lack, as with Inverse(Slice(...))."
             )
         shape = self._shape(sample_shape, context, generator)
         z = self.base.rsample(shape, context, generator=generator)

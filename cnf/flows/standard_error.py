@@ -8,10 +8,10 @@ from torch import Generator, Tensor
 
 from cnf._shapes import BaseRows, Context, Events, Values
 from cnf.bases import Likelihood
-from cnf.divergence import Exact, FieldEvaluation, Hutchinson
+from cnf.divergence import Divergence, Exact, FieldEvaluation, Hutchinson
 from cnf.regularizers import Regularizer
 from cnf.transforms.chain import Chain
-from cnf.transforms.continuous import ContinuousTransform, map_continuous
+from cnf.transforms.continuous import ContinuousTransform, map_continuous, without_costs
 
 
 def to_base_with_error(
@@ -53,10 +53,13 @@ def _number_of_probes(chain: Chain) -> int:
     others = {
         type(part).__name__ for part in chain if map_continuous(part, exact).likelihood != "exact"
     }
-    divergences = [
-        part.divergence for part in chain.modules() if isinstance(part, ContinuousTransform)
-    ]
-    estimates = [part for part in divergences if part is not None and not part.is_exact]
+    if hidden := hidden_estimates(chain):
+        raise ValueError(
+            f"a standard error does not see the estimates inside of {', '.join(hidden)}. Use "
+            "flow.using(divergence=Exact()), or the spread of repeated calls of log_prob."
+        )
+    parts = (part for part in chain.modules() if isinstance(part, ContinuousTransform))
+    estimates = [part.divergence for part in parts if _is_estimate(part.divergence)]
     numbers = {part.probes for part in estimates if isinstance(part, Hutchinson)}
     others |= {type(part).__name__ for part in estimates if not isinstance(part, Hutchinson)}
     if others:
@@ -69,6 +72,15 @@ def _number_of_probes(chain: Chain) -> int:
             f"{sorted(numbers)}. Perhaps flow.using(divergence=Hutchinson(probes=8))."
         )
     return numbers.pop()
+
+
+def hidden_estimates(chain: Chain) -> list[str]:
+    """Return the names of transforms with estimates inside whose paths have no costs."""
+    return sorted({name for name, part in without_costs(chain) if _is_estimate(part.divergence)})
+
+
+def _is_estimate(divergence: Divergence | None) -> bool:
+    return divergence is not None and not divergence.is_exact
 
 
 def _estimate(evaluation: FieldEvaluation, i: int) -> Tensor:

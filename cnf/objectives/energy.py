@@ -1,5 +1,7 @@
 """Training of an energy-based model together with the flow that measures its integral."""
 
+from functools import partial
+
 import torch
 from torch import Generator, Tensor
 
@@ -62,8 +64,9 @@ class EnergyObjective(Objective):
     ) -> Tensor:
         energy = self.model.energy
         drawn, log_q = self.flow.rsample_and_log_prob(draws, generator=generator)
-        of_draws = log_density_of_target(energy, drawn.detach(), None, log_q.shape)
-        of_data = log_density_of_target(energy, x, None, x.shape[:1])
+        evaluate = partial(log_density_of_target, context=None, name="energy")
+        of_draws = evaluate(energy, drawn.detach(), batch=log_q.shape)
+        of_data = evaluate(energy, x, batch=x.shape[:1])
         of_network = log_mean_exp(of_draws - log_q.detach()) - weighted_mean(of_data, weight)
 
         def held(points: Tensor) -> Tensor:
@@ -71,5 +74,5 @@ class EnergyObjective(Objective):
             value: Tensor = torch.func.functional_call(energy, tensors, (points,))
             return value
 
-        target = log_density_of_target(held, drawn, None, log_q.shape)
+        target = evaluate(held, drawn, batch=log_q.shape)
         return of_network + (log_q - target).mean()

@@ -15,6 +15,7 @@ from cnf.objectives.solving import for_training, training_divergence, training_s
 from cnf.ode import ODESolver
 from cnf.regularizers import CostRate, needs_products
 from cnf.transforms import ContinuousTransform
+from cnf.transforms.continuous import without_costs
 
 
 class MaximumLikelihood(Objective):
@@ -36,8 +37,8 @@ class MaximumLikelihood(Objective):
 
     Raises:
         TypeError: If `flow` is not a `Flow`, or a regularizer is not callable.
-        ValueError: If a weight is negative or not finite, `random_end_time` is out of range, or
-            the flow covers only a surface.
+        ValueError: If a weight is negative or not finite, `random_end_time` is out of range, the
+            flow covers only a surface, or regularizers do not see an ODE of the flow.
 
     References:
         Grathwohl et al. (2019), FFJORD. https://arxiv.org/abs/1810.01367
@@ -81,6 +82,15 @@ class MaximumLikelihood(Objective):
                 weight,
                 "finite and at least 0",
                 lambda number: 0 <= number < math.inf,
+            )
+        hidden = {name for name, _ in without_costs(flow.transforms)}
+        if any(isinstance(part, ContinuousTransform) for part in flow.base.modules()):
+            hidden.add(type(flow.base).__name__)
+        if self.regularizers and hidden:
+            raise ValueError(
+                f"regularizers must see every path; the ODEs inside of {', '.join(sorted(hidden))} "
+                "follow paths of their own. Leave them out, or put the ODEs among the transforms "
+                "of the flow."
             )
         self.solver = training_solver(solver)
         self.divergence = training_divergence(divergence)

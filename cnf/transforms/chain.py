@@ -14,8 +14,8 @@ from cnf.bases.ordered_normal import OrderedVector
 from cnf.manifolds import OnManifold
 from cnf.regularizers import CostRate
 from cnf.transforms.base import Transform, WithLadj
-from cnf.transforms.reshape import Rearrangement
-from cnf.transforms.support.constraints import covers
+from cnf.transforms.reshape import Flatten, Rearrangement
+from cnf.transforms.support.constraints import covers, is_symmetric
 
 
 class Chain(Transform):
@@ -251,6 +251,8 @@ def base_for(transforms: Sequence[Transform], base: Base | None) -> Base:
         )
     if transforms:
         check_covered(transforms, "base", base.support)
+        _refuse_moved(transforms, "base", base.support)
+        _refuse_stretched(base, transforms)
     agreed_context_features([*transforms, base])
     _check_one_dtype([*transforms, base])
     return base
@@ -316,17 +318,41 @@ def _check_neighbours(parts: Sequence[Transform]) -> None:
                 f"{name} gives {part.base_features} and {next_name} takes {following.features}."
             )
     for place, part in enumerate(parts):
-        stretching = [other for other in parts[:place] if not isinstance(other, Rearrangement)]
-        if stretching and part.likelihood == "on_manifold":
-            raise ValueError(
-                f"{type(part).__name__} must stand first of the transforms, or behind Flatten and "
-                "Permute alone, because others stretch its surface by a factor that is not their "
-                f"ladj; got {type(stretching[0]).__name__} before it. Prepare the data with it, "
-                "or learn a Similarity within a ConformalEmbedding."
-            )
+        _refuse_stretched(part, parts[:place])
     for place, part in enumerate(parts[1:], start=1):
         if part.support is not None:
             check_covered(parts[:place], type(part).__name__, part.support)
+            _refuse_moved(parts[:place], type(part).__name__, part.support)
+
+
+def _refuse_stretched(part: Transform | Base, before: Sequence[Transform]) -> None:
+    """Refuse a part onto a surface behind others, which would stretch its surface."""
+    stretching = [other for other in before if not isinstance(other, Rearrangement)]
+    if stretching and part.likelihood == "on_manifold":
+        raise ValueError(
+            f"{type(part).__name__} must stand first of the transforms, or behind Flatten and "
+            "Permute alone, because others stretch its surface by a factor that is not their "
+            f"ladj; got {type(stretching[0]).__name__} before it. Prepare the data with it, "
+            "or learn a Similarity within a ConformalEmbedding."
+        )
+
+
+def _refuse_moved(parts: Sequence[Transform], name: str, support: constraints.Constraint) -> None:
+    """Refuse parts that pass a support on, but move features that it tells apart."""
+    for part in reversed(parts):
+        if part.support is not None:
+            return
+        if isinstance(part, Chain):
+            _refuse_moved(part.transforms, name, support)
+        elif not (
+            isinstance(part, Flatten)
+            or is_symmetric(support, together=getattr(part, "point_features", 1))
+        ):
+            raise ValueError(
+                f"{name} must have the same support in all features behind {type(part).__name__}, "
+                f"which moves them; got {support}. Put {type(part).__name__} behind it, or behind "
+                "a transform to the real numbers."
+            )
 
 
 def _codomain(parts: Sequence[Transform]) -> constraints.Constraint | None:

@@ -371,6 +371,18 @@ def map_continuous(
     return copied
 
 
+def without_costs(module: nn.Module) -> list[tuple[str, ContinuousTransform]]:
+    """Return the ODEs inside of transforms that pass no costs of paths on, with their names."""
+    return [
+        (type(part).__name__, inner)
+        for part in module.modules()
+        if isinstance(part, Transform)
+        and type(part)._to_base_with_costs is Transform._to_base_with_costs
+        for inner in part.modules()
+        if isinstance(inner, ContinuousTransform)
+    ]
+
+
 def _velocity(field: VectorField, t: Tensor, x: Tensor, context: Tensor | None) -> State:
     # Not through ``__call__``, whose hooks cannot be compiled.
     return (field._velocity(t, x, context),)

@@ -6,6 +6,7 @@ from torch.distributions import constraints
 from cnf._checks import check_type
 from cnf.bases import Likelihood, weakest
 from cnf.transforms.base import Transform, WithLadj
+from cnf.transforms.chain import Chain
 from cnf.transforms.from_data.base import DataTransform
 
 
@@ -89,6 +90,8 @@ class Inverse(Transform):
         """Kind of likelihood: from draws and sizes, and the estimates inside."""
         parts = [part for part in self.transform.modules() if isinstance(part, Transform)]
         kinds = {part.likelihood for part in parts} & {"estimate", "biased_estimate"}
+        if _projects(self.transform):
+            kinds.add("not_a_likelihood")
         return weakest([super().likelihood, *kinds])
 
     @property
@@ -115,3 +118,12 @@ class Inverse(Transform):
         self, z: Tensor, context: Tensor | None, generator: Generator | None
     ) -> Tensor:
         return self.transform.to_base(z, context, generator=generator)
+
+
+def _projects(part: Transform) -> bool:
+    """Return whether a part maps all of space to a surface, without a draw of what it drops."""
+    if isinstance(part, Inverse):
+        return part.transform.likelihood == "not_a_likelihood"
+    if isinstance(part, Chain):
+        return any(_projects(each) for each in part)
+    return part.likelihood == "on_manifold"

@@ -16,10 +16,16 @@ from torch.distributions import SoftplusTransform
 from benchmarks.timing import markdown
 from cnf.adapters import FromTorch
 from cnf.baselines import build
-from cnf.plots import figure_grid, save_figure
-from cnf.plots.figures import TITLE_SIZE
 from cnf.transforms import ActNorm, MaxPool2d, Slice, Squeeze, Transform, TransformedBase
-from experiments.digits_fit import HEADINGS, IMAGE, PIXELS, coupling_steps, digits, fit_digits
+from experiments.digits_fit import (
+    HEADINGS,
+    IMAGE,
+    PIXELS,
+    coupling_steps,
+    digits,
+    draw_digits,
+    fit_digits,
+)
 from experiments.systems.settings import Settings
 
 KEPT = PIXELS // 4
@@ -52,11 +58,5 @@ def show(settings: Settings) -> str:
         rows.append(fitted.row(name))
         generator = torch.Generator().manual_seed(settings.seed)
         draws[name] = fitted.flow.sample(20, generator=generator)
-    figure, (axes,) = figure_grid(1, len(draws))
-    for ax, (title, each) in zip(axes, draws.items(), strict=True):
-        sheet = each.reshape(4, 5, 8, 8).transpose(1, 2).reshape(32, 40)
-        ax.imshow(sheet.numpy(), cmap="gray_r")
-        ax.set_title(title, fontsize=TITLE_SIZE)
-        ax.set_axis_off()
-    save_figure(figure, settings.out / "maxpool.png")
+    draw_digits(draws, settings.out / "maxpool.png")
     return markdown(HEADINGS, rows)

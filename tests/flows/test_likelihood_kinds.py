@@ -2,10 +2,21 @@
 
 import pytest
 import torch
-from zoo import cnf, lipschitz_mlp, perturbed, residual_flow, seeded
+from zoo import cnf, conformal_embedding, lipschitz_mlp, perturbed, residual_flow, seeded
 
-from cnf import Flow, Hutchinson, ReverseKL, certify
-from cnf.transforms import Affine, Augment, Chain, FactorOut, RussianRoulette, TruncatedSeries
+from cnf import Exact, Flow, Hutchinson, MaximumLikelihood, ReverseKL, certify
+from cnf.flows import MixtureOfFlows
+from cnf.regularizers import kinetic_energy
+from cnf.transforms import (
+    Affine,
+    Augment,
+    Chain,
+    FactorOut,
+    Inverse,
+    RussianRoulette,
+    Slice,
+    TruncatedSeries,
+)
 
 
 def biased(features=2):
@@ -52,6 +63,50 @@ def test_a_standard_error_is_refused_where_it_would_not_be_the_whole_error():
             flow.log_prob_and_error(torch.randn(3, flow.features))
     with pytest.raises(ValueError, match="it is 'biased_estimate'"):
         Flow([biased()]).log_prob_and_error(x)
+
+
+def test_a_standard_error_is_refused_where_estimates_are_hidden():
+    """Inside of a transform that follows a path of its own, whose probes are not seen."""
+    hutchinson = cnf(2, divergence=Hutchinson(probes=4))
+    given = cnf(2, 1, divergence=Hutchinson(probes=4))
+    for part in (Slice(3, 1, dropped=given), Inverse(hutchinson.chain)):
+        flow = Flow([part])
+        x = torch.randn(3, flow.features)
+        assert flow.likelihood == "estimate"
+        assert (flow.log_prob(x) != flow.log_prob(x)).any()
+        for parts in ([part], [FactorOut([part], 5)], [Chain([Affine(flow.features), part])]):
+            outer = Flow(parts)
+            with pytest.raises(ValueError, match=r"does not see the estimates inside of .*Exact"):
+                outer.log_prob_and_error(torch.randn(3, outer.features))
+        exact = flow.using(divergence=Exact())
+        assert (exact.log_prob_and_error(x)[1] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Flow([Slice(3, 1, dropped=cnf(2, 1))]),
+        lambda: Flow([Inverse(cnf().chain)]),
+        lambda: Flow([], MixtureOfFlows([cnf()])),
+    ],
+    ids=["Slice", "Inverse", "MixtureOfFlows"],
+)
+def test_a_regularizer_is_refused_where_it_would_not_see_every_path(make, request):
+    flow = make()
+    assert MaximumLikelihood(flow)(torch.randn(3, flow.features)).isfinite()
+    with pytest.raises(ValueError, match=f"inside of {request.node.callspec.id} follow paths"):
+        MaximumLikelihood(flow, {kinetic_energy: 0.1})
+
+
+def test_the_inverse_of_a_projection_on_a_surface_is_no_likelihood():
+    """Also where both sides have the same size."""
+    surface = conformal_embedding()
+    projection = Chain([surface, Inverse(conformal_embedding())])
+    assert projection.likelihood == "not_a_likelihood"
+    assert Inverse(projection).likelihood == "not_a_likelihood"
+    assert Inverse(Inverse(projection)).likelihood == "not_a_likelihood"
+    assert Inverse(surface).likelihood == "not_a_likelihood"
+    assert Inverse(Inverse(surface)).likelihood == "on_manifold"
 
 
 def test_an_objective_of_log_densities_takes_no_biased_ones():

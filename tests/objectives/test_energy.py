@@ -10,7 +10,7 @@ from zoo import perturbed, seeded
 from cnf import CNF, Flow, ReverseKL
 from cnf.flows import EnergyModel
 from cnf.objectives import EnergyObjective
-from cnf.transforms import Affine, Augment
+from cnf.transforms import Affine, Augment, Logit
 
 
 class Quadratic(nn.Module):
@@ -22,6 +22,13 @@ class Quadratic(nn.Module):
 
     def forward(self, x):
         return -0.5 * (x * (-self.log_width).exp()).square().sum(-1)
+
+
+class Pole(nn.Module):
+    """Infinite where x is 1."""
+
+    def forward(self, x):
+        return -(x - 1).abs().log().sum(-1)
 
 
 def model(log_width: float = -0.2) -> EnergyModel:
@@ -87,6 +94,23 @@ def test_weights_of_rows_multiply():
     torch.testing.assert_close(weighted, repeated)
 
 
+def test_there_is_no_density_outside_of_the_support_of_the_proposal():
+    """Of the uniform density on the unit square; the energy is not asked there."""
+
+    class Square(nn.Module):
+        def forward(self, x):
+            assert ((x > 0) & (x < 1)).all()
+            return 0 * x.sum(-1)
+
+    made = EnergyModel(Square(), Flow([Logit(2, alpha=0.0)]))
+    found = made.estimate_normalizer(4000, generator=seeded())
+    x = torch.tensor([[[0.5, 0.5], [0.5, 2.0]], [[-1.0, 0.5], [0.1, 0.9]]])
+    expected = torch.tensor([[0.0, -math.inf], [-math.inf, 0.0]])
+    error = 4 * float(found.standard_error)  # 4 standard errors: 6e-5
+    torch.testing.assert_close(made.log_prob(x), expected, rtol=0, atol=error)
+    assert made.log_prob(x[0, 1]) == -math.inf
+
+
 def test_there_is_no_density_before_the_integral():
     made = model()
     assert made.likelihood == "biased_estimate"
@@ -115,7 +139,12 @@ def test_there_is_no_density_before_the_integral():
         (
             lambda: EnergyModel(nn.Identity(), CNF(2)).log_density(torch.zeros(3, 2)),
             ValueError,
-            r"must return shape \(3,\)",
+            r"energy must return shape \(3,\)",
+        ),
+        (
+            lambda: EnergyObjective(EnergyModel(Pole(), Flow([Affine(1)])))(torch.ones(3, 1)),
+            ValueError,
+            "energy must be finite or -inf at every point; got other values in rows 0, 1, 2",
         ),
     ],
 )

@@ -8,7 +8,7 @@ from test_objectives import BACKPROP, deep_cnf, gradients
 from torch import nn
 from torch.distributions import MultivariateNormal, Normal
 from torch.utils.data import TensorDataset
-from zoo import EXACT_FLOWS, cnf, perturbed, rows_for, seeded
+from zoo import EXACT_FLOWS, cnf, conformal_embedding, perturbed, rows_for, seeded
 
 from cnf import (
     CNF,
@@ -33,6 +33,7 @@ from cnf.transforms import (
     ConditionalAffine,
     ContinuousTransform,
     Dequantize,
+    Inverse,
     Langevin,
     LipschitzMLP,
     Logit,
@@ -383,9 +384,9 @@ def test_wrong_settings_are_refused(make, error, message):
         (
             lambda x: x.sum(-1) * math.nan,
             ValueError,
-            r"must be finite or -inf wherever the flow draws; got.*draws, rows 0, 1, 2.*Logit",
+            r"log_density must be finite or -inf at every point; got.* in rows 0, 1, 2.*Logit",
         ),
-        (lambda x: x.sum(-1) - math.inf, ValueError, "must be finite wherever the flow draws"),
+        (lambda x: x.sum(-1) - math.inf, ValueError, "must be finite at every point"),
     ],
 )
 def test_a_target_without_a_finite_number_for_each_draw_is_refused(log_density, error, message):
@@ -396,7 +397,7 @@ def test_a_target_without_a_finite_number_for_each_draw_is_refused(log_density, 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_weights_must_not_be_infinite(value):
     objective = ReverseKL(CNF(2), lambda x: x.sum(-1) + value)
-    with pytest.raises(ValueError, match="must be finite or -inf wherever the flow draws"):
+    with pytest.raises(ValueError, match="must be finite or -inf at every point"):
         objective.log_weights(3)
 
 
@@ -468,6 +469,21 @@ def test_a_proposal_with_lighter_tails_is_warned_of():
         log_normalizer(lambda x: target.log_prob(x).sum(-1), narrow, 2000, generator=seeded())
 
 
+def test_a_proposal_that_hardly_meets_the_density_is_warned_of():
+    """Of 1000 draws, about 23 are above 2, where alone the density is not zero."""
+    with pytest.warns(UserWarning, match="misses a part of it"):
+        found = log_normalizer(
+            lambda x: (
+                torch.where(x[..., 0] > 2, 0.0, -math.inf) + Normal(0.0, 1.0).log_prob(x)[..., 0]
+            ),
+            Flow([Affine(1)]),
+            1000,
+            generator=seeded(),
+        )
+    assert found.log_z.isfinite()
+    assert found.standard_error.isfinite()
+
+
 def test_the_normalizer_of_each_context():
     flow = Flow([perturbed(ConditionalAffine(2, 3))])
     found = log_normalizer(
@@ -493,6 +509,16 @@ def test_the_normalizer_of_each_context():
             ).rsample_and_log_weight(normal_target),
             ValueError,
             "base must have a log-density of its draws",
+        ),
+        (
+            lambda: log_normalizer(normal_target, Flow([Inverse(conformal_embedding())]), 10),
+            ValueError,
+            "draws have weights; theirs is 'not_a_likelihood'",
+        ),
+        (
+            lambda: log_normalizer(lambda x: x.sum(-1) - math.inf, Flow([Affine(2)]), 10),
+            ValueError,
+            "finite at some of the 10 draws",
         ),
     ],
 )

@@ -9,6 +9,7 @@ from zoo import CONFORMAL_MAPS, cnf, conformal_embedding, perturbed, seeded
 
 from cnf import CNF, Flow, MaximumLikelihood, Standardize, certify
 from cnf.bases import StandardNormal
+from cnf.flows import MixtureOfFlows
 from cnf.objectives import ManifoldLikelihood
 from cnf.transforms import (
     Affine,
@@ -22,6 +23,7 @@ from cnf.transforms import (
     Similarity,
     SpecialConformal,
     Transform,
+    TransformedBase,
 )
 
 MAPS = {
@@ -211,6 +213,14 @@ def test_a_wrong_surface_is_found(wrong, fails):
         (lambda: ConformalEmbedding([Flatten((1, 3))], 2), "got Flatten"),
         (lambda: ConformalEmbedding([Similarity(3)], 3), "base_features must be .* 2; got 3"),
         (lambda: Flow([Standardize(3), conformal_embedding()]), "must stand first of the"),
+        (
+            lambda: Flow([Affine(3)], MixtureOfFlows([Flow([conformal_embedding()])])),
+            "MixtureOfFlows must stand first .*got Affine before it",
+        ),
+        (
+            lambda: Flow([Affine(3)], TransformedBase([conformal_embedding()])),
+            "must cover all of space.*into the flow",
+        ),
         (lambda: MaximumLikelihood(surface_flow()), r"with ManifoldLikelihood\(flow\)"),
         (
             lambda: surface_flow().rsample_and_log_weight(lambda x: -x.square().sum(-1), 5),

@@ -14,6 +14,7 @@ from zoo import (
     FIELDS,
     TRANSFORMS,
     base_rows_for,
+    cnf,
     mlp,
     rows_for,
     seeded,
@@ -21,7 +22,9 @@ from zoo import (
 
 from cnf import Exact, Flow, Hutchinson, Standardize
 from cnf.adapters import FromTorch, TorchBase
-from cnf.bases import Base, StandardNormal
+from cnf.bases import Base, ConditionalNormal, OrderedNormal, StandardNormal, UniformOnManifold
+from cnf.flows import MixtureOfFlows
+from cnf.manifolds import Product, Sphere
 from cnf.saving.description import FAMILIES, own_classes
 from cnf.transforms import (
     Abs,
@@ -31,11 +34,15 @@ from cnf.transforms import (
     Chain,
     ContinuousTransform,
     FactorOut,
+    Flatten,
+    LogGaps,
     Logit,
     Permute,
     Round,
     Sort,
+    StochasticPermutation,
     Transform,
+    TransformedBase,
     Unconstrain,
 )
 from cnf.transforms.continuous import map_continuous
@@ -249,6 +256,33 @@ def test_permutations_pass_a_support_on():
     assert Flow([Logit(2)]).chain.codomain is constraints.real_vector
 
 
+@pytest.mark.parametrize(
+    ("parts", "base"),
+    [
+        ([Permute([1, 0]), Unconstrain(["positive", "real"])], None),
+        ([Chain([Permute([1, 0])]), Unconstrain(["positive", "real"])], None),
+        ([StochasticPermutation(2), Unconstrain(["positive", "real"])], None),
+        ([StochasticPermutation(4, point_features=2), LogGaps(4, point_features=2)], None),
+        ([Sort(2), Permute([1, 0])], OrderedNormal(2)),
+        ([Permute([1, 2, 0, 3, 4, 5])], UniformOnManifold(Product([Sphere(3), Sphere(3)]))),
+    ],
+    ids=str,
+)
+def test_a_permutation_passes_no_support_on_that_tells_features_apart(parts, base):
+    with pytest.raises(ValueError, match=r"same support in all features behind (Stoch|Permute)"):
+        Flow(parts, base)
+
+
+def test_a_permutation_of_points_passes_on_a_support_of_points():
+    columns = ["positive", "real"]
+    flow = Flow([StochasticPermutation(4, point_features=2), Unconstrain(columns * 2)])
+    x = torch.tensor([[1.0, -1.0, 2.0, -3.0], [-1.0, 1.0, 2.0, -3.0]])
+    found = flow.log_prob(x)
+    assert found[0].isfinite()
+    assert found[1] == -math.inf
+    assert Flow([Flatten((2,)), Unconstrain(columns)]).log_prob(x[0, :2]).isfinite()
+
+
 def test_the_support_of_a_flow_without_opinion_is_the_support_of_its_base():
     flow = Flow([Permute([1, 0])], half_normal(2))
     outside: Tensor = flow.log_prob(torch.tensor([[1.0, -1.0], [1.0, 1.0]]))
@@ -292,6 +326,34 @@ def test_a_base_draws_from_its_density(make):
     ratio = (sum(map(log_q, factors, parts)) - base.log_prob(draws)).exp()
     error = ratio.std() / len(ratio) ** 0.5
     assert abs(ratio.mean() - 1) < 4 * error + 1e-3  # 4 standard errors: 6e-5
+
+
+@pytest.mark.parametrize("make", BASES.values(), ids=BASES)
+def test_a_base_has_no_density_outside_of_its_support(make):
+    base = make()
+    z = torch.randn(2, 40, base.features)
+    inside = base.support.check(z)
+    with torch.no_grad():
+        assert ((base.log_prob(z) > -math.inf) == inside).all()
+
+
+CONDITIONAL_BASES = {
+    "conditional normal": lambda: ConditionalNormal(2, 3),
+    "transformed": lambda: TransformedBase([Affine(2)], ConditionalNormal(2, 3)),
+    "mixture of flows": lambda: MixtureOfFlows([cnf(2, 3)]),
+}
+
+
+@pytest.mark.parametrize("make", CONDITIONAL_BASES.values(), ids=CONDITIONAL_BASES)
+def test_rows_with_contexts_of_their_own_share_no_draw(make):
+    base, context = make(), torch.zeros(4, 3)
+    with torch.no_grad():
+        draws = base.rsample(torch.Size([5, 4]), context)
+        assert len(set(draws[..., 0].flatten().tolist())) == 20
+        assert base.rsample(torch.Size([5, 4]), context[:1]).shape == (5, 4, 2)
+        for shape in ((), (3,), (4, 1)):
+            with pytest.raises(ValueError, match=r"end in the batch shape \(4,\) of context"):
+                base.rsample(torch.Size(shape), context)
 
 
 def test_every_class_that_a_flow_may_have_as_a_part_is_in_the_zoo():

@@ -1,17 +1,19 @@
 """Energy-based model: a network is the log-density up to a constant, which a flow measures."""
 
+import math
 from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
-from cnf._checks import check_events, check_type, reference_tensor
+from cnf._checks import check_events, check_type, reference_tensor, rows_inside
 from cnf._shapes import Events
 from cnf.bases import Likelihood
 from cnf.flows.flow import Flow
 from cnf.flows.unnormalized.importance import LogNormalizer, log_normalizer
 from cnf.flows.unnormalized.target import log_density_of_target
+from cnf.transforms.support.constraints import spread
 
 
 class EnergyModel(nn.Module):
@@ -78,7 +80,7 @@ class EnergyModel(nn.Module):
         """
         check_events("x", x, self.proposal.event_shape, like=reference_tensor(self.proposal))
         batch = x.shape[: x.ndim - len(self.proposal.event_shape)]
-        return log_density_of_target(self.energy, x, None, batch)
+        return log_density_of_target(self.energy, x, None, batch, name="energy")
 
     @torch.no_grad()
     def estimate_normalizer(
@@ -101,7 +103,7 @@ class EnergyModel(nn.Module):
         return found
 
     def log_prob(self, x: Events) -> Float[Tensor, "*joint_batch"]:
-        """Return the estimated log-density, in nats.
+        """Return the estimated log-density, in nats; -inf outside of the support of the proposal.
 
         Raises:
             ValueError: If there is no estimate of Z yet, or x does not fit.
@@ -110,4 +112,6 @@ class EnergyModel(nn.Module):
             raise ValueError(
                 "log_z must be known for a log-density; call model.estimate_normalizer() first."
             )
-        return self.log_density(x) - self.log_z
+        check_events("x", x, self.proposal.event_shape, like=reference_tensor(self.proposal))
+        inside = rows_inside(x, self.proposal.support)
+        return spread(inside, self.log_density(x[inside]) - self.log_z, elsewhere=-math.inf)

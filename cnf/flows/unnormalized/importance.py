@@ -55,7 +55,8 @@ def log_normalizer(
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If `draws` is less than 2, or as `Flow.rsample_and_log_weight`.
+        ValueError: If `draws` is less than 2, the density is zero at all draws, or as
+            `Flow.rsample_and_log_weight`.
 
     References:
         Vehtari et al. (2024), Pareto Smoothed Importance Sampling, for the tail index.
@@ -72,6 +73,12 @@ def log_normalizer(
     _, log_weight = proposal.rsample_and_log_weight(
         log_density, draws, context, generator=generator
     )
+    empty = log_weight.isneginf().all(0)
+    if empty.any():
+        raise ValueError(
+            f"log_density must be finite at some of the {draws} draws of proposal; it is -inf at "
+            f"all of them{_some(empty)}. Draw more, or move the proposal to the density."
+        )
     log_z = log_mean_exp(log_weight)
     shares = (log_weight - log_z).exp()
     heavy = _tail_index(log_weight) > _HEAVY

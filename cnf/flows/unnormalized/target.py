@@ -13,9 +13,14 @@ class TargetError(ValueError):
 
 
 def log_density_of_target(
-    log_density: Callable[..., Tensor], x: Tensor, context: Tensor | None, batch: torch.Size
+    log_density: Callable[..., Tensor],
+    x: Tensor,
+    context: Tensor | None,
+    batch: torch.Size,
+    *,
+    name: str = "log_density",
 ) -> Tensor:
-    """Return the log-density of a target at draws of this batch shape.
+    """Return the log-density of a target at points of this batch shape; messages name it.
 
     Raises:
         TypeError: If the result is no tensor.
@@ -27,22 +32,22 @@ def log_density_of_target(
     with torch.autocast(x.device.type, enabled=False):
         value = log_density(x, *given)
     if not isinstance(value, Tensor):
-        raise TypeError(f"log_density must return a tensor; got {type(value).__name__}.")
+        raise TypeError(f"{name} must return a tensor; got {type(value).__name__}.")
     if value.shape != batch:
         raise ValueError(
-            f"log_density must return shape {tuple(batch)} for x of shape {tuple(x.shape)}; got "
+            f"{name} must return shape {tuple(batch)} for x of shape {tuple(x.shape)}; got "
             f"{tuple(value.shape)}."
         )
     found = value.detach()
-    refuse_targets(found.isnan() | found.isposinf(), "finite or -inf")
+    refuse_targets(found.isnan() | found.isposinf(), "finite or -inf", name=name)
     return value
 
 
-def refuse_targets(bad: Tensor, expected: str) -> None:
-    """Raise a TargetError that names the draws of a mask, if there are any."""
+def refuse_targets(bad: Tensor, expected: str, *, name: str = "log_density") -> None:
+    """Raise a TargetError that names the points of a mask, if there are any."""
     if bad.any():
         raise TargetError(
-            f"log_density must be {expected} wherever the flow draws; got other values in draws, "
-            f"{name_rows(bad)}. If the target has bounded support, put a transform such as Logit "
-            "first in the flow, so that its draws lie inside."
+            f"{name} must be {expected} at every point; got other values in {name_rows(bad)}. If "
+            "it has bounded support, put a transform such as Logit first in the flow, so that its "
+            "draws lie inside."
         )

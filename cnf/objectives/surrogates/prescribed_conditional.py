@@ -6,9 +6,11 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
+from torch.distributions import constraints
 
 from cnf._checks import (
     check_count,
+    check_generator,
     check_number,
     check_sample_shape,
     check_vectors,
@@ -19,9 +21,11 @@ from cnf._shapes import Context, Rows
 from cnf.bases import StandardNormal
 from cnf.flows.flow import Flow
 from cnf.objectives.base import Objective, weighted_mean
+from cnf.transforms.support.constraints import covers
 
 _COPIED = 1e-3
-"""Largest error of a copied condition with which the surrogate is a likelihood."""
+"""Largest error of a copied condition, and of its volume in nats, with which the surrogate is a
+likelihood."""
 
 
 class PrescribedConditional(Objective):
@@ -47,7 +51,8 @@ class PrescribedConditional(Objective):
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range, or the flow is conditional or not exact.
+        ValueError: If an argument is out of range, or the flow is conditional, not exact or not
+            bijective.
 
     References:
         Hyatt (2022), Conditional normalizing flows by a prescribed rule.
@@ -65,12 +70,19 @@ class PrescribedConditional(Objective):
     def __init__(self, flow: Flow, condition_features: int, *, weight: float = 100.0) -> None:
         super().__init__(flow)
         size = check_count("condition_features", condition_features, most=flow.features - 1)
-        if flow.likelihood != "exact" or flow.context_features or len(flow.event_shape) != 1:
+        is_plain = flow.transforms.is_bijective and covers(flow.base.support, constraints.real)
+        if (
+            not is_plain
+            or flow.likelihood != "exact"
+            or flow.context_features
+            or len(flow.event_shape) != 1
+        ):
             raise ValueError(
-                "flow must be an exact flow of vectors without a context, because condition and "
-                f"data go through it side by side; got a {type(flow).__name__} of "
-                f"{tuple(flow.event_shape)}, likelihood {flow.likelihood!r}, "
-                f"context_features={flow.context_features}."
+                "flow must be an exact flow of vectors without a context, of bijections to all "
+                "real vectors, because condition and data go through it side by side; got a "
+                f"{type(flow).__name__} of {tuple(flow.event_shape)}, likelihood "
+                f"{flow.likelihood!r}, context_features={flow.context_features}, bijective "
+                f"{flow.transforms.is_bijective}, base on {flow.base.support}."
             )
         self.condition_features = size
         self.data_features = flow.features - size
@@ -84,21 +96,19 @@ class PrescribedConditional(Objective):
         return self._errors(rows, self.flow.to_base(rows)).amax(-1)
 
     def log_prob(self, x: Rows, condition: Context) -> Float[Tensor, "*joint_batch"]:
-        """Return the log-density of data given a condition, in nats.
+        r"""Return the log-density of data given a condition, in nats.
+
+        The density of `sample` differs from it by :math:`\log |\det \partial y / \partial y'|`.
 
         Raises:
-            ValueError: If the flow does not copy the condition of a row to 1e-3, so that this would
-                be no likelihood; or if the arguments do not fit.
+            ValueError: If the flow does not copy the condition of a row to 1e-3, or changes its
+                volume by more than 1e-3 nats, so that this would be no likelihood; or if the
+                arguments do not fit.
         """
-        surrogate, errors = self._surrogate(self._side_by_side(x, condition), None)
-        worst = errors.detach().amax(-1)
-        refuse_rows(
-            "condition",
-            worst > _COPIED,
-            f"copied by the flow to {_COPIED} to have a log-density (the worst is off by "
-            f"{float(worst.max()) if worst.numel() else 0.0:.2g}; train longer, with a larger "
-            "weight)",
-        )
+        rows = self._side_by_side(x, condition)
+        surrogate, errors = self._surrogate(rows, None)
+        _refuse_uncopied(errors.detach().amax(-1), "the worst is off by {:.2g}")
+        _refuse_uncopied(self._volume(rows), "volume is off by up to {:.2g} nats")
         return surrogate
 
     @torch.no_grad()
@@ -113,9 +123,9 @@ class PrescribedConditional(Objective):
 
         The shape is ``(*sample_shape, *batch, features)``.
         """
-        check_vectors(
-            "condition", condition, self.condition_features, like=reference_tensor(self.flow)
-        )
+        like = reference_tensor(self.flow)
+        check_vectors("condition", condition, self.condition_features, like=like)
+        check_generator(generator, like=like)
         shape = check_sample_shape(sample_shape) + condition.shape[:-1]
         base = StandardNormal(self.data_features).to(condition)
         z = base.rsample(shape, generator=generator)
@@ -148,9 +158,33 @@ class PrescribedConditional(Objective):
     def _errors(self, rows: Tensor, z: Tensor) -> Tensor:
         return (z - rows)[..., self.data_features :].abs()
 
+    def _volume(self, rows: Tensor) -> Tensor:
+        """Return the change of volume of the condition alone, in nats, with the data held."""
+        with torch.inference_mode(False), torch.enable_grad():
+            rows = rows.clone().detach().requires_grad_()
+            copies = self.flow.to_base(rows)[..., self.data_features :]
+            slopes = [
+                torch.autograd.grad(copy.sum(), rows, retain_graph=True)[0]
+                for copy in copies.unbind(-1)
+            ]
+        jacobian = torch.stack(slopes, -2)[..., self.data_features :]
+        volume: Tensor = torch.linalg.slogdet(jacobian.double()).logabsdet.abs()
+        return volume
+
     def _side_by_side(self, x: Tensor, condition: Tensor) -> Tensor:
         like = reference_tensor(self.flow)
         check_vectors("x", x, self.data_features, like=like)
         check_vectors("condition", condition, self.condition_features, like=like)
         batch = torch.broadcast_shapes(x.shape[:-1], condition.shape[:-1])
         return torch.cat([part.expand(*batch, -1) for part in (x, condition)], -1)
+
+
+def _refuse_uncopied(error: Tensor, found: str) -> None:
+    """Refuse conditions whose copy has too large an error, of which `found` tells the largest."""
+    largest = float(error.max()) if error.numel() else 0.0
+    refuse_rows(
+        "condition",
+        error > _COPIED,
+        f"copied by the flow to {_COPIED} to have a log-density ({found.format(largest)}; train "
+        "longer, with a larger weight)",
+    )

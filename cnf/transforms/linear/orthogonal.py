@@ -8,6 +8,9 @@ from torch import Generator, Tensor, nn
 from cnf._checks import check_vector_or_image_shape
 from cnf.transforms.base import Transform, WithLadj
 
+_ORTHOGONAL = 1e-4
+"""Largest error of the product of an orthogonal matrix with its transpose, in single precision."""
+
 
 class Orthogonal(Transform):
     r"""Orthogonal matrix and a shift, ``z = U x + b``: the same for the channels of each pixel.
@@ -52,7 +55,24 @@ class Orthogonal(Transform):
 
     @torch.no_grad()
     def set_to(self, matrix: Tensor, bias: Tensor) -> None:
-        """Set U to an orthogonal matrix, and b."""
+        """Set U to an orthogonal matrix, and b.
+
+        Raises:
+            ValueError: If a shape does not fit, or the matrix is not orthogonal.
+        """
+        size = self.channels
+        if matrix.shape != (size, size) or bias.shape != (size,):
+            raise ValueError(
+                f"matrix and bias must have shapes {(size, size)} and {(size,)}; got "
+                f"{tuple(matrix.shape)} and {tuple(bias.shape)}."
+            )
+        product = matrix.double() @ matrix.double().mT
+        error = float((product - torch.eye(size).to(product)).abs().max())
+        if not error <= _ORTHOGONAL:
+            raise ValueError(
+                f"matrix must be orthogonal; its product with its transpose is off the identity by "
+                f"{error:.3g}. Take the Q of torch.linalg.qr(matrix)."
+            )
         self.start.copy_(matrix)
         self.skew.zero_()
         self.bias.copy_(bias)

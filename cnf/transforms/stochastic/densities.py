@@ -96,4 +96,9 @@ def _shaped(density: LogDensity, x: Tensor) -> Tensor:
             f"log_density must return a number for each row, of shape {tuple(x.shape[:-1])}; got "
             f"{found}."
         )
-    return value
+    if not value.is_floating_point():
+        raise ValueError(
+            f"log_density must return floating-point numbers; got {value.dtype}. Convert them "
+            f"with .to(x.dtype)."
+        )
+    return value.to(x.dtype)

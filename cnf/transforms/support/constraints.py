@@ -54,6 +54,15 @@ def covers(larger: constraints.Constraint, smaller: constraints.Constraint) -> b
     return all(itertools.starmap(_covers, zip(wide, narrow, strict=True)))
 
 
+def is_symmetric(constraint: constraints.Constraint, *, together: int) -> bool:
+    """Return whether a constraint stays when the features, `together` at a time, change places."""
+    entries = list(map(repr, _entries(constraint)))
+    if len(entries) > 1:
+        return entries == entries[:together] * (len(entries) // together)
+    factors = getattr(getattr(constraint, "manifold", None), "factors", None)
+    return factors is None and not isinstance(constraint, OrderedVector)
+
+
 def _entries(constraint: constraints.Constraint) -> list[constraints.Constraint]:
     """Return the constraint of each entry of a vector, or a single one for all."""
     while isinstance(constraint, constraints.independent):

@@ -42,7 +42,9 @@ class Abs(Transform):
         return f"features={self.features}"
 
     def _to_base(self, x: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
-        return x.abs(), self._contributions(x, context).sum(-1)
+        # Zero stays within the support of a positive distribution.
+        z = x.abs().clamp(min=torch.finfo(x.dtype).tiny)
+        return z, self._contributions(x, context).sum(-1)
 
     def _to_data(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> WithLadj:
         check_codomain(self, z, "at least 0", "Take absolute values, or drop these rows.")

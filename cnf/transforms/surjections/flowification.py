@@ -1,12 +1,13 @@
 """Flowification: ordinary linear and convolution layers with a likelihood."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from cnf._checks import check_count, check_shape, check_type, check_widths
+from cnf._checks import all_finite, check_count, check_shape, check_type, check_widths
 from cnf.bases import ConditionalNormal
 from cnf.transforms.base import Transform
 from cnf.transforms.chain import Chain
@@ -76,8 +77,9 @@ class FlowifiedLinear(Chain):
         """Set W, ``(out_features, in_features)``, and b.
 
         Raises:
-            ValueError: If W has not the full rank.
+            ValueError: If a shape does not fit, or W is not finite or has not the full rank.
         """
+        _check_linear(weight, (self.out_features, self.in_features), bias)
         _set_linear(self.transforms, weight, bias)
 
 
@@ -146,8 +148,11 @@ class FlowifiedConv2d(Chain):
         """Set the kernel, ``(out_channels, channels, kernel_size, kernel_size)``, and the bias.
 
         Raises:
-            ValueError: If the kernel, as a matrix, has not the full rank.
+            ValueError: If a shape does not fit, or the kernel is not finite or not of full rank
+                as a matrix.
         """
+        sizes = (self.kernel_size, self.kernel_size)
+        _check_linear(weight, (self.out_channels, self.shape[0], *sizes), bias)
         _set_linear(self.transforms[1:], weight.flatten(1), bias)
 
 
@@ -200,6 +205,11 @@ def _flowified(
 ) -> tuple[list[Transform], tuple[int, ...]]:
     """Return the transforms of a layer, and the shape that it gives."""
     if isinstance(layer, Transform):
+        if layer.features != math.prod(sizes):
+            raise ValueError(
+                f"{name} must get the {layer.features} features that {type(layer).__name__} takes; "
+                f"got {sizes}."
+            )
         return [layer], (layer.base_features,) if layer.base_features != math.prod(sizes) else sizes
     match layer:
         case nn.Identity():
@@ -225,8 +235,9 @@ def _of_linear(
 ) -> tuple[list[Transform], tuple[int, ...]]:
     if sizes != (layer.in_features,):
         raise ValueError(f"{name} must get the shape {(layer.in_features,)}; got {sizes}.")
-    linear = FlowifiedLinear(layer.in_features, layer.out_features).to(layer.weight)
-    _set(name, linear, layer, layer.out_features)
+    with _named(name):
+        linear = FlowifiedLinear(layer.in_features, layer.out_features).to(layer.weight)
+        linear.set_to(layer.weight, _bias(layer))
     return [linear], (layer.out_features,)
 
 
@@ -243,25 +254,25 @@ def _of_convolution(
         )
     if len(sizes) != 3 or sizes[0] != layer.in_channels:
         raise ValueError(f"{name} must get images of {layer.in_channels} channels; got {sizes}.")
-    convolution = FlowifiedConv2d(
-        sizes, layer.out_channels, square[0], stride=square[1], padding=square[2]
-    ).to(layer.weight)
-    _set(name, convolution, layer, layer.out_channels)
+    with _named(name):
+        convolution = FlowifiedConv2d(
+            sizes, layer.out_channels, square[0], stride=square[1], padding=square[2]
+        ).to(layer.weight)
+        convolution.set_to(layer.weight, _bias(layer))
     return [convolution], convolution.convolved_shape
 
 
-def _set(
-    name: str,
-    flowified: FlowifiedLinear | FlowifiedConv2d,
-    layer: nn.Linear | nn.Conv2d,
-    outputs: int,
-) -> None:
-    """Give a flowified layer the weight and the bias of a layer."""
-    bias = layer.weight.new_zeros(outputs) if layer.bias is None else layer.bias
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Name the layer in the message of an error."""
     try:
-        flowified.set_to(layer.weight, bias)
+        yield
     except ValueError as error:
         raise ValueError(f"{name} has no likelihood: {error}") from error
+
+
+def _bias(layer: nn.Linear | nn.Conv2d) -> Tensor:
+    return layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
 
 
 def _linear_parts(
@@ -278,6 +289,17 @@ def _linear_parts(
     if dropped is not None:
         after = [Slice(channels * pixels, out_channels * pixels, dropped=dropped)]
     return [*before, Orthogonal(turned), *after, Conv1x1((out_channels, height, width))]
+
+
+def _check_linear(weight: Tensor, shape: tuple[int, ...], bias: Tensor) -> None:
+    """Refuse a weight of another shape, a bias that does not fit it, and infinite numbers."""
+    if weight.shape != shape or bias.shape != shape[:1]:
+        raise ValueError(
+            f"weight and bias must have shapes {shape} and {shape[:1]}; got "
+            f"{tuple(weight.shape)} and {tuple(bias.shape)}."
+        )
+    if not all_finite((weight, bias)):
+        raise ValueError("weight and bias must be finite; got NaN or inf.")
 
 
 @torch.no_grad()

@@ -24,14 +24,24 @@ class Funnel(Reduction):
         shift: Module that maps the dropped entries to numbers, which are added to z.
         context_features: Size of the context; 0 for none.
         dropped: Distribution of the dropped entries.
+        dropped_features: Number of the dropped entries.
     """
 
     def __init__(
-        self, mix: Conv1x1, shift: nn.Module, context_features: int, dropped: Base
+        self,
+        mix: Conv1x1,
+        shift: nn.Module,
+        context_features: int,
+        dropped: Base,
+        *,
+        dropped_features: int,
     ) -> None:
-        size = dropped.features
         super().__init__(
-            mix.features + size, mix.features, context_features, dropped, dropped_features=size
+            mix.features + dropped_features,
+            mix.features,
+            context_features,
+            dropped,
+            dropped_features=dropped_features,
         )
         self.mix = mix
         self.shift = shift
@@ -98,12 +108,8 @@ class MLPFunnel(Funnel):
         size = count_dropped(features, kept)
         if dropped is None:
             dropped = ConditionalNormal(size, kept + context_features)
-        base = as_base(dropped)
-        super().__init__(Conv1x1(kept), nn.Linear(size, kept), context_features, base)
-        if base.features != size:
-            raise ValueError(
-                f"dropped must have the {size} features that MLPFunnel drops; got {base.features}."
-            )
+        base, shift = as_base(dropped), nn.Linear(size, kept)
+        super().__init__(Conv1x1(kept), shift, context_features, base, dropped_features=size)
 
     def _part(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x[..., : self.kept], x[..., self.kept :]
@@ -179,13 +185,8 @@ class ConvFunnel(Funnel):
             dropped = ConditionalNormal(
                 size, channels * math.prod(tiles) + context_features, conditioner=conditioner
             )
-        base = as_base(dropped)
-        mix = Conv1x1((channels, *tiles))
-        super().__init__(mix, nn.Conv2d(others, channels, 1), context_features, base)
-        if base.features != size:
-            raise ValueError(
-                f"dropped must have the {size} features that ConvFunnel drops; got {base.features}."
-            )
+        mix, shift = Conv1x1((channels, *tiles)), nn.Conv2d(others, channels, 1)
+        super().__init__(mix, shift, context_features, as_base(dropped), dropped_features=size)
         self.shape = sizes
         self.kernel_size = kernel_size
         self.hidden_channels = tuple(hidden_channels)

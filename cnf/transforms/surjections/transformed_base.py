@@ -1,14 +1,18 @@
 """Base made of a chain of transforms and another base: a flow as a conditional distribution."""
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Generator, Tensor
 from torch.distributions import constraints
 
+from cnf._checks import holds, joint_batch_shape, rows_inside
+from cnf._row_names import rows_of_caller
 from cnf.bases import Base
 from cnf.transforms.base import Transform
 from cnf.transforms.chain import Chain, agreed_context_features, base_for
+from cnf.transforms.support.constraints import row_before, select, spread
 
 
 class TransformedBase(Base):
@@ -27,8 +31,8 @@ class TransformedBase(Base):
 
     Example:
         >>> from cnf.transforms import Affine
-        >>> TransformedBase([Affine(2)]).log_prob(torch.zeros(2))
-        tensor(-1.8379, grad_fn=<AddBackward0>)
+        >>> TransformedBase([Affine(2)]).log_prob(torch.zeros(2)).item()  # -log(2 pi)
+        -1.837877...
     """
 
     def __init__(self, transforms: Iterable[Transform], base: Base | None = None) -> None:
@@ -37,6 +41,11 @@ class TransformedBase(Base):
             raise ValueError(
                 f"transforms must take vectors; {type(chain[0]).__name__} takes "
                 f"{tuple(chain.event_shape)}."
+            )
+        if chain.likelihood == "on_manifold":
+            raise ValueError(
+                "transforms must cover all of space, because the density of points off a surface "
+                "would be asked for too. Put the transforms themselves into the flow."
             )
         base = base_for(chain.transforms, base)
         super().__init__(chain.features, agreed_context_features([chain, base]))
@@ -65,8 +74,16 @@ class TransformedBase(Base):
             self.base.initialize(z, context, generator=generator)
 
     def _log_prob(self, z: Tensor, context: Tensor | None, generator: Generator | None) -> Tensor:
+        z = z.expand(*joint_batch_shape(z, context), -1)
+        # NaN is outside of every support, but no point without density.
+        inside = rows_inside(z, self.support) | z.detach().isnan().any(-1)
+        if holds(~inside.all()):
+            with rows_of_caller(row_before(inside)):
+                log_prob = self.log_prob(*select(inside, z, context), generator=generator)
+            return spread(inside, log_prob, elsewhere=-math.inf)
         z, ladj = self.transforms.to_base_and_ladj(z, context, generator=generator)
-        return self.base.log_prob(z, context, generator=generator) + ladj
+        log_prob = self.base.log_prob(z, context, generator=generator) + ladj
+        return torch.where(inside, log_prob, -math.inf)  # within torch.vmap, too
 
     def _rsample(
         self, shape: torch.Size, context: Tensor | None, generator: Generator | None

@@ -61,7 +61,7 @@ class Unfold(Transform):
         counts = self._fold(torch.ones(1, self.base_features))[0, 0]
         self.register_buffer("_counts", counts, persistent=False)
         self._counts: Tensor
-        self._half_log_counts = 0.5 * channels * float(counts.log().sum())
+        self._half_log_counts = 0.5 * channels * float(counts.double().log().sum())
         if self.stochastic_to_base:
             self.log_std = nn.Parameter(torch.zeros(()))
 

@@ -1,5 +1,7 @@
 """Laws of flowification: the flow computes what the network does, and counts every dimension."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,15 @@ from torch.distributions import MultivariateNormal
 from zoo import perturbed, seeded
 
 from cnf import Flow
-from cnf.transforms import FlowifiedConv2d, FlowifiedLinear, LeakyReLU, Planar, Unfold, flowify
+from cnf.transforms import (
+    FlowifiedConv2d,
+    FlowifiedLinear,
+    LeakyReLU,
+    Orthogonal,
+    Planar,
+    Unfold,
+    flowify,
+)
 
 
 def images(*batch):
@@ -138,8 +148,13 @@ def test_transforms_are_taken_as_activations():
         ([nn.Linear(3, 2)], [4], r"network\[0\] must get the shape \(3,\); got \(4,\)"),
         ([nn.Conv2d(1, 2, 2)], [4], r"must get images of 1 channels; got \(4,\)"),
         ([nn.Conv2d(2, 2, 2, groups=2)], [2, 4, 4], "without groups and dilation"),
-        ([nn.Conv2d(1, 2, 2, stride=3)], [1, 4, 4], "stride must be at most 2; got 3"),
-        ([nn.Conv2d(1, 2, 2, stride=2)], [1, 3, 3], "that the patches cover to the end"),
+        (
+            [nn.Conv2d(1, 2, 2, stride=3)],
+            [1, 4, 4],
+            r"network\[0\] .*stride must be at most 2; got 3",
+        ),
+        ([nn.Conv2d(1, 2, 2, stride=2)], [1, 3, 3], r"network\[0\] .*patches cover to the end"),
+        ([nn.Linear(3, 2), Planar(3)], [3], r"network\[1\] must get the 3 features .* got \(2,\)"),
     ],
 )
 def test_a_layer_without_likelihood_is_refused_by_name(layers, shape, message):
@@ -147,8 +162,65 @@ def test_a_layer_without_likelihood_is_refused_by_name(layers, shape, message):
         flowify(nn.Sequential(*layers), shape)
 
 
+def test_dropped_coordinates_do_not_explode_far_from_the_data():
+    """Their standard deviation is at most exp(3), however far z is."""
+    layer = perturbed(FlowifiedLinear(3, 1, hidden_features=(4,)), 2.0)
+    for far in (1e4, -1e4):
+        draws = layer.to_data(torch.full((4000, 1), far), generator=seeded())
+        # Rotated, and so in one direction at most as wide as in all.
+        spread = torch.linalg.svdvals((draws - draws.mean(0)) / 4000**0.5)
+        assert spread[0] < 1.1 * math.exp(3.0)
+
+
 def test_a_weight_without_full_rank_is_refused():
     network = nn.Sequential(nn.Linear(3, 2))
     nn.init.ones_(network[0].weight)
     with pytest.raises(ValueError, match=r"network\[0\] has no likelihood: .* full rank 2"):
         flowify(network, [3])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: FlowifiedLinear(3, 2).set_to(torch.eye(3)[:, :2], torch.zeros(2)),
+            r"shapes \(2, 3\) and \(2,\); got \(3, 2\) and \(2,\)",
+        ),
+        (lambda: FlowifiedLinear(3, 2).set_to(torch.eye(3)[:2], torch.zeros(1)), r"got .* \(1,\)"),
+        (
+            lambda: FlowifiedLinear(3, 2).set_to(torch.full((2, 3), torch.nan), torch.zeros(2)),
+            "must be finite",
+        ),
+        (
+            lambda: FlowifiedConv2d((1, 4, 4), 2, 2).set_to(torch.ones(2, 4), torch.zeros(2)),
+            r"shapes \(2, 1, 2, 2\)",
+        ),
+        (lambda: Orthogonal(3).set_to(torch.ones(3), torch.zeros(3)), r"shapes \(3, 3\)"),
+        (lambda: Orthogonal(3).set_to(torch.eye(3), torch.zeros(())), r"got \(3, 3\) and \(\)"),
+        (lambda: Orthogonal(2).set_to(2 * torch.eye(2), torch.zeros(2)), "off the identity by 3"),
+        (
+            lambda: Orthogonal(2).set_to(torch.full((2, 2), torch.nan), torch.zeros(2)),
+            "must be orthogonal",
+        ),
+    ],
+)
+def test_a_weight_that_does_not_fit_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_the_volume_of_many_copies_is_right_in_double_precision():
+    """Of 34 x 34 pixels of 3 channels, each in up to nine patches."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        patches = Unfold((3, 32, 32), 3, stride=1, padding=1).double()
+    finally:
+        torch.set_default_dtype(default)
+    along = [1, 2, *[3] * 30, 2, 1]
+    expected = 0.5 * 3 * sum(math.log(first * second) for first in along for second in along)
+    # Without noise, x is copied, and the rest of the ladj is the density of the noise at zero.
+    numbers = patches.base_features - patches.features
+    _, ladj = patches.to_data_and_ladj(torch.zeros(patches.base_features))
+    found = -ladj.item() - 0.5 * numbers * math.log(2 * math.pi)
+    assert found == pytest.approx(expected, rel=1e-12)

@@ -22,9 +22,11 @@ from cnf.transforms import (
     LogGaps,
     Maximum,
     MaxPool2d,
+    MLPFunnel,
     Round,
     Slice,
     Sort,
+    Transform,
     TransformedBase,
     Unconstrain,
 )
@@ -103,6 +105,49 @@ def test_sorting_is_invariant_to_the_order_of_points_and_absolute_values_to_sign
         torch.testing.assert_close(flow.log_prob(other), flow.log_prob(x))
     flow = cnf(6, transforms=[Abs(6), Unconstrain(["positive"] * 6)])
     torch.testing.assert_close(flow.log_prob(x.abs()), flow.log_prob(x))
+
+
+class NotANumber(Transform):
+    """Its last feature is NaN where it is above 1."""
+
+    def _to_base(self, x, context, generator):
+        bad = torch.nn.functional.pad(x[..., -1:] > 1, (x.shape[-1] - 1, 0))
+        return x.masked_fill(bad, math.nan), x.new_zeros(x.shape[:-1])
+
+    def _to_data(self, z, context, generator):
+        return z, z.new_zeros(z.shape[:-1])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Slice(2, 1),
+        lambda: Slice(2, 1, dropped=Flow([Affine(1)])),
+        lambda: MLPFunnel(2, 1, dropped=Flow([Unconstrain(["real"]), Affine(1)])),
+        lambda: Maximum(2),
+    ],
+)
+def test_a_dropped_feature_that_is_no_number_is_an_error(make):
+    flow = Flow([NotANumber(2), make()])
+    x = torch.tensor([[0.0, 0.5], [0.0, 2.0]])
+    assert flow.log_prob(x[:1]).isfinite()
+    with pytest.raises(ValueError, match="row 1"):
+        flow.log_prob(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_zeros_and_ties_stay_within_a_positive_support(dtype):
+    positive = Unconstrain(["positive"])
+    flows = [
+        Flow([Abs(1), positive]),
+        Flow([Sort(2), LogGaps(2)]),
+        Flow([Maximum(2, offsets=Flow([positive, Affine(1)]))]),
+    ]
+    for flow in flows:
+        x = torch.zeros(3, flow.features, dtype=dtype)
+        assert flow.to(dtype).log_prob(x).isfinite().all()
+        z = flow.to_base(x)
+        torch.testing.assert_close(flow.to_base(flow.to_data(z)), z)
 
 
 def test_sorted_normals_are_normals():
