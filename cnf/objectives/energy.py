@@ -54,6 +54,15 @@ class EnergyObjective(Objective):
         self.model = model
         self.draws = check_count("draws", draws, least=2)
 
+    @property
+    def is_kept_whole(self) -> bool:
+        """False: the loss is too low where the proposal is poor, so its lowest is not the best.
+
+        `fit` keeps the last network, and the proposal that is the best density of validation rows:
+        any proposal measures any network.
+        """
+        return False
+
     def _loss(
         self,
         x: Tensor,

@@ -513,7 +513,7 @@ def test_the_normalizer_of_each_context():
         (
             lambda: log_normalizer(normal_target, Flow([Inverse(conformal_embedding())]), 10),
             ValueError,
-            "draws have weights; theirs is 'not_a_likelihood'",
+            "draws have weights; its likelihood is 'not_a_likelihood'",
         ),
         (
             lambda: log_normalizer(lambda x: x.sum(-1) - math.inf, Flow([Affine(2)]), 10),
