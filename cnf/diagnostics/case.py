@@ -109,7 +109,7 @@ class Case:
         """Raise a `NotMeasuredError` for a flow whose probes give no standard error."""
         estimated = self.flow.using(divergence=Hutchinson())
         hidden = hidden_estimates(estimated.transforms)
-        if estimated.base.likelihood == "estimate":
+        if estimated.base.likelihood != "exact":
             hidden.append(type(estimated.base).__name__)
         if hidden:
             raise NotMeasuredError(f"an ODE is inside of {', '.join(hidden)}")
