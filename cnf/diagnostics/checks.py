@@ -244,7 +244,7 @@ def _outcome_of_round_trip(error: float, way: str) -> Outcome:
 def _sampled_log_prob(case: Case) -> Outcome:
     if case.flow.likelihood != "on_manifold":
         case.need_density()
-    if case.flow.likelihood == "estimate":
+    if case.flow.likelihood not in ("exact", "on_manifold"):
         case = case.few().exact
     draws = len(case.x) if case.context is None else ()
     x, log_prob = case.flow.sample_and_log_prob(draws, case.context, generator=case.generator)
