@@ -104,6 +104,7 @@ DOORS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", DOORS.values(), ids=DOORS)
 def test_a_warning_points_at_the_line_of_the_user(call, tmp_path):
     with pytest.warns(UserWarning) as caught:  # noqa: PT030 - whatever it says

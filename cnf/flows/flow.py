@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 
 from cnf._checks import (
     check_context,
+    check_count,
     check_generator,
     check_sample_shape,
     holds,
@@ -92,7 +93,7 @@ class Flow(FlowMap):
             ValueError: If an argument has a wrong shape, dtype, device or value.
             ODEError: If a solve fails.
         """
-        if importance_samples != 1:
+        if check_count("importance_samples", importance_samples) != 1:
             kinds = self.transforms.likelihoods | {self.base.likelihood}
             check_importance_samples(kinds, importance_samples)
         x = self._validate("x", x, context, generator, "anywhere")

@@ -21,6 +21,7 @@ def two_clusters(rows, features=2, distance=6.0, seed=0):
     return x
 
 
+@pytest.mark.slow
 def test_log_prob_and_draws_are_those_of_the_torch_distribution():
     base = GaussianMixtureBase.from_data(two_clusters(300))
     distribution = base.distribution()
@@ -59,6 +60,7 @@ def test_one_mixture_is_as_likely_as_that_of_scikit_learn():
     assert float(ours.log_prob(x).mean()) == pytest.approx(theirs.score(x.numpy()), abs=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "features"), [(12, 6), (40, 2), (60, 20), (250, 3)])
 def test_rows_of_a_gaussian_lose_little_to_the_shrunk_gaussian(rows, features):
     generator = torch.Generator().manual_seed(rows)
@@ -74,6 +76,7 @@ def test_rows_of_a_gaussian_lose_little_to_the_shrunk_gaussian(rows, features):
     assert sum(losses) / 5 < 0.1 * math.sqrt(features)
 
 
+@pytest.mark.slow
 def test_rows_of_two_clusters_gain():
     x = two_clusters(800)
     gaussian = MultivariateNormal(x[:400].mean(0), x[:400].T.cov())
@@ -81,6 +84,7 @@ def test_rows_of_two_clusters_gain():
     assert float((ours.log_prob(x[400:]) - gaussian.log_prob(x[400:])).mean()) > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", [1e-12, 1e9])
 def test_units_of_the_rows_and_of_the_weights_change_nothing(unit):
     x = two_clusters(200)

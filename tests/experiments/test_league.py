@@ -17,6 +17,7 @@ def _single_precision():
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.slow
 def test_quick_form_makes_a_table_and_goes_on_where_it_stopped(tmp_path, capsys):
     settings = league.Settings(quick=True, out=tmp_path)
     (result,) = league.main(settings)
@@ -29,6 +30,7 @@ def test_quick_form_makes_a_table_and_goes_on_where_it_stopped(tmp_path, capsys)
     assert league.main(settings)[0].flow == 123.0
 
 
+@pytest.mark.slow
 def test_the_numbers_are_in_the_units_of_the_table():
     x = np.random.RandomState(0).randn(60, 2)
     rivals = league.measured(x[:40], x[40:], 0)[:2]

@@ -65,6 +65,7 @@ def test_a_standard_error_is_refused_where_it_would_not_be_the_whole_error():
         Flow([biased()]).log_prob_and_error(x)
 
 
+@pytest.mark.slow
 def test_a_standard_error_is_refused_where_estimates_are_hidden():
     """Inside of a transform that follows a path of its own, whose probes are not seen."""
     hutchinson = cnf(2, divergence=Hutchinson(probes=4))
@@ -129,6 +130,7 @@ def test_a_draw_of_a_biased_bound_comes_with_a_weight_of_its_own():
     assert abs(given.mean() - fresh.mean()) < 4 * error
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("coarse_integral")
 @pytest.mark.parametrize("part", [estimated, biased])
 @pytest.mark.parametrize("continuous", [False, True])

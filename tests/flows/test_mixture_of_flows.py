@@ -89,6 +89,7 @@ def test_a_chart_of_weight_zero_takes_no_part():
         assert mixture.rsample(torch.Size([500]), generator=seeded()).min() > -4
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_density():
     mixture = MixtureOfFlows([build("nsf", 2, size=4), cnf()])
     x = torch.randn(3, 2, requires_grad=True)

@@ -212,6 +212,7 @@ def test_points_off_the_manifold_have_no_density_and_are_refused(manifold, off):
         fit(flow, x.expand(20, -1), TrainingConfig(steps=1, progress=False))
 
 
+@pytest.mark.slow
 def test_the_way_around_the_circle_has_no_seam():
     flow = cnf(1, manifold=Torus(1))
     seam = torch.tensor([[-math.pi], [math.pi]])
@@ -282,6 +283,7 @@ def test_a_product_of_lines_is_the_space_of_real_vectors():
     torch.testing.assert_close(flow.log_prob(x), Flow([Affine(2)]).log_prob(x))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_calibration")
 def test_products_of_products_are_calibrated():
     manifold = Product([Product([Torus(1), Sphere(2)]), Euclidean(1)])

@@ -34,6 +34,7 @@ def integral_over_the_core(objective, x):
     return torch.trapezoid(torch.stack(density), grid[:, 0]).log()
 
 
+@pytest.mark.slow
 def test_the_estimate_is_the_integral_over_the_core():
     objective = toy()
     x = torch.randn(8, 2)
@@ -67,6 +68,7 @@ def test_the_surrogate_is_no_density_of_the_data_and_no_bound():
     assert not hasattr(objective, "log_prob")
 
 
+@pytest.mark.slow
 def test_it_trains_by_fit_and_learns_the_core():
     generator = seeded()
     code = torch.randn(400, 1, generator=generator)
@@ -82,6 +84,7 @@ def test_it_trains_by_fit_and_learns_the_core():
     assert (made - x).square().mean().sqrt() < 0.15
 
 
+@pytest.mark.slow
 def test_an_objective_with_own_parameters_is_validated_and_kept_whole():
     """The log-density of the flow falls in this training, so the flow alone would never change."""
     generator = seeded()

@@ -44,6 +44,7 @@ def test_any_form_of_array_is_the_same_table():
         Columns(names=("a",)).rows(Table(np.ma.masked_equal(values, 4), ("a", "b")))
 
 
+@pytest.mark.slow
 def test_a_kept_model_is_the_same(tmp_path):
     columns = Columns.of(TABLE, ["year"])
     model = TableModel(flow=cnf(2, 1), columns=columns, notes={"größe": [1, None]})
@@ -60,6 +61,7 @@ def test_a_kept_model_is_the_same(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_model_of_format_1_whose_contexts_were_scaled_outside_scores_as_before(tmp_path):
     columns, scale = Columns.of(TABLE, ["year"]), {"context_mean": [3.0], "context_std": [0.5]}
     flow, rows = cnf(2, 1), columns.rows(TABLE)

@@ -158,6 +158,7 @@ def test_labels_of_a_dataset_may_be_python_numbers():
     assert taken.tolist() == [2, 1]
 
 
+@pytest.mark.slow
 def test_targets_never_reach_the_flow():
     """Statistics, the initialisation and the calibration see rows and contexts alone."""
     torch.manual_seed(0)

@@ -219,6 +219,7 @@ def test_parts_are_equal_but_for_one_row_and_draw_differently():
     assert len({draw for _, _, draw in calls}) == 6
 
 
+@pytest.mark.slow
 def test_nfe_counts_all_parts():
     objective = functools.partial(MaximumLikelihood, solver=CHEAP)
     whole, cut = (
@@ -560,6 +561,7 @@ def test_the_recipe_matches_by_soap_and_raises_the_likelihood_by_adam():
     assert (likelihood.optimizer, likelihood.learning_rate) == (None, pytest.approx(0.001))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped", [3, 13, 26])
 def test_a_run_of_the_recipe_resumes_bit_for_bit(tmp_path, stopped):
     """Stopped before SOAP's first basis, after it, and in the likelihood phase."""

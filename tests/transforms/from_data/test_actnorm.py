@@ -63,6 +63,7 @@ def test_each_part_of_a_flow_starts_from_what_the_parts_before_it_give():
     torch.testing.assert_close(last.log_scale[:2], torch.zeros(2), rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_fit_starts_it_and_a_file_keeps_it(tmp_path):
     flow = cnf(transforms=[ActNorm(2)])
     x = 100 + 5 * torch.randn(30, 2)

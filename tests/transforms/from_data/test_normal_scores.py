@@ -112,6 +112,7 @@ def test_one_knot_is_refused():
         NormalScores(2, knots=1)
 
 
+@pytest.mark.slow
 def test_a_cnf_needs_no_other_scaling_and_fit_sets_it_from_the_training_rows(tmp_path):
     x = skewed(200)
     flow = CNF(2, transforms=[NormalScores(2), Whiten(2)])

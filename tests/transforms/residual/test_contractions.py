@@ -132,6 +132,7 @@ def test_lipswish_has_slopes_of_at_most_1_and_nearly_so(steepness):
     assert slopes.min() >= -0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [2, 8, 30, 1000])
 def test_the_bound_of_attention_holds_for_rows_and_columns_of_its_derivative(tokens):
     """Sums of norms of the blocks of queries are within the two sums whose mean is the bound."""

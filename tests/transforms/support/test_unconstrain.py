@@ -314,6 +314,7 @@ def test_real_columns_are_only_standardised():
     assert torch.equal(part.mean, Standardize.from_data(x).mean)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_table_with_supports_can_be_trained_on(dtype):
     x = table().to(dtype)

@@ -97,6 +97,7 @@ def test_draws_have_the_density(name):
     assert error < 0.1
 
 
+@pytest.mark.slow
 def test_sorting_is_invariant_to_the_order_of_points_and_absolute_values_to_signs():
     flow = cnf(6, transforms=[Sort(6, point_features=2), LogGaps(6, point_features=2)])
     x = torch.randn(5, 6)
