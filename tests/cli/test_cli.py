@@ -424,6 +424,8 @@ def test_a_periodic_column_has_no_seam(tmp_path, capsys):
     write_table(tmp_path / "ends.csv", [[0, 5], [24, 5], [12, 5]], ["hour", "count"])
     out = tmp_path / "scores.npy"
     assert run("score", tmp_path / "m", tmp_path / "ends.csv", "--out", out) == 0
+    flow = TableModel.load(tmp_path / "m").flow
+    assert flow.transforms[0].columns[0] == ("circle", 0, 24)  # and not cut open
     first, last, noon = np.load(out).ravel()
     assert abs(first - last) < 1e-3
     assert first > noon + 1

@@ -10,7 +10,25 @@ from zoo import cnf, perturbed, seeded
 
 from cnf import Flow, TrainingConfig, fit
 from cnf.objectives import ExtendedAutoencoder
-from cnf.transforms import Affine, Augment, AutoencoderCoupling, MLPConditioner, Permute
+from cnf.transforms import (
+    Affine,
+    AffineCoupling,
+    Augment,
+    AutoencoderCoupling,
+    MLPConditioner,
+    Permute,
+)
+
+
+class Given(nn.Module):
+    """A network as a conditioner."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x, context):
+        return self.network(x)
 
 
 def toy():
@@ -47,6 +65,22 @@ def test_the_estimate_is_the_integral_over_the_core():
         weights = few.exp()
         assert ((weights.mean(0) - truth.exp()).abs() < 5 * weights.std(0) / 20).all()
         assert (few.mean(0) < truth + 4 * few.std(0) / 20).all()
+
+
+def test_draws_from_the_law_of_the_core_leave_no_error():
+    """With w given x normal about 3 x, and draws from there, each weight is the density of x."""
+    around = nn.Linear(1, 2)
+    nn.init.constant_(around.weight, 0.0)
+    with torch.no_grad():
+        around.weight[0] = 3.0
+        around.bias.copy_(torch.tensor([0.0, -0.5]))
+    coupling = AffineCoupling(2, conditioner=Given(around), mask="first", bound=100.0)
+    objective = ExtendedAutoencoder(Flow([Augment(1, 1), coupling]))
+    nn.init.constant_(objective.projection.weight, 3.0)
+    x = torch.randn(20, 1)
+    with torch.no_grad():
+        found = objective.estimate(x, 2, std=math.exp(-0.5), generator=seeded())
+    torch.testing.assert_close(found, Normal(0.0, 1.0).log_prob(x)[:, 0], rtol=0, atol=1e-4)
 
 
 def test_the_surrogate_is_no_density_of_the_data_and_no_bound():

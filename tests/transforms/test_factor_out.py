@@ -115,6 +115,10 @@ def test_contributions_stand_at_the_entries_of_z():
     chain, x = Chain(parts), torch.randn(3)
     slopes = torch.autograd.functional.jacobian(chain.to_base, x).abs()
     torch.testing.assert_close(chain.contributions(x), slopes.amax(-1).log())
+    swaps = FactorOut([Chain([Permute([1, 0])])], 3)
+    parted = Chain([parts[0], swaps, parts[2]])
+    slopes = torch.autograd.functional.jacobian(parted.to_base, x).abs()
+    torch.testing.assert_close(parted.contributions(x), slopes.amax(-1).log())
     nested = Chain([parts[0], Chain(parts[1:3]), parts[3]])
     torch.testing.assert_close(nested.contributions(x), chain.contributions(x))
 
