@@ -27,6 +27,7 @@ from cnf.bases import (
     ConditionalNormal,
     GaussianMixtureBase,
     HalfNormal,
+    LowDimensionalNormal,
     NarrowNormal,
     OrderedNormal,
     ProductBase,
@@ -772,6 +773,11 @@ STOCHASTIC_FLOWS: dict[str, Callable[[], Flow]] = {
 
 UNDONE_FLOWS = {**EXACT_FLOWS, **BOUNDS}
 """What the way to the data undoes."""
+
+WITHOUT_DENSITY: dict[str, Callable[[], Flow]] = {
+    "low-dimensional noise": lambda: Flow(couplings(), LowDimensionalNormal(2, 1))
+}
+"""Flows that can be drawn from alone."""
 
 EVERY_FLOW = {**EXACT_FLOWS, **SURJECTIVE_FLOWS, **BOUNDS, **STOCHASTIC_FLOWS}
 

@@ -4,6 +4,7 @@ from cnf.bases.base import Base, Likelihood, weakest
 from cnf.bases.conditional_normal import ConditionalNormal
 from cnf.bases.gaussian_mixture import GaussianMixtureBase
 from cnf.bases.half_normal import HalfNormal
+from cnf.bases.low_dimensional_normal import LowDimensionalNormal
 from cnf.bases.narrow_normal import NarrowNormal
 from cnf.bases.ordered_normal import OrderedNormal
 from cnf.bases.standard_normal import StandardNormal
@@ -16,6 +17,7 @@ __all__ = [
     "GaussianMixtureBase",
     "HalfNormal",
     "Likelihood",
+    "LowDimensionalNormal",
     "NarrowNormal",
     "OrderedNormal",
     "ProductBase",

@@ -92,6 +92,8 @@ class Case:
 
     def log_prob(self) -> Tensor:
         """Return the log-density of the rows."""
+        if self.flow.base.likelihood == "not_a_likelihood":
+            raise NotMeasuredError("the base has no log-density")
         return self.flow.log_prob(self.x, self.context, generator=self.generator)
 
     def need_ode(self) -> None:

@@ -13,6 +13,7 @@ from zoo import (
     EVERY_FLOW,
     FIELDS,
     TRANSFORMS,
+    WITHOUT_DENSITY,
     base_rows_for,
     cnf,
     mlp,
@@ -358,7 +359,7 @@ def test_rows_with_contexts_of_their_own_share_no_draw(make):
 
 def test_every_class_that_a_flow_may_have_as_a_part_is_in_the_zoo():
     found = set()
-    for zoo in (FIELDS, TRANSFORMS, ESTIMATES, BASES, EVERY_FLOW):
+    for zoo in (FIELDS, TRANSFORMS, ESTIMATES, BASES, EVERY_FLOW, WITHOUT_DENSITY):
         for part in itertools.chain(*(make().modules() for make in zoo.values())):
             found |= {type(part), *map(type, vars(part).values())}
     missing = {name for name, cls in own_classes().items() if cls not in found}
