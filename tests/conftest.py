@@ -11,6 +11,21 @@ import pytest
 import torch
 
 
+_TRACED = ("ablation", "cli", "tables", "vector_fields")
+"""Folders whose slow tests are the only ones of some lines."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Run slow tests without coverage, which adds a third to their time; other tests have it."""
+    if not config.pluginmanager.hasplugin("_cov"):
+        return
+    tests = Path(__file__).parent
+    for item in items:
+        folder = item.path.relative_to(tests).parts[0] if item.path.is_relative_to(tests) else ""
+        if item.get_closest_marker("slow") and folder not in _TRACED:
+            item.add_marker("no_cover")
+
+
 def pytest_collection_finish() -> None:
     """Leave what is there by now out of all garbage collections, which it would make slow."""
     gc.collect()
