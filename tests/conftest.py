@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-
 _TRACED = ("ablation", "cli", "tables", "vector_fields")
 """Folders whose slow tests are the only ones of some lines."""
 
